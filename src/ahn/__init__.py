@@ -1,0 +1,51 @@
+"""Read text longer than a language model's context in constant memory.
+
+A frozen Transformer keeps the first tokens (sinks) and the last ones (window) exactly; what leaves the window is
+compressed by a small trained recurrent cell into a state of fixed size (Artificial Hippocampus Networks,
+arXiv 2510.07318). Importing this package loads neither torch nor transformers and patches nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AHNCache": "cache",
+    "AHNConfig": "config",
+    "augment": "augment",
+    "convert": "adapter",
+    "detach": "augment",
+    "from_pretrained": "adapter",
+    "generate": "generation",
+    "load_adapter": "adapter",
+    "load_tokenizer": "bases",
+    "read": "generation",
+    "save_adapter": "adapter",
+}
+_MODULES = ("cells", "errors", "kernels", "zoo")
+
+__all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
+
+if TYPE_CHECKING:
+    from ahn import cells, errors, kernels, zoo
+    from ahn.adapter import convert, from_pretrained, load_adapter, save_adapter
+    from ahn.augment import augment, detach
+    from ahn.bases import load_tokenizer
+    from ahn.cache import AHNCache
+    from ahn.config import AHNConfig
+    from ahn.generation import generate, read
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(f"ahn.{_PUBLIC[name]}"), name)
+        globals()[name] = value  # `ahn.augment` is the function, although a module of that name exists
+        return value
+    if name in _MODULES:
+        return import_module(f"ahn.{name}")
+    raise AttributeError(f"module 'ahn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,157 @@
+"""Softmax attention over what is kept exactly: sinks and window.
+
+Letters: B batch, N query heads, M key/value heads, C queries, K keys, H head size, S sinks, W window;
+R rows of positions: 1 where all of the batch are at the same position, else B.
+
+One predicate says what may be seen (`visible`). Sinks and window are attended apart and merged by their normalisers,
+because with clipped sink positions a query meets the two at different angles.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ahn.errors import ConfigError
+
+QUERY_BLOCK = 128  # queries attended at once: few enough that little of the band between blocks is masked
+
+Softmax = tuple[Tensor, Tensor]  # output [B, N, C, H] and log of the normaliser [B, N, C], float32
+
+
+def visible(query: Tensor, key: Tensor, sinks: int, window: int) -> Tensor:
+    """Which window keys a query sees, by their positions (broadcast): causal, in the window, not a sink."""
+    return (key <= query) & (key > query - window) & (key >= sinks)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Softmax:
+    """Softmax attention with its normaliser.
+
+    Args:
+        q: [B, N, C, H]. k, v: [B, M, K, H], N a multiple of M. mask: bool [R, C, K], true where seen, or None.
+
+    A query that sees nothing gets a finite output and a normaliser near -inf: it vanishes in `merge`.
+    """
+    batch, heads, queries, size = q.shape
+    groups = heads // k.shape[1]
+    q = q.reshape(batch, k.shape[1], groups * queries, size)  # heads that share keys become more queries
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+        bias.masked_fill_(~mask, torch.finfo(q.dtype).min / 2)
+        bias = bias.repeat(1, groups, 1)[:, None]
+    if q.device.type == "cpu" and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        out, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    else:
+        scores = (q @ k.transpose(-1, -2)).float() * scale
+        scores = scores if bias is None else scores + bias
+        norm = scores.logsumexp(-1)
+        out = (scores - norm[..., None]).exp().to(v.dtype) @ v
+    return out.reshape(batch, heads, queries, size), norm.reshape(batch, heads, queries)
+
+
+def merge(a: Softmax, b: Softmax) -> Tensor:
+    """Attention over the union of two disjoint sets of keys."""
+    weight = torch.sigmoid(a[1] - b[1])[..., None].to(a[0].dtype)
+    return torch.lerp(b[0], a[0], weight)
+
+
+def attend_one(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one new token over a ring buffer, in any order and without copying it.
+
+    Args:
+        q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first.
+        mask: bool [B, K], true where a slot is filled, or None.
+    """
+    batch, heads, _, size = q.shape
+    q, q_sinks = (t.reshape(batch, k.shape[1], -1, size) for t in (q, q_sinks))
+    scores = q @ k.transpose(-1, -2)
+    if q_sinks is not q and sinks:
+        scores[..., :sinks] = q_sinks @ k[:, :, :sinks].transpose(-1, -2)
+    scores = scores.float() * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).view(batch, heads, 1, size)
+
+
+def attend_window(
+    q: Tensor,
+    q_sinks: Tensor,
+    sinks_kv: tuple[Tensor, Tensor],
+    window_kv: tuple[Tensor, Tensor],
+    start: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Attention of consecutive queries over sinks and window, block by block.
+
+    Args:
+        q, q_sinks: [B, N, C, H], as the window and as the sinks meet them; query i is at position start + i.
+        sinks_kv: [B, M, S, H]. window_kv: [B, M, K, H], the K tokens up to and including the last query, in order.
+        start: [R], positions of the first query.
+    """
+    queries, sinks = q.shape[2], sinks_kv[0].shape[2]
+    before = window_kv[0].shape[2] - queries
+    device = q.device
+    out = []
+    for low in range(0, queries, QUERY_BLOCK):
+        high = min(low + QUERY_BLOCK, queries)
+        first = max(0, before + low - window + 1)
+        at = (start[:, None] + torch.arange(low, high, device=device))[..., None]
+        keys = start[:, None, None] + torch.arange(first - before, high, device=device)
+        k, v = (t[:, :, first : before + high] for t in window_kv)
+        part = attend(q[:, :, low:high], k, v, visible(at, keys, sinks, window), scale)
+        if sinks:
+            causal = None if low else torch.arange(sinks, device=device) <= at
+            merged = merge(attend(q_sinks[:, :, low:high], *sinks_kv, causal, scale), part)
+        else:
+            merged = part[0]
+        out.append(merged)
+    return torch.cat(out, 2)
+
+
+class Rotary:
+    """Turns queries that already carry their rotary position to another distance, with the base's own rotation.
+
+    Rotations compose, so turning by the angle of `delta` moves a query from position t to t + delta. The frequencies
+    and the layout of the dimensions are the base's: nothing here knows a family.
+
+    Raises:
+        ConfigError: the base's rotation cannot be composed (frequencies that change with the length, unknown layout).
+    """
+
+    def __init__(self, decoder: nn.Module, attention: nn.Module) -> None:
+        self.embedding: Any = getattr(decoder, "rotary_emb", None)
+        self.apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        changing = getattr(self.embedding, "rope_type", "default") in ("dynamic", "longrope")
+        if self.embedding is None or self.apply is None or changing or not self._composes(attention):
+            kind = getattr(self.embedding, "rope_type", "none")
+            raise ConfigError(
+                f"sink_positions='clipped' needs rotary positions of fixed frequencies, this base has {kind!r}: "
+                "use sink_positions='absolute'"
+            )
+
+    def angles(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of turning by `delta` positions [R, C], float32, of unit length whatever the base scales by."""
+        scaling = getattr(self.embedding, "attention_scaling", 1.0)
+        cos, sin = self.embedding(torch.empty(0, dtype=torch.float32, device=delta.device), delta)
+        return cos / scaling, sin / scaling
+
+    def turn(self, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """q [B, N, C, H] turned by `angles`, computed in float32."""
+        return self.apply(q.float(), q[:, :0].float(), *angles)[0].to(q.dtype)
+
+    def _composes(self, attention: nn.Module) -> bool:
+        device = attention.o_proj.weight.device
+        if device.type == "meta":
+            return True
+        q = torch.randn(1, 1, 1, attention.head_dim, device=device, generator=torch.Generator(device).manual_seed(0))
+        try:
+            there = self.turn(q, self.angles(torch.tensor([[23]], device=device)))
+            back = self.turn(there, self.angles(torch.tensor([[-23]], device=device)))
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        return torch.allclose(back, q, atol=1e-4)

@@ -1,0 +1,437 @@
+"""Puts memories on a transformers model, and takes them off again without a trace.
+
+Letters: B batch, T tokens, D hidden size, N query heads, M key/value heads, H head size.
+
+How a layer is reached, without code for any model family:
+- a hook before each attention module keeps its input x and its cache, which the attention function is not given;
+- the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
+  what goes into o_proj: attention over sinks and window, plus the read from the memory;
+- a hook around the decoder replaces the default cache by an AHNCache and opens and closes its span;
+- a hook before the model reads a long prompt in chunks when only the last logits are wanted (as in `generate`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from ahn import cells
+from ahn.attention import Rotary, attend_one, attend_window
+from ahn.cache import AHNCache, LayerMemory, Span
+from ahn.config import AHNConfig
+from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
+CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
+FOREVER = 1 << 60  # window of a layer that keeps everything
+
+
+class AHNLayer(nn.Module):
+    """The memory of one attention layer: how it reads and writes a LayerMemory, and the cell's weights.
+
+    `cell` None: sinks and window only. `window` None: full attention.
+    """
+
+    def __init__(self, attention: nn.Module, config: AHNConfig, rotary: Rotary | None) -> None:
+        super().__init__()
+        kept = config.layers is None or attention.layer_idx in config.layers
+        self.window = config.window if kept else None
+        self.sinks = config.sinks if kept else 0
+        self.rotary = [rotary if kept else None]  # in a list: the base's rotary module is not ours to register
+        self.cell: cells.Cell | None = None
+        if kept and config.cell is not None:
+            heads, size = _heads(attention)
+            weight = attention.o_proj.weight
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            self.cell = cells.get(config.cell)(attention.config.hidden_size, heads, size, dtype, weight.device)
+        self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
+
+    @property
+    def gate_width(self) -> int:
+        """Numbers kept of each token in the window for its gates: G * N."""
+        return 0 if self.cell is None else self.cell.num_gates * self.cell.num_heads
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory | None, scale: float
+    ) -> Tensor:
+        """q [B, N, T, H], k, v [B, M, T, H], x [B, T, D] of the tokens of `span` -> what o_proj reads, [B, T, N, H].
+
+        Without a `memory` the span is a whole sequence, nothing is stored, and gradients flow.
+        """
+        if memory is not None:
+            memory.reserve(max(span.after()), k, q.shape[1])
+            if span.length == 1 and not span.padded:
+                return self._one(q, k, v, x, span, memory, scale)
+        return self._many(q, k, v, x, span, memory, scale)
+
+    def _many(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory | None, scale: float
+    ) -> Tensor:
+        q, k, v = (span.compact(t, 2) for t in (q, k, v))
+        x = span.compact(x, 1)
+        inputs = None if self.cell is None else self.cell.gate_inputs(x)
+        window = tuple(t for t in (k, v, inputs) if t is not None)
+        if memory is None:
+            sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
+        else:
+            before = memory.window_before(span)
+            window = tuple(torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(before, window, strict=True))
+            memory.put(span, k, v, inputs)
+            sinks = memory.keys[:, :, : self.sinks], memory.values[:, :, : self.sinks]
+        start = span.start.to(q.device)
+        q_sinks = self._seen_by_sinks(q, span)
+        out = attend_window(q, q_sinks, sinks, window[:2], start, self.window or FOREVER, scale).transpose(1, 2)
+        if self.cell is not None:
+            out = self._remember(out, q, x, window, span, memory)
+        return span.restore(out, 1)
+
+    def _remember(
+        self, out: Tensor, q: Tensor, x: Tensor, window: tuple[Tensor, ...], span: Span, memory: LayerMemory | None
+    ) -> Tensor:
+        """Write what leaves the window during `span`, read it with the queries that push it out, add the reads to
+        `out` [B, T, N, H]. Token t pushes out t - W, from t = S + W on: writes and reads are two aligned slices."""
+        assert self.cell is not None and self.window is not None
+        lossless = self.sinks + self.window
+        skip = max(0, lossless - span.first)
+        tokens = span.length - skip
+        if tokens <= 0:
+            return out
+        oldest = window[0].shape[2] - span.length + skip - self.window
+        k, v = (t[:, :, oldest : oldest + tokens] for t in window[:2])
+        gates = self.cell.gates(window[2][:, oldest : oldest + tokens])
+        writes = ((span.positions() >= lossless) & span.real())[:, skip:].to(q.device)
+        partial = len(span.counts) > 1 and not bool(writes.all())
+        if partial:
+            gates = tuple(g * writes[:, None] for g in gates)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        state = q.new_zeros(*q.shape[:2], q.shape[3], q.shape[3], dtype=torch.float32)
+        read, state = self.cell.scan(q[:, :, skip:], k, v, gates, state if memory is None else memory.state)
+        if memory is not None:
+            memory.state.copy_(state)
+        added = self.cell.output(read, x[:, skip:])
+        if partial:
+            added = added * writes[..., None, None]
+        return torch.cat([out[:, :skip], out[:, skip:] + added], 1) if skip else out + added
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory, scale: float) -> Tensor:
+        """One token a row, none of them padding: the ring is read where it lies."""
+        inputs = None if self.cell is None else self.cell.gate_inputs(x)
+        slots = memory.slots(span.start)
+        lossless = FOREVER if self.window is None else self.sinks + self.window
+        leaves = span.start >= lossless
+        old = memory.exchange(slots, k, v, inputs, old=self.cell is not None and bool(leaves.any()))
+        q_sinks = self._seen_by_sinks(q, span)
+        mask, filled = None, min(span.first + 1, lossless)
+        if len(slots) > 1:
+            mask = torch.arange(filled, device=q.device) <= span.start[:, None].to(q.device)
+        keys, values = memory.keys[:, :, :filled], memory.values[:, :, :filled]
+        out = attend_one(q, q_sinks, keys, values, self.sinks, mask, scale).transpose(1, 2)
+        if not old or self.cell is None:
+            return out
+        gates = self.cell.gates(old[2])
+        some = None if bool(leaves.all()) else leaves.to(q.device)[:, None, None]
+        if some is not None:
+            gates = tuple(g * some for g in gates)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, 1) for t in old[:2])
+        added = self.cell.output(self.cell.step(cells.unit(q), cells.unit(k), v.float(), gates, memory.state), x)
+        return out + (added if some is None else added * some[..., None])
+
+    def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
+        """The queries as the sinks meet them: with clipped positions, never further than sinks + window."""
+        (rotary,) = self.rotary
+        if rotary is None or not self.sinks or self.window is None:
+            return q
+        lossless = self.sinks + self.window
+        if span.first + span.length - 1 <= lossless:
+            return q
+        angles = span.sink_angles
+        if angles is None:
+            positions = span.positions().to(q.device)
+            angles = span.sink_angles = rotary.angles(positions.clamp(max=lossless) - positions)
+        return rotary.turn(q, angles)
+
+
+class _Frame:
+    """What `augment` changed on a model, so that `detach` can undo it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.attention = model.config._attn_implementation
+        self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.hooks: list[Any] = []
+
+
+def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
+    """Give every layer of a causal language model a memory, in place; the base is frozen.
+
+    An untrained memory changes nothing but the attention to sinks and window; train the cells, or load an adapter.
+
+    Args:
+        model: a Llama-shaped transformers causal language model: decoder layers with `self_attn` and an `o_proj`,
+            uniform softmax attention.
+        config: the memory; default AHNConfig().
+
+    Returns:
+        the same model, with `model.ahn_config`.
+
+    Raises:
+        UnsupportedModelError: the attention cannot be split into sinks and window; says what is missing.
+        ConfigError: the settings do not fit this base.
+    """
+    config = config or AHNConfig()
+    if hasattr(model, "ahn_config"):
+        raise ConfigError("the model already has memories: ahn.detach(model) first")
+    attentions = _attention_modules(model)
+    decoder = model.get_decoder()
+    check_fits(config, model.config.get_text_config(), len(attentions))
+    rotary = Rotary(decoder, attentions[0]) if config.sink_positions == "clipped" and config.sinks else None
+    frame = _Frame(model)
+    layers = [AHNLayer(attention, config, rotary) for attention in attentions]
+    model.requires_grad_(False)
+    for attention, layer in zip(attentions, layers, strict=True):
+        layer.train(model.training)
+        attention.ahn = layer
+        frame.hooks.append(attention.register_forward_pre_hook(_keep_call, with_kwargs=True))
+    frame.hooks.append(model.register_forward_pre_hook(_read_in_chunks, with_kwargs=True))
+    frame.hooks.append(decoder.register_forward_pre_hook(_open, with_kwargs=True))
+    frame.hooks.append(decoder.register_forward_hook(_close, with_kwargs=True))
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _mask)
+    model.config._attn_implementation = ATTENTION
+    model.ahn_config, model._ahn_frame = config, frame
+    decoder.ahn_owner = [model]  # in a list: not a submodule
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `augment`: weights, hooks, attention and config are the base's again. Raises ConfigError if there is
+    nothing to undo."""
+    frame = _frame(model)
+    for hook in frame.hooks:
+        hook.remove()
+    for attention in _attention_modules(model):
+        del attention.ahn
+    model.config._attn_implementation = frame.attention
+    for parameter, trainable in frame.trainable:
+        parameter.requires_grad_(trainable)
+    del model.ahn_config, model._ahn_frame, model.get_decoder().ahn_owner
+    return model
+
+
+def layers_of(model: PreTrainedModel) -> list[AHNLayer]:
+    """The memories of an augmented model, layer by layer. Raises ConfigError if it has none."""
+    _frame(model)
+    return [attention.ahn for attention in _attention_modules(model)]
+
+
+def check_fits(config: AHNConfig, base: Any, layers: int) -> None:
+    """Raises ConfigError if the memory does not fit a base of this transformers config."""
+    context = getattr(base, "max_position_embeddings", None)
+    if context is not None and config.lossless > context:
+        raise ConfigError(
+            f"sinks + window = {config.sinks} + {config.window} = {config.lossless} tokens, more than the "
+            f"{context} positions of the base: expected at most {context}"
+        )
+    native = getattr(base, "sliding_window", None)
+    if native is not None and config.lossless > native:
+        raise UnsupportedModelError(
+            f"the base itself slides over {native} tokens (config.sliding_window), fewer than sinks + window = "
+            f"{config.lossless}: expected at most {native}"
+        )
+    if config.layers is not None and config.layers[-1] >= layers:
+        raise ConfigError(f"layers={list(config.layers)}: the base has layers 0 to {layers - 1}")
+
+
+def _frame(model: PreTrainedModel) -> _Frame:
+    frame = getattr(model, "_ahn_frame", None)
+    if frame is None:
+        raise ConfigError("the model has no memories: ahn.augment(model, config) first")
+    return frame
+
+
+def _attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The attention of each decoder layer. Raises UnsupportedModelError saying what is missing."""
+    config = model.config.get_text_config()
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder: expected a causal language model")
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None or model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{kind} has no decoder with `layers` and a language-model head")
+    types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if types != {"full_attention"}:
+        raise UnsupportedModelError(
+            f"{kind} has native {', '.join(sorted(types - {'full_attention'}))} layers: expected full attention in all"
+        )
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise UnsupportedModelError(f"{kind} uses multi-head latent attention: expected keys and values by head")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise UnsupportedModelError(f"{kind} caps its attention scores: expected plain softmax attention")
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    needed = ("o_proj", "layer_idx", "config", "head_dim", "scaling")
+    for index, attention in enumerate(attentions):
+        missing = [name for name in needed if not hasattr(attention, name)]
+        if attention is None or missing:
+            what = "self_attn" if attention is None else f"self_attn.{', self_attn.'.join(missing)}"
+            raise UnsupportedModelError(f"{kind}, layer {index}, has no {what}")
+        if hasattr(attention, "sinks"):
+            raise UnsupportedModelError(f"{kind} learns attention sinks: expected plain softmax attention")
+        _heads(attention)
+    return attentions
+
+
+def _heads(attention: Any) -> tuple[int, int]:
+    """Query heads and head size of an attention module."""
+    heads, size = attention.config.num_attention_heads, attention.head_dim
+    width = getattr(attention.o_proj, "in_features", heads * size)
+    if width != heads * size:
+        raise UnsupportedModelError(
+            f"o_proj reads {width} numbers, not {heads} heads x {size}: the values' head size differs from the queries'"
+        )
+    return heads, size
+
+
+@torch.compiler.disable
+def _keep_call(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = args[0] if args else kwargs["hidden_states"]
+    attention.ahn.call = x, kwargs.get("past_key_values")
+
+
+@torch.compiler.disable
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function transformers calls; see its AttentionInterface. Returns [B, T, N, H] and no weights."""
+    layer: AHNLayer | None = getattr(module, "ahn", None)
+    if layer is None or layer.call is None:
+        raise AHNError(f"attention {ATTENTION!r} is for models from ahn.augment: load this one with another")
+    (x, cache), layer.call = layer.call, None
+    if dropout:
+        raise ConfigError(f"attention_dropout={dropout}: the base is frozen, expected 0")
+    if kwargs.get("output_attentions"):
+        raise UnsupportedOperationError("output_attentions: weights over a compressed memory do not exist")
+    scale = module.head_dim**-0.5 if scaling is None else scaling
+    if isinstance(cache, AHNCache):
+        with torch.no_grad():
+            out = layer(query, key, value, x, cache.span, cache.layers[module.layer_idx], scale)
+        if torch.is_grad_enabled() and query.requires_grad:
+            out = _NoGradient.apply(query, out)
+        return out, None
+    real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
+    return layer(query, key, value, x, Span.of([0], query.shape[2], real), None, scale), None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Lets a graph through the cache be built and refuses to go back through it, instead of losing gradients silently."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, out: Tensor) -> Tensor:
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise UnsupportedOperationError("gradients do not flow through an AHNCache: call the model with use_cache=False")
+
+
+def _mask(
+    attention_mask: Tensor | None = None,
+    kv_length: int = 0,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function transformers calls: only which tokens are padding, [B, K]; the rest follows from positions."""
+    if use_vmap or not allow_is_causal_skip:
+        raise UnsupportedOperationError("packed sequences or custom masks: expected causal attention, one text a row")
+    return attention_mask
+
+
+@torch.compiler.disable
+def _open(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the decoder: the cache is an AHNCache, and knows what is coming."""
+    kwargs = _by_name(decoder, args, kwargs)
+    (model,) = decoder.ahn_owner
+    cache = kwargs["past_key_values"] = _own_cache(model, kwargs.get("past_key_values"), kwargs.get("use_cache"))
+    if cache is None:
+        kwargs["use_cache"] = False
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
+        raise UnsupportedOperationError("attention_mask: expected [batch, tokens], 1 for text and 0 for padding")
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    batch, length = tokens.shape[:2]
+    span = cache.open_span(batch, length, mask) if cache is not None else None
+    if mask is not None and kwargs.get("position_ids") is None:
+        real = mask.long()
+        kwargs["position_ids"] = _positions(span, real[:, -length:])
+    return (), kwargs
+
+
+def _positions(span: Span | None, real: Tensor) -> Tensor:
+    """[B, T] positions that skip padding; padding itself is put at the next token's."""
+    counted = (real.cumsum(1) - 1).clamp(min=0)
+    return counted if span is None else counted + span.start.to(real.device)[:, None]
+
+
+def _own_cache(model: PreTrainedModel, cache: Any, use_cache: bool | None) -> AHNCache | None:
+    if isinstance(cache, AHNCache):
+        if cache.config != model.ahn_config:
+            raise ConfigError(f"the cache was made for {cache.config}, the model has {model.ahn_config}")
+        return cache
+    if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+        return AHNCache(model)  # generate's default
+    if cache is not None:
+        raise UnsupportedOperationError(f"past_key_values is a {type(cache).__name__}: expected an ahn.AHNCache")
+    if use_cache is None:
+        use_cache = model.config.use_cache and not torch.is_grad_enabled()
+    return AHNCache(model) if use_cache else None
+
+
+@torch.compiler.disable
+def _close(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, AHNCache):
+        cache.close_span()
+
+
+@torch.compiler.disable
+def _read_in_chunks(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before the model: of a long prompt whose last logits alone are wanted, read all but the last chunk."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    cache: Cache | None = kwargs.get("past_key_values")
+    if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
+        return None
+    cache = kwargs["past_key_values"] = _own_cache(model, cache, kwargs.get("use_cache"))
+    head = (ids.shape[1] - 1) // CHUNK * CHUNK
+    mask = kwargs.get("attention_mask")
+    from ahn.generation import read_chunks
+
+    read_chunks(model.get_decoder(), ids[:, :head], cache, CHUNK, None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head])
+    kwargs["input_ids"] = ids[:, head:]
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"][..., -(ids.shape[1] - head) :]
+    return (), kwargs
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs

@@ -1,0 +1,368 @@
+"""AHNCache: everything that is remembered of a sequence, of constant size once the window is full.
+
+Letters: B batch, T tokens, N query heads, M key/value heads, H head size, S sinks, W window, G gate inputs;
+R rows of positions: 1 where all of the batch are at the same position, else B.
+
+A layer keeps one buffer of S + W slots: the sinks in the first S, the window as a ring in the rest. Token t lies in
+slot t while t < S, else in S + (t - S) mod W, so a new token takes the slot of the one it pushes out, and a buffer that
+is not full yet is simply shorter.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ahn.augment import AHNLayer
+
+
+@dataclass
+class Span:
+    """The tokens of one forward call, and where they are in their sequences.
+
+    Padding does not exist for the memory: `compact` moves the real tokens of each row to the front, where row b holds
+    positions start[b], start[b] + 1, ...; what is behind them is computed and thrown away.
+    """
+
+    start: Tensor  # [R] int64, on the CPU: positions of the first token
+    length: int  # T
+    counts: list[int]  # real tokens, by row: R of them
+    order: Tensor | None = None  # [B, T]: which token comes i-th, real ones first; None: nothing is padded
+    back: Tensor | None = None  # [B, T]: its inverse
+    sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
+
+    @classmethod
+    def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:
+        """`start`: tokens seen before, by row. `real`: bool [B, T] on the CPU, false for padding, or None."""
+        if real is None or bool(real.all()):
+            same = len(set(start)) == 1
+            start = start[:1] if same else start
+            return cls(torch.tensor(start), length, [length] * len(start))
+        start = start * real.shape[0] if len(start) == 1 else start
+        order = (~real).int().argsort(dim=1, stable=True)
+        return cls(torch.tensor(start), length, real.sum(1).tolist(), order, order.argsort(dim=1))
+
+    @property
+    def padded(self) -> bool:
+        return self.order is not None
+
+    @property
+    def first(self) -> int:
+        """The furthest position any row starts at."""
+        return int(self.start.max())
+
+    def positions(self) -> Tensor:
+        """[R, T] after compaction."""
+        return self.start[:, None] + torch.arange(self.length)
+
+    def real(self) -> Tensor:
+        """bool [R, T] after compaction."""
+        return torch.arange(self.length) < torch.tensor(self.counts)[:, None]
+
+    def compact(self, x: Tensor, dim: int) -> Tensor:
+        return x if self.order is None else _gather(x, self.order, dim)
+
+    def restore(self, x: Tensor, dim: int) -> Tensor:
+        return x if self.back is None else _gather(x, self.back, dim)
+
+    def after(self) -> list[int]:
+        return [start + count for start, count in zip(self.start.tolist(), self.counts, strict=True)]
+
+
+class LayerMemory(CacheLayerMixin):
+    """What one layer remembers: sinks and window in `keys`, `values` [B, M, S + W, H] and `inputs` [B, S + W, G],
+    and the compressed rest in `state` [B, N, H, H]. `window` None keeps everything."""
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+
+    def __init__(self, layer: AHNLayer) -> None:
+        super().__init__()
+        self.window, self.sinks = layer.window, layer.sinks
+        self.gate_width = layer.gate_width
+        self.inputs: Tensor | None = None
+        self.state: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"LayerMemory(window={self.window}, sinks={self.sinks}, nbytes={self.nbytes})"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        held = {"keys": self.keys, "values": self.values, "inputs": self.inputs, "state": self.state}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def reserve(self, tokens: int, k: Tensor, heads: int) -> None:
+        """Room for `tokens` tokens, at most the S + W that are ever kept; doubling, so that growing stays cheap."""
+        if self.window is not None:
+            tokens = min(tokens, self.sinks + self.window)
+        if tokens <= self.capacity:
+            return
+        room = max(tokens, 2 * self.capacity)
+        room = room if self.window is None else min(room, self.sinks + self.window)
+        batch, kv_heads, _, size = k.shape
+        self.keys = _grown(self.keys, (batch, kv_heads, room, size), 2, k)
+        self.values = _grown(self.values, (batch, kv_heads, room, size), 2, k)
+        if self.gate_width:
+            self.inputs = _grown(self.inputs, (batch, room, self.gate_width), 1, k)
+            if self.state is None:
+                self.state = torch.zeros(batch, heads, size, size, device=k.device)
+        self.is_initialized = True
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Where the tokens at `positions` lie."""
+        if self.window is None:
+            return positions
+        ring = self.sinks + (positions - self.sinks) % self.window
+        return torch.where(positions < self.sinks, positions, ring)
+
+    def window_before(self, span: Span) -> tuple[Tensor, ...]:
+        """Copies of the window's keys, values and gate inputs before `span`, oldest first, ending at each row's last
+        token; rows that have fewer hold rubbish in front, at positions that are below S or negative."""
+        length = max(0, span.first - self.sinks)
+        length = length if self.window is None else min(length, self.window)
+        positions = span.start[:, None] + torch.arange(-length, 0)
+        slots = self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity - 1, 0))
+        tensors = [(self.keys, 2), (self.values, 2), (self.inputs, 1)]
+        return tuple(_gather(t, slots, dim) for t, dim in tensors if t is not None)
+
+    def put(self, span: Span, k: Tensor, v: Tensor, inputs: Tensor | None) -> None:
+        """Write the tokens of a compacted span into their slots: those that are still kept at its end."""
+        positions, last = span.positions(), torch.tensor(span.after())[:, None]
+        kept = span.real()
+        if self.window is not None:
+            kept &= (positions < self.sinks) | (positions >= last - self.window)
+        slots = self.slots(positions)
+        for buffer, new, dim in ((self.keys, k, 2), (self.values, v, 2), (self.inputs, inputs, 1)):
+            if buffer is None or new is None:
+                continue
+            if len(span.counts) == 1:
+                chosen = kept[0].nonzero()[:, 0]
+                buffer.index_copy_(dim, slots[0, chosen].to(buffer.device), _select(new, chosen, dim))
+            else:
+                row, token = (index.to(buffer.device) for index in kept.nonzero(as_tuple=True))
+                where = slots.to(buffer.device)[row, token]
+                if dim == 2:
+                    buffer[row, :, where] = new[row, :, token]
+                else:
+                    buffer[row, where] = new[row, token]
+
+    def exchange(self, slots: Tensor, k: Tensor, v: Tensor, inputs: Tensor | None, old: bool) -> tuple[Tensor, ...]:
+        """Put one token a row into `slots` [R]; returns copies of what was there before if `old`."""
+        slots = slots.to(k.device)
+        index = slots[:, None]
+        before: list[Tensor] = []
+        for buffer, new, dim in ((self.keys, k, 2), (self.values, v, 2), (self.inputs, inputs, 1)):
+            if buffer is None or new is None:
+                continue
+            if old:
+                before.append(_gather(buffer, index, dim))
+            if len(slots) == 1:
+                buffer.index_copy_(dim, slots, new)
+            else:
+                buffer.scatter_(dim, _expand(index, new, dim), new)
+        return tuple(before)
+
+    def select_rows(self, rows: Tensor) -> None:
+        for name, tensor in self.tensors.items():
+            setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+
+    # What transformers asks of a cache layer; the work is done by the attention function.
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("a LayerMemory is filled by the augmented model")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("asked of the AHNCache")
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("asked of the AHNCache")
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class AHNCache(Cache):
+    """The memory of one batch of sequences, for a model from `ahn.augment` or `ahn.from_pretrained`.
+
+    A transformers cache: `model(ids, past_key_values=cache)`, `model.generate(..., past_key_values=cache)`. Any number
+    can be open on one model. Gradients do not flow through it.
+
+    Attributes:
+        tokens_seen: tokens read so far, padding included.
+        last_logits: [B, V] after `ahn.read`, else None.
+        config: the AHNConfig it was made for.
+
+    Raises:
+        ConfigError: the model is not augmented.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from ahn.augment import layers_of
+
+        super().__init__(layers=[LayerMemory(layer) for layer in layers_of(model)])
+        self.config = model.ahn_config
+        self.tokens_seen = 0
+        self.last_logits: Tensor | None = None
+        self._seen = [0]  # real tokens by row: one number while all rows are alike
+        self._batch: int | None = None
+        self._span: Span | None = None
+
+    def __repr__(self) -> str:
+        return f"AHNCache(tokens_seen={self.tokens_seen}, nbytes={self.nbytes}, {self.config})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers: sinks, window, gate inputs and states."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self._batch is None else self._batch
+
+    @property
+    def tokens_per_row(self) -> list[int]:
+        """Tokens read so far by row, without padding."""
+        return self._seen * (self._batch or 1) if len(self._seen) == 1 else list(self._seen)
+
+    def fork(self) -> AHNCache:
+        """An independent copy: reading or decoding on one leaves the other as it is."""
+        twin = copy.copy(self)
+        twin.layers = []
+        for layer in self.layers:
+            layer_twin = copy.copy(layer)
+            for name, tensor in layer.tensors.items():
+                setattr(layer_twin, name, tensor.clone())
+            twin.layers.append(layer_twin)
+        twin._seen = list(self._seen)
+        return twin
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one file, whole or not at all (see `ahn.memory_file`). Raises MemoryFileError."""
+        from ahn import memory_file
+
+        memory_file.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> AHNCache:
+        """Read a file written by `save` for the same model and adapter. Raises MemoryFileError saying what differs."""
+        from ahn import memory_file
+
+        return memory_file.load(path, model)
+
+    # One forward call: the augmented decoder opens it, every layer reads its span, the decoder closes it.
+    def open_span(self, batch: int, length: int, mask: Tensor | None) -> Span:
+        if self._span is not None:
+            raise AHNError(
+                "this cache was left half-written by a forward call that failed; start from a fork or a saved file"
+            )
+        if self._batch not in (None, batch):
+            if self._batch != 1:
+                raise ConfigError(f"batch of {batch} on a cache of {self._batch} rows: expected {self._batch}")
+            self.batch_repeat_interleave(batch)  # one memory, several continuations of it
+        self._batch = batch
+        real = None if mask is None else mask[:, -length:].bool().cpu()
+        self._span = Span.of(self._seen, length, real)
+        return self._span
+
+    def close_span(self) -> None:
+        span = self._span
+        assert span is not None
+        seen = span.after()
+        self._seen = seen[:1] if len(set(seen)) == 1 else seen
+        self.tokens_seen += span.length
+        self._span, self.last_logits = None, None
+
+    @property
+    def span(self) -> Span:
+        assert self._span is not None
+        return self._span
+
+    # What transformers asks of a cache.
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.tokens_seen + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become copies of the rows `beam_idx` [B] (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self._batch or 1).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in self.layers:
+            layer.select_rows(indices)
+        if len(self._seen) > 1:
+            seen = [self._seen[i] for i in indices.tolist()]
+            self._seen = seen[:1] if len(set(seen)) == 1 else seen
+        if self.last_logits is not None:
+            self.last_logits = self.last_logits.index_select(0, indices.to(self.last_logits.device))
+        if self._batch is not None:
+            self._batch = len(indices)
+
+    def reset(self) -> None:
+        """Forget everything, keep the buffers."""
+        for layer in self.layers:
+            for tensor in layer.tensors.values():
+                tensor.zero_()
+        self.tokens_seen, self._seen, self._span, self.last_logits = 0, [0], None, None
+
+    def activate_past_recording(self) -> None:
+        raise UnsupportedOperationError("assisted decoding takes tokens back; a compressed memory cannot unread them")
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Raises UnsupportedOperationError: what was compressed cannot be taken out again. Use `fork` before."""
+        raise UnsupportedOperationError("a compressed memory cannot unread tokens (crop); fork the cache before reading")
+
+
+def _grown(old: Tensor | None, shape: tuple[int, ...], dim: int, like: Tensor) -> Tensor:
+    new = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if old is not None:
+        new.narrow(dim, 0, old.shape[dim]).copy_(old)
+    return new
+
+
+def _select(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """index_select, without the copy where all is selected."""
+    return x if len(index) == x.shape[dim] else x.index_select(dim, index.to(x.device))
+
+
+def _expand(index: Tensor, x: Tensor, dim: int) -> Tensor:
+    """[B, L] -> the shape of x, where L is the size of `dim` (1 or 2) and dimension 0 is the batch."""
+    shape = list(x.shape)
+    shape[dim] = index.shape[1]
+    middle = (slice(None), None) if dim == 2 else (slice(None),)
+    index = index[middle]
+    return index.view(*index.shape, *([1] * (x.dim() - index.dim()))).expand(shape)
+
+
+def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Take tokens `index` [R, L] along `dim` of x."""
+    index = index.to(x.device)
+    if index.shape[0] == 1:
+        return x.index_select(dim, index[0])
+    return x.gather(dim, _expand(index, x, dim))

@@ -1,0 +1,154 @@
+"""What a recurrent memory cell is.
+
+Letters: B batch, T tokens, D hidden size, N query heads, H head size, G gates of the cell.
+Heads come before tokens (BNTH), as the base model's attention has them.
+
+A cell owns a state of H x H numbers per query head and does three things:
+
+1. `gates`: from the layer input of a token that is to be written, G numbers per head. **All gates zero must leave
+   the state as it is**: the frame zeroes them where nothing is written (padding, sinks, the first window).
+2. a recurrence in three forms that agree: `naive` (the definition), `chunk` (fast over many tokens), `step` (one
+   token, in place). In each, token i is written first and then the state is read with query i.
+3. `output`: normalise, gate and project what was read, from the layer input of the reading token.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ahn import kernels
+
+Gates = tuple[Tensor, ...]
+
+
+class Cell(nn.Module):
+    """Base of all cells. A new one needs `name`, `num_gates`, `gates` and `naive`; the rest has defaults.
+
+    Args:
+        hidden_size: D. num_heads: N. head_dim: H. dtype, device: of the projections; gate biases stay float32.
+
+    Class attributes:
+        name: the file's name. num_gates: G.
+        decay_parameters: names that training leaves out of weight decay and that stay float32.
+        tolerance: largest ||out - naive|| / ||naive|| of a fast form, by dtype of q, k, v.
+        authors_name, authors_unused: how the authors' checkpoints call the cell, and tensors of theirs with no effect.
+        fla_operation: operation of flash-linear-attention that computes `chunk` on CUDA.
+    """
+
+    name: ClassVar[str]
+    num_gates: ClassVar[int]
+    decay_parameters: ClassVar[tuple[str, ...]] = ()
+    tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
+    authors_name: ClassVar[str | None] = None
+    authors_unused: ClassVar[tuple[str, ...]] = ()
+    fla_operation: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
+        # Zero: an untrained memory leaves the sinks-and-window model as it is.
+        self.o_proj = Projection(torch.zeros(num_heads, head_dim, head_dim, dtype=dtype, device=device))
+
+    def gate_inputs(self, x_BTD: Tensor) -> Tensor:
+        """What must be kept of a token in the window so that its gates can be computed when it leaves.
+
+        Returns [B, T, G * N] in the dtype of x: the linear part only, so that nothing is rounded twice.
+        """
+        raise NotImplementedError
+
+    def gates(self, inputs_BTG: Tensor) -> Gates:
+        """From `gate_inputs`: G tensors [B, N, T], float32, zero meaning "nothing is written, nothing forgotten"."""
+        raise NotImplementedError
+
+    def naive(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The definition, token by token in float32; the oracle of the other forms.
+
+        Args:
+            q_BNTH, k_BNTH: of unit length, q_i reads after k_i, v_i are written.
+            state: [B, N, H, H] float32 (key, value), before the first write.
+
+        Returns:
+            reads [B, N, T, H] float32 and the state after the last write.
+        """
+        raise NotImplementedError
+
+    def chunk(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
+        """As `naive`, fast over many tokens and differentiable."""
+        return self.naive(q_BNTH, k_BNTH, v_BNTH, gates, state)
+
+    def step(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> Tensor:
+        """As `naive` for one token (T = 1); `state` is updated in place. Returns the read [B, N, 1, H] float32."""
+        read, new_state = self.naive(q_BNTH, k_BNTH, v_BNTH, gates, state)
+        state.copy_(new_state)
+        return read
+
+    def fla(self, q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
+        """As `chunk`, by flash-linear-attention on CUDA: tokens before heads, gates [B, T, N]."""
+        raise NotImplementedError
+
+    def scan(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
+        """`chunk` by the best kernel there is for this device and dtype (`ahn.kernels`); q and k of any length."""
+        q, k = unit(q_BNTH), unit(k_BNTH)
+        if kernels.choose(self.fla_operation, q_BNTH).name == "fla":
+            dtype = q_BNTH.dtype
+            q, k, v = (t.transpose(1, 2).to(dtype).contiguous() for t in (q, k, v_BNTH))
+            read, state = self.fla(q, k, v, tuple(g.transpose(1, 2).contiguous() for g in gates), state)
+            return read.transpose(1, 2).float(), state
+        return self.chunk(q, k, v_BNTH.float(), gates, state)
+
+    def output(self, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
+        """Norm, gate and per-head projection of what was read; returns [B, T, N, H] in the dtype of x."""
+        raise NotImplementedError
+
+
+class Projection(nn.Module):
+    """One H x H matrix per head: out[n, o] = sum_i x[n, i] weight[n, i, o] (paper, section 3)."""
+
+    def __init__(self, weight_NHH: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_NHH)
+
+    def forward(self, x_BNTH: Tensor) -> Tensor:
+        return torch.matmul(x_BNTH, self.weight).transpose(1, 2)
+
+
+class Norm(nn.Module):
+    """RMSNorm over the last dimension in float32, eps 1e-5."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-5)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x over its length in float32, with eps 1e-6 on the squared length."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def linear(hidden_size: int, num_heads: int, dtype: torch.dtype, device: torch.device | str | None, bias: bool = False) -> nn.Linear:
+    """D -> N, one number per head, from the initialisation the authors use (normal, deviation 0.02)."""
+    layer = nn.Linear(hidden_size, num_heads, bias=bias, dtype=dtype, device=device)
+    nn.init.normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def head_gates(inputs_BTG: Tensor, count: int) -> tuple[Tensor, ...]:
+    """[B, T, G * N] -> G tensors [B, N, T] in float32."""
+    return tuple(part.transpose(1, 2) for part in inputs_BTG.float().chunk(count, dim=-1))

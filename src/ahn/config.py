@@ -1,0 +1,88 @@
+"""What a memory is made of: the cell, the window, the sinks, and the layers that have one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ahn.errors import ConfigError
+
+VERSION = 1
+SINK_POSITIONS = ("clipped", "absolute")
+
+
+@dataclass(frozen=True)
+class AHNConfig:
+    """Settings of the memory on one model.
+
+    Args:
+        cell: name of the recurrent cell (`ahn.cells.names()`), or None for sinks and window without a memory.
+        window: tokens kept exactly behind and including the current one, at least 1. Paper: 32,640.
+        sinks: first tokens of each sequence kept exactly, 0 or more. Paper: 128.
+        layers: indices of the layers that get window and memory; the others keep full attention, and their cache
+            grows with the text. None: all layers.
+        sink_positions: how far away a query sees the sinks. "absolute": at their true distance (the authors').
+            "clipped": never further than `sinks + window`, the largest distance that occurs while everything is
+            still lossless, so that no distance leaves the range the base was trained on (docs/decisions.md).
+
+    Raises:
+        ConfigError: names the value and what is allowed.
+    """
+
+    cell: str | None = "gated_deltanet"
+    window: int = 32640
+    sinks: int = 128
+    layers: tuple[int, ...] | None = None
+    sink_positions: str = "clipped"
+
+    def __post_init__(self) -> None:
+        _check_integer("window", self.window, least=1)
+        _check_integer("sinks", self.sinks, least=0)
+        if self.layers is not None:
+            layers = tuple(self.layers)
+            for layer in layers:
+                _check_integer("layers", layer, least=0)
+            if len(set(layers)) != len(layers) or not layers:
+                raise ConfigError(f"layers={list(layers)}: expected distinct layer indices, at least one")
+            object.__setattr__(self, "layers", tuple(sorted(layers)))
+        if self.sink_positions not in SINK_POSITIONS:
+            raise ConfigError(f"sink_positions={self.sink_positions!r}: expected one of {', '.join(SINK_POSITIONS)}")
+        if self.cell is not None:
+            from ahn import cells
+
+            cells.check_name(self.cell)
+
+    @property
+    def lossless(self) -> int:
+        """Tokens kept exactly: sinks + window."""
+        return self.sinks + self.window
+
+    def replace(self, **changes: Any) -> AHNConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["layers"] = None if self.layers is None else list(self.layers)
+        return {"version": VERSION, **values}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AHNConfig:
+        """Inverse of `to_dict`. Raises ConfigError for another version or unknown keys, naming them."""
+        values = dict(values)
+        version = values.pop("version", None)
+        if version != VERSION:
+            raise ConfigError(f"memory config version {version!r}: this ahn reads version {VERSION}")
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"memory config has unknown keys: {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r}: expected an integer of at least {least}")

@@ -1,0 +1,33 @@
+"""Everything `ahn` raises on purpose. Each message names the value that was wrong and what is allowed."""
+
+
+class AHNError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(AHNError, ValueError):
+    """A setting that cannot be honoured: a window of 0, an unknown cell, more lossless tokens than the base can place."""
+
+
+class UnsupportedModelError(AHNError, ValueError):
+    """A base model whose attention cannot be split into sinks, window and memory; the message says what is missing."""
+
+
+class UnsupportedOperationError(AHNError, NotImplementedError):
+    """Something a memory that forgets cannot do, such as rolling back tokens."""
+
+
+class BaseModelError(AHNError, ValueError):
+    """A base model or tokenizer that cannot be found or read."""
+
+
+class AdapterError(AHNError, ValueError):
+    """Trained weights that do not fit: another base, missing or extra tensors, NaN, an unknown version."""
+
+
+class MemoryFileError(AHNError, ValueError):
+    """A memory file that is damaged, of another model, or of another version."""
+
+
+class DocumentError(AHNError, ValueError):
+    """A document that is missing, empty or not text."""

@@ -1,0 +1,118 @@
+"""Reading long inputs in constant memory, and generating after them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ahn.augment import CHUNK
+from ahn.cache import AHNCache
+from ahn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def read(
+    model: PreTrainedModel,
+    ids: Tensor | Sequence[int],
+    cache: AHNCache | None = None,
+    chunk: int | None = None,
+    progress: Progress | None = None,
+    attention_mask: Tensor | None = None,
+) -> AHNCache:
+    """Read tokens into a memory, chunk by chunk: memory use does not grow with their number.
+
+    Args:
+        model: from `ahn.augment` or `ahn.from_pretrained`.
+        ids: token ids [T] or [B, T], at least one.
+        cache: read on from here; it is changed in place. Default: a new one.
+        chunk: tokens at once, default 512. More is not faster on a CPU.
+        progress: called with (tokens read, tokens in all) after each chunk.
+        attention_mask: [B, T], 0 for padding.
+
+    Returns:
+        the cache, with `last_logits` [B, V]: those after the last token.
+
+    Raises:
+        ConfigError: no tokens, or a chunk below 1.
+        KeyboardInterrupt: after the chunk in progress, so that `cache` can still be used and saved.
+    """
+    ids = torch.as_tensor(ids)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise ConfigError(f"ids of shape {list(ids.shape)}: expected at least one token id, [tokens] or [batch, tokens]")
+    chunk = CHUNK if chunk is None else chunk
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ConfigError(f"chunk={chunk!r}: expected an integer of at least 1")
+    cache = AHNCache(model) if cache is None else cache
+    hidden = read_chunks(model.get_decoder(), ids.to(model.device), cache, chunk, attention_mask, progress)
+    cache.last_logits = model.get_output_embeddings()(hidden)
+    return cache
+
+
+@torch.no_grad()
+def read_chunks(
+    decoder: Any, ids: Tensor, cache: AHNCache, chunk: int, mask: Tensor | None = None, progress: Progress | None = None
+) -> Tensor:
+    """`read` below the language-model head: returns the last hidden state [B, D]. `mask` covers the past as well, or
+    only `ids` where there is none."""
+    total = ids.shape[1]
+    past = 0 if mask is None else mask.shape[1] - total
+    hidden = None
+    with _finish_before_interrupt() as interrupted:
+        for low in range(0, total, chunk):
+            piece = ids[:, low : low + chunk]
+            seen = None if mask is None else mask[:, : past + low + piece.shape[1]].to(piece.device)
+            hidden = decoder(piece, attention_mask=seen, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            if progress is not None:
+                progress(low + piece.shape[1], total)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+    assert hidden is not None
+    return hidden
+
+
+def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCache, **options: Any) -> Tensor:
+    """`model.generate` on new tokens only, going on from what `cache` has seen; `cache` is changed in place.
+
+    Args:
+        ids: the new token ids [T] or [B, T]. options: those of `model.generate` (max_new_tokens, streamer, ...).
+
+    Returns:
+        the generated token ids [B, T_new], without the prompt.
+    """
+    ids = torch.as_tensor(ids)
+    ids = (ids[None] if ids.dim() == 1 else ids).to(model.device)
+    seen = torch.ones(ids.shape[0], cache.tokens_seen + ids.shape[1], dtype=torch.long, device=ids.device)
+    out = model.generate(ids, attention_mask=seen, past_key_values=cache, **options)
+    return getattr(out, "sequences", out)[:, ids.shape[1] :]
+
+
+@contextmanager
+def _finish_before_interrupt() -> Iterator[threading.Event]:
+    """Within, Ctrl-C sets the event instead of breaking a chunk half-way; a second one breaks at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,64 @@
+"""Finds variants (cells, and whatever else comes one file each) in a folder of this package and in entry points."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from ahn.errors import ConfigError
+
+T = TypeVar("T", bound=type)
+
+
+class Registry(Generic[T]):
+    """Names to classes.
+
+    A class is found under its file's name in `package`, in the entry-point group of the same name
+    (`my_cell = "my_package:MyCell"`), or after `register`. Nothing is imported before it is asked for.
+    """
+
+    def __init__(self, kind: str, package: str, hidden: tuple[str, ...] = ("base",)) -> None:
+        self.kind, self.package, self.hidden = kind, package, hidden
+        self._loaders: dict[str, Callable[[], Any]] = {}
+
+    def register(self, name: str, cls: T) -> T:
+        self._loaders[name] = lambda: cls
+        return cls
+
+    def names(self) -> list[str]:
+        return sorted(self._found())
+
+    def check_name(self, name: str) -> None:
+        """Raises ConfigError with the nearest name if `name` is not known."""
+        found = self._found()
+        if name not in found:
+            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown {self.kind} {name!r}: expected one of {', '.join(sorted(found))}{hint}")
+
+    def get(self, name: str) -> T:
+        self.check_name(name)
+        return self._found()[name]()
+
+    def _found(self) -> dict[str, Callable[[], Any]]:
+        package = importlib.import_module(self.package)
+        files = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+        found: dict[str, Callable[[], Any]] = {
+            name: (lambda name=name: _class_in_file(self.package, name)) for name in files if name not in self.hidden
+        }
+        for point in entry_points(group=self.package):
+            found[point.name] = point.load
+        return found | self._loaders
+
+
+def _class_in_file(package: str, name: str) -> type:
+    """The class that file `name` defines: the one whose `name` attribute is the file's name."""
+    module = importlib.import_module(f"{package}.{name}")
+    for value in vars(module).values():
+        if isinstance(value, type) and value.__module__ == module.__name__ and getattr(value, "name", None) == name:
+            return value
+    raise ConfigError(f"{package}.{name} defines no class with name = {name!r}")
