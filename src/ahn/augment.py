@@ -209,6 +209,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     AttentionMaskInterface.register(ATTENTION, _mask)
     model.config._attn_implementation = ATTENTION
     model.ahn_config, model._ahn_frame = config, frame
+    model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
     decoder.ahn_owner = [model]  # in a list: not a submodule
     return model
 
@@ -224,7 +225,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     model.config._attn_implementation = frame.attention
     for parameter, trainable in frame.trainable:
         parameter.requires_grad_(trainable)
-    del model.ahn_config, model._ahn_frame, model.get_decoder().ahn_owner
+    del model.ahn_config, model.ahn_names, model._ahn_frame, model.get_decoder().ahn_owner
     return model
 
 

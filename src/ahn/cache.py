@@ -225,6 +225,7 @@ class AHNCache(Cache):
         self.config = model.ahn_config
         self.tokens_seen = 0
         self.last_logits: Tensor | None = None
+        self._model = model
         self._seen = [0]  # real tokens by row: one number while all rows are alike
         self._batch: int | None = None
         self._span: Span | None = None
@@ -248,6 +249,7 @@ class AHNCache(Cache):
 
     def fork(self) -> AHNCache:
         """An independent copy: reading or decoding on one leaves the other as it is."""
+        self._check_whole()
         twin = copy.copy(self)
         twin.layers = []
         for layer in self.layers:
@@ -262,6 +264,7 @@ class AHNCache(Cache):
         """Write everything to one file, whole or not at all (see `ahn.memory_file`). Raises MemoryFileError."""
         from ahn import memory_file
 
+        self._check_whole()
         memory_file.save(self, path)
 
     @classmethod
@@ -271,12 +274,34 @@ class AHNCache(Cache):
 
         return memory_file.load(path, model)
 
+    def describe(self) -> dict[str, Any]:
+        """What a memory file says about this cache."""
+        import ahn
+        from ahn.memory_file import fingerprint
+
+        return {
+            "package": ahn.__version__,
+            "config": self.config.to_dict(),
+            "dtype": str(self._model.dtype),
+            "fingerprint": fingerprint(self._model),
+            "tokens_seen": self.tokens_seen,
+            "seen": self._seen,
+            "batch": self._batch,
+            **self._model.ahn_names,
+        }
+
+    def restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The opposite of saving: `header` of `describe`, `tensors` by layer and name."""
+        self.last_logits = tensors.pop("last_logits", None)
+        for name, tensor in tensors.items():
+            index, _, kind = name.partition(".")
+            setattr(self.layers[int(index)], kind, tensor)
+            self.layers[int(index)].is_initialized = True
+        self.tokens_seen, self._seen, self._batch = header["tokens_seen"], header["seen"], header["batch"]
+
     # One forward call: the augmented decoder opens it, every layer reads its span, the decoder closes it.
     def open_span(self, batch: int, length: int, mask: Tensor | None) -> Span:
-        if self._span is not None:
-            raise AHNError(
-                "this cache was left half-written by a forward call that failed; start from a fork or a saved file"
-            )
+        self._check_whole()
         if self._batch not in (None, batch):
             if self._batch != 1:
                 raise ConfigError(f"batch of {batch} on a cache of {self._batch} rows: expected {self._batch}")
@@ -285,6 +310,10 @@ class AHNCache(Cache):
         real = None if mask is None else mask[:, -length:].bool().cpu()
         self._span = Span.of(self._seen, length, real)
         return self._span
+
+    def _check_whole(self) -> None:
+        if self._span is not None:
+            raise AHNError("this cache was left half-written by a call that failed: go on from a fork or a saved file")
 
     def close_span(self) -> None:
         span = self._span

@@ -1,0 +1,359 @@
+"""Adapters: the cells' trained weights, with what they were trained for, and nothing of the base.
+
+Ours is a folder with `adapter.safetensors` (tensors `layers.{i}.{name}`) and `ahn.json`; the authors' checkpoints
+(`model.layers.{i}.ahn.fn.{name}`, their config keys) are read unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ahn import bases, cells, zoo
+from ahn.augment import augment, layers_of
+from ahn.config import AHNConfig
+from ahn.errors import AdapterError, AHNError, ConfigError
+from ahn.memory_file import atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERSION = 1
+WEIGHTS, SETTINGS = "adapter.safetensors", "ahn.json"
+AUTHORS_PREFIX, AUTHORS_INFIX = "model.layers.", ".ahn.fn."
+PAPER_LOSSLESS = 32768  # tokens kept exactly in the paper: 128 sinks + 32,640 window
+
+
+@dataclass
+class Adapter:
+    """Trained weights as they are on disk.
+
+    Attributes:
+        config: the memory they were made for; window and sinks are defaults the user may change.
+        shape: `hidden_size`, `num_heads`, `head_dim`, `num_layers` of the base.
+        tensors: by `layers.{i}.{parameter}`.
+        base: name of the base, for people. source: where it was read from, for messages.
+    """
+
+    config: AHNConfig
+    shape: dict[str, int]
+    tensors: dict[str, Tensor] = field(repr=False)
+    base: str | None = None
+    source: str = ""
+
+
+def from_pretrained(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    cell: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """A base model with its memory, ready to read.
+
+    Args:
+        base: hub id, local folder, GGUF file, or "smollm2-135m".
+        adapter: a shipped one's name (`ahn.zoo.names()`), a folder or a hub id, ours or the authors'. Default: the
+            one in the base's own folder or, if there is none and no `cell` is named, sinks and window alone.
+        window, sinks: tokens kept exactly. Default: the adapter's; without one the paper's 32,640 + 128 where the
+            base has that many positions, else a quarter of them.
+        cell: an untrained cell by name, to be trained; with an adapter, must be the adapter's.
+        dtype: default float32 on a CPU, bfloat16 on CUDA. device: default CUDA if there is one.
+
+    Returns:
+        the frozen model in eval mode; `model.ahn_config` says what it got.
+
+    Raises:
+        BaseModelError, UnsupportedModelError, AdapterError, ConfigError.
+    """
+    trained = None
+    if adapter is None and (Path(base) / SETTINGS).is_file():
+        adapter = base
+    if adapter is not None:
+        trained = read_adapter(adapter)
+        if cell not in (None, trained.config.cell):
+            raise ConfigError(f"cell={cell!r}: adapter {adapter} is for {trained.config.cell!r}")
+    if cell is not None:
+        cells.check_name(cell)
+    for name, value, least in (("window", window, 1), ("sinks", sinks, 0)):
+        if value is not None:
+            AHNConfig(cell=None, **{name: value})  # a wrong number is said before gigabytes are loaded
+    model = bases.load_base(base, dtype=dtype, device=device)
+    config = trained.config if trained else default_config(model.config.get_text_config(), cell)
+    changes = {name: value for name, value in (("window", window), ("sinks", sinks)) if value is not None}
+    if sinks is not None and window is None and not trained:
+        changes["window"] = config.lossless - sinks
+    augment(model, config.replace(**changes))
+    model.ahn_names["base"] = os.fspath(base)
+    if trained:
+        apply(trained, model)
+    return model.eval()
+
+
+def default_config(base: Any, cell: str | None) -> AHNConfig:
+    """Sinks and window that fit a base of this transformers config."""
+    context = getattr(base, "max_position_embeddings", None) or PAPER_LOSSLESS
+    lossless = PAPER_LOSSLESS if context >= PAPER_LOSSLESS else max(context // 4, 1)
+    sinks = min(128, lossless // 16)
+    rope = getattr(base, "rope_parameters", None) or {}
+    changing = rope.get("rope_type") in ("dynamic", "longrope")
+    return AHNConfig(cell, lossless - sinks, sinks, sink_positions="absolute" if changing else "clipped")
+
+
+def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Write the trained weights and settings of an augmented model's memory to `folder`.
+
+    An adapter that is already there is replaced at once, or stays if the disk refuses.
+
+    Raises:
+        AdapterError: the model has no cells, or the folder cannot be written.
+    """
+    config: AHNConfig = model.ahn_config
+    if config.cell is None:
+        raise AdapterError("the model has no cells, only sinks and window: there is nothing to save")
+    tensors = {name: p.detach().cpu().contiguous() for name, p in _parameters(model).items()}
+    write_adapter(Adapter(config, _shape(model), tensors, model.ahn_names["base"]), folder)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """Load an adapter (ours, the authors', a shipped one's name) into a model; augments it first if need be.
+
+    Returns:
+        the same model.
+
+    Raises:
+        AdapterError: of another base or cell, missing or extra tensors, NaN, unknown version. The model's weights are
+        then as before.
+    """
+    trained = read_adapter(folder)
+    if not hasattr(model, "ahn_config"):
+        _check_shape(trained, _shape(model))
+        augment(model, trained.config)
+    apply(trained, model)
+    return model
+
+
+def convert(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write an adapter in our format: the authors' checkpoint, or one of ours.
+
+    With `base`, the folder also gets the base's weights and tokenizer: `ahn.from_pretrained(destination)` needs
+    nothing else, and plain transformers can load the base from it.
+
+    Returns:
+        the destination folder.
+    """
+    trained, destination = read_adapter(source), Path(destination)
+    if base is not None:
+        model = bases.load_base(base, dtype="auto", device="cpu")
+        _check_shape(trained, _shape(model))
+        try:
+            model.save_pretrained(destination)
+            bases.load_tokenizer(base).save_pretrained(destination)
+        except OSError as error:
+            raise AdapterError(f"{destination}: cannot be written: {error}") from error
+        trained.base = os.fspath(base)
+    write_adapter(trained, destination)
+    return destination
+
+
+def read_adapter(source: str | os.PathLike[str]) -> Adapter:
+    """Weights and settings from a shipped adapter's name, a folder or a hub id. Raises AdapterError."""
+    folder = _folder(source)
+    if (folder / SETTINGS).is_file():
+        return _read_ours(folder)
+    if (folder / "config.json").is_file():
+        return _read_authors(folder)
+    raise AdapterError(f"{folder}: no adapter: expected {SETTINGS}, or an authors' checkpoint with config.json")
+
+
+def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
+    """Both files are complete on disk before either takes its place."""
+    from safetensors.torch import save_file
+
+    import ahn
+
+    folder = Path(folder)
+    settings = {
+        "version": VERSION,
+        "package": ahn.__version__,
+        "base": adapter.base,
+        "shape": adapter.shape,
+        "config": adapter.config.to_dict(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / SETTINGS) as settings_path, atomic(folder / WEIGHTS) as weights_path:
+            save_file(adapter.tensors, weights_path)
+            settings["sha256"] = hashlib.sha256(weights_path.read_bytes()).hexdigest()
+            settings_path.write_text(json.dumps(settings, indent=2) + "\n")
+    except (AHNError, OSError) as error:
+        raise AdapterError(str(error)) from error
+
+
+def apply(adapter: Adapter, model: PreTrainedModel) -> None:
+    """Copy an adapter's weights into an augmented model, after all checks. Raises AdapterError."""
+    config: AHNConfig = model.ahn_config
+    source = adapter.source
+    _check_shape(adapter, _shape(model))
+    for name in ("cell", "layers"):
+        ours, theirs = getattr(config, name), getattr(adapter.config, name)
+        if ours != theirs:
+            raise AdapterError(f"{source}: adapter for {name}={theirs!r}, the model has {name}={ours!r}")
+    parameters = _parameters(model)
+    missing, extra = sorted(parameters.keys() - adapter.tensors), sorted(adapter.tensors.keys() - parameters)
+    if missing:
+        raise AdapterError(f"{source}: {len(missing)} tensors missing: {_some(missing)}")
+    if extra:
+        raise AdapterError(f"{source}: {len(extra)} tensors too many: {_some(extra)}")
+    for name, parameter in parameters.items():
+        tensor = adapter.tensors[name]
+        if tensor.shape != parameter.shape:
+            raise AdapterError(f"{source}: {name} has shape {list(tensor.shape)}, the base needs {list(parameter.shape)}")
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{source}: {name} holds NaN or infinite numbers")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(adapter.tensors[name])
+    model.ahn_names["adapter"] = source
+
+
+def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    found = {}
+    for i, layer in enumerate(layers_of(model)):
+        if layer.cell is not None:
+            found |= {f"layers.{i}.{name}": parameter for name, parameter in layer.cell.named_parameters()}
+    return found
+
+
+def _shape(model: PreTrainedModel) -> dict[str, int]:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "hidden_size": config.hidden_size,
+        "num_heads": heads,
+        "head_dim": size,
+        "num_layers": config.num_hidden_layers,
+    }
+
+
+def _check_shape(adapter: Adapter, shape: dict[str, int]) -> None:
+    different = [f"{key} {adapter.shape.get(key)}, not {value}" for key, value in shape.items() if adapter.shape.get(key) != value]
+    if different:
+        raise AdapterError(f"{adapter.source}: adapter of another base ({adapter.base}): {'; '.join(different)}")
+
+
+def _folder(source: str | os.PathLike[str]) -> Path:
+    if (shipped := zoo.path(os.fspath(source))) is not None:
+        return shipped
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise AdapterError(f"{path}: expected the adapter's folder, not a file")
+    name = os.fspath(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = ", ".join(zoo.names()) or "none"
+        raise AdapterError(f"{name}: no such adapter: expected a folder, a hub id OWNER/NAME, or a shipped one ({known})")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # offline, no such repository, no rights: the hub's own words say which
+        raise AdapterError(f"{name}: not a folder here, and not to be had from the hub: {_first_line(error)}") from error
+
+
+def _read_ours(folder: Path) -> Adapter:
+    settings = _json(folder / SETTINGS)
+    if settings.get("version") != VERSION:
+        raise AdapterError(f"{folder}: adapter of version {settings.get('version')!r}: this ahn reads version {VERSION}")
+    try:
+        config = AHNConfig.from_dict(settings["config"])
+        shape, digest = settings["shape"], settings["sha256"]
+    except KeyError as error:
+        raise AdapterError(f"{folder / SETTINGS}: no {error}") from error
+    except (ConfigError, TypeError) as error:
+        raise AdapterError(f"{folder / SETTINGS}: {error}") from error
+    weights = folder / WEIGHTS
+    if weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
+        raise AdapterError(f"{weights}: damaged: its checksum is not the one in {SETTINGS}")
+    return Adapter(config, shape, _tensors(weights), settings.get("base"), str(folder))
+
+
+def _read_authors(folder: Path) -> Adapter:
+    settings = _json(folder / "config.json")
+    names = {cls.authors_name: name for name in cells.names() if (cls := cells.get(name)).authors_name}
+    implementation = settings.get("_ahn_implementation")
+    if implementation not in names:
+        raise AdapterError(
+            f"{folder}: _ahn_implementation is {implementation!r}: expected one of {', '.join(map(str, names))}"
+        )
+    for key in ("use_q_proj", "use_ahn_router"):
+        if settings.get(key):
+            raise AdapterError(f"{folder}: {key} is on: checkpoints with it were never released and cannot be read")
+    cell = cells.get(names[implementation])
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in _tensors(file, lambda name: AUTHORS_INFIX in name).items():
+            layer, _, parameter = name.removeprefix(AUTHORS_PREFIX).partition(AUTHORS_INFIX)
+            if parameter not in cell.authors_unused:
+                tensors[f"layers.{layer}.{parameter}"] = tensor
+    if not tensors:
+        raise AdapterError(f"{folder}: no tensors named {AUTHORS_PREFIX}N{AUTHORS_INFIX}*")
+    heads = settings["num_attention_heads"]
+    full = {int(i) for i in str(settings.get("fa_layer_ids") or "").replace(" ", "").split(",") if i}
+    count = settings["num_hidden_layers"]
+    # Their window, sinks and window type are those of training: inference takes the paper's.
+    config = AHNConfig(
+        names[implementation],
+        layers=tuple(i for i in range(count) if i not in full) if full else None,
+        sink_positions="absolute",
+    )
+    shape = {
+        "hidden_size": settings["hidden_size"],
+        "num_heads": heads,
+        "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
+        "num_layers": count,
+    }
+    return Adapter(config, shape, tensors, settings.get("_name_or_path"), str(folder))
+
+
+def _tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - not a dict
+    except Exception as error:  # missing, truncated, not safetensors: one type each, all mean the same to the user
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path}: expected a JSON object")
+    return values
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,168 @@
+"""Memory files: one safetensors file with every layer's tensors, and a header that says whose memory it is.
+
+Header keys: `ahn` (file version), `package` (version that wrote it), `config`, `fingerprint` of the base's and the cells'
+weights, `dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `base`, `adapter` (names, for people and the
+command line), `sha256` over all of these and over every tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ahn.config import AHNConfig
+from ahn.errors import ConfigError, MemoryFileError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ahn.cache import AHNCache
+
+VERSION = 1
+SAMPLES = 1024  # numbers of each base tensor that enter its fingerprint
+
+
+def save(cache: AHNCache, path: str | Path) -> None:
+    """Write `cache` to `path`: whole or not at all, an earlier file survives a failure.
+
+    Raises:
+        MemoryFileError: nothing was read yet, or the file cannot be written; says why.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if not cache.tokens_seen:
+        raise MemoryFileError(f"{path}: the memory is empty, read something first")
+    tensors = {f"{i}.{name}": t for i, layer in enumerate(cache.layers) for name, t in layer.tensors.items()}
+    if cache.last_logits is not None:
+        tensors["last_logits"] = cache.last_logits
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    header = {"ahn": VERSION, **cache.describe()}
+    header["sha256"] = _digest(header, tensors)
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"memory": json.dumps(header)})
+
+
+def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
+    """Read a file written by `save` into a cache for `model`.
+
+    Raises:
+        MemoryFileError: not a memory file, damaged, of another version, base, adapter, dtype or config.
+    """
+    from safetensors.torch import load_file
+
+    from ahn.cache import AHNCache
+
+    header = peek(path)
+    cache = AHNCache(model)
+    config = AHNConfig.from_dict(header["config"])
+    if config != cache.config:
+        raise MemoryFileError(f"{path}: memory of {config}, the model has {cache.config}")
+    ours = cache.describe()
+    for key in ("dtype", "fingerprint"):
+        if header[key] != ours[key]:
+            raise MemoryFileError(f"{path}: memory of another model ({_whose(header)}; {key} {header[key]}, not {ours[key]})")
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors raises its own type and OSError; both mean the same to the user
+        raise MemoryFileError(f"{path}: damaged memory file: {error}") from error
+    if _digest(header, tensors) != header["sha256"]:
+        raise MemoryFileError(f"{path}: damaged memory file: its checksum does not match")
+    cache.restore(header, {name: tensor.to(model.device) for name, tensor in tensors.items()})
+    return cache
+
+
+def peek(path: str | Path) -> dict[str, Any]:
+    """The header of a memory file, without its tensors. Raises MemoryFileError."""
+    from safetensors import safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise MemoryFileError(f"{path}: no such memory file")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("memory")
+        header = None if text is None else json.loads(text)
+    except Exception as error:
+        raise MemoryFileError(f"{path}: not a memory file, or a truncated one: {error}") from error
+    if not isinstance(header, dict) or "ahn" not in header:
+        raise MemoryFileError(f"{path}: not a memory file")
+    if header["ahn"] != VERSION:
+        raise MemoryFileError(f"{path}: memory file of version {header['ahn']!r}: this ahn reads version {VERSION}")
+    missing = {"config", "dtype", "fingerprint", "sha256", "tokens_seen", "seen", "batch"} - header.keys()
+    if missing:
+        raise MemoryFileError(f"{path}: damaged memory file: no {', '.join(sorted(missing))}")
+    try:
+        AHNConfig.from_dict(header["config"])
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise MemoryFileError(f"{path}: {error}") from error
+    return header
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identifies base and adapter weights: every number of the cells, 1,024 spread over each tensor of the base."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach()
+        if hasattr(values, "dequantize") and type(values) is not torch.nn.Parameter and type(values) is not Tensor:
+            values = values.dequantize()
+        values = values.flatten()
+        if ".ahn." not in name and len(values) > SAMPLES:
+            values = values[torch.linspace(0, len(values) - 1, SAMPLES, dtype=torch.float64).long().to(values.device)]
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(_bytes(values))
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it if all went well and is removed if not.
+
+    Raises:
+        MemoryFileError: the disk refused (full, read-only, no such folder); the earlier file is untouched.
+    """
+    temporary = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent or ".")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    except BaseException as error:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise MemoryFileError(f"{path}: cannot be written: {error}") from error
+        raise
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "sha256"}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    tensor = tensor.contiguous().cpu()
+    return memoryview(tensor.view(torch.uint8).numpy() if tensor.dim() else tensor[None].view(torch.uint8).numpy())
+
+
+def _whose(header: dict[str, Any]) -> str:
+    return f"base {header.get('base')}, adapter {header.get('adapter')}"
