@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AHNCache": "cache",
     "AHNConfig": "config",
-    "augment": "augment",
+    "augment": "augmentation",
     "convert": "adapter",
-    "detach": "augment",
+    "detach": "augmentation",
     "from_pretrained": "adapter",
     "generate": "generation",
     "load_adapter": "adapter",
@@ -30,7 +30,7 @@ __all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
 if TYPE_CHECKING:
     from ahn import cells, errors, kernels, zoo
     from ahn.adapter import convert, from_pretrained, load_adapter, save_adapter
-    from ahn.augment import augment, detach
+    from ahn.augmentation import augment, detach
     from ahn.bases import load_tokenizer
     from ahn.cache import AHNCache
     from ahn.config import AHNConfig
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         value = getattr(import_module(f"ahn.{_PUBLIC[name]}"), name)
-        globals()[name] = value  # `ahn.augment` is the function, although a module of that name exists
+        globals()[name] = value
         return value
     if name in _MODULES:
         return import_module(f"ahn.{name}")

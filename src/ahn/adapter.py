@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ahn import bases, cells, zoo
-from ahn.augment import augment, layers_of
+from ahn.augmentation import augment, layers_of
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, AHNError, ConfigError
 from ahn.memory_file import atomic

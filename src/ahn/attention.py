@@ -141,8 +141,11 @@ class Rotary:
         return cos / scaling, sin / scaling
 
     def turn(self, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """q [B, N, C, H] turned by `angles`, computed in float32."""
-        return self.apply(q.float(), q[:, :0].float(), *angles)[0].to(q.dtype)
+        """q [B, N, C, H] turned by `angles`, computed in float32; with partial rotation the first dimensions turn."""
+        width = angles[0].shape[-1]
+        turning, rest = q[..., :width], q[..., width:]
+        turned = self.apply(turning.float(), turning[:, :0].float(), *angles)[0].to(q.dtype)
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
     def _composes(self, attention: nn.Module) -> bool:
         device = attention.o_proj.weight.device

@@ -24,7 +24,7 @@ from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ahn.augment import AHNLayer
+    from ahn.augmentation import AHNLayer
 
 
 @dataclass
@@ -219,7 +219,7 @@ class AHNCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from ahn.augment import layers_of
+        from ahn.augmentation import layers_of
 
         super().__init__(layers=[LayerMemory(layer) for layer in layers_of(model)])
         self.config = model.ahn_config

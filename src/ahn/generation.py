@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ahn.augment import CHUNK
+from ahn.augmentation import CHUNK
 from ahn.cache import AHNCache
 from ahn.errors import ConfigError
 

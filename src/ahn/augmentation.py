@@ -332,8 +332,8 @@ def _attention(
     if isinstance(cache, AHNCache):
         with torch.no_grad():
             out = layer(query, key, value, x, cache.span, cache.layers[module.layer_idx], scale)
-        if torch.is_grad_enabled() and query.requires_grad:
-            out = _NoGradient.apply(query, out)
+        if torch.is_grad_enabled() and layer.cell is not None and layer.cell.o_proj.weight.requires_grad:
+            out = _NoGradient.apply(layer.cell.o_proj.weight, out)
         return out, None
     real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
     return layer(query, key, value, x, Span.of([0], query.shape[2], real), None, scale), None
@@ -343,7 +343,7 @@ class _NoGradient(torch.autograd.Function):
     """Lets a graph through the cache be built and refuses to go back through it, instead of losing gradients silently."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, out: Tensor) -> Tensor:
+    def forward(ctx: Any, trained: Tensor, out: Tensor) -> Tensor:
         return out.clone()
 
     @staticmethod

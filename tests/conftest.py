@@ -1,0 +1,100 @@
+"""Tiny random models: everything here runs on a CPU, offline, in seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ahn
+from ahn.augmentation import layers_of
+
+VOCABULARY = 128
+GOLDEN = Path(__file__).parent / "golden"
+CELLS = {"gated_deltanet": "GatedDeltaNet", "deltanet": "DeltaNet", "mamba2": "Mamba2"}
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny(family="Llama", seed=0, **changes):
+    """A random causal language model of a transformers family, in float32 and eval mode."""
+    import transformers
+
+    torch.manual_seed(seed)
+    settings = SHAPE | changes
+    if family in ("Mistral", "Qwen2", "Qwen3"):
+        settings.setdefault("sliding_window", None)
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():  # larger than transformers starts with, so that errors show
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+        elif "bias" in name:
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def with_memory(model, cell="gated_deltanet", window=16, sinks=4, seed=1, **changes):
+    """Augment with a cell whose every weight matters (a new one's projection is zero)."""
+    ahn.augment(model, ahn.AHNConfig(cell=cell, window=window, sinks=sinks, **changes))
+    torch.manual_seed(seed)
+    for layer in layers_of(model):
+        if layer.cell is not None:
+            for name, parameter in layer.cell.named_parameters():
+                if name.endswith("o_proj.weight"):
+                    parameter.data.normal_(std=0.5)
+                elif parameter.dim() > 1:
+                    parameter.data.normal_(std=0.2)
+    return model
+
+
+def token_ids(length, batch=1, seed=3):
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def in_pieces(model, ids, sizes, mask=None):
+    """Logits [B, T, V] of reading `ids` through a cache in pieces of these sizes."""
+    cache, out, low = ahn.AHNCache(model), [], 0
+    with torch.no_grad():
+        for size in sizes:
+            seen = None if mask is None else mask[:, : low + size]
+            out.append(model(ids[:, low : low + size], attention_mask=seen, past_key_values=cache).logits)
+            low += size
+    assert low == ids.shape[1]
+    return torch.cat(out, 1)
+
+
+def golden_tensors(cell):
+    """Tensors and metadata of the authors' run with one cell."""
+    from safetensors import safe_open
+
+    with safe_open(GOLDEN / f"qwen2_{CELLS[cell]}_0.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return tensors, file.metadata()
+
+
+def golden_base(tensors, metadata):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    theirs = json.loads(metadata["config"])
+    keys = {*SHAPE, "rms_norm_eps", "rope_theta", "tie_word_embeddings"} - {"bos_token_id", "eos_token_id", "pad_token_id"}
+    model = Qwen2ForCausalLM(Qwen2Config(**{key: theirs[key] for key in keys})).eval()
+    weights = {name: t for name, t in tensors.items() if name.startswith("model.") and ".ahn." not in name}
+    assert model.load_state_dict(weights, strict=False).unexpected_keys == []
+    return model
+
+
+@pytest.fixture(params=sorted(CELLS))
+def cell(request):
+    return request.param
