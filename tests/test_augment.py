@@ -1,0 +1,229 @@
+"""On and off a model without a trace; what cannot be served; constant memory; dtypes; compile; quantised bases."""
+
+import copy
+
+import pytest
+import torch
+from conftest import in_pieces, tiny, token_ids, with_memory
+
+import ahn
+from ahn.errors import AHNError, ConfigError, UnsupportedModelError
+
+
+def test_detach_restores_the_base_exactly():
+    base = tiny()
+    base.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    ids = token_ids(60)
+    state = {name: t.clone() for name, t in base.state_dict().items()}
+    config, implementation = copy.deepcopy(base.config.to_dict()), base.config._attn_implementation
+    trainable = {name: p.requires_grad for name, p in base.named_parameters()}
+    with torch.no_grad():
+        expected = base(ids).logits
+    attributes = set(vars(base))
+
+    with_memory(base)
+    assert base(ids).logits.shape == expected.shape
+    assert ahn.detach(base) is base
+
+    after = base.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], t) for name, t in state.items())
+    assert {name: p.requires_grad for name, p in base.named_parameters()} == trainable
+    assert base.config.to_dict() == config
+    assert base.config._attn_implementation == implementation
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    assert set(vars(base)) == attributes
+    with torch.no_grad():
+        assert torch.equal(base(ids).logits, expected)
+
+
+def test_augment_twice_and_detach_twice():
+    model = with_memory(tiny())
+    with pytest.raises(ConfigError, match="already"):
+        ahn.augment(model)
+    ahn.detach(model)
+    with pytest.raises(ConfigError, match="no memories"):
+        ahn.detach(model)
+    with pytest.raises(ConfigError, match="no memories"):
+        ahn.AHNCache(model)
+
+
+def test_importing_patches_nothing():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    other = tiny(seed=4)
+    ids = token_ids(30)
+    with torch.no_grad():
+        before = other(ids).logits
+        with_memory(tiny())
+        assert torch.equal(other(ids).logits, before)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].__module__.startswith("transformers")
+
+
+def test_only_the_cells_are_trained():
+    model = with_memory(tiny())
+    assert all(p.requires_grad == (".ahn." in name) for name, p in model.named_parameters())
+
+
+def sliding_qwen():
+    return tiny("Qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("build", "missing"),
+    [
+        (sliding_qwen, "sliding_attention"),
+        (lambda: tiny("Mistral", sliding_window=16), "slides over 16"),
+        (lambda: tiny("Gemma2", head_dim=8, query_pre_attn_scalar=8), "sliding_attention"),
+        (lambda: tiny("DeepseekV3", num_key_value_heads=4, n_routed_experts=4, n_group=2, topk_group=1), "latent"),
+        (lambda: tiny("GPTNeoX"), "self_attn"),
+    ],
+    ids=["sliding layers", "sliding base", "softcap", "mla", "no self_attn"],
+)
+def test_unsupported_models_say_what_is_missing(build, missing):
+    model = build()
+    with pytest.raises(UnsupportedModelError, match=missing):
+        ahn.augment(model, ahn.AHNConfig(window=16, sinks=4))
+    assert not hasattr(model, "ahn_config")
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_encoder_decoder():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        ahn.augment(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0}, "window=0"),
+        ({"window": -3}, "window=-3"),
+        ({"window": 1.5}, "window=1.5"),
+        ({"window": True}, "window=True"),
+        ({"window": "64"}, "window='64'"),
+        ({"sinks": -1}, "sinks=-1"),
+        ({"sinks": 2.0}, "sinks=2.0"),
+        ({"layers": ()}, "layers"),
+        ({"layers": (0, 0)}, "distinct"),
+        ({"layers": (-1,)}, "layers=-1"),
+        ({"sink_positions": "far"}, "'far'.*clipped, absolute"),
+        ({"cell": "deltanets"}, "did you mean 'deltanet'"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ahn.AHNConfig(**settings)
+
+
+def test_settings_that_do_not_fit_the_base():
+    with pytest.raises(ConfigError, match="32768 tokens, more than the 512 positions"):
+        ahn.augment(tiny())
+    with pytest.raises(ConfigError, match="layers 0 to 1"):
+        ahn.augment(tiny(), ahn.AHNConfig(window=16, sinks=4, layers=(5,)))
+
+
+def test_config_json_round_trip():
+    config = ahn.AHNConfig("mamba2", 100, 7, layers=[3, 1], sink_positions="absolute")
+    assert ahn.AHNConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="version 7"):
+        ahn.AHNConfig.from_dict(config.to_dict() | {"version": 7})
+    with pytest.raises(ConfigError, match="unknown keys: windo"):
+        ahn.AHNConfig.from_dict(config.to_dict() | {"windo": 7})
+
+
+def test_changing_frequencies_cannot_be_clipped():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ConfigError, match="'dynamic'.*absolute"):
+        with_memory(tiny(rope_parameters=rope))
+    with_memory(tiny(rope_parameters=rope), sink_positions="absolute")
+
+
+def test_nothing_grows_once_the_window_is_full(cell):
+    """Every tensor of the cache is written in place: same storage, same size, however much is read or decoded."""
+    model = with_memory(tiny(), cell)
+    cache = ahn.read(model, token_ids(40))
+    held = [t for layer in cache.layers for t in layer.tensors.values()]
+    size, places = cache.nbytes, [t.data_ptr() for t in held]
+    ahn.read(model, token_ids(300), cache, chunk=50)
+    for _ in range(30):
+        ahn.read(model, token_ids(1), cache)
+    assert cache.nbytes == size
+    assert [t.data_ptr() for layer in cache.layers for t in layer.tensors.values()] == places
+    assert cache.tokens_seen == 370
+
+
+def test_cache_size_is_sinks_window_gates_and_state(cell):
+    model = with_memory(tiny(), cell)
+    cache = ahn.read(model, token_ids(100))
+    gates = ahn.cells.get(cell).num_gates * 4
+    assert cache.nbytes == 2 * 4 * (20 * (2 * 2 * 8 + gates) + 4 * 8 * 8)
+
+
+def test_a_short_text_takes_little():
+    model = with_memory(tiny(), window=400)
+    assert ahn.read(model, token_ids(10)).nbytes < ahn.read(model, token_ids(420)).nbytes / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_float32(cell, dtype):
+    ids = token_ids(60)
+    model = with_memory(tiny(), cell)
+    expected = in_pieces(model, ids, [60])
+    half = with_memory(tiny().to(dtype), cell)
+    whole = in_pieces(half, ids, [60])
+    assert whole.dtype == dtype
+    assert (whole.float() - expected).norm() / expected.norm() < 0.05
+    pieces = in_pieces(half, ids, [13, 1, 1, 30, 15])
+    assert (pieces.float() - expected).norm() / expected.norm() < 0.05
+    cache = ahn.read(half, ids)
+    assert cache.layers[0].state.dtype == torch.float32
+    assert cache.layers[0].keys.dtype == dtype
+
+
+def test_torch_compile():
+    """Compiles with a break at each attention: the memory is Python and in place."""
+    model = with_memory(tiny())
+    ids = token_ids(60)
+    expected = in_pieces(model, ids, [40, 1, 19])
+    compiled = torch.compile(model, backend="aot_eager")
+    cache, out = ahn.AHNCache(model), []
+    with torch.no_grad():
+        for piece in ids.split([40, 1, 19], 1):
+            out.append(compiled(piece, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(out, 1), expected, atol=1e-4, rtol=0)
+    torch._dynamo.reset()
+
+
+def test_a_quantised_base(tmp_path):
+    quanto = pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
+    from transformers import AutoModelForCausalLM, QuantoConfig
+
+    assert quanto
+    tiny().save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig(weights="int8")).eval()
+    ids = token_ids(60)
+    with torch.no_grad():
+        expected = base(ids).logits
+    model = with_memory(base)
+    assert (in_pieces(model, ids, [60])[:, :20] - expected[:, :20]).abs().max() < 1e-5
+    whole = in_pieces(model, ids, [60])
+    assert (in_pieces(model, ids, [13, 1, 46]) - whole).abs().max() < 1e-4
+    ahn.read(model, ids).save(tmp_path / "book.ahn")
+    assert ahn.AHNCache.load(tmp_path / "book.ahn", model).tokens_seen == 60
+
+
+def test_our_attention_needs_our_model():
+    model = with_memory(tiny())
+    other = tiny(seed=2)
+    other.config._attn_implementation = model.config._attn_implementation
+    with pytest.raises(AHNError, match=r"ahn\.augment"):
+        other(token_ids(5))
+
+
+def test_attention_dropout_is_refused():
+    model = with_memory(tiny(attention_dropout=0.1)).train()
+    with pytest.raises(ConfigError, match=r"attention_dropout=0\.1"):
+        model(token_ids(30), use_cache=False)

@@ -1,0 +1,212 @@
+"""`model.generate` as users know it, over a memory."""
+
+import pytest
+import torch
+from conftest import in_pieces, tiny, token_ids, with_memory
+
+import ahn
+from ahn import augmentation
+from ahn.errors import ConfigError, UnsupportedOperationError
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def model():
+    return with_memory(tiny())
+
+
+def greedy(model, ids, tokens):
+    """The oracle: one whole forward a token, no cache."""
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("prompt", [3, 19, 20, 21, 50])
+def test_greedy(model, prompt):
+    ids = token_ids(prompt)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, **GREEDY), greedy(model, ids, 12))
+
+
+def test_without_cache(model):
+    ids = token_ids(30)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, use_cache=False, **GREEDY), greedy(model, ids, 4))
+
+
+def test_left_padded_batch(model):
+    short, long = token_ids(18, seed=1), token_ids(40, seed=2)
+    ids = torch.cat([torch.cat([torch.zeros(1, 22, dtype=torch.long), short], 1), long])
+    mask = torch.ones_like(ids)
+    mask[0, :22] = 0
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=10, **GREEDY)
+    assert torch.equal(out[:1, 40:], greedy(model, short, 10)[:, 18:])
+    assert torch.equal(out[1:, 40:], greedy(model, long, 10)[:, 40:])
+
+
+def test_cache_carried_over_turns_with_all_ids_or_only_the_new(model):
+    first, second = token_ids(30, seed=1), token_ids(7, seed=2)
+    expected = greedy(model, first, 5)
+    expected = greedy(model, torch.cat([expected, second], 1), 5)
+
+    cache = ahn.AHNCache(model)
+    turn = model.generate(first, past_key_values=cache, max_new_tokens=5, **GREEDY)
+    assert torch.equal(model.generate(torch.cat([turn, second], 1), past_key_values=cache, max_new_tokens=5, **GREEDY), expected)
+
+    cache = ahn.AHNCache(model)
+    answer = ahn.generate(model, first, cache, max_new_tokens=5, **GREEDY)
+    new = torch.cat([answer[:, -1:], second], 1)  # the last token was returned, not read
+    assert torch.equal(ahn.generate(model, new, cache, max_new_tokens=5, **GREEDY), expected[:, -5:])
+
+
+def test_after_reading(model):
+    ids = token_ids(60)
+    cache = ahn.read(model, ids[:, :40], chunk=7)
+    assert torch.equal(ahn.generate(model, ids[:, 40:], cache, max_new_tokens=6, **GREEDY), greedy(model, ids, 6)[:, 60:])
+
+
+def test_stop_tokens(model):
+    ids = token_ids(30)
+    fourth = greedy(model, ids, 4)[0, -1].item()
+    out = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=fourth, pad_token_id=0)
+    assert out.shape[1] <= 34
+    assert out[0, -1] == fourth
+
+
+def test_streamer(model):
+    from transformers.generation.streamers import BaseStreamer
+
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    streamer, ids = Streamer(), token_ids(30)
+    out = model.generate(ids, streamer=streamer, max_new_tokens=6, **GREEDY)
+    assert streamer.tokens == [*out[0].tolist(), "end"]
+
+
+def test_sampling_and_return_sequences(model):
+    ids = token_ids(30)
+    torch.manual_seed(0)
+    out = model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=20, eos_token_id=None, pad_token_id=0)
+    assert out.shape == (3, 50)
+    assert len({tuple(row.tolist()) for row in out}) == 3
+
+
+def test_return_sequences_from_one_memory(model):
+    ids = token_ids(60)
+    cache = ahn.read(model, ids[:, :40])
+    out = ahn.generate(model, ids[:, 40:], cache.fork(), max_new_tokens=5, num_return_sequences=2, num_beams=2, **GREEDY)
+    beams = model.generate(ids, max_new_tokens=5, num_return_sequences=2, num_beams=2, **GREEDY)
+    assert torch.equal(out, beams[:, 60:])
+
+
+def test_beam_search_reorders_the_memory(model):
+    """Against beam search that recomputes everything, which has no memory to reorder."""
+    ids = token_ids(40, batch=2)
+    beams = {"num_beams": 4, "max_new_tokens": 12, "num_return_sequences": 2, **GREEDY}
+    assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
+
+
+def test_long_prompts_are_read_in_chunks(model, monkeypatch):
+    monkeypatch.setattr(augmentation, "CHUNK", 16)
+    lengths = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
+    ids = token_ids(50, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=4, **GREEDY)
+    assert max(lengths) == 16
+    assert torch.equal(out[1:], greedy(model, ids[1:], 4))
+    assert torch.equal(out[:1, 50:], greedy(model, ids[:1, 9:], 4)[:, 41:])
+
+
+def test_default_cache_comes_back_from_a_forward(model):
+    ids = token_ids(40)
+    with torch.no_grad():
+        out = model(ids[:, :30], use_cache=True)
+        assert isinstance(out.past_key_values, ahn.AHNCache)
+        rest = model(ids[:, 30:], past_key_values=out.past_key_values).logits
+    torch.testing.assert_close(rest, in_pieces(model, ids, [40])[:, 30:], atol=1e-4, rtol=0)
+
+
+def test_read_gives_the_last_logits_and_progress(model):
+    ids, seen = token_ids(50), []
+    cache = ahn.read(model, ids[0].tolist(), chunk=20, progress=lambda done, total: seen.append((done, total)))
+    torch.testing.assert_close(cache.last_logits, in_pieces(model, ids, [50])[:, -1], atol=1e-4, rtol=0)
+    assert seen == [(20, 50), (40, 50), (50, 50)]
+    assert cache.tokens_seen == 50
+
+
+@pytest.mark.parametrize("ids", [[], torch.zeros(1, 0, dtype=torch.long), torch.zeros(3), torch.zeros(1, 2, 3).long()])
+def test_nothing_to_read(model, ids):
+    with pytest.raises(ConfigError, match="expected at least one token id"):
+        ahn.read(model, ids)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, True])
+def test_bad_chunk(model, chunk):
+    with pytest.raises(ConfigError, match="chunk="):
+        ahn.read(model, [5, 6], chunk=chunk)
+
+
+def test_what_cannot_work_says_so(model):
+    ids = token_ids(30)
+    with pytest.raises(UnsupportedOperationError, match="StaticCache"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=3, **GREEDY)
+    with pytest.raises(UnsupportedOperationError, match=r"unread|take"):
+        model.generate(ids, assistant_model=tiny(seed=5), max_new_tokens=8, **GREEDY)
+    with pytest.raises(UnsupportedOperationError, match=r"unread|take"):
+        model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=8, **GREEDY)
+    with pytest.raises(UnsupportedOperationError, match="fork"):
+        ahn.read(model, ids).crop(5)
+    with pytest.raises(UnsupportedOperationError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(1, 1, 30, 30))
+    with pytest.raises(UnsupportedOperationError, match="packed"):
+        model(ids, position_ids=torch.cat([torch.arange(15), torch.arange(15)])[None], use_cache=False)
+    with pytest.raises(UnsupportedOperationError, match="output_attentions"):
+        model(ids, output_attentions=True)
+
+
+def test_a_grown_dynamic_cache_is_refused(model):
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    tiny()(token_ids(5), past_key_values=cache)
+    with pytest.raises(UnsupportedOperationError, match="DynamicCache"):
+        model(token_ids(5), past_key_values=cache)
+
+
+def test_batch_must_fit_the_cache(model):
+    cache = ahn.read(model, token_ids(30, batch=2))
+    with pytest.raises(ConfigError, match="batch of 3 on a cache of 2"):
+        model(token_ids(1, batch=3), past_key_values=cache)
+
+
+def test_a_forward_that_failed_leaves_the_cache_marked(model, monkeypatch):
+    cache = ahn.read(model, token_ids(30))
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].mlp, "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError), torch.no_grad():
+            model(token_ids(3), past_key_values=cache)
+    with pytest.raises(ahn.errors.AHNError, match="half-written"), torch.no_grad():
+        model(token_ids(3), past_key_values=cache)
+
+
+def test_interrupt_finishes_the_chunk(model):
+    import signal
+
+    cache, ids = ahn.AHNCache(model), token_ids(60)
+    with pytest.raises(KeyboardInterrupt):
+        ahn.read(model, ids, cache, chunk=10, progress=lambda done, total: signal.raise_signal(signal.SIGINT) if done == 30 else None)
+    assert cache.tokens_seen == 30
+    with torch.no_grad():
+        rest = model(ids[:, 30:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, in_pieces(model, ids, [60])[:, 30:], atol=1e-4, rtol=0)
