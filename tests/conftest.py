@@ -88,7 +88,11 @@ def golden_base(tensors, metadata):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     theirs = json.loads(metadata["config"])
-    keys = {*SHAPE, "rms_norm_eps", "rope_theta", "tie_word_embeddings"} - {"bos_token_id", "eos_token_id", "pad_token_id"}
+    keys = {*SHAPE, "rms_norm_eps", "rope_theta", "tie_word_embeddings"} - {
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    }
     model = Qwen2ForCausalLM(Qwen2Config(**{key: theirs[key] for key in keys})).eval()
     weights = {name: t for name, t in tensors.items() if name.startswith("model.") and ".ahn." not in name}
     assert model.load_state_dict(weights, strict=False).unexpected_keys == []

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import CELLS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 from safetensors.torch import load_file, save_file
 
 import ahn
 from ahn.errors import AdapterError, ConfigError
+from conftest import CELLS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 
 
 @pytest.fixture
@@ -86,7 +86,9 @@ def test_convert_the_authors(tmp_path, cell):
     checkpoint = authors_checkpoint(tmp_path / "authors", cell)
     ours = ahn.convert(checkpoint, tmp_path / "ours")
     tensors, metadata = golden_tensors(cell)
-    model = ahn.load_adapter(ahn.augment(golden_base(tensors, metadata), ahn.AHNConfig(cell, 64, 4, sink_positions="absolute")), ours)
+    model = ahn.load_adapter(
+        ahn.augment(golden_base(tensors, metadata), ahn.AHNConfig(cell, 64, 4, sink_positions="absolute")), ours
+    )
     assert (in_pieces(model, tensors["input_ids"], [300]) - tensors["logits"]).abs().max() < 1e-4
     assert "layers.0.D" not in load_file(ours / "adapter.safetensors")
 

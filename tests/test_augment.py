@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import in_pieces, tiny, token_ids, with_memory
 
 import ahn
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError
+from conftest import in_pieces, tiny, token_ids, with_memory
 
 
 def test_detach_restores_the_base_exactly():

@@ -89,9 +89,13 @@ def test_every_gradient_of_the_chunk_form(cell, tokens):
         x, q, k, v, state = leaves = inputs(cell, tokens, grad=True)
         read, after = getattr(cell, form)(unit(q), unit(k), v, cell.gates(cell.gate_inputs(x)), state)
         torch.manual_seed(9)
-        loss = (cell.output(read, x) * torch.randn(2, tokens, HEADS, SIZE)).sum() + (after * torch.randn_like(after)).sum()
+        loss = (cell.output(read, x) * torch.randn(2, tokens, HEADS, SIZE)).sum() + (
+            after * torch.randn_like(after)
+        ).sum()
         loss.backward()
-        return {f"input {i}": leaf.grad for i, leaf in enumerate(leaves)} | {n: p.grad for n, p in cell.named_parameters()}
+        return {f"input {i}": leaf.grad for i, leaf in enumerate(leaves)} | {
+            n: p.grad for n, p in cell.named_parameters()
+        }
 
     naive, chunk = gradients("naive"), gradients("chunk")
     for name, gradient in naive.items():

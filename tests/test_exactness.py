@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
-from test_cells import Toy
 
 import ahn
 from ahn.augmentation import layers_of
+from conftest import golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
+from test_cells import Toy
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
 SPLITS = ([60], [7, 13, 1, 1, 30, 8], [1] * 60, [20, 1, 19, 20], [59, 1], [33, 27])

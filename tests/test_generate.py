@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import in_pieces, tiny, token_ids, with_memory
 
 import ahn
 from ahn import augmentation
 from ahn.errors import ConfigError, UnsupportedOperationError
+from conftest import in_pieces, tiny, token_ids, with_memory
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -52,7 +52,9 @@ def test_cache_carried_over_turns_with_all_ids_or_only_the_new(model):
 
     cache = ahn.AHNCache(model)
     turn = model.generate(first, past_key_values=cache, max_new_tokens=5, **GREEDY)
-    assert torch.equal(model.generate(torch.cat([turn, second], 1), past_key_values=cache, max_new_tokens=5, **GREEDY), expected)
+    assert torch.equal(
+        model.generate(torch.cat([turn, second], 1), past_key_values=cache, max_new_tokens=5, **GREEDY), expected
+    )
 
     cache = ahn.AHNCache(model)
     answer = ahn.generate(model, first, cache, max_new_tokens=5, **GREEDY)
@@ -63,7 +65,9 @@ def test_cache_carried_over_turns_with_all_ids_or_only_the_new(model):
 def test_after_reading(model):
     ids = token_ids(60)
     cache = ahn.read(model, ids[:, :40], chunk=7)
-    assert torch.equal(ahn.generate(model, ids[:, 40:], cache, max_new_tokens=6, **GREEDY), greedy(model, ids, 6)[:, 60:])
+    assert torch.equal(
+        ahn.generate(model, ids[:, 40:], cache, max_new_tokens=6, **GREEDY), greedy(model, ids, 6)[:, 60:]
+    )
 
 
 def test_stop_tokens(model):
@@ -95,7 +99,9 @@ def test_streamer(model):
 def test_sampling_and_return_sequences(model):
     ids = token_ids(30)
     torch.manual_seed(0)
-    out = model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=20, eos_token_id=None, pad_token_id=0)
+    out = model.generate(
+        ids, do_sample=True, num_return_sequences=3, max_new_tokens=20, eos_token_id=None, pad_token_id=0
+    )
     assert out.shape == (3, 50)
     assert len({tuple(row.tolist()) for row in out}) == 3
 
@@ -103,7 +109,9 @@ def test_sampling_and_return_sequences(model):
 def test_return_sequences_from_one_memory(model):
     ids = token_ids(60)
     cache = ahn.read(model, ids[:, :40])
-    out = ahn.generate(model, ids[:, 40:], cache.fork(), max_new_tokens=5, num_return_sequences=2, num_beams=2, **GREEDY)
+    out = ahn.generate(
+        model, ids[:, 40:], cache.fork(), max_new_tokens=5, num_return_sequences=2, num_beams=2, **GREEDY
+    )
     beams = model.generate(ids, max_new_tokens=5, num_return_sequences=2, num_beams=2, **GREEDY)
     assert torch.equal(out, beams[:, 60:])
 
@@ -205,7 +213,13 @@ def test_interrupt_finishes_the_chunk(model):
 
     cache, ids = ahn.AHNCache(model), token_ids(60)
     with pytest.raises(KeyboardInterrupt):
-        ahn.read(model, ids, cache, chunk=10, progress=lambda done, total: signal.raise_signal(signal.SIGINT) if done == 30 else None)
+        ahn.read(
+            model,
+            ids,
+            cache,
+            chunk=10,
+            progress=lambda done, total: signal.raise_signal(signal.SIGINT) if done == 30 else None,
+        )
     assert cache.tokens_seen == 30
     with torch.no_grad():
         rest = model(ids[:, 30:], past_key_values=cache).logits

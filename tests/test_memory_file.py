@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import tiny, token_ids, with_memory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ahn
 from ahn import memory_file
 from ahn.errors import AHNError, MemoryFileError
+from conftest import tiny, token_ids, with_memory
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
 
@@ -37,7 +37,9 @@ def test_loaded_equals_never_saved_bitwise(cell, tmp_path, tokens):
     assert (loaded.tokens_seen, loaded.nbytes, loaded.config) == (tokens, cache.nbytes, cache.config)
     assert torch.equal(loaded.last_logits, cache.last_logits)
     with torch.no_grad():
-        assert torch.equal(model(question, past_key_values=loaded).logits, model(question, past_key_values=cache).logits)
+        assert torch.equal(
+            model(question, past_key_values=loaded).logits, model(question, past_key_values=cache).logits
+        )
     assert torch.equal(ahn.generate(model, question, loaded, **GREEDY), ahn.generate(model, question, cache, **GREEDY))
 
 

@@ -7,7 +7,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
-TEXT = ["The cat sat.\n\nWho sat? The (old) cat.\n\n", 'A "quote".\n\nWhy?\n\n* one\n* two\n\n12 cats: 3 mice!\n\n'] * 20
+TEXT = ['The cat sat.\n\nWho sat? The (old) cat.\n\nA "quote".\n\nWhy?\n\n* one\n* two\n\n12 cats: 3 mice!\n\n'] * 40
 
 
 def tiny_tokenizer(pre_tokenizer: str = "gpt2", template: str | None = TEMPLATE, vocabulary: int = 320) -> Any:

@@ -28,13 +28,21 @@ _MODULES = ("cells", "errors", "kernels", "zoo")
 __all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
 
 if TYPE_CHECKING:
-    from ahn import cells, errors, kernels, zoo
-    from ahn.adapter import convert, from_pretrained, load_adapter, save_adapter
-    from ahn.augmentation import augment, detach
-    from ahn.bases import load_tokenizer
-    from ahn.cache import AHNCache
-    from ahn.config import AHNConfig
-    from ahn.generation import generate, read
+    from ahn import cells as cells
+    from ahn import errors as errors
+    from ahn import kernels as kernels
+    from ahn import zoo as zoo
+    from ahn.adapter import convert as convert
+    from ahn.adapter import from_pretrained as from_pretrained
+    from ahn.adapter import load_adapter as load_adapter
+    from ahn.adapter import save_adapter as save_adapter
+    from ahn.augmentation import augment as augment
+    from ahn.augmentation import detach as detach
+    from ahn.bases import load_tokenizer as load_tokenizer
+    from ahn.cache import AHNCache as AHNCache
+    from ahn.config import AHNConfig as AHNConfig
+    from ahn.generation import generate as generate
+    from ahn.generation import read as read
 
 
 def __getattr__(name: str) -> Any:

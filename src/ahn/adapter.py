@@ -86,12 +86,10 @@ def from_pretrained(
             raise ConfigError(f"cell={cell!r}: adapter {adapter} is for {trained.config.cell!r}")
     if cell is not None:
         cells.check_name(cell)
-    for name, value, least in (("window", window, 1), ("sinks", sinks, 0)):
-        if value is not None:
-            AHNConfig(cell=None, **{name: value})  # a wrong number is said before gigabytes are loaded
+    changes: dict[str, Any] = {k: v for k, v in (("window", window), ("sinks", sinks)) if v is not None}
+    AHNConfig(cell=None, **changes)  # a wrong number is said before gigabytes are loaded
     model = bases.load_base(base, dtype=dtype, device=device)
     config = trained.config if trained else default_config(model.config.get_text_config(), cell)
-    changes = {name: value for name, value in (("window", window), ("sinks", sinks)) if value is not None}
     if sinks is not None and window is None and not trained:
         changes["window"] = config.lossless - sinks
     augment(model, config.replace(**changes))
@@ -221,7 +219,9 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
     for name, parameter in parameters.items():
         tensor = adapter.tensors[name]
         if tensor.shape != parameter.shape:
-            raise AdapterError(f"{source}: {name} has shape {list(tensor.shape)}, the base needs {list(parameter.shape)}")
+            raise AdapterError(
+                f"{source}: {name} has shape {list(tensor.shape)}, the base needs {list(parameter.shape)}"
+            )
         if not tensor.isfinite().all():
             raise AdapterError(f"{source}: {name} holds NaN or infinite numbers")
     with torch.no_grad():
@@ -231,7 +231,7 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    found = {}
+    found: dict[str, torch.nn.Parameter] = {}
     for i, layer in enumerate(layers_of(model)):
         if layer.cell is not None:
             found |= {f"layers.{i}.{name}": parameter for name, parameter in layer.cell.named_parameters()}
@@ -251,7 +251,11 @@ def _shape(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _check_shape(adapter: Adapter, shape: dict[str, int]) -> None:
-    different = [f"{key} {adapter.shape.get(key)}, not {value}" for key, value in shape.items() if adapter.shape.get(key) != value]
+    different = [
+        f"{key} {adapter.shape.get(key)}, not {value}"
+        for key, value in shape.items()
+        if adapter.shape.get(key) != value
+    ]
     if different:
         raise AdapterError(f"{adapter.source}: adapter of another base ({adapter.base}): {'; '.join(different)}")
 
@@ -267,19 +271,25 @@ def _folder(source: str | os.PathLike[str]) -> Path:
     name = os.fspath(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         known = ", ".join(zoo.names()) or "none"
-        raise AdapterError(f"{name}: no such adapter: expected a folder, a hub id OWNER/NAME, or a shipped one ({known})")
+        raise AdapterError(
+            f"{name}: no such adapter: expected a folder, a hub id OWNER/NAME, or a shipped one ({known})"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # offline, no such repository, no rights: the hub's own words say which
-        raise AdapterError(f"{name}: not a folder here, and not to be had from the hub: {_first_line(error)}") from error
+        raise AdapterError(
+            f"{name}: not a folder here, and not to be had from the hub: {_first_line(error)}"
+        ) from error
 
 
 def _read_ours(folder: Path) -> Adapter:
     settings = _json(folder / SETTINGS)
     if settings.get("version") != VERSION:
-        raise AdapterError(f"{folder}: adapter of version {settings.get('version')!r}: this ahn reads version {VERSION}")
+        raise AdapterError(
+            f"{folder}: adapter of version {settings.get('version')!r}: this ahn reads version {VERSION}"
+        )
     try:
         config = AHNConfig.from_dict(settings["config"])
         shape, digest = settings["shape"], settings["sha256"]

@@ -59,7 +59,9 @@ def merge(a: Softmax, b: Softmax) -> Tensor:
     return torch.lerp(b[0], a[0], weight)
 
 
-def attend_one(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, mask: Tensor | None, scale: float) -> Tensor:
+def attend_one(
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, mask: Tensor | None, scale: float
+) -> Tensor:
     """Attention of one new token over a ring buffer, in any order and without copying it.
 
     Args:
@@ -123,7 +125,7 @@ class Rotary:
         ConfigError: the base's rotation cannot be composed (frequencies that change with the length, unknown layout).
     """
 
-    def __init__(self, decoder: nn.Module, attention: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, attention: Any) -> None:
         self.embedding: Any = getattr(decoder, "rotary_emb", None)
         self.apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         changing = getattr(self.embedding, "rope_type", "default") in ("dynamic", "longrope")
@@ -147,7 +149,7 @@ class Rotary:
         turned = self.apply(turning.float(), turning[:, :0].float(), *angles)[0].to(q.dtype)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
-    def _composes(self, attention: nn.Module) -> bool:
+    def _composes(self, attention: Any) -> bool:
         device = attention.o_proj.weight.device
         if device.type == "meta":
             return True

@@ -17,18 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ahn import cells
 from ahn.attention import Rotary, attend_one, attend_window
 from ahn.cache import AHNCache, LayerMemory, Span
+from ahn.cells.base import unit
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ahn.cells.base import Cell
 
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
@@ -41,13 +44,13 @@ class AHNLayer(nn.Module):
     `cell` None: sinks and window only. `window` None: full attention.
     """
 
-    def __init__(self, attention: nn.Module, config: AHNConfig, rotary: Rotary | None) -> None:
+    def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
         super().__init__()
         kept = config.layers is None or attention.layer_idx in config.layers
         self.window = config.window if kept else None
         self.sinks = config.sinks if kept else 0
         self.rotary = [rotary if kept else None]  # in a list: the base's rotary module is not ours to register
-        self.cell: cells.Cell | None = None
+        self.cell: Cell | None = None
         if kept and config.cell is not None:
             heads, size = _heads(attention)
             weight = attention.o_proj.weight
@@ -84,12 +87,16 @@ class AHNLayer(nn.Module):
             sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
         else:
             before = memory.window_before(span)
-            window = tuple(torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(before, window, strict=True))
+            window = tuple(
+                torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(before, window, strict=True)
+            )
             memory.put(span, k, v, inputs)
-            sinks = memory.keys[:, :, : self.sinks], memory.values[:, :, : self.sinks]
+            keys, values = memory.kept
+            sinks = keys[:, :, : self.sinks], values[:, :, : self.sinks]
         start = span.start.to(q.device)
         q_sinks = self._seen_by_sinks(q, span)
-        out = attend_window(q, q_sinks, sinks, window[:2], start, self.window or FOREVER, scale).transpose(1, 2)
+        reach = self.window or FOREVER
+        out = attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale).transpose(1, 2)
         if self.cell is not None:
             out = self._remember(out, q, x, window, span, memory)
         return span.restore(out, 1)
@@ -108,16 +115,17 @@ class AHNLayer(nn.Module):
         oldest = window[0].shape[2] - span.length + skip - self.window
         k, v = (t[:, :, oldest : oldest + tokens] for t in window[:2])
         gates = self.cell.gates(window[2][:, oldest : oldest + tokens])
-        writes = ((span.positions() >= lossless) & span.real())[:, skip:].to(q.device)
-        partial = len(span.counts) > 1 and not bool(writes.all())
+        writes = ((span.positions() >= lossless) & span.real())[:, skip:]
+        partial = not bool(writes.all())  # rows that are shorter, or padded
+        writes = writes.to(q.device)
         if partial:
             gates = tuple(g * writes[:, None] for g in gates)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-        state = q.new_zeros(*q.shape[:2], q.shape[3], q.shape[3], dtype=torch.float32)
-        read, state = self.cell.scan(q[:, :, skip:], k, v, gates, state if memory is None else memory.state)
+        before = memory.compressed if memory is not None else q.new_zeros(*q.shape[:2], *q.shape[3:] * 2).float()
+        read, state = self.cell.scan(q[:, :, skip:], k, v, gates, before)
         if memory is not None:
-            memory.state.copy_(state)
+            before.copy_(state)
         added = self.cell.output(read, x[:, skip:])
         if partial:
             added = added * writes[..., None, None]
@@ -134,7 +142,7 @@ class AHNLayer(nn.Module):
         mask, filled = None, min(span.first + 1, lossless)
         if len(slots) > 1:
             mask = torch.arange(filled, device=q.device) <= span.start[:, None].to(q.device)
-        keys, values = memory.keys[:, :, :filled], memory.values[:, :, :filled]
+        keys, values = (t[:, :, :filled] for t in memory.kept)
         out = attend_one(q, q_sinks, keys, values, self.sinks, mask, scale).transpose(1, 2)
         if not old or self.cell is None:
             return out
@@ -144,7 +152,7 @@ class AHNLayer(nn.Module):
             gates = tuple(g * some for g in gates)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in old[:2])
-        added = self.cell.output(self.cell.step(cells.unit(q), cells.unit(k), v.float(), gates, memory.state), x)
+        added = self.cell.output(self.cell.step(unit(q), unit(k), v.float(), gates, memory.compressed), x)
         return out + (added if some is None else added * some[..., None])
 
     def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
@@ -340,7 +348,7 @@ def _attention(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Lets a graph through the cache be built and refuses to go back through it, instead of losing gradients silently."""
+    """Lets a graph be built through a cache and refuses to go back through it: no gradient is lost silently."""
 
     @staticmethod
     def forward(ctx: Any, trained: Tensor, out: Tensor) -> Tensor:
@@ -348,7 +356,9 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise UnsupportedOperationError("gradients do not flow through an AHNCache: call the model with use_cache=False")
+        raise UnsupportedOperationError(
+            "gradients do not flow through an AHNCache: call the model with use_cache=False"
+        )
 
 
 def _mask(
@@ -417,7 +427,7 @@ def _read_in_chunks(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the model: of a long prompt whose last logits alone are wanted, read all but the last chunk."""
     ids = kwargs.get("input_ids", args[0] if args else None)
-    cache: Cache | None = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
         return None
     cache = kwargs["past_key_values"] = _own_cache(model, cache, kwargs.get("use_cache"))
@@ -425,7 +435,13 @@ def _read_in_chunks(
     mask = kwargs.get("attention_mask")
     from ahn.generation import read_chunks
 
-    read_chunks(model.get_decoder(), ids[:, :head], cache, CHUNK, None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head])
+    read_chunks(
+        model.get_decoder(),
+        ids[:, :head],
+        cache,
+        CHUNK,
+        None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head],
+    )
     kwargs["input_ids"] = ids[:, head:]
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"][..., -(ids.shape[1] - head) :]

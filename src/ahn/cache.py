@@ -90,6 +90,8 @@ class LayerMemory(CacheLayerMixin):
 
     def __init__(self, layer: AHNLayer) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.window, self.sinks = layer.window, layer.sinks
         self.gate_width = layer.gate_width
         self.inputs: Tensor | None = None
@@ -102,6 +104,17 @@ class LayerMemory(CacheLayerMixin):
     def tensors(self) -> dict[str, Tensor]:
         held = {"keys": self.keys, "values": self.values, "inputs": self.inputs, "state": self.state}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    @property
+    def compressed(self) -> Tensor:
+        assert self.state is not None
+        return self.state
 
     @property
     def nbytes(self) -> int:
@@ -365,7 +378,9 @@ class AHNCache(Cache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Raises UnsupportedOperationError: what was compressed cannot be taken out again. Use `fork` before."""
-        raise UnsupportedOperationError("a compressed memory cannot unread tokens (crop); fork the cache before reading")
+        raise UnsupportedOperationError(
+            "a compressed memory cannot unread tokens (crop); fork the cache before reading"
+        )
 
 
 def _grown(old: Tensor | None, shape: tuple[int, ...], dim: int, like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ class AHNError(Exception):
 
 
 class ConfigError(AHNError, ValueError):
-    """A setting that cannot be honoured: a window of 0, an unknown cell, more lossless tokens than the base can place."""
+    """A setting that cannot be honoured: a window of 0, an unknown cell, more tokens than the base has positions."""
 
 
 class UnsupportedModelError(AHNError, ValueError):

@@ -50,7 +50,9 @@ def read(
     ids = torch.as_tensor(ids)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
-        raise ConfigError(f"ids of shape {list(ids.shape)}: expected at least one token id, [tokens] or [batch, tokens]")
+        raise ConfigError(
+            f"ids of shape {list(ids.shape)}: expected at least one token id, [tokens] or [batch, tokens]"
+        )
     chunk = CHUNK if chunk is None else chunk
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ConfigError(f"chunk={chunk!r}: expected an integer of at least 1")

@@ -1,7 +1,7 @@
 """Memory files: one safetensors file with every layer's tensors, and a header that says whose memory it is.
 
-Header keys: `ahn` (file version), `package` (version that wrote it), `config`, `fingerprint` of the base's and the cells'
-weights, `dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `base`, `adapter` (names, for people and the
+Header keys: `ahn` (file version), `package` (version that wrote it), `config`, `fingerprint` (of the base's and the
+cells' weights), `dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `base`, `adapter` (names, for people and the
 command line), `sha256` over all of these and over every tensor.
 """
 
@@ -70,7 +70,9 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     ours = cache.describe()
     for key in ("dtype", "fingerprint"):
         if header[key] != ours[key]:
-            raise MemoryFileError(f"{path}: memory of another model ({_whose(header)}; {key} {header[key]}, not {ours[key]})")
+            raise MemoryFileError(
+                f"{path}: memory of another model ({_whose(header)}; {key} {header[key]}, not {ours[key]})"
+            )
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises its own type and OSError; both mean the same to the user
@@ -160,8 +162,7 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    tensor = tensor.contiguous().cpu()
-    return memoryview(tensor.view(torch.uint8).numpy() if tensor.dim() else tensor[None].view(torch.uint8).numpy())
+    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _whose(header: dict[str, Any]) -> str:

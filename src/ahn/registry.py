@@ -6,6 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -46,9 +47,9 @@ class Registry(Generic[T]):
 
     def _found(self) -> dict[str, Callable[[], Any]]:
         package = importlib.import_module(self.package)
-        files = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+        files = [m.name for m in pkgutil.iter_modules(package.__path__)]
         found: dict[str, Callable[[], Any]] = {
-            name: (lambda name=name: _class_in_file(self.package, name)) for name in files if name not in self.hidden
+            name: partial(_class_in_file, self.package, name) for name in files if name not in self.hidden
         }
         for point in entry_points(group=self.package):
             found[point.name] = point.load

@@ -71,7 +71,9 @@ class Cell(nn.Module):
         """From `gate_inputs`: G tensors [B, N, T], float32, zero meaning "nothing is written, nothing forgotten"."""
         raise NotImplementedError
 
-    def naive(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
+    def naive(
+        self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The definition, token by token in float32; the oracle of the other forms.
 
         Args:
@@ -83,7 +85,9 @@ class Cell(nn.Module):
         """
         raise NotImplementedError
 
-    def chunk(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(
+        self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As `naive`, fast over many tokens and differentiable."""
         return self.naive(q_BNTH, k_BNTH, v_BNTH, gates, state)
 
@@ -97,7 +101,9 @@ class Cell(nn.Module):
         """As `chunk`, by flash-linear-attention on CUDA: tokens before heads, gates [B, T, N]."""
         raise NotImplementedError
 
-    def scan(self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`chunk` by the best kernel there is for this device and dtype (`ahn.kernels`); q and k of any length."""
         q, k = unit(q_BNTH), unit(k_BNTH)
         if kernels.choose(self.fla_operation, q_BNTH).name == "fla":
@@ -140,7 +146,9 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
-def linear(hidden_size: int, num_heads: int, dtype: torch.dtype, device: torch.device | str | None, bias: bool = False) -> nn.Linear:
+def linear(
+    hidden_size: int, num_heads: int, dtype: torch.dtype, device: torch.device | str | None, bias: bool = False
+) -> nn.Linear:
     """D -> N, one number per head, from the initialisation the authors use (normal, deviation 0.02)."""
     layer = nn.Linear(hidden_size, num_heads, bias=bias, dtype=dtype, device=device)
     nn.init.normal_(layer.weight, std=0.02)

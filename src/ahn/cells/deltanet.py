@@ -23,7 +23,9 @@ class DeltaNet(Cell):
     authors_name = "DeltaNet"
     fla_operation = "delta_rule"
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None
+    ) -> None:
         super().__init__(hidden_size, num_heads, head_dim, dtype, device)
         self.b_proj = linear(hidden_size, num_heads, dtype, device)
         self.g_proj = linear(hidden_size, num_heads, dtype, device)

@@ -25,7 +25,9 @@ class GatedDeltaNet(Cell):
     authors_unused: ClassVar[tuple[str, ...]] = ("D",)
     fla_operation = "gated_delta_rule"
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None
+    ) -> None:
         super().__init__(hidden_size, num_heads, head_dim, dtype, device)
         self.A_log = nn.Parameter(torch.empty(num_heads, device=device).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(num_heads, 1e-3, 1e-1, device)))
@@ -82,7 +84,9 @@ def gated_output(cell: Any, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
 
 
 def log_uniform(size: int, low: float, high: float, device: Any) -> Tensor:
-    return torch.exp(torch.empty(size, device=device).uniform_(torch.tensor(low).log().item(), torch.tensor(high).log().item()))
+    return torch.exp(
+        torch.empty(size, device=device).uniform_(torch.tensor(low).log().item(), torch.tensor(high).log().item())
+    )
 
 
 def inverse_softplus(x: Tensor) -> Tensor:

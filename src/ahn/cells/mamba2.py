@@ -25,7 +25,9 @@ class Mamba2(Cell):
     authors_name = "Mamba2"
     fla_operation = "simple_gla"
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None
+    ) -> None:
         super().__init__(hidden_size, num_heads, head_dim, dtype, device)
         self.A_log = nn.Parameter(torch.arange(1, num_heads + 1, dtype=torch.float32, device=device).log())
         self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(num_heads, 1e-3, 1e-1, device)))

@@ -49,9 +49,7 @@ def gated_delta_rule(
     return _join(out, tokens) * scale, state
 
 
-def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """S <- a S + k v^T; o = S^T q   (Mamba2 in its attention form, arXiv 2405.21060). Arguments as above."""
     tokens = q.shape[2]
     q, k, v = (_blocks(t) for t in (q, k, v))

@@ -24,9 +24,7 @@ def gated_delta_rule(
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from fla.ops.delta_rule import chunk_delta_rule
 
-    return chunk_delta_rule(
-        q, k, v, beta.to(q.dtype), scale=scale, initial_state=state, output_final_state=True
-    )
+    return chunk_delta_rule(q, k, v, beta.to(q.dtype), scale=scale, initial_state=state, output_final_state=True)
 
 
 def simple_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +39,6 @@ def backward_problem(operation: str) -> str | None:
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     hopper = torch.cuda.get_device_capability()[0] == HOPPER
-    if operation != "delta_rule" and hopper and (3, 4) <= version and triton.__version__ < "3.7.1":
+    if operation != "delta_rule" and hopper and version >= (3, 4) and triton.__version__ < "3.7.1":
         return f"gradients: flash-linear-attention's gated kernels are wrong on Hopper with triton {triton.__version__}"
     return None

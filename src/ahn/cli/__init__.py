@@ -1,0 +1,99 @@
+"""The `ahn` command. Each file of this folder without a leading underscore is one subcommand.
+
+Such a file has a docstring (its help), `arguments(parser)`, and `run(args)`, which may return an exit code. It imports
+torch and transformers inside `run` only, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from ahn import __version__
+from ahn.errors import AHNError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parse(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt as interrupt:
+        after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
+        print(f"{after_echo}{str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has what it wanted (`ahn info | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except AHNError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    print(f"ahn {args.command}: error: {' '.join(reason.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def names() -> list[str]:
+    """The subcommands, from the files in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="ahn", description="Read text longer than a model's context in constant memory, and ask.")
+    parser.add_argument("--version", action="version", version=f"ahn {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", title="commands", parser_class=_CommandParser
+    )
+    known = names()
+    for name in known:
+        module = import_module(f"ahn.cli.{name}")
+        assert module.__doc__
+        summary = module.__doc__.strip().splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Help)
+        module.arguments(command)
+        command.set_defaults(run=module.run)
+    if not argv:
+        parser.print_help()
+        parser.exit(BAD_INPUT)
+    if not argv[0].startswith("-") and argv[0] not in known:
+        parser.error(f"unknown command {argv[0]!r}: expected one of {', '.join(known)}{_hint(argv[0], known)}")
+    return parser.parse_args(argv)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
+class _CommandParser(_Parser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # before argparse looks: it would first complain about whatever the mistyped option was to provide
+        for word in args or ():
+            if word == "--":
+                break
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                self.error(f"unknown option {option}{_hint(option, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,44 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: integers from `least` on."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
+        return value
+
+    return number
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model reads, and with what memory."""
+    group = parser.add_argument_group("model and memory")
+    group.add_argument(
+        "--base", metavar="B", help="hub id, folder or .gguf file (default: the memory's, or smollm2-135m)"
+    )
+    group.add_argument("--adapter", metavar="A", help="trained memory: folder, hub id or the name of a shipped one")
+    group.add_argument("--window", type=at_least(1), metavar="N", help="last tokens kept exactly")
+    group.add_argument("--sinks", type=at_least(0), metavar="N", help="first tokens kept exactly")
+    group.add_argument("--cell", metavar="C", help="an untrained cell, to see what it costs (ahn info lists them)")
+    group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
+    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--chunk", type=at_least(1), metavar="N", help="tokens read at once (default: 512)")
+
+
+def add_answer(parser: argparse.ArgumentParser) -> None:
+    """How answers are generated."""
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer (default: %(default)s)"
+    )

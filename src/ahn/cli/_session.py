@@ -1,0 +1,233 @@
+"""A model with one memory, as the commands use it: open, read with progress, answer while streaming.
+
+Answers go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ahn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ahn.cache import AHNCache
+
+QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
+SEEN_IN_MEMORY = ("window", "sinks", "cell")  # settings that a memory file fixes
+
+console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, three figures: 47.2 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.{0 if unit == 'B' or count >= 99.95 else 1 if count >= 9.995 else 2}f} {unit}"
+
+
+@dataclass
+class Answer:
+    ids: Tensor
+    seconds: float
+    stopped: bool
+
+    @property
+    def summary(self) -> str:
+        count = self.ids.shape[-1]
+        return f"{count:,} tokens in {self.seconds:.1f} s ({count / self.seconds:,.1f} tokens/s)"
+
+
+class Session:
+    """Model, tokenizer and cache.
+
+    Args:
+        args: with the options of `add_model`.
+        memory: a memory file to go on from; it names base and adapter. None: an empty memory.
+    """
+
+    def __init__(self, args: argparse.Namespace, memory: str | None = None) -> None:
+        header = _header(memory, args) if memory else {}
+        base = args.base or header.get("base") or "smollm2-135m"
+        with console.status(f"loading {base}"):
+            import transformers
+
+            import ahn
+            from ahn.cost import Shape
+            from ahn.dialogue import Dialogue
+
+            transformers.logging.set_verbosity_error()
+            config = header.get("config", {})
+            self.tokenizer = ahn.load_tokenizer(base)
+            self.model = ahn.from_pretrained(
+                base,
+                args.adapter or header.get("adapter"),
+                window=config.get("window", args.window),
+                sinks=config.get("sinks", args.sinks),
+                cell=config.get("cell", args.cell),
+                dtype=args.dtype or str(header.get("dtype", "")).removeprefix("torch.") or None,
+                device=_device(args.device),
+            )
+            self.dialogue = Dialogue(self.tokenizer)
+            self.cache: AHNCache = ahn.AHNCache.load(memory, self.model) if memory else ahn.AHNCache(self.model)
+        self.base = base
+        self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
+        self._unread: Tensor | None = None  # generated, but not in the cache yet
+        if not self.model.ahn_names["adapter"]:
+            cell = self.model.ahn_config.cell
+            what = f"an untrained {cell} memory, which adds nothing" if cell else "the window with sinks only"
+            console.print(f"no trained memory for {base}: running {what}")
+
+    @property
+    def held(self) -> str:
+        full = self.cache.tokens_seen * self._per_token
+        return f"cache {size(self.cache.nbytes)}, full attention would hold {size(full)}"
+
+    def read(self, ids: Tensor, chunk: int | None) -> str:
+        """Read into the cache, showing progress, and return a summary. KeyboardInterrupt leaves the cache usable."""
+        import ahn
+
+        began, before = time.monotonic(), self.cache.tokens_seen
+        with self._progress(ids.shape[1], began) as progress:
+            ahn.read(self.model, ids, self.cache, chunk, progress)
+        seconds, tokens = time.monotonic() - began, self.cache.tokens_seen - before
+        return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); {self.held}"
+
+    def save(self, path: str) -> None:
+        self.cache.save(path)
+        console.print(f"saved   {path}, {size(Path(path).stat().st_size)}")
+
+    def answer(self, ids: Tensor, limit: int) -> Answer:
+        """Stream the answer to the prompt `ids` [1, T] to standard output. Ctrl-C ends it after the running token."""
+        import torch
+        from transformers import StoppingCriteriaList, TextStreamer
+
+        import ahn
+        from ahn.generation import _finish_before_interrupt
+
+        if self._unread is not None:
+            ids = torch.cat([self._unread, ids], 1)
+        began, end = time.monotonic(), self.cache.tokens_seen + ids.shape[1]
+        with _finish_before_interrupt() as interrupted:
+
+            def stop(seen: Tensor, scores: Any) -> Tensor:
+                return torch.full((seen.shape[0],), interrupted.is_set(), device=seen.device)
+
+            new = ahn.generate(
+                self.model,
+                ids,
+                self.cache,
+                max_new_tokens=limit,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                stopping_criteria=StoppingCriteriaList([stop]),
+            ).cpu()
+            stopped = interrupted.is_set()
+        unread = end + new.shape[1] - self.cache.tokens_seen
+        self._unread = new[:, new.shape[1] - unread :]
+        return Answer(new, time.monotonic() - began, stopped)
+
+    @contextmanager
+    def _progress(self, total: int, began: float) -> Iterator[Any]:
+        def state(done: int) -> str:
+            speed = done / max(time.monotonic() - began, 1e-9)
+            full = size(self.cache.tokens_seen * self._per_token)
+            return f"{done:,}/{total:,} tokens, {speed:,.0f}/s, cache {size(self.cache.nbytes)} (full attention {full})"
+
+        if not console.is_terminal:
+            told = began
+
+            def line(done: int, total: int) -> None:
+                nonlocal told
+                if time.monotonic() - told > QUIET_S:
+                    told = time.monotonic()
+                    console.print(f"reading {state(done)}")
+
+            yield line
+            return
+
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = TextColumn("reading"), BarColumn(bar_width=None), TextColumn("{task.fields[state]}")
+        with Progress(*columns, console=console, transient=True, expand=True) as bar:
+            task = bar.add_task("", total=total, state=state(0))
+            yield lambda done, total: bar.update(task, completed=done, state=state(done))
+
+
+def read_document_into(args: argparse.Namespace) -> tuple[Session, str]:
+    """Read `args.document`, and save it as `args.output` if that is given. Returns the session and a summary.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, with a message. What was read so far is saved first, if it has a place.
+    """
+    from ahn.documents import read_document
+
+    check_writable(args.output)
+    document = read_document(args.document)
+    session = Session(args)
+    with console.status("counting tokens"):
+        ids = session.dialogue.open(document)
+    try:
+        summary = session.read(ids, args.chunk)
+    except KeyboardInterrupt:
+        done = f"interrupted after {session.cache.tokens_seen:,} of {ids.shape[1]:,} tokens"
+        if not session.cache.tokens_seen:
+            raise KeyboardInterrupt(done) from None
+        if not args.output:
+            raise KeyboardInterrupt(f"{done}; -o FILE would have kept them") from None
+        session.cache.save(args.output)
+        raise KeyboardInterrupt(f"{done}, which are kept in {args.output}") from None
+    if args.output:
+        session.save(args.output)
+    return session, summary
+
+
+def check_question(text: str) -> str:
+    if not text.strip():
+        raise ConfigError(f"question {text!r}: expected some text")
+    return text
+
+
+def check_writable(path: str | None) -> None:
+    """Raises ConfigError if no file can be made at `path`: said now, not after an hour of reading."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise ConfigError(f"-o {path}: is a folder; expected a file name")
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"-o {path}: no folder {Path(path).parent}")
+
+
+def _header(memory: str, args: argparse.Namespace) -> dict[str, Any]:
+    from ahn.memory_file import peek
+
+    header = peek(memory)
+    for name in SEEN_IN_MEMORY:
+        given, kept = getattr(args, name), header["config"].get(name)
+        if given is not None and given != kept:
+            raise ConfigError(f"--{name} {given}: {memory} was read with {name}={kept}; leave the option out")
+    return header
+
+
+def _device(name: str | None) -> str | None:
+    """Raises ConfigError if `name` is no device, or not one of this machine."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"--device {name}: expected cpu, or an accelerator of this machine ({reason})") from error
+    return name

@@ -1,0 +1,42 @@
+"""Ask a question about a document, or about a memory file that `ahn read` has made.
+
+  ahn ask --document book.txt "Who is the narrator?"
+  ahn ask --memory book.ahn "Who is the narrator?"
+
+The answer goes to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ahn.cli import _options
+from ahn.errors import ConfigError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", nargs="+", help="what you want to know")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--document", metavar="FILE", help="text, Markdown, HTML or PDF; - for standard input")
+    source.add_argument("--memory", metavar="FILE", help="a memory made by ahn read")
+    parser.add_argument("-o", "--output", metavar="FILE", help="keep what was read of the document in a memory file")
+    _options.add_answer(parser)
+    _options.add_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ahn.cli import INTERRUPTED
+    from ahn.cli._session import Session, check_question, console, read_document_into
+
+    question = check_question(" ".join(args.question))
+    if args.memory:
+        if args.output:
+            raise ConfigError(f"-o {args.output}: goes with --document; {args.memory} is a memory already")
+        session = Session(args, args.memory)
+        summary = f"{session.cache.tokens_seen:,} tokens before, from {args.memory}; {session.held}"
+    else:
+        session, summary = read_document_into(args)
+    answer = session.answer(session.dialogue.question(question), args.max_new_tokens)
+    console.print(f"read    {summary}")
+    console.print(f"answer  {answer.summary}")
+    return INTERRUPTED if answer.stopped else 0

@@ -1,0 +1,52 @@
+"""Show versions, cells, shipped adapters, and which kernels are used and why."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> None:
+    import platform
+
+    import torch
+    import transformers
+
+    import ahn
+
+    device = f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
+    rows = [
+        ("ahn", ahn.__version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("transformers", transformers.__version__),
+        ("device", f"{device}, {torch.get_num_threads()} CPU threads"),
+        ("cells", ", ".join(ahn.cells.names())),
+        ("adapters", ", ".join(ahn.zoo.names()) or "none shipped"),
+        ("default base", _default_base()),
+    ]
+    _print(rows)
+    print("\nkernels")
+    _print([(f"  {operation}", kernel, f"({reason})") for operation, kernel, reason in ahn.kernels.report()])
+
+
+def _default_base() -> str:
+    from ahn.bases import DEFAULT_BASE, base_config
+    from ahn.errors import BaseModelError
+
+    try:
+        config = base_config(DEFAULT_BASE)
+    except BaseModelError as error:
+        return f"{DEFAULT_BASE}, not available: {error}"
+    size = f"{config.num_hidden_layers} layers, {config.max_position_embeddings:,} positions"
+    return f"{DEFAULT_BASE}, available ({size})"
+
+
+def _print(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

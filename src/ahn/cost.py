@@ -1,0 +1,317 @@
+"""What a memory saves: parameters, cache and FLOPs of full attention against sinks + window + cell, term by term.
+
+The formulas are the paper's (arXiv 2510.07318, Table 1): matrix products only, a multiply-add is 2 FLOPs, biases and
+norms of the base are left out. Letters: D hidden size, N query heads, M key/value heads, H head size, F width of the
+gated MLP, V vocabulary, L length, W window, S sinks, W' = S + W lossless tokens. Everything here is plain Python
+integers; nothing loads torch, unless for a cell that is not the paper's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ahn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama-shaped decoder: `layers` blocks of attention and a gated MLP between two D x V matrices."""
+
+    layers: int
+    D: int
+    N: int
+    M: int
+    H: int
+    F: int
+    V: int
+    tied: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> Shape:
+        """Shape of a transformers config, its dict, or the path of a `config.json` or of the folder with one.
+
+        Raises:
+            ConfigError: the file cannot be read, or a size is missing or not a positive integer.
+        """
+        values = _config_values(config)
+        values = values.get("text_config") or values
+
+        def size(key: str, default: int | None = None) -> int:
+            value = values.get(key)
+            value = default if value is None else value
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{key}={value!r} in the model's config: expected a positive integer")
+            return value
+
+        D, N = size("hidden_size"), size("num_attention_heads")
+        return cls(
+            layers=size("num_hidden_layers"),
+            D=D,
+            N=N,
+            M=size("num_key_value_heads", N),
+            H=size("head_dim", D // N),
+            F=size("intermediate_size"),
+            V=size("vocab_size"),
+            tied=bool(values.get("tie_word_embeddings", False)),
+        )
+
+    def kv_elements(self, tokens: int) -> int:
+        """Cache elements of full attention over `tokens` tokens, all layers: 2 L H M a layer."""
+        return self.layers * 2 * tokens * self.H * self.M
+
+
+PAPER = {
+    "qwen2.5-3b": Shape(36, 2048, 16, 2, 128, 11008, 151936, tied=True),
+    "qwen2.5-7b": Shape(28, 3584, 28, 4, 128, 18944, 152064),
+    "qwen2.5-14b": Shape(48, 5120, 40, 8, 128, 13824, 152064),
+}
+
+
+@dataclass(frozen=True)
+class CellSize:
+    """What one cell adds to a layer: gate projections of D -> N each, one H x H output matrix a head, and small change.
+
+    Args:
+        gates: projections D -> N; the write's run on the evicted token, the read's on the current one.
+        kept: of these, the write's. Their N numbers are computed when a token arrives and wait beside its K/V.
+        small: parameters in vectors (biases, decay rates, norm weights), from N and H.
+        small_formula: `small` in letters.
+    """
+
+    gates: int
+    kept: int
+    small: Callable[[int, int], int]
+    small_formula: str
+
+
+CELLS = {
+    "deltanet": CellSize(2, 1, lambda N, H: H, "H"),
+    "gated_deltanet": CellSize(3, 2, lambda N, H: 3 * N + H, "3N + H"),
+    "mamba2": CellSize(2, 1, lambda N, H: 4 * N + N * H, "4N + NH"),
+}
+_NO_CELL = CellSize(0, 0, lambda N, H: 0, "")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A line of a table, summed over all layers. `formula`: that of one layer, `full -> memory` where they differ."""
+
+    name: str
+    formula: str
+    full: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Terms that add up. `full` is the base with full attention, `memory` the base with sinks, window and cell."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def full(self) -> int:
+        return sum(term.full for term in self.terms)
+
+    @property
+    def memory(self) -> int:
+        return sum(term.memory for term in self.terms)
+
+    @property
+    def ratio(self) -> float:
+        return self.memory / self.full
+
+    @property
+    def saving(self) -> float:
+        return 1 - self.ratio
+
+    def __add__(self, other: Table) -> Table:
+        return Table(self.terms + other.terms)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Result of `cost`.
+
+    Attributes:
+        parameters: parameters of the whole model.
+        cache: elements held for one sequence, as the paper counts them; times `bytes_per_element` for bytes.
+        ours: elements this library's cache holds besides: the write gates of the lossless tokens.
+        mixing: FLOPs of token mixing (attention and memory) for reading `length` tokens.
+        rest: FLOPs of the MLPs and of the two D x V matrices, the same on both sides. The paper counts both matrices
+            for every token; `ahn.read` computes logits for the last token only.
+    """
+
+    shape: Shape
+    length: int
+    window: int
+    sinks: int
+    cell: str | None
+    bytes_per_element: int
+    parameters: Table
+    cache: Table
+    ours: Table
+    mixing: Table
+    rest: Table
+
+    @property
+    def flops(self) -> Table:
+        """FLOPs of the whole model: `mixing` and `rest`."""
+        return self.mixing + self.rest
+
+    @property
+    def full_bytes(self) -> int:
+        """Cache of full attention."""
+        return self.cache.full * self.bytes_per_element
+
+    @property
+    def memory_bytes(self) -> int:
+        """Cache of sinks, window and cell, as the paper counts it."""
+        return self.cache.memory * self.bytes_per_element
+
+    @property
+    def held_bytes(self) -> int:
+        """What `AHNCache.nbytes` is after reading: `ours` too, and a state that is float32 whatever the rest is."""
+        state = self.shape.layers * self.shape.H**2 * self.shape.N if self.cell else 0
+        rest = self.cache.memory + self.ours.memory - (state if self.written else 0)
+        return rest * self.bytes_per_element + 4 * state
+
+    @property
+    def written(self) -> int:
+        """Tokens that have left the window, that is, are in the memory."""
+        return max(0, self.length - self.window - self.sinks)
+
+
+def cost(
+    shape: Shape,
+    length: int,
+    window: int = 32640,
+    sinks: int = 128,
+    cell: str | None = "gated_deltanet",
+    bytes_per_element: int = 4,
+) -> Cost:
+    """Cost of reading `length` tokens of one sequence with full attention, and with sinks, window and cell.
+
+    Up to `sinks + window` tokens nothing is written into the memory and the two sides differ in parameters only.
+
+    Args:
+        shape: the base model, see `shape_of`.
+        length: tokens read, at least 1.
+        window: tokens kept exactly, the current one included, at least 1.
+        sinks: first tokens kept exactly, 0 or more.
+        cell: `ahn.cells.names()`, or None for sinks and window without a memory.
+        bytes_per_element: of the cache, 4 for float32 as in the paper.
+
+    Raises:
+        ConfigError: names the value and what is allowed.
+    """
+    limits = (("length", length, 1), ("window", window, 1), ("sinks", sinks, 0), ("bytes", bytes_per_element, 1))
+    for name, value, least in limits:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r}: expected an integer of at least {least}")
+    size = CELLS.get(cell) or _measured(cell, shape) if cell else _NO_CELL
+    layers, D, N, M, H, F, V = shape.layers, shape.D, shape.N, shape.M, shape.H, shape.F, shape.V
+
+    lossless = min(length, sinks + window)
+    written = length - lossless
+    state = H * H * N if cell else 0
+
+    def term(name: str, formula: str, full: int, memory: int) -> Term:
+        return Term(name, formula, layers * full, layers * memory)
+
+    def cell_terms(*terms: Term) -> tuple[Term, ...]:
+        return terms if cell else ()
+
+    projections = 2 * D * H * (N + M)
+    vocabulary = V * D * (1 if shape.tied else 2)
+    parameters = Table(
+        (
+            term("projections", "2DH(N+M)", projections, projections),
+            term("MLP", "3DF", 3 * D * F, 3 * D * F),
+            Term("vocabulary", "VD, once" if shape.tied else "2VD, once", vocabulary, vocabulary),
+            *cell_terms(
+                term("memory gates", f"{size.gates}DN", 0, size.gates * D * N),
+                term("memory output", "H²N", 0, state),
+                term("memory vectors", size.small_formula, 0, size.small(N, H)),
+            ),
+        )
+    )
+    cache = Table(
+        (
+            term("keys and values", "2LHM -> 2W'HM", 2 * length * H * M, 2 * lossless * H * M),
+            *cell_terms(term("memory state", "H²N", 0, state if written else 0)),
+        )
+    )
+    softmax = 2 * H * N * lossless**2 + 4 * written * lossless * H * N
+    mixing = Table(
+        (
+            term("projections", "4LDH(N+M)", 2 * length * projections, 2 * length * projections),
+            term("attention", "2HNL² -> 2HNW'² + 4(L-W')W'HN", 2 * H * N * length**2, softmax),
+            *cell_terms(
+                term("memory state", "2(L-W')H²N", 0, 2 * written * state),
+                term("memory gates", f"2(L-W'){size.gates}DN", 0, 2 * written * size.gates * D * N),
+                term("memory output", "2(L-W')H²N", 0, 2 * written * state),
+            ),
+        )
+    )
+    rest = Table(
+        (
+            term("MLP", "6LDF", 6 * length * D * F, 6 * length * D * F),
+            Term("vocabulary", "4LDV, once", 4 * length * D * V, 4 * length * D * V),
+        )
+    )
+    ours = Table(cell_terms(term("write gates", f"{size.kept}W'N", 0, size.kept * lossless * N)))
+    return Cost(shape, length, window, sinks, cell, bytes_per_element, parameters, cache, ours, mixing, rest)
+
+
+def _measured(cell: str, shape: Shape) -> CellSize:
+    """Size of a cell that is not the paper's, counted on its class."""
+    import torch
+
+    from ahn import cells
+
+    D, N, H = shape.D, shape.N, shape.H
+    cls = cells.get(cell)
+    parameters = list(cls(D, N, H, device="meta").parameters())
+    gates = sum(parameter.shape == torch.Size((N, D)) for parameter in parameters)
+    small = sum(parameter.numel() for parameter in parameters) - gates * N * D - N * H * H
+    return CellSize(gates, cls.num_gates, lambda N, H: small, "counted")
+
+
+def shape_of(base: Any) -> Shape:
+    """Shape of a base: a key of `PAPER`, what `Shape.from_config` takes, or any base `ahn.from_pretrained` takes.
+
+    Only the config is read, never the weights.
+    """
+    if isinstance(base, str) and base.lower() in PAPER:
+        return PAPER[base.lower()]
+    if isinstance(base, str) and not (Path(base) / "config.json").is_file() and not base.endswith(".json"):
+        from ahn.bases import base_config
+
+        if near := difflib.get_close_matches(base.lower(), PAPER, n=1, cutoff=0.8):
+            raise ConfigError(f"unknown shape {base!r}: did you mean {near[0]!r}?")
+        base = base_config(base)
+    return Shape.from_config(base)
+
+
+def _config_values(config: Any) -> dict[str, Any]:
+    if isinstance(config, dict):
+        return config
+    if not isinstance(config, str | Path):
+        # attribute access instead of to_dict(): it follows the names a family maps (n_embd -> hidden_size)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        keys = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size"
+        return {key: getattr(text, key, None) for key in (*keys.split(), "vocab_size", "tie_word_embeddings")}
+    path = Path(config)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the model config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"cannot read the model config {path}: expected a JSON object")
+    return values
