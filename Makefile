@@ -8,7 +8,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 OLDEST_TESTS := tests/test_bases.py tests/test_exactness.py tests/test_generate.py
 
 BOOK := src/ahn/data/the-repairer-of-reputations.txt
-QUESTION ?= Who lay on the floor with his throat torn open?
+QUESTION ?= Who is weeping in the corner?
 
 PIP = -m pip --disable-pip-version-check install --quiet --quiet
 

@@ -9,6 +9,8 @@ import torch
 import ahn
 from ahn.augmentation import layers_of
 
+torch.set_num_threads(1)  # tiny products gain nothing from more, and parallel test processes lose
+
 VOCABULARY = 128
 GOLDEN = Path(__file__).parent / "golden"
 CELLS = {"gated_deltanet": "GatedDeltaNet", "deltanet": "DeltaNet", "mamba2": "Mamba2"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ahn
-from ahn import cli
+from ahn import bases, cli
 from ahn.cli import _session
 from conftest import tiny, with_memory
 from tiny_tokenizer import tiny_tokenizer
@@ -112,7 +112,7 @@ def test_ask_a_document(run: Any, base: str, book: str) -> None:
     notice, read, answer = err.splitlines()
     assert notice.startswith("no trained memory") and "window with sinks only" in notice
     assert re.fullmatch(r"read +[\d,]+ tokens in [\d.]+ s \([\d,]+ tokens/s\); cache .+ would hold .+B", read)
-    assert re.fullmatch(r"answer +\d tokens in [\d.]+ s \([\d.,]+ tokens/s\)", answer)
+    assert re.fullmatch(r"answer +8 tokens in [\d.]+ s \([\d.,]+ tokens/s\), cut at --max-new-tokens", answer)
 
 
 def test_ask_standard_input(run: Any, base: str, book: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_ask_can_keep_what_it_reads(run: Any, base: str, book: str, tmp_path: Pa
 
 def test_memory_of_a_trained_adapter(run: Any, base: str, book: str, tmp_path: Path) -> None:
     adapter, memory, merged = (str(tmp_path / name) for name in ("adapter", "book.ahn", "merged"))
-    model = with_memory(ahn.bases.load_base(base), window=24, sinks=8)
+    model = with_memory(bases.load_base(base), window=24, sinks=8)
     ahn.save_adapter(model, adapter)
     trained = ("--adapter", adapter, "--base", base)
     code, out, err = run("ask", "--document", book, *trained, "-o", memory, *SMALL, "Who sat?")
@@ -188,7 +188,7 @@ def test_turns_are_one_conversation(base: str, capsys: pytest.CaptureFixture[str
     turn = session.dialogue.turn("Where?", first.ids[0])
     second = session.answer(turn, 5)
     whole = torch.cat([start, first.ids, turn], 1)
-    expected = ahn.bases.load_base(base).generate(
+    expected = bases.load_base(base).generate(
         whole, attention_mask=torch.ones_like(whole), max_new_tokens=5, do_sample=False, pad_token_id=1
     )
     assert second.ids.tolist() == expected[:, whole.shape[1] :].tolist()
@@ -357,7 +357,7 @@ def test_bad_input_is_one_line_that_names_it(
 
 def test_memory_of_another_model(run: Any, memory: Path, tmp_path: Path, base: str) -> None:
     other = tmp_path / "other"
-    model = ahn.bases.load_base(base)
+    model = bases.load_base(base)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.1)
     model.save_pretrained(other)

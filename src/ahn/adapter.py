@@ -158,7 +158,8 @@ def convert(
         model = bases.load_base(base, dtype="auto", device="cpu")
         _check_shape(trained, _shape(model))
         try:
-            model.save_pretrained(destination)
+            with bases.quiet():
+                model.save_pretrained(destination)
             bases.load_tokenizer(base).save_pretrained(destination)
         except OSError as error:
             raise AdapterError(f"{destination}: cannot be written: {error}") from error

@@ -13,10 +13,13 @@ How a layer is reached, without code for any model family:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -57,6 +60,7 @@ class AHNLayer(nn.Module):
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             self.cell = cells.get(config.cell)(attention.config.hidden_size, heads, size, dtype, weight.device)
         self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
+        self.full = False  # within `full_attention`
 
     @property
     def gate_width(self) -> int:
@@ -243,6 +247,30 @@ def layers_of(model: PreTrainedModel) -> list[AHNLayer]:
     return [attention.ahn for attention in _attention_modules(model)]
 
 
+@contextmanager
+def full_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within, an augmented model without a cache and without padding is its base: the teacher of the distillation."""
+    layers = layers_of(model)
+    for layer in layers:
+        layer.full = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.full = False
+
+
+def set_window(model: PreTrainedModel, window: int, sinks: int) -> None:
+    """Other sinks and window from now on, for new caches and whole sequences. Raises ConfigError."""
+    config = model.ahn_config.replace(window=window, sinks=sinks)
+    layers = layers_of(model)
+    check_fits(config, model.config.get_text_config(), len(layers))
+    for layer in layers:
+        if layer.window is not None:
+            layer.window, layer.sinks = window, sinks
+    model.ahn_config = config
+
+
 def check_fits(config: AHNConfig, base: Any, layers: int) -> None:
     """Raises ConfigError if the memory does not fit a base of this transformers config."""
     context = getattr(base, "max_position_embeddings", None)
@@ -343,6 +371,11 @@ def _attention(
         if torch.is_grad_enabled() and layer.cell is not None and layer.cell.o_proj.weight.requires_grad:
             out = _NoGradient.apply(layer.cell.o_proj.weight, out)
         return out, None
+    if layer.full:
+        groups = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=groups
+        ).transpose(1, 2), None
     real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
     return layer(query, key, value, x, Span.of([0], query.shape[2], real), None, scale), None
 

@@ -47,7 +47,8 @@ def load_base(
     Args:
         base: hub id (`owner/name`), local folder, `.gguf` file, or `"smollm2-135m"`. An existing path goes before
             a hub id of the same name.
-        dtype: a torch dtype or its name; default float32 on the CPU, bfloat16 on CUDA.
+        dtype: a torch dtype or its name, or `"auto"` for the one it is stored in; default float32 on the CPU,
+            bfloat16 on CUDA.
         device: default `"cuda"` if there is one, else `"cpu"`.
 
     Raises:
@@ -192,7 +193,7 @@ def _from_pretrained(auto: Any, base: str | os.PathLike[str], source: _Source, *
 
     options |= {"local_files_only": source.unreachable is not None or not source.on_hub, "trust_remote_code": False}
     try:
-        with _quiet(bars=source.on_hub):  # a download may take long: its bars stay
+        with quiet(bars=source.on_hub):  # a download may take long: its bars stay
             return auto.from_pretrained(source.name, **options)
     except torch.OutOfMemoryError:
         raise  # about the machine, not about the base
@@ -212,9 +213,11 @@ def _check_complete(base: str | os.PathLike[str], missing: set[str]) -> None:
         raise BaseModelError(f"{os.fspath(base)} lacks {len(missing)} weights, such as {min(missing)}")
 
 
-def _torch_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+def _torch_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
     import torch
 
+    if dtype == "auto":
+        return dtype
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -289,7 +292,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     if free < needed:
         raise OSError(f"{needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free")
     try:
-        with _quiet():
+        with quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:  # safetensors and tokenizers each have their own type for a failed write
@@ -301,7 +304,7 @@ def _from_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
         if (start := file.read(4)) != b"GGUF":
             raise BaseModelError(f"{gguf} is no GGUF file: it starts with {start!r} instead of b'GGUF'")
     # alone in a folder: transformers would prefer a tokenizer.json or config.json that happens to lie beside the file
-    with tempfile.TemporaryDirectory() as alone, _quiet():
+    with tempfile.TemporaryDirectory() as alone, quiet():
         link = Path(alone) / "model.gguf"
         try:
             link.symlink_to(gguf.resolve())
@@ -342,7 +345,7 @@ def _split_digits(tokenizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(bars: bool = False) -> Iterator[None]:
+def quiet(bars: bool = False) -> Iterator[None]:
     """Hides the loaders' progress bars, unless `bars`, and the chatter of torchao's import; warnings about the base
     still show."""
     from tqdm.auto import tqdm

@@ -264,7 +264,7 @@ def cost(
             Term("vocabulary", "4LDV, once", 4 * length * D * V, 4 * length * D * V),
         )
     )
-    ours = Table(cell_terms(term("write gates", f"{size.kept}W'N", 0, size.kept * lossless * N)))
+    ours = Table(cell_terms(term("write gates", f"{size.kept} W'N", 0, size.kept * lossless * N)))
     return Cost(shape, length, window, sinks, cell, bytes_per_element, parameters, cache, ours, mixing, rest)
 
 

@@ -71,7 +71,7 @@ def read_chunks(
     total = ids.shape[1]
     past = 0 if mask is None else mask.shape[1] - total
     hidden = None
-    with _finish_before_interrupt() as interrupted:
+    with finish_before_interrupt() as interrupted:
         for low in range(0, total, chunk):
             piece = ids[:, low : low + chunk]
             seen = None if mask is None else mask[:, : past + low + piece.shape[1]].to(piece.device)
@@ -101,7 +101,7 @@ def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCach
 
 
 @contextmanager
-def _finish_before_interrupt() -> Iterator[threading.Event]:
+def finish_before_interrupt() -> Iterator[threading.Event]:
     """Within, Ctrl-C sets the event instead of breaking a chunk half-way; a second one breaks at once."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():

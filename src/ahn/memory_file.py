@@ -1,8 +1,8 @@
 """Memory files: one safetensors file with every layer's tensors, and a header that says whose memory it is.
 
 Header keys: `ahn` (file version), `package` (version that wrote it), `config`, `fingerprint` (of the base's and the
-cells' weights), `dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `base`, `adapter` (names, for people and the
-command line), `sha256` over all of these and over every tensor.
+cells' weights), `dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `base` and `adapter` (names, for people
+and the command line), `sha256` over all of these and over every tensor.
 """
 
 from __future__ import annotations

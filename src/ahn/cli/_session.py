@@ -41,12 +41,14 @@ def size(count: float) -> str:
 class Answer:
     ids: Tensor
     seconds: float
-    stopped: bool
+    stopped: bool  # by Ctrl-C
+    cut: bool  # at the greatest length allowed
 
     @property
     def summary(self) -> str:
         count = self.ids.shape[-1]
-        return f"{count:,} tokens in {self.seconds:.1f} s ({count / self.seconds:,.1f} tokens/s)"
+        speed = f"{count:,} tokens in {self.seconds:.1f} s ({count / self.seconds:,.1f} tokens/s)"
+        return f"{speed}, cut at --max-new-tokens" if self.cut else speed
 
 
 class Session:
@@ -83,6 +85,8 @@ class Session:
             self.cache: AHNCache = ahn.AHNCache.load(memory, self.model) if memory else ahn.AHNCache(self.model)
         self.base = base
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
+        ends = self.model.generation_config.eos_token_id
+        self._ends = ends if isinstance(ends, list) else [ends]
         self._unread: Tensor | None = None  # generated, but not in the cache yet
         if not self.model.ahn_names["adapter"]:
             cell = self.model.ahn_config.cell
@@ -114,12 +118,12 @@ class Session:
         from transformers import StoppingCriteriaList, TextStreamer
 
         import ahn
-        from ahn.generation import _finish_before_interrupt
+        from ahn.generation import finish_before_interrupt
 
         if self._unread is not None:
             ids = torch.cat([self._unread, ids], 1)
         began, end = time.monotonic(), self.cache.tokens_seen + ids.shape[1]
-        with _finish_before_interrupt() as interrupted:
+        with finish_before_interrupt() as interrupted:
 
             def stop(seen: Tensor, scores: Any) -> Tensor:
                 return torch.full((seen.shape[0],), interrupted.is_set(), device=seen.device)
@@ -130,14 +134,15 @@ class Session:
                 self.cache,
                 max_new_tokens=limit,
                 do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.eos_token_id,  # never used for one row, but asked for
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 stopping_criteria=StoppingCriteriaList([stop]),
             ).cpu()
             stopped = interrupted.is_set()
         unread = end + new.shape[1] - self.cache.tokens_seen
         self._unread = new[:, new.shape[1] - unread :]
-        return Answer(new, time.monotonic() - began, stopped)
+        cut = not stopped and new.shape[1] == limit and int(new[0, -1]) not in self._ends
+        return Answer(new, time.monotonic() - began, stopped, cut)
 
     @contextmanager
     def _progress(self, total: int, began: float) -> Iterator[Any]:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         if args.output:
             raise ConfigError(f"-o {args.output}: goes with --document; {args.memory} is a memory already")
         session = Session(args, args.memory)
-        summary = f"{session.cache.tokens_seen:,} tokens before, from {args.memory}; {session.held}"
+        summary = f"{session.cache.tokens_seen:,} tokens before, kept in {args.memory}; {session.held}"
     else:
         session, summary = read_document_into(args)
     answer = session.answer(session.dialogue.question(question), args.max_new_tokens)

@@ -1,0 +1,25 @@
+"""Sinks and windows drawn anew for each batch (paper, section 3.1), so that a memory serves any of them."""
+
+from __future__ import annotations
+
+import random
+
+LOSSLESS = tuple(2**i for i in range(5, 14))  # 32 .. 8,192
+SINKS = (0, 32, 64, 128, 512, 2048, 4096)
+
+
+def draw(
+    seed: int, step: int, length: int, lossless: tuple[int, ...] = LOSSLESS, sinks: tuple[int, ...] = SINKS
+) -> tuple[int, int]:
+    """Window and sinks of one batch: the same for the same seed and step, whatever was drawn before.
+
+    The lossless size is at least 1/8 of the sequence of `length` tokens and shorter than it; the sinks are at most
+    half of it; the window is the rest.
+    """
+    allowed = [size for size in lossless if length / 8 <= size < length]
+    if not allowed:
+        raise ValueError(f"no lossless size of {list(lossless)} is in {length}/8 .. {length - 1}")
+    chance = random.Random(f"{seed}/{step}")
+    size = chance.choice(allowed)
+    kept = chance.choice([count for count in sinks if count <= size / 2] or [0])
+    return size - kept, kept
