@@ -33,20 +33,16 @@ def gated_delta_rule(
     q, k, v, beta = (_blocks(t) for t in (q, k, v, beta))
     decay = _Decay(_blocks(log_decay) if log_decay is not None else None)
     # What token i writes, u_i, depends on what the tokens before it in the block wrote: (I + A) u = beta (v - S^T k).
+    # Solved for both terms: u = writes - keys S, so that from block to block S <- (a I - K^T keys) S + K^T writes.
     scores = k @ k.transpose(-1, -2) * beta[..., None]
-    system = decay.pairs(scores).tril(-1)
     right = torch.cat([v, decay.since_start(k)], -1) * beta[..., None]
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    solved = torch.linalg.solve_triangular(decay.pairs(scores).tril(-1), right, upper=False, unitriangular=True)
     writes, keys = solved[..., :size], solved[..., size:]
+    ends = decay.until_end(k).transpose(-1, -2)
+    states, state = _carry(-(ends @ keys), decay.whole(), ends @ writes, state)
     reads = decay.pairs(q @ k.transpose(-1, -2)).tril()
-    q, k = decay.since_start(q), decay.until_end(k).transpose(-1, -2)
-    out = []
-    for i in range(q.shape[2]):
-        u = torch.baddbmm(_flat(writes[:, :, i]), _flat(keys[:, :, i]), _flat(state), alpha=-1)
-        o = torch.baddbmm(torch.bmm(_flat(q[:, :, i]), _flat(state)), _flat(reads[:, :, i]), u)
-        out.append(o.view_as(v[:, :, i]))
-        state = decay.carry(state, i) + torch.bmm(_flat(k[:, :, i]), u).view_as(state)
-    return _join(out, tokens) * scale, state
+    out = decay.since_start(q) @ states + reads @ (writes - keys @ states)
+    return out.flatten(2, 3)[:, :, :tokens] * scale, state
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,14 +50,28 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: 
     tokens = q.shape[2]
     q, k, v = (_blocks(t) for t in (q, k, v))
     decay = _Decay(_blocks(log_decay))
-    inside = decay.pairs(q @ k.transpose(-1, -2)).tril() @ v
-    written = decay.until_end(k).transpose(-1, -2) @ v
-    q = decay.since_start(q)
-    out = []
-    for i in range(q.shape[2]):
-        out.append(inside[:, :, i] + q[:, :, i] @ state)
-        state = decay.carry(state, i) + written[:, :, i]
-    return _join(out, tokens), state
+    states, state = _carry(None, decay.whole(), decay.until_end(k).transpose(-1, -2) @ v, state)
+    out = decay.since_start(q) @ states + decay.pairs(q @ k.transpose(-1, -2)).tril() @ v
+    return out.flatten(2, 3)[:, :, :tokens], state
+
+
+def _carry(mixing: Tensor | None, decay: Tensor | None, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each block [B, N, L, H, H] and after the last: S <- (decay I + mixing) S + added.
+
+    The only loop over blocks, one matrix product a step.
+    """
+    shape = state.shape
+    state = state.flatten(0, 1)
+    blocks = added.shape[2]
+    adds = added.flatten(0, 1).unbind(1)
+    mixes = mixing.flatten(0, 1).unbind(1) if mixing is not None else [None] * blocks
+    fades = decay.flatten(0, 1)[..., None, None].unbind(1) if decay is not None else [None] * blocks
+    before = []
+    for mix, fade, new in zip(mixes, fades, adds, strict=True):
+        before.append(state)
+        kept = new + state if fade is None else torch.addcmul(new, state, fade)
+        state = kept if mix is None else torch.baddbmm(kept, mix, state)
+    return torch.stack(before, 1).unflatten(0, shape[:2]), state.view(shape)
 
 
 class _Decay:
@@ -82,13 +92,9 @@ class _Decay:
     def until_end(self, x: Tensor) -> Tensor:
         return x if self.total is None else x * (self.total[..., -1:] - self.total).exp()[..., None]
 
-    def carry(self, state: Tensor, block: int) -> Tensor:
-        return state if self.total is None else state * self.total[:, :, block, -1].exp()[..., None, None]
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[B, N, ...] -> [B * N, ...]: a plain batch of matrices for bmm."""
-    return x.flatten(0, 1)
+    def whole(self) -> Tensor | None:
+        """[B, N, L], over each block."""
+        return None if self.total is None else self.total[..., -1].exp()
 
 
 def _blocks(x: Tensor) -> Tensor:
@@ -97,7 +103,3 @@ def _blocks(x: Tensor) -> Tensor:
     if missing:
         x = F.pad(x, (0, 0, 0, missing) if x.dim() == 4 else (0, missing))
     return x.unflatten(2, (-1, BLOCK))
-
-
-def _join(blocks: list[Tensor], tokens: int) -> Tensor:
-    return torch.stack(blocks, 2).flatten(2, 3)[:, :, :tokens]

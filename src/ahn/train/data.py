@@ -115,7 +115,7 @@ def _questions(text: str, asked: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def _plain(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return ids, [True] * (len(ids) - 1) + [False]
 
 
