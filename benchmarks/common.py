@@ -38,6 +38,30 @@ def environment() -> dict[str, Any]:
     }
 
 
+def position_losses(model: Any, ids: list[int], chunk: int = 512) -> Any:
+    """Next-token loss (nats) at each position but the last, float32 [T - 1]: on CUDA in one whole forward, on a CPU
+    read through a cache."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    tokens = torch.tensor([ids], device=model.device)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    with torch.no_grad():
+        if tokens.is_cuda:
+            pieces = decoder(tokens[:, :-1], use_cache=False).last_hidden_state[0].split(chunk)
+        else:
+            import ahn
+
+            cache = ahn.AHNCache(model)
+            pieces = (decoder(t, past_key_values=cache).last_hidden_state[0] for t in tokens[:, :-1].split(chunk, 1))
+        targets = tokens[0, 1:].split(chunk)
+        losses = [
+            cross_entropy(head(piece).float(), wanted, reduction="none")
+            for piece, wanted in zip(pieces, targets, strict=True)
+        ]
+    return torch.cat(losses).cpu()
+
+
 def write(name: str, **content: Any) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

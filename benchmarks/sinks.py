@@ -11,28 +11,11 @@ import argparse
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from common import write
+from common import position_losses, write
 
 PARTS = 8
 SINKS = 64
-
-
-def losses(model: Any, ids: Any, chunk: int = 512) -> Any:
-    """Next-token loss (nats) at each position but the last, read through a cache."""
-    import torch
-
-    import ahn
-
-    cache, out = ahn.AHNCache(model), []
-    with torch.no_grad():
-        for low in range(0, len(ids) - 1, chunk):
-            piece = ids[low : low + chunk]
-            logits = model(piece[None], past_key_values=cache).logits[0].float()
-            targets = ids[low + 1 : low + 1 + len(piece)]
-            out.append(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none").cpu())
-    return torch.cat(out)
 
 
 def main() -> None:
@@ -60,9 +43,7 @@ def main() -> None:
                 model,
                 ahn.AHNConfig(None, lossless - sinks, sinks, sink_positions="clipped" if kind == "none" else kind),
             )
-            by_book = [
-                losses(model, torch.tensor(ids[: options.tokens + 1], device=model.device)) for ids in texts.values()
-            ]
+            by_book = [position_losses(model, ids[: options.tokens + 1]) for ids in texts.values()]
             means = []
             for low, high in pairwise(edges):
                 values = torch.cat([book[low:high] for book in by_book])

@@ -37,7 +37,7 @@ class Toy(Cell):
 ahn.cells.register("toy", Toy)
 
 
-@pytest.fixture(params=["deltanet", "gated_deltanet", "mamba2", "toy"])
+@pytest.fixture(params=sorted({*ahn.cells.names(), "toy"}))
 def cell(request):
     torch.manual_seed(0)
     cell = ahn.cells.get(request.param)(HIDDEN, HEADS, SIZE)

@@ -278,7 +278,8 @@ def _folder(source: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        offline = bases.hub_unreachable(name) is not None
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], local_files_only=offline))
     except Exception as error:  # offline, no such repository, no rights: the hub's own words say which
         raise AdapterError(
             f"{name}: not a folder here, and not to be had from the hub: {_first_line(error)}"

@@ -30,6 +30,7 @@ from ahn.cache import AHNCache, LayerMemory, Span
 from ahn.cells.base import unit
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
+from ahn.kernels import flex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +101,10 @@ class AHNLayer(nn.Module):
         start = span.start.to(q.device)
         q_sinks = self._seen_by_sinks(q, span)
         reach = self.window or FOREVER
-        out = attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale).transpose(1, 2)
+        if memory is None and q.is_cuda and not span.padded and self.window is not None:
+            out = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale).transpose(1, 2)
+        else:
+            out = attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale).transpose(1, 2)
         if self.cell is not None:
             out = self._remember(out, q, x, window, span, memory)
         return span.restore(out, 1)

@@ -26,7 +26,7 @@ Gates = tuple[Tensor, ...]
 
 
 class Cell(nn.Module):
-    """Base of all cells. A new one needs `name`, `num_gates`, `gates` and `naive`; the rest has defaults.
+    """Base of all cells. A new one needs `name`, `num_gates`, `gate_inputs`, `gates`, `naive` and `output`.
 
     Args:
         hidden_size: D. num_heads: N. head_dim: H. dtype, device: of the projections; gate biases stay float32.
@@ -126,7 +126,7 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(weight_NHH)
 
     def forward(self, x_BNTH: Tensor) -> Tensor:
-        return torch.matmul(x_BNTH, self.weight).transpose(1, 2)
+        return torch.matmul(x_BNTH, self.weight.to(x_BNTH.dtype)).transpose(1, 2)
 
 
 class Norm(nn.Module):
@@ -140,6 +140,14 @@ class Norm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-5)
 
 
+class Linear(nn.Linear):
+    """A linear layer whose weights may be of higher precision than what it reads, as they are in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
 def unit(x: Tensor) -> Tensor:
     """x over its length in float32, with eps 1e-6 on the squared length."""
     x = x.float()
@@ -150,7 +158,7 @@ def linear(
     hidden_size: int, num_heads: int, dtype: torch.dtype, device: torch.device | str | None, bias: bool = False
 ) -> nn.Linear:
     """D -> N, one number per head, from the initialisation the authors use (normal, deviation 0.02)."""
-    layer = nn.Linear(hidden_size, num_heads, bias=bias, dtype=dtype, device=device)
+    layer = Linear(hidden_size, num_heads, bias=bias, dtype=dtype, device=device)
     nn.init.normal_(layer.weight, std=0.02)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -1,0 +1,25 @@
+"""Train a memory by self-distillation: the base with full attention teaches itself with window and memory."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file; see recipes/")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings that go before the file's")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--check", action="store_true", help="only compare this machine's gradients with plain torch")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ahn.train import recipe
+
+    plan = recipe.load(args.recipe, args.changes)
+    from ahn.train.trainer import check_machine, train
+
+    for row in check_machine(plan):
+        if args.check or row.value > row.allowed / 2:
+            print(f"{row.name:<40}{row.value:>10.1e}  allowed {row.allowed:.0e}")
+    if not args.check:
+        print(f"adapter in {train(plan, args.resume)}")

@@ -1,0 +1,78 @@
+"""Attention over sinks and window of a whole sequence on CUDA, with gradients: torch's FlexAttention.
+
+Sinks and window are numbers on the device that the mask reads, so that other ones need no new compilation.
+Shapes as in `ahn.attention`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ahn.attention import merge
+
+
+def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Tensor:
+    """q [B, N, T, H], as the window and as the sinks meet it, k, v [B, M, T, H], one sequence from its start."""
+    masks = _masks(q.device, q.shape[2])
+    masks.set(sinks, window)
+    if q_sinks is q or not sinks:
+        return _flex(q, k, v, masks.both, scale)[0]
+    return merge(_flex(q_sinks, k, v, masks.sinks_only, scale), _flex(q, k, v, masks.window_only, scale))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Any:
+    return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True)
+
+
+@cache
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class _Masks:
+    """The block masks of one length, made anew when sinks or window change."""
+
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        self.device, self.tokens = device, tokens
+        self.size: tuple[int, int] | None = None
+        sinks, window = (
+            torch.zeros((), dtype=torch.int32, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+        )
+        self._numbers = sinks, window
+
+        def both(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & ((key > query - window) | (key < sinks))
+
+        def window_only(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (key > query - window) & (key >= sinks)
+
+        def sinks_only(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (key < sinks)
+
+        self._predicates = both, window_only, sinks_only
+
+    def set(self, sinks: int, window: int) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if self.size == (sinks, window):
+            return
+        self.size = sinks, window
+        for number, value in zip(self._numbers, self.size, strict=True):
+            number.fill_(value)
+        made = (
+            create_block_mask(predicate, None, None, self.tokens, self.tokens, device=self.device)
+            for predicate in self._predicates
+        )
+        self.both, self.window_only, self.sinks_only = made
+
+
+@cache
+def _masks(device: torch.device, tokens: int) -> _Masks:
+    return _Masks(device, tokens)

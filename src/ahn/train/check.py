@@ -1,0 +1,91 @@
+"""Are the gradients right on this machine? Compared with plain float32 torch before a run starts, because gated chunk
+kernels are known to be wrong with some Triton versions on Hopper."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ahn import cells
+from ahn.attention import attend_window
+from ahn.cells.base import unit
+from ahn.errors import AHNError
+
+TOKENS = 321  # more than five blocks, and not a whole number of them
+ATTENTION_TOLERANCE = 2e-2
+
+
+class Difference(NamedTuple):
+    """||fast - plain|| / ||plain|| of one output or gradient, and the largest allowed."""
+
+    name: str
+    value: float
+    allowed: float
+
+
+def check(cell: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> list[Difference]:
+    """Compare outputs and every gradient of the cell, and of the attention, with their plain forms.
+
+    Raises:
+        AHNError: one is off by more than its tolerance; names it.
+    """
+    found = _cell(cell, heads, head_dim, device, dtype)
+    if device.type == "cuda":
+        found += _attention(heads, head_dim, device, dtype)
+    wrong = [d for d in found if not d.value <= d.allowed]
+    if wrong:
+        rows = "; ".join(f"{d.name} is off by {d.value:.1e}, allowed {d.allowed:.0e}" for d in wrong)
+        raise AHNError(f"{cell} on {device}, {dtype}: {rows}")
+    return found
+
+
+def _cell(name: str, heads: int, size: int, device: torch.device, dtype: torch.dtype) -> list[Difference]:
+    kind = cells.get(name)
+
+    def run(plain: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        cell = kind(heads * size, heads, size, torch.float32, device)
+        torch.nn.init.normal_(cell.o_proj.weight, std=size**-0.5)
+        q, k, v = (torch.randn(2, heads, TOKENS, size, device=device).to(dtype).requires_grad_() for _ in range(3))
+        x = torch.randn(2, TOKENS, heads * size, device=device).to(dtype).requires_grad_()
+        gates = cell.gates(cell.gate_inputs(x))
+        state = torch.zeros(2, heads, size, size, device=device)
+        form = cell.naive(unit(q), unit(k), v.float(), gates, state) if plain else cell.scan(q, k, v, gates, state)
+        out = cell.output(form[0], x)
+        (out.float() * torch.randn(out.shape, device=device)).sum().backward()
+        leaves = {"q": q, "k": k, "v": v, "x": x, **dict(cell.named_parameters())}
+        return {"output": out} | {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
+
+    # the outputs' own arithmetic in half precision is in both; what may differ is the recurrence
+    return _compare(f"{name}, ", run(plain=False), run(plain=True), 2 * kind.tolerance[dtype])
+
+
+def _attention(heads: int, size: int, device: torch.device, dtype: torch.dtype) -> list[Difference]:
+    from ahn.kernels import flex
+
+    sinks, window = 40, 150
+
+    def run(plain: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        q, q_sinks, k, v = (torch.randn(2, heads, TOKENS, size, device=device).to(dtype) for _ in range(4))
+        leaves = {"q": q, "q for sinks": q_sinks, "k": k, "v": v}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        if plain:
+            pairs = (k[:, :, :sinks], v[:, :, :sinks]), (k, v)
+            out = attend_window(q, q_sinks, *pairs, torch.zeros(1, dtype=torch.long, device=device), window, size**-0.5)
+        else:
+            out = flex.attend_sequence(q, q_sinks, k, v, sinks, window, size**-0.5)
+        (out.float() * torch.randn(out.shape, device=device)).sum().backward()
+        return {"output": out} | {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
+
+    return _compare("attention, ", run(plain=False), run(plain=True), ATTENTION_TOLERANCE)
+
+
+def _compare(prefix: str, fast: dict[str, Tensor], plain: dict[str, Tensor], allowed: float) -> list[Difference]:
+    return [
+        Difference(prefix + name, ((fast[name].float() - t.float()).norm() / t.float().norm()).item(), allowed)
+        for name, t in plain.items()
+    ]

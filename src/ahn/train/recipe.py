@@ -1,0 +1,111 @@
+"""A training run as a YAML file, every key checked; `key=value` on the command line goes before the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ahn.errors import ConfigError
+from ahn.train import windows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train on what, for how long.
+
+    Args:
+        base: base model (`ahn.from_pretrained`). cell: name of the cell. output: folder of checkpoints and adapter.
+        data: sources (`ahn.train.data`). limit: tokens of each source, at most; None: all.
+        length: tokens of a row. batch: rows a step and device. steps: optimiser steps.
+        lr, warmup, weight_decay, clip: AdamW's rate, the share of steps it rises over before it falls as a cosine,
+            decay (none on the cells' decay parameters), largest norm of the gradient.
+        loss: "kl" (paper) or "ce". lossless, sinks: sizes drawn from, one of each for fixed ones.
+        window, kept_sinks: what the finished adapter suggests to use.
+        sink_positions: see AHNConfig. checkpointing: recompute activations. compile: compile the frozen layers.
+        save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
+    """
+
+    base: str
+    output: str
+    data: tuple[str, ...]
+    cell: str = "gated_deltanet"
+    limit: int | None = None
+    length: int = 4096
+    batch: int = 8
+    steps: int = 500
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    loss: str = "kl"
+    lossless: tuple[int, ...] = windows.LOSSLESS
+    sinks: tuple[int, ...] = windows.SINKS
+    window: int = 1920
+    kept_sinks: int = 128
+    sink_positions: str = "clipped"
+    checkpointing: bool = False
+    compile: bool = True
+    save_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+    report_to: tuple[str, ...] = field(default=("tensorboard",))
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch", "steps", "save_every", "log_every"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer of at least 1")
+        for name in ("lr", "clip"):
+            if not isinstance(getattr(self, name), float) or getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number above 0")
+        if self.loss not in ("kl", "ce"):
+            raise ConfigError(f"loss={self.loss!r}: expected kl or ce")
+        if not self.data:
+            raise ConfigError("data=[]: expected at least one source")
+        if not any(self.length / 8 <= size < self.length for size in self.lossless):
+            raise ConfigError(f"lossless={list(self.lossless)}: none is in {self.length}/8 .. {self.length - 1}")
+
+
+def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe. Raises ConfigError naming the key, the value and what is allowed."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        for change in changes:
+            key, equals, value = change.partition("=")
+            if not equals:
+                raise ConfigError(f"{change!r}: expected key=value")
+            values[key] = yaml.safe_load(value)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values")
+    return from_dict(values)
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    known = {field.name: field for field in dataclasses.fields(Recipe)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"unknown key {key!r} in the recipe" + (f"; did you mean {near[0]!r}?" if near else ""))
+    missing = [key for key in ("base", "output", "data") if key not in values]
+    if missing:
+        raise ConfigError(f"the recipe has no {', '.join(missing)}")
+    values = {key: _typed(known[key], value) for key, value in values.items()}
+    return Recipe(**values)
+
+
+def _typed(field: Any, value: Any) -> Any:
+    if field.type.startswith("tuple"):
+        return tuple(value) if isinstance(value, list) else (value,)
+    if field.type == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError as error:
+            raise ConfigError(f"{field.name}={value!r}: expected a number") from error
+    return value

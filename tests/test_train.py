@@ -1,0 +1,234 @@
+"""Training: data, windows, the loss against its definition, a run that resumes as if it had never stopped."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ahn
+from ahn.augmentation import full_attention, layers_of, set_window
+from ahn.errors import ConfigError, DocumentError
+from ahn.train import data, distill, recipe, windows
+from conftest import tiny, token_ids, with_memory
+from tiny_tokenizer import tiny_tokenizer
+
+
+def test_windows_are_drawn_within_the_papers_bounds():
+    seen = {windows.draw(0, step, 4096) for step in range(500)}
+    for window, sinks in seen:
+        assert 4096 / 8 <= window + sinks < 4096
+        assert sinks <= (window + sinks) / 2
+    assert {window + sinks for window, sinks in seen} == {512, 1024, 2048}
+    assert {sinks for _, sinks in seen} == {0, 32, 64, 128, 512}
+    assert windows.draw(3, 7, 4096) == windows.draw(3, 7, 4096)
+    with pytest.raises(ValueError, match="no lossless size"):
+        windows.draw(0, 0, 32)
+
+
+def definition(model, ids, counts, kind):
+    """The loss with all logits in memory."""
+    student = model(ids, use_cache=False).logits.float().log_softmax(-1)
+    with torch.no_grad(), full_attention(model):
+        teacher = model(ids, use_cache=False).logits.float().log_softmax(-1)
+    counts = counts.clone()
+    counts[:, : model.ahn_config.lossless] = False
+    if kind == "ce":
+        return F.nll_loss(student[:, :-1][counts[:, :-1]], ids[:, 1:][counts[:, :-1]])
+    return (teacher.exp() * (teacher - student)).sum(-1)[counts].mean()
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_loss_and_gradients_are_the_definition(kind, monkeypatch):
+    monkeypatch.setattr(distill, "TOKENS_AT_ONCE", 17)
+    model, ids = with_memory(tiny()), token_ids(60, batch=2)
+    counts = torch.rand(2, 60, generator=torch.Generator().manual_seed(0)) < 0.7
+    counts[:, -1] = False
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    ours = gradients(distill.loss(model, ids, counts, kind))
+    expected = gradients(definition(model, ids, counts, kind))
+    assert ours[0] == pytest.approx(expected[0], rel=1e-5)
+    torch.testing.assert_close(ours[1], expected[1], rtol=1e-3, atol=1e-6)
+
+
+def test_the_teacher_is_the_base():
+    base, ids = tiny(), token_ids(60, batch=2)
+    with torch.no_grad():
+        expected = base(ids).logits
+        with_memory(base)
+        with full_attention(base):
+            taught = base(ids, use_cache=False).logits
+        student = base(ids, use_cache=False).logits
+    torch.testing.assert_close(taught, expected, atol=1e-5, rtol=0)
+    assert (student - expected).abs().max() > 1e-2
+
+
+def test_an_exact_student_has_no_loss():
+    model, ids = with_memory(tiny(), window=60, sinks=0), token_ids(50)
+    set_window(model, 40, 5)
+    counts = torch.ones(1, 50, dtype=torch.bool)
+    assert distill.loss(model, ids[:, :45], counts[:, :45]).item() == 0  # nothing lies behind the lossless tokens
+    assert distill.loss(model, ids, counts).item() > 0
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def jsonl(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_text_is_cut_into_rows(tmp_path, tokenizer):
+    source = jsonl(tmp_path / "a.jsonl", {"text": "once upon a time " * 50}, {"text": "the end " * 50})
+    rows = data.rows([source], tokenizer, 64)
+    whole = tokenizer("once upon a time " * 50, add_special_tokens=False).input_ids
+    whole += [tokenizer.eos_token_id, *tokenizer("the end " * 50, add_special_tokens=False).input_ids]
+    assert rows.ids.flatten().tolist() == whole[: rows.ids.numel()]
+    assert rows[0]["input_ids"].dtype == torch.long
+    assert not rows.counts.all()  # nothing is to be predicted after the end of a text
+    assert rows.counts.float().mean() > 0.9
+
+
+def test_of_a_chat_only_the_answers_count(tmp_path, tokenizer):
+    messages = [
+        {"role": "user", "content": "who are you?"},
+        {"role": "assistant", "content": "a little model"},
+        {"role": "user", "content": "and then?"},
+        {"role": "assistant", "content": "nothing"},
+    ]
+    rows = data.rows([jsonl(tmp_path / "c.jsonl", *[{"messages": messages}] * 9)], tokenizer, 32)
+    ids, counts = rows.ids.flatten(), rows.counts.flatten()
+    predicted = tokenizer.decode(ids[1:][counts[:-1]])
+    assert "a little model" in predicted and "nothing" in predicted
+    assert "who" not in predicted and "then" not in predicted
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(ids).startswith(rendered[:40])
+
+
+def test_documents_with_questions(tmp_path, tokenizer):
+    record = {"context": "the cat sat on the mat. " * 20, "qas": [{"question": "who sat?", "answers": ["the cat"]}]}
+    rows = data.rows([jsonl(tmp_path / "q.jsonl", record, record)], tokenizer, 64)
+    assert 0 < rows.counts.sum() < rows.counts.numel() / 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "fewer than 64 tokens"),
+        (b'{"text": "short"}\n', "fewer than 64 tokens"),
+        (b'{"text": \n', "line 1: not JSON"),
+        (b'{"txt": "a"}\n', "keys txt"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ],
+)
+def test_bad_sources(tmp_path, tokenizer, content, message):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(DocumentError, match=message):
+        data.rows([str(tmp_path / "bad.jsonl")], tokenizer, 64)
+    with pytest.raises(DocumentError, match="no such file"):
+        data.rows([str(tmp_path / "none.jsonl")], tokenizer, 64)
+
+
+RECIPE = {"cell": "deltanet", "length": 64, "batch": 2, "steps": 6, "save_every": 3, "log_every": 1, "report_to": []}
+
+
+@pytest.fixture
+def settings(tmp_path, tokenizer):
+    tiny(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    source = jsonl(
+        tmp_path / "a.jsonl", *({"text": f"{i} once upon a time {i * i} there was " * 30} for i in range(12))
+    )
+    lossless = {"lossless": [16, 32], "sinks": [0, 4], "window": 24, "kept_sinks": 4}
+    return RECIPE | lossless | {"base": str(tmp_path / "base"), "data": [source], "output": str(tmp_path / "run")}
+
+
+def losses(folder):
+    return [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+
+
+def test_a_run_trains_and_its_adapter_loads(settings, tmp_path):
+    from ahn.train.trainer import train
+
+    one_window = {"lossless": [16], "sinks": [4], "limit": 128, "batch": 2}  # the same two rows in every step
+    adapter = train(recipe.from_dict(settings | one_window | {"lr": 1e-2, "steps": 60, "warmup": 0.0}))
+    curve = losses(tmp_path / "run")
+    assert curve[-1] < 0.8 * curve[0]
+    model = ahn.from_pretrained(settings["base"], adapter)
+    assert model.ahn_config == ahn.AHNConfig("deltanet", 24, 4)
+    assert layers_of(model)[0].cell.o_proj.weight.abs().max() > 0
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
+    from safetensors.torch import load_file
+
+    from ahn.train.trainer import build, train
+
+    whole = load_file(train(recipe.from_dict(settings)) / "adapter.safetensors")
+    expected = losses(tmp_path / "run")
+    again = recipe.from_dict(settings | {"output": str(tmp_path / "again")})
+    trainer = build(again)
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    resumed = load_file(train(again, resume=True) / "adapter.safetensors")
+    assert losses(tmp_path / "again") == expected
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepps": 3}, "'stepps'.*did you mean 'steps'"),
+        ({"steps": 0}, "steps=0"),
+        ({"lr": "fast"}, "lr='fast'"),
+        ({"loss": "mse"}, "expected kl or ce"),
+        ({"lossless": [8192]}, "none is in"),
+        ({"data": []}, "at least one source"),
+    ],
+)
+def test_bad_recipes(settings, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe.from_dict(settings | changes)
+
+
+def test_gradients_are_checked(cell, monkeypatch):
+    from ahn.train.check import check
+
+    found = check(cell, 2, 8, torch.device("cpu"), torch.float32)
+    assert all(row.value <= row.allowed for row in found) and len(found) > 8
+    kind = ahn.cells.get(cell)
+    monkeypatch.setattr(
+        kind, "chunk", lambda self, q, k, v, gates, state: kind.naive(self, q, k * 1.01, v, gates, state)
+    )
+    with pytest.raises(ahn.errors.AHNError, match="output is off by"):
+        check(cell, 2, 8, torch.device("cpu"), torch.float32)
+
+
+def test_recipe_files(settings, tmp_path):
+    import yaml
+
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
+    loaded = recipe.load(tmp_path / "r.yaml", ["lr=1e-4", "steps=9"])
+    assert (loaded.lr, loaded.steps) == (1e-4, 9)
+    with pytest.raises(ConfigError, match="key=value"):
+        recipe.load(tmp_path / "r.yaml", ["steps"])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        recipe.load(tmp_path / "none.yaml")
+    (tmp_path / "r.yaml").write_text("base: x\n")
+    with pytest.raises(ConfigError, match="no output, data"):
+        recipe.load(tmp_path / "r.yaml")
