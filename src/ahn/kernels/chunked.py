@@ -79,12 +79,12 @@ class _Decay:
 
     def __init__(self, log_decay: Tensor | None) -> None:
         self.total = log_decay.cumsum(-1) if log_decay is not None else None
+        if self.total is not None:
+            self.between = (self.total[..., :, None] - self.total[..., None, :]).clamp(max=0).exp()
 
     def pairs(self, scores: Tensor) -> Tensor:
         """scores[i, j] * exp(g_i - g_j); only j <= i means anything."""
-        if self.total is None:
-            return scores
-        return scores * (self.total[..., :, None] - self.total[..., None, :]).clamp(max=0).exp()
+        return scores if self.total is None else scores * self.between
 
     def since_start(self, x: Tensor) -> Tensor:
         return x if self.total is None else x * self.total.exp()[..., None]
