@@ -38,7 +38,8 @@ def measure(kind: str, base: str, text: str, length: int, lossless: int) -> dict
         model = load_base(base)
     else:
         cell = None if kind == "window" else kind
-        model = ahn.from_pretrained(base, window=lossless - SINKS, sinks=SINKS, cell=cell)
+        adapter = "none" if cell is None else None
+        model = ahn.from_pretrained(base, adapter, window=lossless - SINKS, sinks=SINKS, cell=cell)
     with torch.no_grad():
         model(ids[:, :64])
         start_rss = resident()

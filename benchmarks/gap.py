@@ -43,7 +43,7 @@ def main() -> None:
     def mean(model: Any) -> float:
         return torch.cat([position_losses(model, ids)[options.tokens // 2 :] for ids in books]).mean().item()
 
-    model = ahn.from_pretrained(options.base, window=16, sinks=0)
+    model = ahn.from_pretrained(options.base, "none", window=16, sinks=0)
     with full_attention(model):
         full = torch.cat([whole(model, ids)[options.tokens // 2 :] for ids in books]).mean().item()
     print(f"{len(books)} books, positions {options.tokens // 2:,} to {options.tokens - 1:,}; full attention {full:.4f}")

@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = ahn.load_tokenizer(options.base)
     texts = {book: tokenizer(Path(book).read_text()).input_ids for book in options.books}
-    model = ahn.from_pretrained(options.base, window=16, sinks=4)
+    model = ahn.from_pretrained(options.base, "none", window=16, sinks=4)
     edges = [options.tokens * i // PARTS for i in range(PARTS + 1)]
     rows = []
     print(f"{'lossless':>8}  {'sinks':<9}" + "".join(f"{f'to {edge // 1024}k':>9}" for edge in edges[1:]))

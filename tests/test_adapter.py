@@ -202,3 +202,27 @@ def test_adapter_in_the_bases_folder_is_found(tmp_path):
     assert torch.equal(in_pieces(loaded, ids, [60]), in_pieces(model, ids, [60]))
     with pytest.raises(ConfigError, match="mamba2"):
         ahn.from_pretrained(tmp_path, tmp_path, cell="mamba2")
+
+
+@pytest.mark.parametrize("name", ahn.zoo.names())
+def test_shipped_adapters_are_whole_and_documented(name):
+    shipped = ahn.adapter.read_adapter(name)
+    assert all(tensor.isfinite().all() for tensor in shipped.tensors.values())
+    assert all(t.dtype == torch.bfloat16 for n, t in shipped.tensors.items() if t.dim() > 1)
+    assert any(t.abs().max() > 0 for n, t in shipped.tensors.items() if n.endswith("o_proj.weight"))
+    assert f"# {name}" in (ahn.zoo.path(name) / "README.md").read_text()
+
+
+def test_a_shipped_adapter_is_the_default_of_its_base(tmp_path, monkeypatch):
+    from ahn import zoo
+
+    monkeypatch.setattr(zoo, "_HERE", tmp_path / "zoo")
+    tiny().save_pretrained(tmp_path / "base")
+    ahn.save_adapter(with_memory(tiny()), tmp_path / "zoo" / "tiny-gdn")
+    settings = json.loads((tmp_path / "zoo" / "tiny-gdn" / "ahn.json").read_text())
+    (tmp_path / "zoo" / "tiny-gdn" / "ahn.json").write_text(
+        json.dumps(settings | {"default_for": [str(tmp_path / "base")]})
+    )
+    assert ahn.from_pretrained(tmp_path / "base").ahn_names["adapter"] == "tiny-gdn"
+    assert ahn.from_pretrained(tmp_path / "base", cell="mamba2").ahn_names["adapter"] is None
+    assert ahn.from_pretrained(tmp_path / "base", "tiny-gdn").ahn_config.cell == "gated_deltanet"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 1
+NONE = "none"
 WEIGHTS, SETTINGS = "adapter.safetensors", "ahn.json"
 AUTHORS_PREFIX, AUTHORS_INFIX = "model.layers.", ".ahn.fn."
 PAPER_LOSSLESS = 32768  # tokens kept exactly in the paper: 128 sinks + 32,640 window
@@ -64,8 +65,9 @@ def from_pretrained(
 
     Args:
         base: hub id, local folder, GGUF file, or "smollm2-135m".
-        adapter: a shipped one's name (`ahn.zoo.names()`), a folder or a hub id, ours or the authors'. Default: the
-            one in the base's own folder or, if there is none and no `cell` is named, sinks and window alone.
+        adapter: a shipped one's name (`ahn.zoo.names()`), a folder or a hub id, ours or the authors'; "none" for sinks
+            and window alone. Default: the one in the base's own folder; else, if no `cell` is named, the shipped one
+            for this base; else none.
         window, sinks: tokens kept exactly. Default: the adapter's; without one the paper's 32,640 + 128 where the
             base has that many positions, else a quarter of them.
         cell: an untrained cell by name, to be trained; with an adapter, must be the adapter's.
@@ -80,6 +82,10 @@ def from_pretrained(
     trained = None
     if adapter is None and (Path(base) / SETTINGS).is_file():
         adapter = base
+    elif adapter is None and cell is None:
+        adapter = zoo.default_for(os.fspath(base))
+    elif adapter == NONE:
+        adapter = None
     if adapter is not None:
         trained = read_adapter(adapter)
         if cell not in (None, trained.config.cell):
@@ -228,7 +234,7 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(adapter.tensors[name])
-    model.ahn_names["adapter"] = source
+    model.ahn_names["adapter"] = source if zoo.path(name := Path(source).name) != Path(source) else name
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

@@ -27,7 +27,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--base", metavar="B", help="hub id, folder or .gguf file (default: the memory's, or smollm2-135m)"
     )
-    group.add_argument("--adapter", metavar="A", help="trained memory: folder, hub id or the name of a shipped one")
+    group.add_argument(
+        "--adapter", metavar="A", help="trained memory: folder, hub id, the name of a shipped one, or none"
+    )
     group.add_argument("--window", type=at_least(1), metavar="N", help="last tokens kept exactly")
     group.add_argument("--sinks", type=at_least(0), metavar="N", help="first tokens kept exactly")
     group.add_argument("--cell", metavar="C", help="an untrained cell, to see what it costs (ahn info lists them)")

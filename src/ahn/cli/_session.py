@@ -71,10 +71,13 @@ class Session:
 
             transformers.logging.set_verbosity_error()
             config = header.get("config", {})
+            adapter = args.adapter or header.get("adapter")
+            if header and not adapter and not config["cell"]:
+                adapter = "none"  # it was read without a memory, so it goes on without the shipped one
             self.tokenizer = ahn.load_tokenizer(base)
             self.model = ahn.from_pretrained(
                 base,
-                args.adapter or header.get("adapter"),
+                adapter,
                 window=config.get("window", args.window),
                 sinks=config.get("sinks", args.sinks),
                 cell=config.get("cell", args.cell),
