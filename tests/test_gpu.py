@@ -83,4 +83,4 @@ def test_any_split_in_half_precision(cell, sinks):
 
 def test_kernel_choice_is_visible():
     rows = {operation: kernel for operation, kernel, _ in kernels.report()}
-    assert set(rows.values()) <= {"fla", "torch", "torch flash"}
+    assert set(rows.values()) <= {"fla", "torch", "torch flash", "torch flex"}

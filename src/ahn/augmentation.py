@@ -463,22 +463,18 @@ def _read_in_chunks(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the model: of a long prompt whose last logits alone are wanted, read all but the last chunk."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
+    kwargs = _by_name(model, args, kwargs)
+    ids = kwargs.get("input_ids")
     cache: Any = kwargs.get("past_key_values")
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
         return None
     cache = kwargs["past_key_values"] = _own_cache(model, cache, kwargs.get("use_cache"))
     head = (ids.shape[1] - 1) // CHUNK * CHUNK
     mask = kwargs.get("attention_mask")
+    seen = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head]
     from ahn.generation import read_chunks
 
-    read_chunks(
-        model.get_decoder(),
-        ids[:, :head],
-        cache,
-        CHUNK,
-        None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head],
-    )
+    read_chunks(model.get_decoder(), ids[:, :head], cache, CHUNK, seen)
     kwargs["input_ids"] = ids[:, head:]
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"][..., -(ids.shape[1] - head) :]

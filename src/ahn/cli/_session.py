@@ -6,6 +6,7 @@ Answers go to standard output, everything else to standard error.
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ class Session:
 
     def __init__(self, args: argparse.Namespace, memory: str | None = None) -> None:
         header = _header(memory, args) if memory else {}
+        _show_log()
         base = args.base or header.get("base") or "smollm2-135m"
         with console.status(f"loading {base}"):
             import transformers
@@ -227,6 +229,15 @@ def _header(memory: str, args: argparse.Namespace) -> dict[str, Any]:
         if given is not None and given != kept:
             raise ConfigError(f"--{name} {given}: {memory} was read with {name}={kept}; leave the option out")
     return header
+
+
+def _show_log() -> None:
+    """What the package has to say of itself, such as that a base is being converted, as lines on standard error."""
+    log = logging.getLogger("ahn")
+    if not log.handlers:
+        log.setLevel(logging.INFO)
+        log.addHandler(handler := logging.Handler())
+        handler.emit = lambda record: console.print(record.getMessage())  # type: ignore[method-assign]
 
 
 def _device(name: str | None) -> str | None:

@@ -45,14 +45,17 @@ def report() -> list[tuple[str, str, str]]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     like = torch.empty(0, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    rows = [("sinks and window", *attention(device))]
+    rows = [("reading: sinks and window", *attention(device)), ("training: sinks and window", *attention(device, True))]
     rows += [(f"{name}, many tokens", *choose(cells.get(name).fla_operation, like)) for name in cells.names()]
     return [*rows, ("one token", "torch", "every cell: in place, one step")]
 
 
-def attention(device: str) -> Kernel:
-    if device == "cpu":
-        return Kernel("torch flash", "CPU, without gradients; with gradients plain torch")
+def attention(device: str, gradients: bool = False) -> Kernel:
+    """The kernel for sinks and window; `gradients`: of a whole sequence without a cache."""
+    if device == "cuda" and gradients:
+        return Kernel("torch flex", "CUDA, a whole sequence: FlexAttention, compiled once")
+    if device == "cpu" and not gradients:
+        return Kernel("torch flash", "CPU: torch's fused kernel, which also returns the normaliser")
     return Kernel("torch", f"{device}: plain torch on blocks of queries")
 
 
