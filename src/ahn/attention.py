@@ -68,15 +68,14 @@ def attend_one(
         q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first.
         mask: bool [B, K], true where a slot is filled, or None.
     """
-    batch, heads, _, size = q.shape
-    q, q_sinks = (t.reshape(batch, k.shape[1], -1, size) for t in (q, q_sinks))
-    scores = q @ k.transpose(-1, -2)
-    if q_sinks is not q and sinks:
-        scores[..., :sinks] = q_sinks @ k[:, :, :sinks].transpose(-1, -2)
-    scores = scores.float() * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).view(batch, heads, 1, size)
+    mask = None if mask is None else mask[:, None]
+    if q_sinks is q:
+        return attend(q, k, v, mask, scale)[0]
+    first, rest = (
+        attend(query, k[:, :, part], v[:, :, part], None if mask is None else mask[..., part], scale)
+        for query, part in ((q_sinks, slice(sinks)), (q, slice(sinks, None)))
+    )
+    return merge(first, rest)
 
 
 def attend_window(
