@@ -175,7 +175,8 @@ class AHNLayer(nn.Module):
         if angles is None:
             positions = span.positions().to(q.device)
             angles = span.sink_angles = rotary.angles(positions.clamp(max=lossless) - positions)
-        return rotary.turn(q, angles)
+        cos, sin = (t.to(q.device) for t in angles)
+        return rotary.turn(q, (cos, sin))
 
 
 class _Frame:
