@@ -28,6 +28,10 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--lossless", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument(
+        "--sinks", nargs="+", default=["clipped", "absolute", "none"], choices=["clipped", "absolute", "none"]
+    )
+    parser.add_argument("--name", help="of the result file")
     options = parser.parse_args()
     tokenizer = ahn.load_tokenizer(options.base)
     texts = {book: tokenizer(Path(book).read_text()).input_ids for book in options.books}
@@ -36,7 +40,7 @@ def main() -> None:
     rows = []
     print(f"{'lossless':>8}  {'sinks':<9}" + "".join(f"{f'to {edge // 1024}k':>9}" for edge in edges[1:]))
     for lossless in options.lossless:
-        for kind in ("clipped", "absolute", "none"):
+        for kind in options.sinks:
             sinks = 0 if kind == "none" else SINKS
             ahn.detach(model)
             ahn.augment(
@@ -51,7 +55,15 @@ def main() -> None:
             rows.append({"lossless": lossless, "sinks": kind, "loss": means})
             print(f"{lossless:>8}  {kind:<9}" + "".join(f"{mean:>9.4f}" for mean in means), flush=True)
     sizes = {Path(book).stem: min(len(ids), options.tokens) for book, ids in texts.items()}
-    print(write(f"sinks-{Path(options.base).stem}", base=options.base, books=sizes, position_edges=edges, rows=rows))
+    print(
+        write(
+            options.name or f"sinks-{Path(options.base).stem}",
+            base=options.base,
+            books=sizes,
+            position_edges=edges,
+            rows=rows,
+        )
+    )
 
 
 if __name__ == "__main__":
