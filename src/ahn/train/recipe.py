@@ -27,6 +27,7 @@ class Recipe:
         window, kept_sinks: what the finished adapter suggests to use.
         sink_positions: see AHNConfig. checkpointing: recompute activations. compile: compile the frozen layers.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
+        report_to: loggers of the Trainer, used where they are installed.
     """
 
     base: str

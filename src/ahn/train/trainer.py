@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -98,7 +99,7 @@ def build(recipe: Recipe) -> MemoryTrainer:
         save_total_limit=2,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        report_to=[name for name in recipe.report_to if name],
+        report_to=[name for name in recipe.report_to if importlib.util.find_spec(name)],
         remove_unused_columns=False,
         use_cpu=model.device.type == "cpu",
         dataloader_num_workers=0,
