@@ -226,3 +226,15 @@ def test_a_shipped_adapter_is_the_default_of_its_base(tmp_path, monkeypatch):
     assert ahn.from_pretrained(tmp_path / "base").ahn_names["adapter"] == "tiny-gdn"
     assert ahn.from_pretrained(tmp_path / "base", cell="mamba2").ahn_names["adapter"] is None
     assert ahn.from_pretrained(tmp_path / "base", "tiny-gdn").ahn_config.cell == "gated_deltanet"
+
+
+def test_authors_checkpoint_on_a_base_of_few_positions(tmp_path):
+    tensors, metadata = golden_tensors("deltanet")
+    model = ahn.load_adapter(golden_base(tensors, metadata), authors_checkpoint(tmp_path / "authors", "deltanet"))
+    assert model.ahn_config.lossless == 1024  # a quarter of its 4,096 positions
+    assert model.ahn_config.sink_positions == "absolute"
+
+
+def test_saving_from_a_plain_model(tmp_path):
+    with pytest.raises(AdapterError, match="nothing to save"):
+        ahn.save_adapter(tiny(), tmp_path)

@@ -134,11 +134,32 @@ def test_config_json_round_trip():
         ahn.AHNConfig.from_dict(config.to_dict() | {"windo": 7})
 
 
-def test_changing_frequencies_cannot_be_clipped():
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(ConfigError, match="'dynamic'.*absolute"):
-        with_memory(tiny(rope_parameters=rope))
-    with_memory(tiny(rope_parameters=rope), sink_positions="absolute")
+def longrope():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
+    return tiny("Phi3", rope_parameters=rope, original_max_position_embeddings=32)
+
+
+def dynamic():
+    return tiny(
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, max_position_embeddings=32
+    )
+
+
+@pytest.mark.parametrize("build", [longrope, dynamic])
+@pytest.mark.parametrize("positions", ["clipped", "absolute"])
+def test_frequencies_that_change_with_the_length_are_held(build, positions):
+    base, ids = build(), token_ids(110)
+    with torch.no_grad():
+        short, long = base(ids[:, :20]).logits, base(ids).logits
+        with_memory(base, sink_positions=positions)
+        whole = base(ids, use_cache=False).logits
+        assert (whole[:, :20] - short).abs().max() < 1e-5
+        assert (in_pieces(base, ids, [10] * 11) - whole).abs().max() < 1e-4
+        ahn.detach(base)
+        assert torch.equal(base(ids).logits, long)
+    with pytest.raises(ConfigError, match="short texts up to 32 tokens|more than the 32 positions"):
+        with_memory(build(), window=40)
 
 
 def test_nothing_grows_once_the_window_is_full(cell):
@@ -227,3 +248,43 @@ def test_attention_dropout_is_refused():
     model = with_memory(tiny(attention_dropout=0.1)).train()
     with pytest.raises(ConfigError, match=r"attention_dropout=0\.1"):
         model(token_ids(30), use_cache=False)
+
+
+def test_autocast():
+    model = with_memory(tiny())
+    ids = token_ids(60)
+    expected = in_pieces(model, ids, [60])
+    with torch.autocast("cpu", torch.bfloat16):
+        for out in (in_pieces(model, ids, [20, 1, 39]), model(ids, use_cache=False).logits):
+            assert (out.float() - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("mask", [(1, 59), (1, 61), (2, 60)])
+def test_masks_of_another_size(mask):
+    with pytest.raises(ConfigError, match=r"expected \[1, 60\]"):
+        with_memory(tiny())(token_ids(60), attention_mask=torch.ones(mask, dtype=torch.long))
+
+
+def test_what_is_no_model_or_no_config():
+    with pytest.raises(UnsupportedModelError, match="Linear is no transformers model"):
+        ahn.augment(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="expected an ahn.AHNConfig"):
+        ahn.augment(tiny(), {"window": 5})
+
+
+def test_compiled_without_a_cache():
+    model = with_memory(tiny())
+    ids = token_ids(60)
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-4, rtol=0)
+    torch._dynamo.reset()
+
+
+def test_a_reset_cache_serves_another_batch():
+    model = with_memory(tiny())
+    cache = ahn.read(model, token_ids(60, batch=2))
+    cache.reset()
+    assert (cache.nbytes, cache.tokens_seen) == (0, 0)
+    expected = ahn.read(model, token_ids(60, batch=3)).last_logits
+    assert torch.equal(ahn.read(model, token_ids(60, batch=3), cache).last_logits, expected)

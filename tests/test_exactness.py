@@ -254,3 +254,10 @@ def test_a_cache_refuses_to_lose_gradients():
     loss = model(token_ids(60), past_key_values=ahn.AHNCache(model), labels=token_ids(60)).loss
     with pytest.raises(ahn.errors.UnsupportedOperationError, match="use_cache=False"):
         loss.backward()
+
+
+def test_layers_without_positions_see_the_sinks_unturned():
+    settings = {"no_rope_layers": [0, 0], "layer_types": ["full_attention"] * 2}
+    clipped, absolute = (with_memory(tiny("SmolLM3", **settings), sink_positions=p) for p in ("clipped", "absolute"))
+    ids = token_ids(60)
+    assert largest(in_pieces(clipped, ids, [30, 1, 29]), in_pieces(absolute, ids, [60])) < 1e-4

@@ -224,3 +224,27 @@ def test_interrupt_finishes_the_chunk(model):
     with torch.no_grad():
         rest = model(ids[:, 30:], past_key_values=cache).logits
     torch.testing.assert_close(rest, in_pieces(model, ids, [60])[:, 30:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_reading_then_asking(model, side):
+    """After a padded read the last logits are those of real tokens, and generation knows where each row is."""
+    short, question = token_ids(25, seed=1), token_ids(4, seed=5)
+    padding = torch.zeros(1, 15, dtype=torch.long)
+    parts = (padding, short) if side == "left" else (short, padding)
+    ids = torch.cat([torch.cat(parts, 1), token_ids(40, seed=2)])
+    mask = torch.cat([torch.cat([torch.ones_like(p) * (p is short) for p in parts], 1), torch.ones(1, 40).long()])
+    cache = ahn.read(model, ids, chunk=10, attention_mask=mask)
+    alone = ahn.read(model, short)
+    torch.testing.assert_close(cache.last_logits[:1], alone.last_logits, atol=1e-4, rtol=0)
+    out = ahn.generate(model, question.repeat(2, 1), cache, max_new_tokens=8, **GREEDY)
+    assert torch.equal(out[:1], ahn.generate(model, question, alone, max_new_tokens=8, **GREEDY))
+
+
+def test_unknown_token_ids_leave_the_cache_usable(model):
+    cache = ahn.read(model, token_ids(30))
+    with pytest.raises(ConfigError, match="token id 1000: expected 0 to 127"):
+        ahn.read(model, [1000], cache)
+    with pytest.raises(IndexError), torch.no_grad():
+        model(torch.tensor([[1000]]), past_key_values=cache)
+    assert ahn.read(model, [5], cache).tokens_seen == 31

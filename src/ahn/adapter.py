@@ -95,7 +95,8 @@ def from_pretrained(
     changes: dict[str, Any] = {k: v for k, v in (("window", window), ("sinks", sinks)) if v is not None}
     AHNConfig(cell=None, **changes)  # a wrong number is said before gigabytes are loaded
     model = bases.load_base(base, dtype=dtype, device=device)
-    config = trained.config if trained else default_config(model.config.get_text_config(), cell)
+    base_config = model.config.get_text_config()
+    config = _fitting(trained.config, base_config) if trained else default_config(base_config, cell)
     if sinks is not None and window is None and not trained:
         changes["window"] = config.lossless - sinks
     augment(model, config.replace(**changes))
@@ -110,9 +111,16 @@ def default_config(base: Any, cell: str | None) -> AHNConfig:
     context = getattr(base, "max_position_embeddings", None) or PAPER_LOSSLESS
     lossless = PAPER_LOSSLESS if context >= PAPER_LOSSLESS else max(context // 4, 1)
     sinks = min(128, lossless // 16)
-    rope = getattr(base, "rope_parameters", None) or {}
-    changing = rope.get("rope_type") in ("dynamic", "longrope")
-    return AHNConfig(cell, lossless - sinks, sinks, sink_positions="absolute" if changing else "clipped")
+    return AHNConfig(cell, lossless - sinks, sinks)
+
+
+def _fitting(config: AHNConfig, base: Any) -> AHNConfig:
+    """Another base's default sizes where this one has fewer positions than the adapter suggests to keep."""
+    context = getattr(base, "max_position_embeddings", None) or config.lossless
+    if config.lossless <= context:
+        return config
+    default = default_config(base, config.cell)
+    return config.replace(window=default.window, sinks=default.sinks)
 
 
 def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
@@ -123,8 +131,8 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
     Raises:
         AdapterError: the model has no cells, or the folder cannot be written.
     """
-    config: AHNConfig = model.ahn_config
-    if config.cell is None:
+    config: AHNConfig | None = getattr(model, "ahn_config", None)
+    if config is None or config.cell is None:
         raise AdapterError("the model has no cells, only sinks and window: there is nothing to save")
     tensors = {name: p.detach().cpu().contiguous() for name, p in _parameters(model).items()}
     write_adapter(Adapter(config, _shape(model), tensors, model.ahn_names["base"]), folder)
@@ -143,7 +151,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
     trained = read_adapter(folder)
     if not hasattr(model, "ahn_config"):
         _check_shape(trained, _shape(model))
-        augment(model, trained.config)
+        augment(model, _fitting(trained.config, model.config.get_text_config()))
     apply(trained, model)
     return model
 
@@ -300,10 +308,10 @@ def _read_ours(folder: Path) -> Adapter:
         )
     try:
         config = AHNConfig.from_dict(settings["config"])
-        shape, digest = settings["shape"], settings["sha256"]
+        shape, digest = dict(settings["shape"]), settings["sha256"]
     except KeyError as error:
         raise AdapterError(f"{folder / SETTINGS}: no {error}") from error
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / SETTINGS}: {error}") from error
     weights = folder / WEIGHTS
     if weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() != digest:

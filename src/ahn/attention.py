@@ -121,17 +121,15 @@ class Rotary:
     and the layout of the dimensions are the base's: nothing here knows a family.
 
     Raises:
-        ConfigError: the base's rotation cannot be composed (frequencies that change with the length, unknown layout).
+        ConfigError: the base's rotation cannot be composed.
     """
 
     def __init__(self, decoder: nn.Module, attention: Any) -> None:
         self.embedding: Any = getattr(decoder, "rotary_emb", None)
         self.apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        changing = getattr(self.embedding, "rope_type", "default") in ("dynamic", "longrope")
-        if self.embedding is None or self.apply is None or changing or not self._composes(attention):
-            kind = getattr(self.embedding, "rope_type", "none")
+        if self.embedding is None or self.apply is None or not self._composes(attention):
             raise ConfigError(
-                f"sink_positions='clipped' needs rotary positions of fixed frequencies, this base has {kind!r}: "
+                "sink_positions='clipped' needs rotary positions that can be turned further, this base's cannot: "
                 "use sink_positions='absolute'"
             )
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
+CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 FOREVER = 1 << 60  # window of a layer that keeps everything
 
 
@@ -53,7 +54,8 @@ class AHNLayer(nn.Module):
         kept = config.layers is None or attention.layer_idx in config.layers
         self.window = config.window if kept else None
         self.sinks = config.sinks if kept else 0
-        self.rotary = [rotary if kept else None]  # in a list: the base's rotary module is not ours to register
+        turned = kept and getattr(attention, "use_rope", True)  # some bases leave positions out of some layers
+        self.rotary = [rotary if turned else None]  # in a list: the base's rotary module is not ours to register
         self.cell: Cell | None = None
         if kept and config.cell is not None:
             heads, size = _heads(attention)
@@ -186,6 +188,36 @@ class _Frame:
         self.attention = model.config._attn_implementation
         self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.hooks: list[Any] = []
+        self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
+
+    def hold_frequencies(self, decoder: Any, config: AHNConfig) -> None:
+        """Keep the rotary frequencies those of short texts, where the base changes them with the length ("dynamic",
+        "longrope"): what is attended is never further away than sinks + window, and one text has one set of them.
+
+        Raises:
+            ConfigError: sinks + window is more than short texts are.
+        """
+        rotary: Any = getattr(decoder, "rotary_emb", None)
+        kind = getattr(rotary, "rope_type", None)
+        if kind not in CHANGING:
+            return
+        base = decoder.config
+        settings = getattr(base, "rope_parameters", None) or {}
+        short = settings.get("original_max_position_embeddings") if kind == "longrope" else None
+        short = short or base.max_position_embeddings
+        if config.lossless > short:
+            raise ConfigError(
+                f"sinks + window = {config.lossless}: this base's {kind!r} positions are those of short texts up to "
+                f"{short} tokens, expected at most {short}"
+            )
+        self.held = rotary, kind, rotary.inv_freq
+        rotary.rope_type = "default"
+        rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device, copy=True)
+
+    def release_frequencies(self) -> None:
+        if self.held is not None:
+            rotary, kind, frequencies = self.held
+            rotary.rope_type, rotary.inv_freq = kind, frequencies.to(rotary.inv_freq.device)
 
 
 def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
@@ -206,13 +238,20 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
         ConfigError: the settings do not fit this base.
     """
     config = config or AHNConfig()
+    if not isinstance(config, AHNConfig):
+        raise ConfigError(f"config={config!r}: expected an ahn.AHNConfig")
     if hasattr(model, "ahn_config"):
         raise ConfigError("the model already has memories: ahn.detach(model) first")
     attentions = _attention_modules(model)
     decoder = model.get_decoder()
     check_fits(config, model.config.get_text_config(), len(attentions))
-    rotary = Rotary(decoder, attentions[0]) if config.sink_positions == "clipped" and config.sinks else None
     frame = _Frame(model)
+    frame.hold_frequencies(decoder, config)
+    try:
+        rotary = Rotary(decoder, attentions[0]) if config.sink_positions == "clipped" and config.sinks else None
+    except ConfigError:
+        frame.release_frequencies()
+        raise
     layers = [AHNLayer(attention, config, rotary) for attention in attentions]
     model.requires_grad_(False)
     for attention, layer in zip(attentions, layers, strict=True):
@@ -240,6 +279,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for attention in _attention_modules(model):
         del attention.ahn
     model.config._attn_implementation = frame.attention
+    frame.release_frequencies()
     for parameter, trainable in frame.trainable:
         parameter.requires_grad_(trainable)
     del model.ahn_config, model.ahn_names, model._ahn_frame, model.get_decoder().ahn_owner
@@ -303,13 +343,17 @@ def _frame(model: PreTrainedModel) -> _Frame:
 
 def _attention_modules(model: PreTrainedModel) -> list[Any]:
     """The attention of each decoder layer. Raises UnsupportedModelError saying what is missing."""
-    config = model.config.get_text_config()
     kind = type(model).__name__
+    if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
+        raise UnsupportedModelError(f"{kind} is no transformers model: expected a causal language model")
+    config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind} is an encoder-decoder: expected a causal language model")
     layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None or model.get_output_embeddings() is None:
-        raise UnsupportedModelError(f"{kind} has no decoder with `layers` and a language-model head")
+    if layers is None:
+        raise UnsupportedModelError(f"{kind} has no decoder with `layers`")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{kind} has no language-model head")
     types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if types != {"full_attention"}:
         raise UnsupportedModelError(
@@ -365,13 +409,15 @@ def _attention(
     if layer is None or layer.call is None:
         raise AHNError(f"attention {ATTENTION!r} is for models from ahn.augment: load this one with another")
     (x, cache), layer.call = layer.call, None
+    query, key, x = (t.to(value.dtype) for t in (query, key, x))  # autocast leaves some of them in float32
     if dropout:
         raise ConfigError(f"attention_dropout={dropout}: the base is frozen, expected 0")
     if kwargs.get("output_attentions"):
         raise UnsupportedOperationError("output_attentions: weights over a compressed memory do not exist")
     scale = module.head_dim**-0.5 if scaling is None else scaling
     if isinstance(cache, AHNCache):
-        with torch.no_grad():
+        cache.span.written = True
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             out = layer(query, key, value, x, cache.span, cache.layers[module.layer_idx], scale)
         if torch.is_grad_enabled() and layer.cell is not None and layer.cell.o_proj.weight.requires_grad:
             out = _NoGradient.apply(layer.cell.o_proj.weight, out)
@@ -382,7 +428,8 @@ def _attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=groups
         ).transpose(1, 2), None
     real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
-    return layer(query, key, value, x, Span.of([0], query.shape[2], real), None, scale), None
+    with torch.autocast(query.device.type, enabled=False):
+        return layer(query, key, value, x, Span.of([0], query.shape[2], real), None, scale), None
 
 
 class _NoGradient(torch.autograd.Function):
@@ -407,7 +454,8 @@ def _mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function transformers calls: only which tokens are padding, [B, K]; the rest follows from positions."""
-    if use_vmap or not allow_is_causal_skip:
+    compiling = torch.compiler.is_compiling()  # then transformers cannot look at positions, and always says "packed"
+    if not compiling and (use_vmap or not allow_is_causal_skip):
         raise UnsupportedOperationError("packed sequences or custom masks: expected causal attention, one text a row")
     return attention_mask
 
@@ -425,6 +473,9 @@ def _open(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         raise UnsupportedOperationError("attention_mask: expected [batch, tokens], 1 for text and 0 for padding")
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     batch, length = tokens.shape[:2]
+    due = (batch, length + (cache.tokens_seen if cache is not None else 0))
+    if mask is not None and tuple(mask.shape) != due:
+        raise ConfigError(f"attention_mask of shape {list(mask.shape)}: expected {list(due)}, past tokens included")
     span = cache.open_span(batch, length, mask) if cache is not None else None
     if mask is not None and kwargs.get("position_ids") is None:
         real = mask.long()

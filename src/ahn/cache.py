@@ -40,6 +40,7 @@ class Span:
     counts: list[int]  # real tokens, by row: R of them
     order: Tensor | None = None  # [B, T]: which token comes i-th, real ones first; None: nothing is padded
     back: Tensor | None = None  # [B, T]: its inverse
+    written: bool = False  # whether a layer has begun to store it
     sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
 
     @classmethod
@@ -325,7 +326,7 @@ class AHNCache(Cache):
         return self._span
 
     def _check_whole(self) -> None:
-        if self._span is not None:
+        if self._span is not None and self._span.written:
             raise AHNError("this cache was left half-written by a call that failed: go on from a fork or a saved file")
 
     def close_span(self) -> None:
@@ -367,11 +368,12 @@ class AHNCache(Cache):
             self._batch = len(indices)
 
     def reset(self) -> None:
-        """Forget everything, keep the buffers."""
+        """Forget everything, and give the memory back."""
         for layer in self.layers:
-            for tensor in layer.tensors.values():
-                tensor.zero_()
-        self.tokens_seen, self._seen, self._span, self.last_logits = 0, [0], None, None
+            for name in layer.tensors:
+                setattr(layer, name, None)
+            layer.is_initialized = False
+        self.tokens_seen, self._seen, self._batch, self._span, self.last_logits = 0, [0], None, None, None
 
     def activate_past_recording(self) -> None:
         raise UnsupportedOperationError("assisted decoding takes tokens back; a compressed memory cannot unread them")

@@ -41,7 +41,10 @@ class AHNConfig:
         _check_integer("window", self.window, least=1)
         _check_integer("sinks", self.sinks, least=0)
         if self.layers is not None:
-            layers = tuple(self.layers)
+            try:
+                layers = tuple(self.layers)
+            except TypeError as error:
+                raise ConfigError(f"layers={self.layers!r}: expected layer indices, or None for all") from error
             for layer in layers:
                 _check_integer("layers", layer, least=0)
             if len(set(layers)) != len(layers) or not layers:

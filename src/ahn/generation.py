@@ -56,7 +56,14 @@ def read(
     chunk = CHUNK if chunk is None else chunk
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ConfigError(f"chunk={chunk!r}: expected an integer of at least 1")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ConfigError(
+            f"token id {int(ids.max() if ids.max() >= vocabulary else ids.min())}: expected 0 to {vocabulary - 1}"
+        )
     cache = AHNCache(model) if cache is None else cache
+    if attention_mask is not None and attention_mask.shape == ids.shape:
+        attention_mask = torch.cat([_past(cache, ids.shape[0]), attention_mask.cpu()], 1)
     hidden = read_chunks(model.get_decoder(), ids.to(model.device), cache, chunk, attention_mask, progress)
     cache.last_logits = model.get_output_embeddings()(hidden)
     return cache
@@ -70,12 +77,13 @@ def read_chunks(
     only `ids` where there is none."""
     total = ids.shape[1]
     past = 0 if mask is None else mask.shape[1] - total
-    hidden = None
+    hidden: Tensor | None = None
     with finish_before_interrupt() as interrupted:
         for low in range(0, total, chunk):
             piece = ids[:, low : low + chunk]
             seen = None if mask is None else mask[:, : past + low + piece.shape[1]].to(piece.device)
-            hidden = decoder(piece, attention_mask=seen, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            states = decoder(piece, attention_mask=seen, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = _last_real(states, None if seen is None else seen[:, -piece.shape[1] :], hidden)
             if progress is not None:
                 progress(low + piece.shape[1], total)
             if interrupted.is_set():
@@ -95,9 +103,30 @@ def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCach
     """
     ids = torch.as_tensor(ids)
     ids = (ids[None] if ids.dim() == 1 else ids).to(model.device)
-    seen = torch.ones(ids.shape[0], cache.tokens_seen + ids.shape[1], dtype=torch.long, device=ids.device)
+    seen = torch.cat([_past(cache, ids.shape[0]).to(ids.device), torch.ones_like(ids)], 1)
     out = model.generate(ids, attention_mask=seen, past_key_values=cache, **options)
     return getattr(out, "sequences", out)[:, ids.shape[1] :]
+
+
+def _last_real(states: Tensor, real: Tensor | None, before: Tensor | None) -> Tensor:
+    """[B, D] of each row's last real token in `states` [B, T, D]; `before` for rows that have none."""
+    if real is None:
+        return states[:, -1]
+    places = torch.arange(1, states.shape[1] + 1, device=states.device) * real.to(states.device)
+    last = places.argmax(1)
+    found = states[torch.arange(len(states), device=states.device), last]
+    return found if before is None else torch.where(places.any(1)[:, None], found, before)
+
+
+def _past(cache: AHNCache, batch: int) -> Tensor:
+    """An attention mask [B, tokens seen] with as many ones in each row as it has real tokens behind it."""
+    rows = (
+        torch.tensor(cache.tokens_per_row).expand(batch)
+        if cache.batch_size == -1
+        else torch.tensor(cache.tokens_per_row)
+    )
+    rows = rows.expand(batch) if len(rows) == 1 else rows
+    return (torch.arange(cache.tokens_seen) >= cache.tokens_seen - rows[:, None]).long()
 
 
 @contextmanager

@@ -168,3 +168,13 @@ def linear(
 def head_gates(inputs_BTG: Tensor, count: int) -> tuple[Tensor, ...]:
     """[B, T, G * N] -> G tensors [B, N, T] in float32."""
     return tuple(part.transpose(1, 2) for part in inputs_BTG.float().chunk(count, dim=-1))
+
+
+def log_uniform(size: int, low: float, high: float, device: torch.device | str | None) -> Tensor:
+    return torch.exp(
+        torch.empty(size, device=device).uniform_(torch.tensor(low).log().item(), torch.tensor(high).log().item())
+    )
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ahn.cells.base import Cell, Gates, Norm, head_gates, linear
+from ahn.cells.base import Cell, Gates, Norm, head_gates, inverse_softplus, linear, log_uniform
 from ahn.kernels import chunked, fla
 
 
@@ -81,13 +81,3 @@ def gated_output(cell: Any, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
     """RMSNorm per head, then times silu of one number per head, then the projection."""
     gate_BNT = F.silu(cell.g_proj(x_BTD).float()).transpose(1, 2)
     return cell.o_proj((cell.o_norm(read_BNTH) * gate_BNT[..., None]).to(x_BTD.dtype))
-
-
-def log_uniform(size: int, low: float, high: float, device: Any) -> Tensor:
-    return torch.exp(
-        torch.empty(size, device=device).uniform_(torch.tensor(low).log().item(), torch.tensor(high).log().item())
-    )
-
-
-def inverse_softplus(x: Tensor) -> Tensor:
-    return x + torch.log(-torch.expm1(-x))

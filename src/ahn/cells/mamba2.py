@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ahn.cells.base import Cell, Gates, Norm, head_gates, linear
-from ahn.cells.gated_deltanet import inverse_softplus, log_uniform
+from ahn.cells.base import Cell, Gates, Norm, head_gates, inverse_softplus, linear, log_uniform
 from ahn.kernels import chunked, fla
 
 

@@ -68,6 +68,7 @@ class Session:
             import transformers
 
             import ahn
+            from ahn import zoo
             from ahn.cost import Shape
             from ahn.dialogue import Dialogue
 
@@ -96,7 +97,9 @@ class Session:
         if not self.model.ahn_names["adapter"]:
             cell = self.model.ahn_config.cell
             what = f"an untrained {cell} memory, which adds nothing" if cell else "the window with sinks only"
-            console.print(f"no trained memory for {base}: running {what}")
+            shipped = ", ".join(zoo.made_for(base))
+            hint = f" (--adapter {shipped} is there to try)" if shipped else ""
+            console.print(f"no trained memory for {base}: running {what}{hint}")
 
     @property
     def held(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 _HERE = Path(__file__).parent
 
@@ -17,11 +18,18 @@ def path(name: str) -> Path | None:
 
 
 def default_for(base: str) -> str | None:
-    """Name of the shipped adapter that is used with a base when none is asked for, or None.
-
-    `base`: as given to `ahn.from_pretrained`; a shipped adapter names the bases it was trained for.
-    """
+    """Name of the shipped adapter that is used with a base when none is asked for (`default_for` in its `ahn.json`), or
+    None. `base`: as given to `ahn.from_pretrained`."""
     for name in names():
-        if base in json.loads((_HERE / name / "ahn.json").read_text()).get("default_for", ()):
+        if base in _settings(name).get("default_for", ()):
             return name
     return None
+
+
+def made_for(base: str) -> list[str]:
+    """Names of the shipped adapters trained for a base."""
+    return [name for name in names() if _settings(name)["base"] == base]
+
+
+def _settings(name: str) -> dict[str, Any]:
+    return json.loads((_HERE / name / "ahn.json").read_text())
