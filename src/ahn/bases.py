@@ -246,6 +246,7 @@ def _converted(gguf: Path) -> Path:
     folder = _converted_folder(gguf)
     if _is_model_folder(folder):
         return folder
+    _check_gguf(gguf)
     logger.info("converting %s once into %s", gguf, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -300,9 +301,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _from_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
-    with gguf.open("rb") as file:
-        if (start := file.read(4)) != b"GGUF":
-            raise BaseModelError(f"{gguf} is no GGUF file: it starts with {start!r} instead of b'GGUF'")
+    _check_gguf(gguf)
     # alone in a folder: transformers would prefer a tokenizer.json or config.json that happens to lie beside the file
     with tempfile.TemporaryDirectory() as alone, quiet():
         link = Path(alone) / "model.gguf"
@@ -314,6 +313,12 @@ def _from_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
             return auto.from_pretrained(link.parent, gguf_file=link.name, **options)
         except Exception as error:  # the parsers index straight into the file's bytes, so anything can come out
             raise BaseModelError(f"cannot read {gguf}: {_gguf_defect(gguf) or error}") from error
+
+
+def _check_gguf(gguf: Path) -> None:
+    with gguf.open("rb") as file:
+        if (start := file.read(4)) != b"GGUF":
+            raise BaseModelError(f"{gguf} is no GGUF file: it starts with {start!r} instead of b'GGUF'")
 
 
 def _gguf_defect(gguf: Path) -> str | None:
