@@ -232,3 +232,18 @@ def test_recipe_files(settings, tmp_path):
     (tmp_path / "r.yaml").write_text("base: x\n")
     with pytest.raises(ConfigError, match="no output, data"):
         recipe.load(tmp_path / "r.yaml")
+
+
+def test_the_command(settings, tmp_path, capsys):
+    import yaml
+
+    from ahn.cli import main
+
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", str(tmp_path / "r.yaml"), "--check"]) == 0
+    assert "gradient of q" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "r.yaml"), "steps=2"]) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+    for arguments, message in ((["stepps=2"], "did you mean 'steps'"), (["data=[none.txt]"], "no such file")):
+        assert main(["train", str(tmp_path / "r.yaml"), *arguments]) == 2
+        assert message in capsys.readouterr().err
