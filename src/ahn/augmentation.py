@@ -103,7 +103,7 @@ class AHNLayer(nn.Module):
         start = span.start.to(q.device)
         q_sinks = self._seen_by_sinks(q, span)
         reach = self.window or FOREVER
-        if memory is None and q.is_cuda and not span.padded and self.window is not None:
+        if memory is None and not span.padded and self.window is not None and flex.fits(q):
             out = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale).transpose(1, 2)
         else:
             out = attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale).transpose(1, 2)
