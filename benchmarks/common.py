@@ -38,16 +38,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def position_losses(model: Any, ids: list[int], chunk: int = 512) -> Any:
-    """Next-token loss (nats) at each position but the last, float32 [T - 1]: on CUDA in one whole forward, on a CPU
-    read through a cache."""
+def position_losses(model: Any, ids: list[int], chunk: int = 512, whole: bool | None = None) -> Any:
+    """Next-token loss (nats) at each position but the last, float32 [T - 1]: in one `whole` forward (default on CUDA),
+    or read through a cache."""
     import torch
     from torch.nn.functional import cross_entropy
 
     tokens = torch.tensor([ids], device=model.device)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     with torch.no_grad():
-        if tokens.is_cuda:
+        if tokens.is_cuda if whole is None else whole:
             pieces = decoder(tokens[:, :-1], use_cache=False).last_hidden_state[0].split(chunk)
         else:
             import ahn

@@ -45,9 +45,11 @@ def main() -> None:
 
     model = ahn.from_pretrained(options.base, "none", window=16, sinks=0)
     with full_attention(model):
-        full = torch.cat([whole(model, ids)[options.tokens // 2 :] for ids in books]).mean().item()
+        full = (
+            torch.cat([position_losses(model, ids, whole=True)[options.tokens // 2 :] for ids in books]).mean().item()
+        )
     print(f"{len(books)} books, positions {options.tokens // 2:,} to {options.tokens - 1:,}; full attention {full:.4f}")
-    print(f"{'':<28}" + "".join(f"{size:>16,}" for size in options.lossless))
+    print(f"{'':<44}" + "".join(f"{size:>16,}" for size in options.lossless))
     rows: list[dict[str, Any]] = []
     window: dict[int, float] = {}
     for adapter in [None, *options.adapter]:
@@ -65,23 +67,10 @@ def main() -> None:
             rows.append({"memory": adapter, "lossless": size, "loss": round(loss, 4), "closed": round(closed, 4)})
             cells.append(f"{loss:>9.4f} {closed:>5.0%} ")
         name = "sinks and window" if adapter is None else f"{model.ahn_config.cell} ({Path(adapter).name})"
-        print(f"{name:<28}" + "".join(cells), flush=True)
+        print(f"{name:<44}" + "".join(cells), flush=True)
     print(
         write(options.name, base=options.base, tokens=options.tokens, books=len(books), full=round(full, 4), rows=rows)
     )
-
-
-def whole(model: Any, ids: list[int]) -> Any:
-    """As `position_losses`, in one forward on any device: full attention has no cache of ours."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    tokens = torch.tensor([ids], device=model.device)
-    with torch.no_grad():
-        hidden = model.get_decoder()(tokens[:, :-1], use_cache=False).last_hidden_state[0]
-        parts = zip(hidden.split(512), tokens[0, 1:].split(512), strict=True)
-        head = model.get_output_embeddings()
-        return torch.cat([cross_entropy(head(h).float(), t, reduction="none") for h, t in parts]).cpu()
 
 
 if __name__ == "__main__":

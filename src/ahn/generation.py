@@ -120,11 +120,7 @@ def _last_real(states: Tensor, real: Tensor | None, before: Tensor | None) -> Te
 
 def _past(cache: AHNCache, batch: int) -> Tensor:
     """An attention mask [B, tokens seen] with as many ones in each row as it has real tokens behind it."""
-    rows = (
-        torch.tensor(cache.tokens_per_row).expand(batch)
-        if cache.batch_size == -1
-        else torch.tensor(cache.tokens_per_row)
-    )
+    rows = torch.tensor(cache.tokens_per_row)
     rows = rows.expand(batch) if len(rows) == 1 else rows
     return (torch.arange(cache.tokens_seen) >= cache.tokens_seen - rows[:, None]).long()
 
