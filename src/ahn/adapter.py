@@ -135,7 +135,7 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
     if config is None or config.cell is None:
         raise AdapterError("the model has no cells, only sinks and window: there is nothing to save")
     tensors = {name: p.detach().cpu().contiguous() for name, p in _parameters(model).items()}
-    write_adapter(Adapter(config, _shape(model), tensors, model.ahn_names["base"]), folder)
+    write_adapter(Adapter(config, base_shape(model.config), tensors, model.ahn_names["base"]), folder)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -150,7 +150,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
     """
     trained = read_adapter(folder)
     if not hasattr(model, "ahn_config"):
-        _check_shape(trained, _shape(model))
+        _check_shape(trained, base_shape(model.config))
         augment(model, _fitting(trained.config, model.config.get_text_config()))
     apply(trained, model)
     return model
@@ -170,7 +170,7 @@ def convert(
     trained, destination = read_adapter(source), Path(destination)
     if base is not None:
         model = bases.load_base(base, dtype="auto", device="cpu")
-        _check_shape(trained, _shape(model))
+        _check_shape(trained, base_shape(model.config))
         try:
             with bases.quiet():
                 model.save_pretrained(destination)
@@ -220,7 +220,7 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
     """Copy an adapter's weights into an augmented model, after all checks. Raises AdapterError."""
     config: AHNConfig = model.ahn_config
     source = adapter.source
-    _check_shape(adapter, _shape(model))
+    _check_shape(adapter, base_shape(model.config))
     for name in ("cell", "layers"):
         ours, theirs = getattr(config, name), getattr(adapter.config, name)
         if ours != theirs:
@@ -253,8 +253,9 @@ def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-def _shape(model: PreTrainedModel) -> dict[str, int]:
-    config = model.config.get_text_config()
+def base_shape(config: Any) -> dict[str, int]:
+    """What of a base, by its transformers config, an adapter must fit."""
+    config = config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return {

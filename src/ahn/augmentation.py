@@ -535,5 +535,7 @@ def _read_in_chunks(
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name."""
+    if not args:  # as transformers itself calls, once a token: no look at the signature
+        return dict(kwargs)
     names = list(inspect.signature(module.forward).parameters)
     return dict(zip(names, args, strict=False)) | kwargs

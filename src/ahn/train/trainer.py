@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import ahn
-from ahn.adapter import apply, read_adapter, save_adapter
+from ahn.adapter import apply, base_shape, read_adapter, save_adapter
 from ahn.augmentation import augment, layers_of, set_window
 from ahn.bases import base_config, load_base, load_tokenizer
 from ahn.config import AHNConfig
@@ -109,12 +109,12 @@ def build(recipe: Recipe) -> MemoryTrainer:
 
 def check_machine(recipe: Recipe) -> list[Difference]:
     """Compare this machine's gradients with plain torch at the base's head size (`ahn.train.check`)."""
-    base = base_config(recipe.base).get_text_config()
-    heads = base.num_attention_heads
-    size = getattr(base, "head_dim", None) or base.hidden_size // heads
+    base = base_shape(base_config(recipe.base))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    return check(recipe.cell, min(heads, 4), size, device, torch.bfloat16 if cuda else torch.float32)
+    return check(
+        recipe.cell, min(base["num_heads"], 4), base["head_dim"], device, torch.bfloat16 if cuda else torch.float32
+    )
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
