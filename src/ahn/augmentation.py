@@ -24,10 +24,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn import cells
+from ahn import cells, kernels
 from ahn.attention import Rotary, attend_one, attend_window
 from ahn.cache import AHNCache, LayerMemory, Span
-from ahn.cells.base import unit
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
 from ahn.kernels import flex
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from ahn.cells.base import Cell
 
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
+Angles = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # cos and sin, of queries and of keys
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 FOREVER = 1 << 60  # window of a layer that keeps everything
@@ -55,15 +55,31 @@ class AHNLayer(nn.Module):
         self.window = config.window if kept else None
         self.sinks = config.sinks if kept else 0
         turned = kept and getattr(attention, "use_rope", True)  # some bases leave positions out of some layers
+        self.clips = config.sink_positions == "clipped"
         self.rotary = [rotary if turned else None]  # in a list: the base's rotary module is not ours to register
         self.cell: Cell | None = None
         if kept and config.cell is not None:
             heads, size = _heads(attention)
+            extras: Any = {"extras": config.extras} if config.extras else {}
             weight = attention.o_proj.weight
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            self.cell = cells.get(config.cell)(attention.config.hidden_size, heads, size, dtype, weight.device)
+            self.cell = cells.get(config.cell)(
+                attention.config.hidden_size, heads, size, dtype, weight.device, **extras
+            )
+        self.turns_back = turned and config.memory_positions == "none"
         self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
         self.full = False  # within `full_attention`
+        self._turned = _turned
+        self.whole = False
+
+    def compile_pieces(self) -> None:
+        """Compile what surrounds the kernels, for training."""
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+        self._turned = torch.compile(_turned)
+        if self.cell is not None:
+            self.whole = True
+            self._prepared_whole = torch.compile(self._prepared_whole)  # type: ignore[method-assign]
+            self._added_whole = torch.compile(self._added_whole)  # type: ignore[method-assign]
 
     @property
     def gate_width(self) -> int:
@@ -107,7 +123,9 @@ class AHNLayer(nn.Module):
             out = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale).transpose(1, 2)
         else:
             out = attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale).transpose(1, 2)
-        if self.cell is not None:
+        if self.cell is not None and self.whole and memory is None and not span.padded:
+            out = self._remember_whole(out, q, k, v, x, inputs, span)
+        elif self.cell is not None:
             out = self._remember(out, q, x, window, span, memory)
         return span.restore(out, 1)
 
@@ -130,16 +148,73 @@ class AHNLayer(nn.Module):
         writes = writes.to(q.device)
         if partial:
             gates = tuple(g * writes[:, None] for g in gates)
-        groups = q.shape[1] // k.shape[1]
-        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         before = memory.compressed if memory is not None else q.new_zeros(*q.shape[:2], *q.shape[3:] * 2).float()
-        read, state = self.cell.scan(q[:, :, skip:], k, v, gates, before)
+        fla = kernels.choose(self.cell.fla_operation, q).name == "fla"
+        ready = self._prepared(q[:, :, skip:], k, v, gates, self._memory_angles(q, span, skip), fla)
+        read, state = self.cell.run(*ready, before, fla)
         if memory is not None:
             before.copy_(state)
-        added = self.cell.output(read, x[:, skip:])
-        if partial:
-            added = added * writes[..., None, None]
-        return torch.cat([out[:, :skip], out[:, skip:] + added], 1) if skip else out + added
+        return self._added(out, read, x, writes if partial else None, skip)
+
+    def _remember_whole(
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span
+    ) -> Tensor:
+        """`_remember` of a whole sequence in shapes that do not depend on sinks and window: those are numbers on the
+        device, so that other ones need no new compilation."""
+        assert self.cell is not None and self.window is not None
+        if q.shape[2] <= self.sinks + self.window:
+            return out
+        numbers = span.numbers
+        if numbers is None:
+            numbers = span.numbers = torch.tensor([self.window, self.sinks + self.window], device=q.device)
+        fla = kernels.choose(self.cell.fla_operation, q).name == "fla"
+        ready = self._prepared_whole(q, k, v, inputs, numbers, self._memory_angles(q, span, 0), fla)
+        state = q.new_zeros(*q.shape[:2], *q.shape[3:] * 2).float()
+        read, _ = self.cell.run(*ready, state, fla)
+        return self._added_whole(out, read, x, numbers)
+
+    def _prepared_whole(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, numbers: Tensor, angles: Angles | None, fla: bool
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        assert self.cell is not None
+        window, lossless = numbers.unbind()
+        k, v = _Shift.apply(k, window, 2), _Shift.apply(v, window, 2)
+        gates = self.cell.gates(_Shift.apply(inputs, window, 1))
+        writes = torch.arange(q.shape[2], device=q.device) >= lossless
+        return self._prepared(q, k, v, tuple(g * writes for g in gates), angles, fla)
+
+    def _added_whole(self, out: Tensor, read: Tensor, x: Tensor, numbers: Tensor) -> Tensor:
+        writes = torch.arange(out.shape[1], device=out.device) >= numbers[1]
+        return self._added(out, read, x, writes[None], 0)
+
+    def _prepared(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], angles: Angles | None, fla: bool
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        assert self.cell is not None
+        if angles is not None and self.rotary[0] is not None:
+            q, k = self.rotary[0].turn(q, angles[0]), self.rotary[0].turn(k, angles[1])
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        return self.cell.ready(q, k, v, gates, fla)
+
+    def _added(self, out: Tensor, read: Tensor, x: Tensor, writes: Tensor | None, skip: int) -> Tensor:
+        assert self.cell is not None
+        old = out[:, skip:]
+        new = self.cell.add(old, read, x[:, skip:])
+        if writes is not None:
+            new = torch.where(writes[..., None, None], new, old)
+        return torch.cat([out[:, :skip], new], 1) if skip else new
+
+    def _memory_angles(self, q: Tensor, span: Span, skip: int) -> Angles | None:
+        """Turns of queries and evicted keys back to where they had no position."""
+        (rotary,) = self.rotary
+        if not self.turns_back or rotary is None or self.window is None:
+            return None
+        found = span.memory_angles
+        if found is None:
+            at = span.positions()[:, skip:].to(q.device)
+            found = span.memory_angles = rotary.angles(-at), rotary.angles(self.window - at)
+        return found
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory, scale: float) -> Tensor:
         """One token a row, none of them padding: the ring is read where it lies."""
@@ -157,18 +232,16 @@ class AHNLayer(nn.Module):
         if not old or self.cell is None:
             return out
         gates = self.cell.gates(old[2])
-        some = None if bool(leaves.all()) else leaves.to(q.device)[:, None, None]
+        some = None if bool(leaves.all()) else leaves.to(q.device)[:, None]
         if some is not None:
-            gates = tuple(g * some for g in gates)
-        groups = q.shape[1] // k.shape[1]
-        k, v = (t.repeat_interleave(groups, 1) for t in old[:2])
-        added = self.cell.output(self.cell.step(unit(q), unit(k), v.float(), gates, memory.compressed), x)
-        return out + (added if some is None else added * some[..., None])
+            gates = tuple(g * some[:, None] for g in gates)
+        ready = self._prepared(q, old[0], old[1], gates, self._memory_angles(q, span, 0), fla=False)
+        return self._added(out, self.cell.step(*ready, memory.compressed), x, some, 0)
 
     def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
         """The queries as the sinks meet them: with clipped positions, never further than sinks + window."""
         (rotary,) = self.rotary
-        if rotary is None or not self.sinks or self.window is None:
+        if rotary is None or not self.clips or not self.sinks or self.window is None:
             return q
         lossless = self.sinks + self.window
         if span.first + span.length - 1 <= lossless:
@@ -178,7 +251,32 @@ class AHNLayer(nn.Module):
             positions = span.positions().to(q.device)
             angles = span.sink_angles = rotary.angles(positions.clamp(max=lossless) - positions)
         cos, sin = (t.to(q.device) for t in angles)
-        return rotary.turn(q, (cos, sin))
+        return self._turned(rotary, q, (cos, sin))
+
+
+class _Shift(torch.autograd.Function):
+    """y[t] = x[t - by] along `dim`, with what comes first in front; `by` is a number on the device."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(by)
+        ctx.dim = dim
+        at = torch.arange(x.shape[dim], device=x.device) - by
+        return x.index_select(dim, at.clamp(min=0))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,), (by,) = gradients, ctx.saved_tensors
+        at = torch.arange(gradient.shape[ctx.dim], device=gradient.device) + by
+        inside = at < gradient.shape[ctx.dim]
+        shape = [1] * gradient.dim()
+        shape[ctx.dim] = -1
+        found = gradient.index_select(ctx.dim, at.clamp(max=gradient.shape[ctx.dim] - 1))
+        return torch.where(inside.view(shape), found, 0), None, None
+
+
+def _turned(rotary: Rotary, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    return rotary.turn(q, angles)
 
 
 class _Frame:
@@ -248,7 +346,8 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     frame = _Frame(model)
     frame.hold_frequencies(decoder, config)
     try:
-        rotary = Rotary(decoder, attentions[0]) if config.sink_positions == "clipped" and config.sinks else None
+        turns = (config.sink_positions == "clipped" and config.sinks) or config.memory_positions == "none"
+        rotary = Rotary(decoder, attentions[0]) if turns else None
     except ConfigError:
         frame.release_frequencies()
         raise

@@ -42,6 +42,8 @@ class Span:
     back: Tensor | None = None  # [B, T]: its inverse
     written: bool = False  # whether a layer has begun to store it
     sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
+    numbers: Tensor | None = None  # window and lossless tokens on the device
+    memory_angles: Any = None  # turns of queries and evicted keys, likewise
 
     @classmethod
     def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:

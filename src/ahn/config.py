@@ -11,6 +11,7 @@ from ahn.errors import ConfigError
 
 VERSION = 1
 SINK_POSITIONS = ("clipped", "absolute")
+MEMORY_POSITIONS = ("rope", "none")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class AHNConfig:
     sinks: int = 128
     layers: tuple[int, ...] | None = None
     sink_positions: str = "clipped"
+    memory_positions: str = "rope"
+    extras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_integer("window", self.window, least=1)
@@ -52,6 +55,11 @@ class AHNConfig:
             object.__setattr__(self, "layers", tuple(sorted(layers)))
         if self.sink_positions not in SINK_POSITIONS:
             raise ConfigError(f"sink_positions={self.sink_positions!r}: expected one of {', '.join(SINK_POSITIONS)}")
+        if self.memory_positions not in MEMORY_POSITIONS:
+            raise ConfigError(
+                f"memory_positions={self.memory_positions!r}: expected one of {', '.join(MEMORY_POSITIONS)}"
+            )
+        object.__setattr__(self, "extras", tuple(self.extras))
         if self.cell is not None:
             from ahn import cells
 
@@ -68,6 +76,7 @@ class AHNConfig:
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         values["layers"] = None if self.layers is None else list(self.layers)
+        values["extras"] = list(self.extras)
         return {"version": VERSION, **values}
 
     def to_json(self) -> str:

@@ -54,11 +54,37 @@ class Cell(nn.Module):
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        extras: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
+        self.extras = extras
         # Zero: an untrained memory leaves the sinks-and-window model as it is.
         self.o_proj = Projection(torch.zeros(num_heads, head_dim, head_dim, dtype=dtype, device=device))
+        if "maps" in extras:
+            eye = torch.eye(head_dim, dtype=dtype, device=device).repeat(num_heads, 1, 1)
+            self.q_map, self.k_map = Map(eye.clone()), Map(eye.clone())
+        if "share" in extras:
+            self.share_proj = linear(hidden_size, num_heads, dtype, device)
+            nn.init.zeros_(self.share_proj.weight)
+        if "mix" in extras:
+            self.w_proj = Projection(torch.zeros(num_heads, head_dim, head_dim, dtype=dtype, device=device))
+
+    def keys(self, q_BNTH: Tensor, k_BNTH: Tensor) -> tuple[Tensor, Tensor]:
+        if "maps" in self.extras:
+            q_BNTH, k_BNTH = self.q_map(q_BNTH), self.k_map(k_BNTH)
+        return unit(q_BNTH), unit(k_BNTH)
+
+    def gate(self, g: Tensor) -> Tensor:
+        return 2 * g.sigmoid() if "open" in self.extras else F.silu(g)
+
+    def add(self, out_BTNH: Tensor, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
+        added = self.output(read_BNTH, x_BTD)
+        if "mix" in self.extras:
+            added = added + self.w_proj(out_BTNH.transpose(1, 2))
+        if "share" in self.extras:
+            out_BTNH = out_BTNH * (2 * self.share_proj(x_BTD).float().sigmoid()).to(out_BTNH.dtype)[..., None]
+        return out_BTNH + added
 
     def gate_inputs(self, x_BTD: Tensor) -> Tensor:
         """What must be kept of a token in the window so that its gates can be computed when it leaves.
@@ -105,13 +131,25 @@ class Cell(nn.Module):
         self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`chunk` by the best kernel there is for this device and dtype (`ahn.kernels`); q and k of any length."""
-        q, k = unit(q_BNTH), unit(k_BNTH)
-        if kernels.choose(self.fla_operation, q_BNTH).name == "fla":
-            dtype = q_BNTH.dtype
-            q, k, v = (t.transpose(1, 2).to(dtype).contiguous() for t in (q, k, v_BNTH))
-            read, state = self.fla(q, k, v, tuple(g.transpose(1, 2).contiguous() for g in gates), state)
-            return read.transpose(1, 2).float(), state
-        return self.chunk(q, k, v_BNTH.float(), gates, state)
+        fla = kernels.choose(self.fla_operation, q_BNTH).name == "fla"
+        return self.run(*self.ready(q_BNTH, k_BNTH, v_BNTH, gates, fla), state, fla)
+
+    def ready(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, fla: bool) -> tuple[Tensor, Tensor, Tensor, Gates]:
+        """As the kernel takes them."""
+        dtype = q.dtype
+        q, k = self.keys(q, k)
+        if not fla:
+            return q, k, v.float(), gates
+        q, k, v = (t.transpose(1, 2).to(dtype).contiguous() for t in (q, k, v))
+        return q, k, v, tuple(g.transpose(1, 2).contiguous() for g in gates)
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, fla: bool
+    ) -> tuple[Tensor, Tensor]:
+        if fla:
+            read, state = self.fla(q, k, v, gates, state)
+            return read.transpose(1, 2), state
+        return self.chunk(q, k, v, gates, state)
 
     def output(self, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
         """Norm, gate and per-head projection of what was read; returns [B, T, N, H] in the dtype of x."""
@@ -127,6 +165,15 @@ class Projection(nn.Module):
 
     def forward(self, x_BNTH: Tensor) -> Tensor:
         return torch.matmul(x_BNTH, self.weight.to(x_BNTH.dtype)).transpose(1, 2)
+
+
+class Map(nn.Module):
+    def __init__(self, weight_NHH: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_NHH)
+
+    def forward(self, x_BNTH: Tensor) -> Tensor:
+        return torch.matmul(x_BNTH, self.weight.to(x_BNTH.dtype))
 
 
 class Norm(nn.Module):

@@ -24,9 +24,10 @@ class DeltaNet(Cell):
     fla_operation = "delta_rule"
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None
+        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None,
+        extras: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(hidden_size, num_heads, head_dim, dtype, device)
+        super().__init__(hidden_size, num_heads, head_dim, dtype, device, extras)
         self.b_proj = linear(hidden_size, num_heads, dtype, device)
         self.g_proj = linear(hidden_size, num_heads, dtype, device)
         self.o_norm = Norm(head_dim, dtype, device)

@@ -28,19 +28,23 @@ def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int
     masks = _masks(q.device, q.shape[2])
     masks.set(sinks, window)
     if q_sinks is q or not sinks:
-        return _flex(q, k, v, masks.both, scale)[0]
-    return merge(_flex(q_sinks, k, v, masks.sinks_only, scale), _flex(q, k, v, masks.window_only, scale))
+        return _compiled(_flex)(q, k, v, masks.both, scale)[0]
+    return _compiled(_apart)(q, q_sinks, k, v, masks.sinks_only, masks.window_only, scale)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Any:
-    return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True)
+
+
+def _apart(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, on_sinks: Any, on_window: Any, scale: float) -> Tensor:
+    return merge(_flex(q_sinks, k, v, on_sinks, scale), _flex(q, k, v, on_window, scale))
 
 
 @cache
-def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=False)
 
 
 class _Masks:

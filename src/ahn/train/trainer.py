@@ -78,9 +78,7 @@ def build(recipe: Recipe) -> MemoryTrainer:
     rows = data.rows(list(recipe.data), load_tokenizer(recipe.base), recipe.length, recipe.limit, recipe.seed)
     logger.info("%s rows of %s tokens", len(rows), recipe.length)
     if recipe.compile and model.device.type == "cuda":
-        for layer in model.get_decoder().layers:
-            for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
-                part.compile()
+        compile_layers(model)
     if recipe.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
@@ -105,6 +103,15 @@ def build(recipe: Recipe) -> MemoryTrainer:
         dataloader_num_workers=0,
     )
     return MemoryTrainer(recipe, model=Distiller(model, recipe.loss), args=arguments, train_dataset=rows)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile the frozen layers and what is around the memory's kernels."""
+    model.enable_input_require_grads()  # so that the first layer is compiled as the others are
+    for layer in model.get_decoder().layers:
+        layer.forward = torch.compile(layer.forward)
+    for memory in layers_of(model):
+        memory.compile_pieces()
 
 
 def check_machine(recipe: Recipe) -> list[Difference]:
