@@ -1,0 +1,217 @@
+"""How fast a memory trains, and how near that is to what the machine's matrix products allow.
+
+    python benchmarks/train.py [--recipe FILE.yaml] [--shape qwen2.5-3b] [--steps 20] [--profile] [key=value ...]
+    python benchmarks/train.py --shape qwen2.5-3b cell=deltanet length=8192 batch=4 "lossless=[1024,2048,4096]"
+
+The steps are those of `ahn train` with the keys of its recipes, on random tokens: window drawn, teacher, student,
+backward, clipping, AdamW. `--shape` (a name of `ahn cost`) is a Qwen2 with random weights.
+
+The floor is the time that the matrix products of a step take at the rate measured on one of 8,192 x 8,192: teacher
+and student forward, the student's backward by activations through the frozen base and by weights too in the cells,
+and the three products of the head on the tokens that count. Recomputed activations are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from common import write
+
+RECIPE: dict[str, Any] = {"base": "smollm2-135m", "output": "runs/speed", "data": ["random tokens"]}
+
+
+def flops(shape: Any, recipe: Any, window: int, sinks: int) -> int:
+    """Matrix products of one step, a multiply-add counted as 2."""
+    from ahn.cost import cost
+
+    table = cost(shape, recipe.length, window, sinks, recipe.cell)
+    terms = {term.name: term for term in (*table.mixing.terms, *table.rest.terms)}
+    linear = terms["projections"].full + terms["MLP"].full
+    attention = terms["attention"]
+    cells = sum(term.memory for name, term in terms.items() if name.startswith("memory"))
+    products = {"kl": 3, "ce": 2}[recipe.loss]
+    head = products * 2 * shape.V * shape.D * table.written
+    teacher = linear + attention.full if recipe.loss == "kl" else 0
+    return recipe.batch * (teacher + 2 * linear + 3 * attention.memory + 3 * cells + head)
+
+
+def matmul_rate(device: Any, repeats: int = 20) -> float:
+    """FLOPs a second of a large product: bfloat16 on CUDA, float32 and smaller on a CPU."""
+    import torch
+
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32).unbind()
+    for _ in range(3):
+        a @ b
+    start = now(device)
+    for _ in range(repeats):
+        a @ b
+    return repeats * 2 * size**3 / (now(device) - start)
+
+
+def now(device: Any) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def random_model(shape: Any, device: Any) -> Any:
+    """A Qwen2 of this shape with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.D,
+        num_attention_heads=shape.N,
+        num_key_value_heads=shape.M,
+        head_dim=shape.H,
+        intermediate_size=shape.F,
+        vocab_size=shape.V,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=131072,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+        ).eval()
+
+
+def build(recipe: Any, shape: Any | None) -> Any:
+    """The trainer of a recipe, without its data, and with a random base if there is a `shape`."""
+    import torch
+
+    from ahn.train import trainer
+    from ahn.train.data import Rows
+
+    nothing = Rows(torch.zeros(1, recipe.length, dtype=torch.int32), torch.ones(1, recipe.length, dtype=torch.bool))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with mock.patch.object(trainer.data, "rows", return_value=nothing):
+        if shape is None:
+            return trainer.build(recipe)
+        with (
+            mock.patch.object(trainer, "load_base", return_value=random_model(shape, device)),
+            mock.patch.object(trainer, "load_tokenizer"),
+        ):
+            return trainer.build(recipe)
+
+
+def measure(recipe: Any, shape: Any | None, steps: int, warmup: int, profile: bool) -> dict[str, Any]:
+    import torch
+
+    from ahn.cost import Shape
+
+    trainer = build(recipe, shape)
+    model = trainer.augmented
+    device, shape = model.device, Shape.from_config(model.config)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    optimizer = trainer.create_optimizer()
+    counts = torch.ones(recipe.batch, recipe.length, dtype=torch.bool, device=device)
+
+    def step(number: int) -> None:
+        trainer.state.global_step = number
+        ids = torch.randint(shape.V, counts.shape, device=device)
+        loss = trainer.compute_loss(trainer.model, {"input_ids": ids, "counts": counts})
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    start = now(device)
+    for number in range(warmup):
+        step(number)
+    compiled = now(device) - start
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    products, lossless = 0, []
+    start = now(device)
+    for number in range(warmup, warmup + steps):
+        step(number)
+        config = model.ahn_config
+        lossless.append(config.lossless)
+        products += flops(shape, recipe, config.window, config.sinks)
+    seconds = now(device) - start
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    if profile:
+        _profile(step, warmup + steps, device)
+    rate = matmul_rate(device)
+    floor = products / rate
+    return {
+        "tokens_per_s": round(steps * counts.numel() / seconds, 1),
+        "step_s": round(seconds / steps, 4),
+        "floor_s": round(floor / steps, 4),
+        "of_floor": round(floor / seconds, 4),
+        "matmul_tflops": round(rate / 1e12, 3),
+        "step_tflop": round(products / steps / 1e12, 6),
+        "peak_gib": round(peak / 2**30, 3),
+        "warmup_s": round(compiled, 1),
+        "lossless": lossless,
+    }
+
+
+def _profile(step: Any, number: int, device: Any) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        for i in range(3):
+            step(number + i)
+        now(device)
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70))
+
+
+def main() -> None:
+    import yaml
+
+    from ahn.cost import shape_of
+    from ahn.train.recipe import from_dict, load
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
+    parser.add_argument("--recipe")
+    parser.add_argument("--shape", help="random weights of this shape instead of the recipe's base")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print the 25 operations that take the most time")
+    parser.add_argument("--name", default="train")
+    options = parser.parse_args()
+    if options.recipe:
+        recipe = load(options.recipe, options.changes)
+    else:
+        pairs = (change.partition("=") for change in options.changes)
+        recipe = from_dict(RECIPE | {key: yaml.safe_load(value) for key, _, value in pairs})
+    shape = shape_of(options.shape) if options.shape else None
+    row = measure(recipe, shape, options.steps, options.warmup, options.profile)
+    what = {
+        "base": Path(options.shape or recipe.base).name.removesuffix(".json"),
+        **{
+            key: getattr(recipe, key)
+            for key in ("cell", "length", "batch", "loss", "checkpointing", "compile", "sink_positions")
+        },
+        "lossless_drawn_from": recipe.lossless,
+        "sinks_drawn_from": recipe.sinks,
+    }
+    print(f"{'base':<14}{'cell':<16}{'batch':>12}{'tokens/s':>10}{'step s':>9}{'floor s':>9}{'of floor':>10}{'GiB':>8}")
+    print(
+        f"{what['base']:<14}{recipe.cell:<16}{f'{recipe.batch} x {recipe.length:,}':>12}{row['tokens_per_s']:>10,.0f}"
+        f"{row['step_s']:>9.3f}{row['floor_s']:>9.3f}{row['of_floor']:>10.1%}{row['peak_gib']:>8.1f}"
+    )
+    print(f"matrix products: {row['matmul_tflops']:.3g} TFLOP/s measured, {row['step_tflop']:.3g} TFLOP a step")
+    print(write(options.name, **what, **row))
+
+
+if __name__ == "__main__":
+    main()
