@@ -184,14 +184,17 @@ def main() -> None:
     positions = model.config.max_position_embeddings
     rows: list[dict[str, Any]] = []
     for tokens in options.tokens:
-        lossless = [size for size in options.lossless if size < tokens]
+        lossless = [size for size in options.lossless if size < tokens - ROOM]
+        if not lossless:
+            parser.error(f"--lossless {options.lossless}: none is below {tokens} - {ROOM} tokens")
         texts = contexts(records, tokenizer, tokens - ROOM, options.contexts, options.seed)
         asked = choose(texts, tokenizer, lossless, options.answer, options.questions, options.seed)
         groups = {group: [i for i, one in enumerate(asked) if one.group == group] for group in ("behind", "within")}
+        groups = {group: indices for group, indices in groups.items() if indices}
         counts = ", ".join(f"{len(indices)} questions {group}" for group, indices in groups.items())
         print(f"\n{tokens:,} tokens, {len(texts)} contexts, {counts} the window")
         print(f"{'':<44}{'lossless':>9}" + "".join(f"{group:>8}{'':>30}" for group in groups) + f"{'s':>7}")
-        print(f"{'':<53}" + f"{'F1':>8}{'EM':>7}{'loss':>8}{'gain':>8}{'':>7}" * 2)
+        print(f"{'':<53}" + f"{'F1':>8}{'EM':>7}{'loss':>8}{'gain':>8}{'':>7}" * len(groups))
         window: dict[int, list[dict[str, Any]]] = {}
         for memory in ["full attention", "sinks and window", *options.adapter]:
             if memory == "full attention" and tokens > positions:
