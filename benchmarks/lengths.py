@@ -9,7 +9,6 @@ GPU's, weights included. On a CPU it is that of the process since it began: orde
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import torch
 import ahn
 from ahn.bases import load_base
 from ahn.cost import shape_of
-from common import write
-from train import now, random_model
+from common import now, peak_bytes, write
+from train import random_model
 
 SINKS = 64
 
@@ -46,16 +45,12 @@ def measure(model: Any, length: int, batch: int, steps: int) -> dict[str, Any]:
         start = now(device)
         model(ids[:, :1], past_key_values=cache)
         times.append(now(device) - start)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) if full else cache.nbytes
     return {
         "length": length,
         "read_s": round(seconds, 3),
         "decode_ms": round(1000 * statistics.median(times), 2),
-        "peak_mib": round(peak / 2**20, 1),
+        "peak_mib": round(peak_bytes() / 2**20, 1),
         "cache_mib": round(held / 2**20, 2),
     }
 

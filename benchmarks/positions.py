@@ -11,10 +11,6 @@ book; long books give several. All are read in chunks through a cache, as rows o
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
-import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +22,16 @@ from transformers import DynamicCache
 import ahn
 from ahn.augmentation import set_window
 from ahn.bases import load_base
-from common import write
+from common import now, peak_bytes, records, write
 
 SINKS = 64
 
 
-def texts(records: list[dict[str, Any]], tokenizer: Any, tokens: int, count: int) -> Tensor:
+def texts(books: list[dict[str, Any]], tokenizer: Any, tokens: int, count: int) -> Tensor:
     """[B, tokens + 1]: at most `count` pieces of books, first those that begin one."""
-    books = [tokenizer(record["text"], verbose=False).input_ids for record in records]
     length = tokens + 1
-    starts = [(low, book) for book in books for low in range(0, len(book) - length + 1, length)]
+    whole = [tokenizer(book["text"], verbose=False).input_ids for book in books]
+    starts = [(low, book) for book in whole for low in range(0, len(book) - length + 1, length)]
     starts.sort(key=lambda start: start[0])  # stable: in the order of the books
     return torch.tensor([book[low : low + length] for low, book in starts[:count]])
 
@@ -78,9 +74,7 @@ def main() -> None:
     if options.tokens % options.bin:
         parser.error(f"--tokens {options.tokens}: expected a multiple of --bin {options.bin}")
 
-    with lzma.open(options.books, "rt") if options.books.endswith(".xz") else open(options.books) as file:
-        records = [json.loads(line) for line in file]
-    ids = texts(records, ahn.load_tokenizer(options.base), options.tokens, options.texts)
+    ids = texts(records(options.books), ahn.load_tokenizer(options.base), options.tokens, options.texts)
     if not len(ids):
         parser.error(f"--tokens {options.tokens}: no book is that long")
     model = load_base(options.base)
@@ -104,9 +98,9 @@ def main() -> None:
                 set_window(model, size - SINKS, SINKS)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
+            start = now(model.device)
             found = torch.cat([losses(model, batch, options.chunk) for batch in ids.split(options.rows)])
-            seconds = time.perf_counter() - start
+            seconds = now(model.device) - start
             by_bin = found.unflatten(1, (bins, options.bin)).mean(2)
             if memory == "sinks and window":
                 window[size] = by_bin
@@ -117,7 +111,7 @@ def main() -> None:
                     **mean_and_error("loss", by_bin),
                     **mean_and_error("gain", window[size or options.lossless[0]] - by_bin),
                     "read_s": round(seconds, 1),
-                    "peak_gib": round(peak() / 2**30, 2),
+                    "peak_gib": round(peak_bytes() / 2**30, 2),
                 }
             )
             name = f"{model.ahn_config.cell} ({Path(memory).name})" if adapter else memory
@@ -135,13 +129,6 @@ def main() -> None:
             rows=rows,
         )
     )
-
-
-def peak() -> int:
-    """Bytes: of the GPU since the last reset, or resident since the process began."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -16,11 +16,8 @@ while they are read, questions while they are answered.
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 import random
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,7 @@ from ahn.augmentation import set_window
 from ahn.dialogue import Dialogue
 from ahn.eval.metrics import exact_match, f1
 from ahn.eval.squad import Context, Question, contexts
-from common import write
+from common import now, records, write
 
 SINKS = 64
 ROOM = 160  # tokens kept free behind a context for a question and its answer
@@ -178,8 +175,7 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = ahn.load_tokenizer(options.base)
-    with lzma.open(options.articles, "rt") if options.articles.endswith(".xz") else open(options.articles) as file:
-        records = [json.loads(line) for line in file]
+    articles = records(options.articles)
     model = ahn.from_pretrained(options.base, "none", window=16, sinks=0)
     positions = model.config.max_position_embeddings
     rows: list[dict[str, Any]] = []
@@ -187,7 +183,7 @@ def main() -> None:
         lossless = [size for size in options.lossless if size < tokens - ROOM]
         if not lossless:
             parser.error(f"--lossless {options.lossless}: none is below {tokens} - {ROOM} tokens")
-        texts = contexts(records, tokenizer, tokens - ROOM, options.contexts, options.seed)
+        texts = contexts(articles, tokenizer, tokens - ROOM, options.contexts, options.seed)
         asked = choose(texts, tokenizer, lossless, options.answer, options.questions, options.seed)
         groups = {group: [i for i, one in enumerate(asked) if one.group == group] for group in ("behind", "within")}
         groups = {group: indices for group, indices in groups.items() if indices}
@@ -207,9 +203,9 @@ def main() -> None:
                 ahn.augment(model, ahn.AHNConfig(None, 16, 0))
             for size in [tokens] if memory == "full attention" else lossless:
                 set_window(model, size - SINKS, SINKS)  # a window that holds everything is full attention
-                start = time.perf_counter()
+                start = now(model.device)
                 results = ask(model, tokenizer, texts, asked, options.answer, options.rows)
-                seconds = time.perf_counter() - start
+                seconds = now(model.device) - start
                 if memory == "sinks and window":
                     window[size] = results
                 cells = []
