@@ -35,7 +35,7 @@ from common import now, records, write
 
 SINKS = 64
 ROOM = 160  # tokens kept free behind a context for a question and its answer
-INSTRUCTION = "Answer with a few words from the text."
+INSTRUCTION = "Give a short answer (1 to 5 words)."
 
 
 @dataclass
@@ -50,9 +50,15 @@ class Asked:
 
 
 def choose(
-    texts: list[Context], tokenizer: Any, lossless: list[int], answer_tokens: int, each: int, seed: int
+    texts: list[Context],
+    tokenizer: Any,
+    lossless: list[int],
+    answer_tokens: int,
+    each: int,
+    seed: int,
+    instruction: str = INSTRUCTION,
 ) -> list[Asked]:
-    """At most `each` questions of either group on each context."""
+    """At most `each` questions of either group on each context, each followed by `instruction`."""
     dialogue = Dialogue(tokenizer)
     chance = random.Random(seed)
     chosen = []
@@ -63,7 +69,7 @@ def choose(
         for group, pool in (("behind", behind), ("within", text.within(min(lossless) - SINKS, ROOM))):
             taken = 0
             for question in chance.sample(pool, len(pool)):
-                prompt = dialogue.question(f"{question.text} {INSTRUCTION}")[0]
+                prompt = dialogue.question(f"{question.text} {instruction}")[0]
                 answer = torch.tensor(tokenizer(question.answers[0], add_special_tokens=False).input_ids)
                 if taken < each and len(prompt) + max(len(answer), answer_tokens) <= ROOM:
                     chosen.append(Asked(group, row, question, prompt, answer))
@@ -168,6 +174,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument("--questions", type=int, default=16, help="of each group on each context, at most")
     parser.add_argument("--answer", type=int, default=24, help="tokens, at most")
+    parser.add_argument("--instruction", default=INSTRUCTION, help="behind each question")
     parser.add_argument("--rows", type=int, default=64, help="of a batch, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=0, help="answers to print for each memory")
@@ -184,7 +191,7 @@ def main() -> None:
         if not lossless:
             parser.error(f"--lossless {options.lossless}: none is below {tokens} - {ROOM} tokens")
         texts = contexts(articles, tokenizer, tokens - ROOM, options.contexts, options.seed)
-        asked = choose(texts, tokenizer, lossless, options.answer, options.questions, options.seed)
+        asked = choose(texts, tokenizer, lossless, options.answer, options.questions, options.seed, options.instruction)
         groups = {group: [i for i, one in enumerate(asked) if one.group == group] for group in ("behind", "within")}
         groups = {group: indices for group, indices in groups.items() if indices}
         counts = ", ".join(f"{len(indices)} questions {group}" for group, indices in groups.items())
@@ -227,7 +234,7 @@ def main() -> None:
             seed=options.seed,
             contexts=options.contexts,
             answer_tokens=options.answer,
-            instruction=INSTRUCTION,
+            instruction=options.instruction,
             rows=rows,
         )
     )
