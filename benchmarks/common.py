@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import lzma
 import platform
+import resource
 import subprocess
+import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,6 +63,30 @@ def position_losses(model: Any, ids: list[int], chunk: int = 512, whole: bool | 
             for piece, wanted in zip(pieces, targets, strict=True)
         ]
     return torch.cat(losses).cpu()
+
+
+def records(path: str) -> list[dict[str, Any]]:
+    """Of a JSON-lines file, xz-compressed or not."""
+    with lzma.open(path, "rt", encoding="utf-8") if path.endswith(".xz") else open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def now(device: Any) -> float:
+    """Seconds, once the device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes() -> int:
+    """Of the GPU's memory since its statistics were last reset, or resident since the process began."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write(name: str, **content: Any) -> Path:

@@ -9,12 +9,10 @@ full attention, sinks and window, and each adapter, at several lossless sizes.
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 from pathlib import Path
 from typing import Any
 
-from common import position_losses, write
+from common import position_losses, records, write
 
 SINKS = 64
 
@@ -35,9 +33,7 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = ahn.load_tokenizer(options.base)
-    with lzma.open(options.books, "rt") if options.books.endswith(".xz") else open(options.books) as file:
-        records = [json.loads(line) for line in file]
-    texts = [tokenizer(record["text"]).input_ids[: options.tokens + 1] for record in records]
+    texts = [tokenizer(record["text"]).input_ids[: options.tokens + 1] for record in records(options.books)]
     books = [ids for ids in texts if len(ids) == options.tokens + 1]
 
     def mean(model: Any) -> float:

@@ -14,13 +14,11 @@ and the three products of the head on the tokens that count. Recomputed activati
 from __future__ import annotations
 
 import argparse
-import resource
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import write
+from common import now, peak_bytes, write
 
 RECIPE: dict[str, Any] = {"base": "smollm2-135m", "output": "runs/speed", "data": ["random tokens"]}
 
@@ -53,14 +51,6 @@ def matmul_rate(device: Any, repeats: int = 20) -> float:
     for _ in range(repeats):
         a @ b
     return repeats * 2 * size**3 / (now(device) - start)
-
-
-def now(device: Any) -> float:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def random_model(shape: Any, device: Any) -> Any:
@@ -139,11 +129,7 @@ def measure(recipe: Any, shape: Any | None, steps: int, warmup: int, profile: bo
         lossless.append(config.lossless)
         products += flops(shape, recipe, config.window, config.sinks)
     seconds = now(device) - start
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    peak = peak_bytes()
     if profile:
         _profile(step, warmup + steps, device)
     rate = matmul_rate(device)
@@ -204,9 +190,9 @@ def main() -> None:
         "lossless_drawn_from": recipe.lossless,
         "sinks_drawn_from": recipe.sinks,
     }
-    print(f"{'base':<14}{'cell':<16}{'batch':>12}{'tokens/s':>10}{'step s':>9}{'floor s':>9}{'of floor':>10}{'GiB':>8}")
+    print(f"{'base':<24}{'cell':<16}{'batch':>12}{'tokens/s':>10}{'step s':>9}{'floor s':>9}{'of floor':>10}{'GiB':>8}")
     print(
-        f"{what['base']:<14}{recipe.cell:<16}{f'{recipe.batch} x {recipe.length:,}':>12}{row['tokens_per_s']:>10,.0f}"
+        f"{what['base']:<24}{recipe.cell:<16}{f'{recipe.batch} x {recipe.length:,}':>12}{row['tokens_per_s']:>10,.0f}"
         f"{row['step_s']:>9.3f}{row['floor_s']:>9.3f}{row['of_floor']:>10.1%}{row['peak_gib']:>8.1f}"
     )
     print(f"matrix products: {row['matmul_tflops']:.3g} TFLOP/s measured, {row['step_tflop']:.3g} TFLOP a step")

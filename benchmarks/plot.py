@@ -1,0 +1,177 @@
+"""Draws docs/loss-by-position.svg and docs/cost-by-length.svg from the results of positions.py and lengths.py.
+
+    python benchmarks/plot.py [--positions results/positions.json] [--lengths results/lengths.json] [--into docs]
+
+Needs matplotlib (the `dev` extra). A results file that is not there is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from common import RESULTS
+
+DOCS = Path(__file__).parent.parent / "docs"
+STYLE = {
+    "figure.facecolor": "white",  # in GitHub's dark mode too
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e8e8e8",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "lines.linewidth": 1.8,
+    "svg.hashsalt": "ahn",  # the same file from the same numbers
+}
+FULL, WINDOW, MEMORIES = "#c0392b", "#7a7a7a", ("#1f6fb4", "#2a9d66", "#8e5bb5", "#c98a1b")
+
+Label = tuple[float, str, str]  # height in the units of the axes, text, colour
+
+
+def colours(names: list[str]) -> dict[str, str]:
+    fixed = {"full": FULL, "full attention": FULL, "window": WINDOW, "sinks and window": WINDOW}
+    memories = [name for name in dict.fromkeys(names) if name not in fixed]
+    return fixed | {name: MEMORIES[i % len(MEMORIES)] for i, name in enumerate(memories)}
+
+
+def name_lines(axes: Any, labels: list[Label]) -> None:
+    """The names of lines to the right of the axes, at the height of their ends, pushed up where they would touch."""
+    lines = 72 * axes.get_window_extent().height / axes.figure.dpi / 12
+    least = -1.0
+    for y, text, colour in sorted(labels):
+        height = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], y)))[1]
+        least = max(height, least + 1 / lines)
+        axes.text(1.01, least, text, color=colour, transform=axes.transAxes, va="center", fontsize=9)
+
+
+def count(tokens: float, _: Any = None) -> str:
+    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
+
+
+def number(value: float, _: Any = None) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:g}"
+
+
+def loss_by_position(results: dict[str, Any]) -> Any:
+    """Above the losses, below how much the memories gain over sinks and window, with standard errors."""
+    size = next(row["lossless"] for row in results["rows"] if row["lossless"])
+    rows = [row for row in results["rows"] if row["lossless"] in (None, size)]
+    colour = colours([row["memory"] for row in rows])
+    width, context, tokens = results["bin"], results["context"], results["tokens"]
+    places = [width * (i + 0.5) for i in range(tokens // width)]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=(3, 2))
+    above: list[Label] = []
+    below: list[Label] = [(0, "sinks and window", WINDOW)]
+    lowest = highest = 0.0
+    bottom.axhline(0, color=WINDOW, linewidth=1.8)
+    for row in rows:
+        memory, name = row["memory"], Path(row["memory"]).name
+        top.plot(places, row["loss"], color=colour[memory])
+        above.append((row["loss"][-1], name, colour[memory]))
+        if memory == "sinks and window":
+            continue
+        low, high = ([g + s * e for g, e in zip(row["gain"], row["gain_se"], strict=True)] for s in (-1, 1))
+        bottom.plot(places, row["gain"], color=colour[memory])
+        bottom.fill_between(places, low, high, color=colour[memory], alpha=0.2, linewidth=0)
+        shown = [i for i, place in enumerate(places) if memory != "full attention" or place < context]
+        highest = max(highest, *(high[i] for i in shown))
+        lowest = min(lowest, *(low[i] for i in shown))
+        if len(shown) == len(places):
+            below.append((row["gain"][-1], name, colour[memory]))
+    top.set_title("loss of the next token (nats)")
+    bottom.set_title(f"how much lower than with sinks and window alone (± standard error, {results['texts']} texts)")
+    bottom.set_ylim(min(1.1 * lowest, -0.3 * highest), 1.1 * highest)
+    bottom.set_xlim(0, tokens)
+    bottom.set_xlabel("position in the text (tokens)")
+    bottom.xaxis.set_major_locator(FixedLocator([tokens * i // 8 for i in range(9)]))
+    bottom.xaxis.set_major_formatter(FuncFormatter(count))
+    for axes in (top, bottom):
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if context < tokens:
+            axes.axvline(context, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
+    if context < tokens:
+        top.annotate(
+            " trained context", (context, 1), xycoords=("data", "axes fraction"), va="top", color="#666666", fontsize=9
+        )
+    figure.draw_without_rendering()
+    name_lines(top, above)
+    name_lines(bottom, below)
+    return figure
+
+
+def cost_by_length(results: dict[str, Any]) -> Any:
+    rows = results["rows"]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    colour = colours(kinds)
+    names = {"full": "full attention", "window": "sinks and window"}
+    panels = {
+        "cache_mib": "cache (MiB)",
+        "peak_mib": "peak memory (MiB)",
+        "read_s": "time to read (s)",
+        "decode_ms": "time of one more token (ms)",
+    }
+    lengths = sorted({row["length"] for row in rows})
+    figure, grid = plt.subplots(2, 2, figsize=(9, 6), sharex=True)
+    drawn = []
+    for axes, (key, title) in zip(grid.flat, panels.items(), strict=True):
+        labels = []
+        for kind in kinds:
+            points = [(row["length"], row[key]) for row in rows if row["kind"] == kind]
+            axes.plot(*zip(*points, strict=True), color=colour[kind], marker="o", markersize=3.5)
+            labels.append((points[-1][1], names.get(kind, f"+ {kind}"), colour[kind]))
+        axes.set(title=title, xscale="log", yscale="log")
+        axes.xaxis.set_major_locator(FixedLocator(lengths))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(count))
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # at least a decade, so that noise does not look like a slope
+            middle = (low * high) ** 0.5
+            axes.set_ylim(middle / 10**0.5, middle * 10**0.5)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(number))
+        axes.yaxis.set_minor_locator(NullLocator())
+        drawn.append((axes, labels))
+    for axes in grid[1]:
+        axes.set_xlabel("tokens read")
+    figure.draw_without_rendering()
+    for axes, labels in drawn:
+        name_lines(axes, labels)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positions", type=Path, default=RESULTS / "positions.json")
+    parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths.json")
+    parser.add_argument("--into", type=Path, default=DOCS)
+    parser.add_argument("--format", default="svg", choices=["svg", "png"])
+    options = parser.parse_args()
+    plots = {
+        "loss-by-position": (loss_by_position, options.positions),
+        "cost-by-length": (cost_by_length, options.lengths),
+    }
+    with plt.rc_context(STYLE):
+        for name, (draw, source) in plots.items():
+            if not source.is_file():
+                print(f"{source} is not there: no {name}")
+                continue
+            path = options.into / f"{name}.{options.format}"
+            draw(json.loads(source.read_text())).savefig(
+                path, metadata={"Date": None} if options.format == "svg" else None, dpi=110
+            )
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Loss by position, far beyond the context a base was trained with.
+
+    python benchmarks/positions.py BOOKS.jsonl[.xz] [--adapter FOLDER ...] [--base smollm2-135m] [--tokens 65536]
+
+Mean next-token loss (nats) in bins of positions for full attention, sinks and window, and each adapter, how much lower
+it is than that of sinks and window, and the standard errors of both over texts. Every text is `--tokens` tokens of a
+book; long books give several. All are read in chunks through a cache, as rows of a batch, so that memory is bounded
+(for full attention, by its cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
+
+import ahn
+from ahn.augmentation import set_window
+from ahn.bases import load_base
+from common import now, peak_bytes, records, write
+
+SINKS = 64
+
+
+def texts(books: list[dict[str, Any]], tokenizer: Any, tokens: int, count: int) -> Tensor:
+    """[B, tokens + 1]: at most `count` pieces of books, first those that begin one."""
+    length = tokens + 1
+    whole = [tokenizer(book["text"], verbose=False).input_ids for book in books]
+    starts = [(low, book) for book in whole for low in range(0, len(book) - length + 1, length)]
+    starts.sort(key=lambda start: start[0])  # stable: in the order of the books
+    return torch.tensor([book[low : low + length] for low, book in starts[:count]])
+
+
+@torch.inference_mode()
+def losses(model: Any, ids: Tensor, chunk: int) -> Tensor:
+    """Loss of each token but the first, [B, T] on the CPU."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    cache = ahn.AHNCache(model) if hasattr(model, "ahn_config") else DynamicCache()
+    ids = ids.to(model.device)
+    found = []
+    for piece, following in zip(ids[:, :-1].split(chunk, 1), ids[:, 1:].split(chunk, 1), strict=True):
+        hidden = decoder(piece, past_key_values=cache, use_cache=True).last_hidden_state
+        logits = head(hidden).float().flatten(0, 1)
+        found.append(cross_entropy(logits, following.flatten(), reduction="none").view_as(following))
+    return torch.cat(found, 1).cpu()
+
+
+def mean_and_error(name: str, values: Tensor) -> dict[str, list[float]]:
+    """Of each column of [B, bins]."""
+    error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.zeros(values.shape[1])
+    return {
+        key: [round(x, 4) for x in column.tolist()] for key, column in ((name, values.mean(0)), (f"{name}_se", error))
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("books")
+    parser.add_argument("--adapter", nargs="*", default=ahn.zoo.names())
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--lossless", type=int, nargs="+", default=[1024])
+    parser.add_argument("--bin", type=int, default=1024)
+    parser.add_argument("--texts", type=int, default=12, help="at most")
+    parser.add_argument("--rows", type=int, default=12, help="of a batch")
+    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--name", default="positions")
+    options = parser.parse_args()
+    if options.tokens % options.bin:
+        parser.error(f"--tokens {options.tokens}: expected a multiple of --bin {options.bin}")
+
+    ids = texts(records(options.books), ahn.load_tokenizer(options.base), options.tokens, options.texts)
+    if not len(ids):
+        parser.error(f"--tokens {options.tokens}: no book is that long")
+    model = load_base(options.base)
+    context = model.config.max_position_embeddings
+    bins = options.tokens // options.bin
+    ends = [1 << i for i in range(bins.bit_length())]  # shown are means over the later half of so many bins
+    print(f"{len(ids)} texts, loss up to position")
+    print(f"{'':<44}{'lossless':>9}" + "".join(f"{end * options.bin:>9,}" for end in ends) + f"{'s':>7}")
+    rows = []
+    window: dict[int, Tensor] = {}
+    for memory in ["sinks and window", "full attention", *options.adapter]:
+        if hasattr(model, "ahn_config"):
+            ahn.detach(model)
+        adapter = memory in options.adapter
+        if adapter:
+            ahn.load_adapter(model, memory)
+        elif memory != "full attention":
+            ahn.augment(model, ahn.AHNConfig(None, 16, 0))
+        for size in [None] if memory == "full attention" else options.lossless:
+            if size is not None:
+                set_window(model, size - SINKS, SINKS)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            start = now(model.device)
+            found = torch.cat([losses(model, batch, options.chunk) for batch in ids.split(options.rows)])
+            seconds = now(model.device) - start
+            by_bin = found.unflatten(1, (bins, options.bin)).mean(2)
+            if memory == "sinks and window":
+                window[size] = by_bin
+            rows.append(
+                {
+                    "memory": memory,
+                    "lossless": size,
+                    **mean_and_error("loss", by_bin),
+                    **mean_and_error("gain", window[size or options.lossless[0]] - by_bin),
+                    "read_s": round(seconds, 1),
+                    "peak_gib": round(peak_bytes() / 2**30, 2),
+                }
+            )
+            name = f"{model.ahn_config.cell} ({Path(memory).name})" if adapter else memory
+            cells = "".join(f"{by_bin[:, end // 2 : end].mean().item():>9.4f}" for end in ends)
+            print(f"{name:<44}{size or '':>9}{cells}{seconds:>7.0f}", flush=True)
+    print(
+        write(
+            options.name,
+            base=options.base,
+            context=context,
+            tokens=options.tokens,
+            bin=options.bin,
+            texts=len(ids),
+            sinks=SINKS,
+            rows=rows,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

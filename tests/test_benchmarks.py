@@ -1,0 +1,65 @@
+"""Parts of the benchmarks that could be wrong without anyone seeing it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import ahn
+from conftest import tiny, token_ids, with_memory
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("no benchmarks in this distribution", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+
+
+@torch.no_grad()
+def test_questions_in_a_batch_are_answered_as_one_by_one():
+    import qa
+
+    model = with_memory(tiny())
+    texts = token_ids(40, batch=2)
+    sizes = [(0, 5, 3), (1, 9, 1), (1, 2, 4)]
+    asked = [
+        qa.Asked("behind", row, None, token_ids(prompt, seed=prompt)[0], token_ids(answer, seed=answer)[0])
+        for row, prompt, answer in sizes
+    ]
+    cache = ahn.read(model, texts)
+    cache.batch_select_indices(torch.tensor([one.row for one in asked]))
+    losses = qa.answer_losses(model, cache.fork(), asked)
+    answers = qa.greedy(model, cache, asked, limit=12, ends=[])
+    for one, loss, answer in zip(asked, losses, answers, strict=True):
+        whole = torch.cat([texts[one.row], one.prompt, one.answer])[None]
+        logits = model(whole, use_cache=False).logits[0, -len(one.answer) - 1 : -1]
+        assert loss == pytest.approx(cross_entropy(logits, one.answer).item(), abs=1e-4)
+        alone = ahn.read(model, texts[one.row])
+        assert answer == ahn.generate(model, one.prompt, alone, max_new_tokens=12, eos_token_id=-1)[0].tolist()
+
+
+def test_an_answer_ends_before_the_token_that_ends_it():
+    import qa
+
+    model = with_memory(tiny())
+    asked = [qa.Asked("within", 0, None, token_ids(5)[0], token_ids(1)[0])]
+    cache = ahn.read(model, token_ids(40))
+    (free,) = qa.greedy(model, cache.fork(), asked, limit=6, ends=[])
+    (ended,) = qa.greedy(model, cache, asked, limit=6, ends=[free[3]])
+    assert ended == free[: free.index(free[3])]
+
+
+def test_flops_of_a_step():
+    import train
+    from ahn.cost import PAPER
+    from ahn.train.recipe import from_dict
+
+    shape = PAPER["qwen2.5-3b"]
+    recipe = from_dict(train.RECIPE | {"length": 1024, "batch": 2})
+    weights = 36 * (2 * 2048 * (2048 + 256) + 3 * 2048 * 11008)
+    pairs, kept = 1024 * 1024 // 2, 512 * 512 // 2 + 512 * 512
+    attention = 36 * 4 * 2048 * (pairs + 3 * kept)
+    cells = 36 * 512 * 3 * 2 * (2 * 16 * 128 * 128 + 3 * 2048 * 16)
+    head = 512 * 3 * 2 * 2048 * 151936
+    assert train.flops(shape, recipe, 500, 12) == 2 * (3 * 2 * 1024 * weights + attention + cells + head)
