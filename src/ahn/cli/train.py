@@ -17,6 +17,8 @@ def run(args: argparse.Namespace) -> None:
     from ahn.train import recipe
 
     plan = recipe.load(args.recipe, args.changes)
+    from torch import distributed
+
     from ahn.train.trainer import check_machine, train
 
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes torchrun starts, one speaks
@@ -27,3 +29,5 @@ def run(args: argparse.Namespace) -> None:
         adapter = train(plan, args.resume)
         if first:
             print(f"adapter in {adapter}")
+        if distributed.is_initialized():
+            distributed.destroy_process_group()  # NCCL complains of processes that just end
