@@ -509,17 +509,15 @@ def test_a_tokenizer_of_another_base(run, base, tmp_path, capsys):
     assert "its embedding has 100 rows" in capsys.readouterr().err
 
 
-def test_nothing_to_predict(run, tmp_path, capsys):
-    silent = [{"messages": [{"role": "user", "content": "who? " * 60}, {"role": "assistant", "content": ""}]}] * 60
-    short = jsonl(tmp_path / "silent.jsonl", silent)
-    tokenizer = tiny_tokenizer()
-    rows = data.rows([short], tokenizer, 64)
-    rows.counts[:] = False
+def test_nothing_to_predict(run):
     from ahn.train.trainer import _check_rows
 
-    values = recipe.load(run("r"))
+    rows = data.Rows(torch.zeros(8, 64, dtype=torch.int32), torch.zeros(8, 64, dtype=torch.bool))
+    rows.counts[:, :16] = True
     with pytest.raises(DocumentError, match="no token is to be predicted behind the first 16 of 64"):
-        _check_rows(rows, values, tiny(vocab_size=len(tokenizer)), 1)
+        _check_rows(rows, recipe.load(run("r")), tiny(), 1)
+    rows.counts[3, 16] = True
+    _check_rows(rows, recipe.load(run("r")), tiny(), 1)
 
 
 def test_an_empty_recipe(tmp_path):
@@ -535,14 +533,14 @@ def test_each_process_loads_the_base_where_it_belongs(run, monkeypatch, fsdp, ex
     class Second:
         device, num_processes = torch.device("cuda", 1), 2
 
-    class Loaded(Exception):
+    class LoadedError(Exception):
         pass
 
     def load_base(base, dtype=None, device=None):
-        raise Loaded(dtype, str(device))
+        raise LoadedError(dtype, str(device))
 
     monkeypatch.setattr(trainer, "PartialState", lambda **options: Second)
     monkeypatch.setattr(trainer, "load_base", load_base)
-    with pytest.raises(Loaded) as loaded:
+    with pytest.raises(LoadedError) as loaded:
         trainer.build(recipe.load(run("r", fsdp=fsdp)))
     assert loaded.value.args == expected
