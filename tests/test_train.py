@@ -245,5 +245,5 @@ def test_the_command(settings, tmp_path, capsys):
     assert main(["train", str(tmp_path / "r.yaml"), "steps=2"]) == 0
     assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
     for arguments, message in ((["stepps=2"], "did you mean 'steps'"), (["data=[none.txt]"], "no such file")):
-        assert main(["train", str(tmp_path / "r.yaml"), *arguments]) == 2
+        assert main(["train", str(tmp_path / "r.yaml"), f"output={tmp_path / 'other'}", *arguments]) == 2
         assert message in capsys.readouterr().err

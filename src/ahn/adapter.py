@@ -131,11 +131,20 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
     Raises:
         AdapterError: the model has no cells, or the folder cannot be written.
     """
+    write_adapter(adapter_of(model), folder)
+
+
+def adapter_of(model: PreTrainedModel) -> Adapter:
+    """The trained weights and settings of an augmented model's memory, on the CPU. Weights that are sharded over
+    processes are gathered: all of them must call this. Raises AdapterError if the model has no cells."""
     config: AHNConfig | None = getattr(model, "ahn_config", None)
     if config is None or config.cell is None:
         raise AdapterError("the model has no cells, only sinks and window: there is nothing to save")
-    tensors = {name: p.detach().cpu().contiguous() for name, p in _parameters(model).items()}
-    write_adapter(Adapter(config, base_shape(model.config), tensors, model.ahn_names["base"]), folder)
+    whole: dict[str, Any] = {
+        name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in _parameters(model).items()
+    }
+    tensors = {name: p.detach().cpu().contiguous() for name, p in whole.items()}
+    return Adapter(config, base_shape(model.config), tensors, model.ahn_names["base"])
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:

@@ -284,7 +284,8 @@ class _Frame:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.attention = model.config._attn_implementation
-        self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        # by name: parameters may be replaced by their shards, and a reference would keep the whole ones in memory
+        self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.hooks: list[Any] = []
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
 
@@ -379,8 +380,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         del attention.ahn
     model.config._attn_implementation = frame.attention
     frame.release_frequencies()
-    for parameter, trainable in frame.trainable:
-        parameter.requires_grad_(trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in frame.trainable)
     del model.ahn_config, model.ahn_names, model._ahn_frame, model.get_decoder().ahn_owner
     return model
 

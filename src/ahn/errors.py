@@ -25,6 +25,10 @@ class AdapterError(AHNError, ValueError):
     """Trained weights that do not fit: another base, missing or extra tensors, NaN, an unknown version."""
 
 
+class TrainingError(AHNError, RuntimeError):
+    """A training run that cannot go on: a full disk, a lost GPU, too little memory. Says what to resume from."""
+
+
 class MemoryFileError(AHNError, ValueError):
     """A memory file that is damaged, of another model, or of another version."""
 

@@ -83,6 +83,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _CommandParser(_Parser):
+    _mixing = False
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         # before argparse looks: it would first complain about whatever the mistyped option was to provide
         for word in args or ():
@@ -91,7 +93,13 @@ class _CommandParser(_Parser):
             option = word.partition("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
                 self.error(f"unknown option {option}{_hint(option, self._option_string_actions)}")
-        return super().parse_known_args(args, namespace)
+        if self._mixing:
+            return super().parse_known_args(args, namespace)
+        self._mixing = True
+        try:  # options may stand between other words, as in `ahn train recipe.yaml --resume steps=900`
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
 
 
 def _hint(word: str, known: Iterable[str]) -> str:

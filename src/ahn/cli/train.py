@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,10 +17,17 @@ def run(args: argparse.Namespace) -> None:
     from ahn.train import recipe
 
     plan = recipe.load(args.recipe, args.changes)
+    from torch import distributed
+
     from ahn.train.trainer import check_machine, train
 
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes torchrun starts, one speaks
     for row in check_machine(plan):
-        if args.check or row.value > row.allowed / 2:
+        if first and (args.check or row.value > row.allowed / 2):
             print(f"{row.name:<40}{row.value:>10.1e}  allowed {row.allowed:.0e}")
     if not args.check:
-        print(f"adapter in {train(plan, args.resume)}")
+        adapter = train(plan, args.resume)
+        if first:
+            print(f"adapter in {adapter}")
+        if distributed.is_initialized():
+            distributed.destroy_process_group()  # NCCL complains of processes that just end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ class Recipe:
         loss: "kl" (paper) or "ce". lossless, sinks: sizes drawn from, one of each for fixed ones.
         window, kept_sinks: what the finished adapter suggests to use.
         sink_positions: see AHNConfig. checkpointing: recompute activations. compile: compile the frozen layers.
+        fsdp: shard the base over the processes of `torchrun` (FSDP2), for bases that do not fit one GPU.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
         report_to: loggers of the Trainer, used where they are installed.
     """
@@ -50,18 +52,24 @@ class Recipe:
     sink_positions: str = "clipped"
     checkpointing: bool = False
     compile: bool = True
+    fsdp: bool = False
     save_every: int = 100
     log_every: int = 10
     seed: int = 0
     report_to: tuple[str, ...] = field(default=("tensorboard",))
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch", "steps", "save_every", "log_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer of at least 1")
+        for key in dataclasses.fields(self):
+            _check_type(key.name, str(key.type), getattr(self, key.name))
+        for name in ("length", "batch", "steps", "save_every", "log_every", "window"):
+            _expect(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("lr", "clip"):
-            if not isinstance(getattr(self, name), float) or getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number above 0")
+            _expect(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
+        _expect("warmup", self.warmup, 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")
+        _expect("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        _expect("limit", self.limit, self.limit is None or self.limit >= 1, "an integer of at least 1, or null")
+        _expect("kept_sinks", self.kept_sinks, self.kept_sinks >= 0, "an integer of at least 0")
+        _expect("sinks", list(self.sinks), min(self.sinks, default=-1) >= 0, "integers of at least 0")
         if self.loss not in ("kl", "ce"):
             raise ConfigError(f"loss={self.loss!r}: expected kl or ce")
         if not self.data:
@@ -70,12 +78,40 @@ class Recipe:
             raise ConfigError(f"lossless={list(self.lossless)}: none is in {self.length}/8 .. {self.length - 1}")
 
 
+_TYPES: dict[str, tuple[type, str]] = {
+    "str": (str, "text"),
+    "int": (int, "an integer"),
+    "float": (float, "a number"),
+    "bool": (bool, "true or false"),
+}
+
+
+def _check_type(name: str, declared: str, value: Any) -> None:
+    """Raises ConfigError unless `value` is of the type written in the class above."""
+    inner = declared.removeprefix("tuple[").partition(",")[0].partition(" ")[0]
+    if inner not in _TYPES:
+        return
+    kind, words = _TYPES[inner]
+    if declared.startswith("tuple"):
+        for item in value:
+            _expect(name, list(value), type(item) is kind, f"a list, each {words}")
+    elif not (value is None and declared.endswith("None")):
+        _expect(name, value, type(value) is kind, words)
+
+
+def _expect(name: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}={value!r}: expected {allowed}")
+
+
 def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe. Raises ConfigError naming the key, the value and what is allowed."""
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected keys and values")
         for change in changes:
             key, equals, value = change.partition("=")
             if not equals:
@@ -83,8 +119,6 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
             values[key] = yaml.safe_load(value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values")
     return from_dict(values)
 
 
@@ -92,7 +126,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     known = {field.name: field for field in dataclasses.fields(Recipe)}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1)
             raise ConfigError(f"unknown key {key!r} in the recipe" + (f"; did you mean {near[0]!r}?" if near else ""))
     missing = [key for key in ("base", "output", "data") if key not in values]
     if missing:

@@ -6,19 +6,25 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 import ahn
-from ahn.adapter import apply, base_shape, read_adapter, save_adapter
+from ahn.adapter import adapter_of, apply, base_shape, read_adapter, write_adapter
 from ahn.augmentation import augment, layers_of, set_window
-from ahn.bases import base_config, load_base, load_tokenizer
+from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
 from ahn.config import AHNConfig
-from ahn.train import data, distill, windows
+from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError
+from ahn.memory_file import atomic
+from ahn.train import checkpoints, data, distill, windows
 from ahn.train.check import Difference, check
 from ahn.train.recipe import Recipe
 
@@ -51,33 +57,82 @@ class MemoryTrainer(Trainer):
         recipe = self.recipe
         size = windows.draw(recipe.seed, self.state.global_step, recipe.length, recipe.lossless, recipe.sinks)
         set_window(self.augmented, *size)
-        return model(**inputs)["loss"]
+        loss = model(**inputs)["loss"]
+        if self.args.world_size == 1:
+            return loss
+        # processes are averaged with equal weight, but the mean is over tokens, and some have more of them that count
+        mine = inputs["counts"][:, sum(size) :].sum()
+        return loss * (self.args.world_size * mine / self.accelerator.reduce(mine, "sum").clamp(min=1))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         cell = ahn.cells.get(self.recipe.cell)
         return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] not in cell.decay_parameters]
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter alone. All processes come here, because sharded weights are gathered; the first one writes."""
         set_window(self.augmented, self.recipe.window, self.recipe.kept_sinks)
-        save_adapter(self.augmented, output_dir or self.args.output_dir)
+        adapter = adapter_of(self.augmented)
+        if self.args.should_save:
+            write_adapter(adapter, output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # as the Trainer does, without its copy of the base
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                checkpoints.unseal(folder)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process has written its random state
+            if self.args.should_save:
+                checkpoints.seal(folder)
+        except (OSError, RuntimeError, AdapterError, MemoryFileError) as error:  # torch.save has no type of its own
+            if _lost(error):
+                raise
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # gives the disk its space back
+            raise TrainingError(f"{folder}: cannot be written: {error}; {self.last_good()}") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        apply(read_adapter(resume_from_checkpoint), self.augmented)
+        """Nothing: `train` has loaded the adapter, before the weights were sharded."""
+
+    def last_good(self) -> str:
+        """What a run that ends here can go on from, for messages."""
+        folder = checkpoints.latest(Path(self.args.output_dir))
+        return f"to go on from {folder}: the same command with --resume" if folder else "no checkpoint was written yet"
 
 
 def build(recipe: Recipe) -> MemoryTrainer:
     """Model, data and trainer of a recipe. Raises BaseModelError, ConfigError, DocumentError."""
+    machine = PartialState(cpu=not torch.cuda.is_available())  # of the process's own GPU, if torchrun started several
+    on_cuda = machine.device.type == "cuda"
+    if recipe.fsdp and machine.num_processes == 1:
+        raise ConfigError("fsdp=True: one process has nobody to share with: expected torchrun --nproc-per-node N ...")
     torch.manual_seed(recipe.seed)
-    model = load_base(recipe.base)
+    if recipe.fsdp:  # from the memory of the host each layer goes to the GPUs in shards
+        model = load_base(recipe.base, torch.bfloat16 if on_cuda else None, "cpu")
+    else:
+        model = load_base(recipe.base, device=machine.device)
     config = AHNConfig(recipe.cell, recipe.window, recipe.kept_sinks, sink_positions=recipe.sink_positions)
     augment(model, config)
     model.ahn_names["base"] = recipe.base
     for layer in layers_of(model):
         if layer.cell is not None:
             layer.cell.float()  # the weights that are trained; the base stays in its dtype
-    rows = data.rows(list(recipe.data), load_tokenizer(recipe.base), recipe.length, recipe.limit, recipe.seed)
+    tokenizer, kept = load_tokenizer(recipe.base), cache_folder() / "rows"
+    rows = data.rows(list(recipe.data), tokenizer, recipe.length, recipe.limit, recipe.seed, kept)
+    _check_rows(rows, recipe, model, machine.num_processes)
     logger.info("%s rows of %s tokens", len(rows), recipe.length)
-    if recipe.compile and model.device.type == "cuda":
+    if recipe.compile and on_cuda:
         compile_layers(model)
     if recipe.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -99,9 +154,16 @@ def build(recipe: Recipe) -> MemoryTrainer:
         data_seed=recipe.seed,
         report_to=[name for name in recipe.report_to if importlib.util.find_spec(name)],
         remove_unused_columns=False,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=not on_cuda,
         dataloader_num_workers=0,
+        dataloader_drop_last=True,  # a step is always of the same rows, however many processes share them
+        ddp_find_unused_parameters=False,
+        fsdp=recipe.fsdp,
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": [type(model.get_decoder().layers[0]).__name__]},
     )
+    if arguments.n_gpu > 1:  # the Trainer would copy the model to all of them in every step (DataParallel)
+        arguments._n_gpu = 1
+        logger.warning("training on one of %s GPUs; docs/training.md says how to use more", torch.cuda.device_count())
     return MemoryTrainer(recipe, model=Distiller(model, recipe.loss), args=arguments, train_dataset=rows)
 
 
@@ -114,23 +176,104 @@ def compile_layers(model: Any) -> None:
         memory.compile_pieces()
 
 
+def _check_rows(rows: data.Rows, recipe: Recipe, model: Any, processes: int) -> None:
+    """What cannot be trained is said before the first step."""
+    top, size = int(rows.ids.max()), model.get_input_embeddings().weight.shape[0]
+    if top >= size:
+        raise BaseModelError(
+            f"{recipe.base}: its tokenizer gives the token {top}, its embedding has {size} rows: "
+            "expected a tokenizer of this base"
+        )
+    if len(rows) < recipe.batch * processes:
+        raise DocumentError(
+            f"the data fill {len(rows)} rows of {recipe.length} tokens: expected at least the {recipe.batch} x "
+            f"{processes} rows of one step (batch x processes); a smaller batch or length may do"
+        )
+    least = min(windows.allowed(recipe.length, recipe.lossless))
+    if not rows.counts[:, least:].any():
+        raise DocumentError(
+            f"no token is to be predicted behind the first {least} of {recipe.length}: expected answers further back, "
+            "longer rows, or a smaller lossless size"
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or recipe.length
+    if recipe.loss == "kl" and recipe.length > context:
+        raise ConfigError(
+            f"length={recipe.length}: the base, which is the teacher, has {context} positions: expected at most those"
+        )
+    if max(windows.allowed(recipe.length, recipe.lossless)) > context:
+        raise ConfigError(f"lossless={list(recipe.lossless)}: the base has {context} positions: expected at most those")
+
+
 def check_machine(recipe: Recipe) -> list[Difference]:
     """Compare this machine's gradients with plain torch at the base's head size (`ahn.train.check`)."""
     base = base_shape(base_config(recipe.base))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = PartialState(cpu=not cuda).device
     return check(
         recipe.cell, min(base["num_heads"], 4), base["head_dim"], device, torch.bfloat16 if cuda else torch.float32
     )
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
-    """Run a recipe and return the folder of the trained adapter."""
-    trainer = build(recipe)
+    """Run a recipe and return the folder of the trained adapter.
+
+    Args:
+        resume: go on from the newest whole checkpoint in the output folder; without one, start.
+
+    Raises:
+        ConfigError: the output folder holds another run, and `resume` is false.
+        BaseModelError, DocumentError: see `build`.
+        TrainingError: the disk is full, a GPU was lost or has too little memory; says what to go on from.
+    """
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
-    trainer.train(resume_from_checkpoint=resume or None)
-    trainer._save(str(output / "adapter"))
-    (output / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    start = checkpoints.latest(output) if resume else None
+    if resume and start is None:
+        logger.warning("%s: no checkpoint to go on from; starting", output)
+    elif not resume and checkpoints.found(output):
+        raise ConfigError(
+            f"output={recipe.output!r}: holds the checkpoints of a run: expected --resume, or a new folder"
+        )
+    trainer = build(recipe)
+    first = trainer.is_world_process_zero()
+    if first:
+        _note_recipe(recipe, output, changed=start is not None)
+    if start is not None:
+        apply(read_adapter(start), trainer.augmented)
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    except RuntimeError as error:
+        if not (reason := _lost(error)):
+            raise
+        raise TrainingError(f"step {trainer.state.global_step + 1}: {reason}; {trainer.last_good()}") from error
+    trainer.save_model(str(output / "adapter"))
+    if first:
+        _write(output / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     return output / "adapter"
+
+
+def _note_recipe(recipe: Recipe, output: Path, changed: bool) -> None:
+    values, path = dataclasses.asdict(recipe), output / "recipe.json"
+    if changed and path.is_file():
+        before, now = json.loads(path.read_text()), json.loads(json.dumps(values))
+        different = [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
+        if different:
+            logger.warning("going on with another recipe: %s", "; ".join(different))
+    output.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(values, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def _lost(error: BaseException) -> str | None:
+    """What happened to the device or to the connection between them; None if the error is about something else."""
+    said = str(error).strip().partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{said} Expected: a smaller batch or length, checkpointing: true, or fsdp: true on several GPUs"
+    known = (torch.AcceleratorError, torch.distributed.DistError)
+    signs = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "NCCL error", "by peer")
+    if isinstance(error, known) or any(sign in said for sign in signs):
+        return f"a GPU was lost, or the connection to another process: {said}"
+    return None

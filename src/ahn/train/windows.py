@@ -8,6 +8,14 @@ LOSSLESS = tuple(2**i for i in range(5, 14))  # 32 .. 8,192
 SINKS = (0, 32, 64, 128, 512, 2048, 4096)
 
 
+def allowed(length: int, lossless: tuple[int, ...] = LOSSLESS) -> list[int]:
+    """The lossless sizes that fit a sequence of `length` tokens. Raises ValueError if none does."""
+    fitting = [size for size in lossless if length / 8 <= size < length]
+    if not fitting:
+        raise ValueError(f"no lossless size of {list(lossless)} is in {length}/8 .. {length - 1}")
+    return fitting
+
+
 def draw(
     seed: int, step: int, length: int, lossless: tuple[int, ...] = LOSSLESS, sinks: tuple[int, ...] = SINKS
 ) -> tuple[int, int]:
@@ -16,10 +24,7 @@ def draw(
     The lossless size is at least 1/8 of the sequence of `length` tokens and shorter than it; the sinks are at most
     half of it; the window is the rest.
     """
-    allowed = [size for size in lossless if length / 8 <= size < length]
-    if not allowed:
-        raise ValueError(f"no lossless size of {list(lossless)} is in {length}/8 .. {length - 1}")
     chance = random.Random(f"{seed}/{step}")
-    size = chance.choice(allowed)
+    size = chance.choice(allowed(length, lossless))
     kept = chance.choice([count for count in sinks if count <= size / 2] or [0])
     return size - kept, kept

@@ -1,0 +1,546 @@
+"""Training as it is run: several processes, kills, full disks, lost GPUs, data of all kinds and bad ones."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from packaging.version import Version
+from safetensors.torch import load_file
+
+import ahn
+from ahn.cli import main
+from ahn.errors import BaseModelError, ConfigError, DocumentError, TrainingError
+from ahn.train import checkpoints, data, recipe
+from conftest import tiny
+from tiny_tokenizer import tiny_tokenizer
+
+SETTINGS = {
+    "cell": "gated_deltanet",
+    "length": 64,
+    "batch": 4,
+    "steps": 6,
+    "lr": 1e-2,
+    "save_every": 2,
+    "log_every": 1,
+    "lossless": [16, 32],
+    "sinks": [0, 4],
+    "window": 24,
+    "kept_sinks": 4,
+    "report_to": [],
+}
+# accelerate shards on accelerators only: it asks for the kind of process group, not for what torch can do. With this
+# answer the rest of the way, accelerate's and torch's, is the one GPUs take.
+SHARDED = """
+import json, sys
+from accelerate.state import DistributedType, PartialState
+begin = PartialState.__init__
+def begin_as_gpus(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = begin_as_gpus
+
+import gc, torch
+from transformers import TrainerCallback
+from torch.distributed.tensor import DTensor
+from ahn.train import trainer
+build = trainer.build
+def watched(recipe):
+    made = build(recipe)
+    whole = {p.data_ptr() for p in made.model.parameters() if p.dim() > 1}
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights = list(made.model.parameters())
+            shards = sum(p.to_local().numel() for p in weights) / sum(p.numel() for p in weights)
+            gc.collect()
+            left = sum(type(o) is torch.nn.Parameter and o.data_ptr() in whole for o in gc.get_objects())
+            if state.is_world_process_zero:
+                json.dump({"shards": shards, "left": left}, open(recipe.output + "/shards.json", "w"))
+    made.add_callback(Watch())
+    return made
+trainer.build = watched
+
+from ahn.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("base"), tiny_tokenizer()
+    tiny(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def chats(count):
+    """Of very different lengths, so that rows have different numbers of tokens that count."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"what of {i}? " * (1 + i % 7)},
+                {"role": "assistant", "content": f"the cat sat on {i * i} mats " * (1 + i * i % 11)},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def run(base, tmp_path):
+    """Writes a recipe and returns its path: `run(output, key=value, ...)`."""
+    source = jsonl(tmp_path / "chats.jsonl", chats(60))
+
+    def write(output, **changes):
+        path = tmp_path / f"{output}.yaml"
+        values = SETTINGS | {"base": base, "data": [source], "output": str(tmp_path / output)} | changes
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+def start(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def torchrun(*command):
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    return out
+
+
+def losses(folder):
+    return [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+
+
+def weights(folder):
+    return load_file(folder / "adapter" / "adapter.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_with_the_double_batch(run, tmp_path, base, kind):
+    sharded, program = kind == "fsdp", ["-m", "ahn"]
+    if sharded:
+        (tmp_path / "sharded.py").write_text(SHARDED)
+        program = [str(tmp_path / "sharded.py")]
+    assert main(["train", run("one", checkpointing=sharded)]) == 0
+    command = [*program, "train", run("two", batch=2, fsdp=sharded, checkpointing=sharded)]
+    out = torchrun(*command)
+    assert out.count("adapter in") == 1 and "Traceback" not in out
+    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-6, rtol=1e-4, msg=name)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert ahn.from_pretrained(base, tmp_path / "two" / "adapter").ahn_config == ahn.AHNConfig("gated_deltanet", 24, 4)
+    if sharded:
+        measured = json.loads((tmp_path / "two" / "shards.json").read_text())
+        assert measured["shards"] == pytest.approx(0.5, abs=0.01)
+        assert measured["left"] == 0, "whole weights of the base are still in memory"
+
+    checkpoint = tmp_path / "two" / "checkpoint-6"
+    assert not list(checkpoint.glob("*model*")), "a copy of the base"
+    if not sharded and Version(transformers.__version__) < Version("5.23"):
+        return  # it cannot read an optimiser back in several processes on CPUs ("cpu:0"); on GPUs it can
+    (checkpoint / checkpoints.SEAL).unlink()
+    before = losses(tmp_path / "two")
+    assert "passed over" in torchrun(*command, "--resume")
+    assert losses(tmp_path / "two") == before
+    for name, tensor in found.items():
+        assert torch.equal(weights(tmp_path / "two")[name], tensor), name
+
+
+def test_one_process_cannot_shard(run, capsys):
+    assert main(["train", run("alone", fsdp=True)]) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_it_had_not_been(run, tmp_path):
+    long = {"steps": 80, "save_every": 5}
+    process = start("-m", "ahn", "train", run("killed", **long))
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "killed" / "checkpoint-10" / checkpoints.SEAL).exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.13)  # somewhere in a later step, or while it saves
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert main(["train", run("killed", **long), "--resume"]) == 0
+    assert main(["train", run("whole", **long)]) == 0
+    assert len(losses(tmp_path / "whole")) == 80
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    rates = [
+        [entry["learning_rate"] for entry in json.loads((tmp_path / name / "log.json").read_text()) if "loss" in entry]
+        for name in ("killed", "whole")
+    ]
+    assert rates[0] == rates[1]
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "killed")[name], tensor), name
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "unfinished", "no list"])
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog, damage):
+    assert main(["train", run("r")]) == 0
+    expected, curve = weights(tmp_path / "r"), losses(tmp_path / "r")
+    newest = tmp_path / "r" / "checkpoint-6"
+    if damage == "cut":
+        os.truncate(newest / "optimizer.pt", 1000)
+    elif damage == "removed":
+        (newest / "trainer_state.json").unlink()
+    elif damage == "unfinished":
+        (newest / checkpoints.SEAL).unlink()
+    else:
+        (newest / checkpoints.SEAL).write_text("[")
+    assert checkpoints.latest(tmp_path / "r").name == "checkpoint-4"
+    assert main(["train", run("r"), "--resume"]) == 0
+    assert "checkpoint-6: passed over" in caplog.text
+    assert losses(tmp_path / "r") == curve
+    for name, tensor in expected.items():
+        assert torch.equal(weights(tmp_path / "r")[name], tensor), name
+    assert checkpoints.latest(tmp_path / "r") == newest
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed: No space left"),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, monkeypatch, capsys, error):
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            raise error
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main(["train", run("r")]) == 2
+    said = capsys.readouterr().err
+    folder = tmp_path / "r"
+    assert f"{folder / 'checkpoint-4'}: cannot be written" in said and "No space left" in said
+    assert f"to go on from {folder / 'checkpoint-2'}" in said and "Traceback" not in said
+    assert not (folder / "checkpoint-4").exists()
+    monkeypatch.undo()
+    assert main(["train", run("r"), "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"), "a GPU was lost"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "a GPU was lost"),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), "connection to another process"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "checkpointing: true"),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_lost_gpu_is_said_with_what_to_go_on_from(run, tmp_path, monkeypatch, capsys, error, message, steps):
+    from ahn.train import distill
+
+    loss, calls = distill.loss, []
+
+    def lost(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > steps:
+            raise error
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(distill, "loss", lost)
+    assert main(["train", run("r")]) == 2
+    said = capsys.readouterr().err
+    assert f"step {steps + 1}:" in said and message in said and "Traceback" not in said
+    assert ("checkpoint-2" if steps else "no checkpoint") in said
+
+
+def test_other_errors_keep_their_traceback(run, monkeypatch):
+    from ahn.train import distill
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(distill, "loss", broken)
+    with pytest.raises(RuntimeError, match="shapes differ") as caught:
+        main(["train", run("r")])
+    assert not isinstance(caught.value, TrainingError)
+
+
+def test_an_output_folder_belongs_to_one_run(run, capsys, caplog):
+    assert main(["train", run("r"), "--resume", "steps=2"]) == 0
+    assert "no checkpoint to go on from" in caplog.text
+    assert main(["train", run("r")]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", run("r"), "--resume", "steps=4", "lr=1e-3"]) == 0
+    assert "lr: 0.01 before, 0.001 now" in caplog.text and "steps: 2 before, 4 now" in caplog.text
+
+
+# data
+
+
+def test_texts_are_tokenized_together_and_rows_stay_the_same(tmp_path, tokenizer, monkeypatch):
+    records = [*chats(30), *({"text": "once upon a time " * (i % 9)} for i in range(30))]
+    source = jsonl(tmp_path / "a.jsonl", records)
+    together = data.rows([source], tokenizer, 64)
+    monkeypatch.setattr(data, "CHARACTERS_AT_ONCE", 1)
+    alone = data.rows([source], tokenizer, 64)
+    assert torch.equal(together.ids, alone.ids) and torch.equal(together.counts, alone.counts)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WORTH_KEEPING_S", 0.0)
+    return tmp_path / "cache" / "rows"
+
+
+def same(a, b):
+    return torch.equal(a.ids, b.ids) and torch.equal(a.counts, b.counts)
+
+
+def test_rows_are_kept(tmp_path, tokenizer, kept, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", chats(30))
+    first = data.rows([source], tokenizer, 64, cache=kept)
+    assert same(first, data.rows([source], tokenizer, 64))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_pack", None)
+        assert same(first, data.rows([source], tokenizer, 64, cache=kept))
+        for changed in ({"length": 32}, {"limit": 100}, {"seed": 1}, {"tokenizer": tiny_tokenizer("qwen")}):
+            with pytest.raises(TypeError):
+                data.rows(**({"sources": [source], "tokenizer": tokenizer, "length": 64, "cache": kept} | changed))
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() * 2)
+    assert len(data.rows([source], tokenizer, 64, cache=kept)) > len(first)
+
+
+def test_damaged_and_unwritable_caches_are_no_error(tmp_path, tokenizer, kept, caplog):
+    source = jsonl(tmp_path / "a.jsonl", chats(30))
+    first = data.rows([source], tokenizer, 64, cache=kept)
+    (file,) = kept.glob("*.safetensors")
+    os.truncate(file, 100)
+    assert same(first, data.rows([source], tokenizer, 64, cache=kept))
+    assert "damaged" in caplog.text
+    assert same(first, data.rows([source], tokenizer, 64, cache=Path(source)))  # a file where a folder should be
+    assert "not kept" in caplog.text
+
+
+def test_datasets_from_a_folder_and_parquet(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    records = [{"messages": record["messages"], "document": None} for record in chats(30)]
+    expected = data.rows([jsonl(tmp_path / "a.jsonl", chats(30))], tokenizer, 64)
+    (tmp_path / "folder").mkdir()
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "folder" / "train.parquet")
+    for source in (f"hub:{tmp_path / 'folder'}", f"hub:{tmp_path / 'folder'}:train", "folder/train.parquet"):
+        name = source if source.startswith("hub:") else str(tmp_path / source)
+        assert same(expected, data.rows([name], tokenizer, 64, cache=tmp_path / "cache"))
+    for source, message in (
+        (f"hub:{tmp_path / 'folder'}:nothing", "cannot be loaded.*nothing"),
+        (f"hub:{tmp_path / 'none'}", "no such folder"),
+        (str(tmp_path / "none.parquet"), "no such file"),
+    ):
+        with pytest.raises(DocumentError, match=message):
+            data.rows([source], tokenizer, 64)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DocumentError, match="cannot be loaded"):
+        data.rows([str(tmp_path / "bad.parquet")], tokenizer, 64)
+
+
+def test_hub_datasets_are_streamed(tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked, read = [], []
+
+    def stream():
+        for record in chats(1000):
+            read.append(record)
+            yield record
+
+    def load_dataset(path, config=None, **options):
+        asked.append((path, config, options))
+        return stream()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(data, "CHARACTERS_AT_ONCE", 1000)
+    data.rows(["hub:nvidia/ChatQA2-Long-SFT-data/long_sft:train"], tokenizer, 64, limit=128)
+    assert asked == [("nvidia/ChatQA2-Long-SFT-data", "long_sft", {"split": "train", "streaming": True})]
+    assert 0 < len(read) < 50
+    data.rows(["hub:owner/books"], tokenizer, 64, limit=64)
+    assert asked[1] == ("owner/books", None, {"split": "train", "streaming": True})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(DocumentError, match=r"hub:owner/books: cannot be loaded: no route"):
+        data.rows(["hub:owner/books"], tokenizer, 64)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DocumentError, match=r"pip install 'ahn\[train\]'"):
+        data.rows(["hub:owner/books"], tokenizer, 64)
+
+
+def test_a_document_precedes_the_first_question(tmp_path, tokenizer):
+    record = {
+        "document": "the cat sat on the mat.",
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "who sat?"},
+            {"role": "assistant", "content": "the cat"},
+            {"role": "user", "content": "where?"},
+        ],
+        "answers": ["on the mat", "the mat"],
+    }
+    rows = data.rows([jsonl(tmp_path / "a.jsonl", [record] * 5)], tokenizer, 32)
+    text = tokenizer.decode(rows.ids.flatten())
+    assert "the cat sat on the mat.\n\nwho sat?" in text
+    predicted = tokenizer.decode(rows.ids.flatten()[1:][rows.counts.flatten()[:-1]])
+    assert "the cat<|end|>" in predicted and "on the mat<|end|>" in predicted
+    assert "who" not in predicted and "where" not in predicted and "sat on the mat." not in predicted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "empty"),
+        ("a.txt", b" \n", "empty"),
+        ("a.txt", b"too short", "fewer than 64 tokens"),
+        ("a.txt", b"caf\xe9 " * 100, "not UTF-8"),
+        ("a.jsonl", b"[1]\n", "list: expected a record"),
+        ("a.jsonl", b'{"text": 3}\n', "not of the shape"),
+        ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "no 'role'"),
+        ("a.jsonl", b'{"messages": "x"}\n', "not of the shape"),
+        ("a.jsonl.xz", b"not xz", "cannot be read"),
+        ("a.csv", b"a,b\n", "unknown kind of file '.csv'; expected .txt"),
+        ("a.json", b"{}", "unknown kind of file '.json'"),
+    ],
+)
+def test_bad_sources(tmp_path, tokenizer, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DocumentError, match=message):
+        data.rows([str(tmp_path / name)], tokenizer, 64)
+
+
+def test_folders_are_no_sources(tmp_path, tokenizer):
+    for name in ("folder", "folder.jsonl", "folder.txt"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(DocumentError, match="is a folder; expected"):
+            data.rows([str(tmp_path / name)], tokenizer, 64)
+
+
+def test_tokenizers_without_what_is_needed(tmp_path, tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(BaseModelError, match="no chat template"):
+        data.rows([jsonl(tmp_path / "a.jsonl", chats(30))], tokenizer, 64)
+    tokenizer.eos_token = None
+    with pytest.raises(BaseModelError, match="no end-of-text token"):
+        data.rows([jsonl(tmp_path / "b.jsonl", [{"text": "once " * 99}])], tokenizer, 64)
+
+
+def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("once upon a time " * 50, encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("once upon a time " * 50)
+    with_mark, without = (data.rows([str(tmp_path / name)], tokenizer, 64) for name in ("a.txt", "b.txt"))
+    assert same(with_mark, without)
+
+
+# recipes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("steps=abc", "steps='abc': expected an integer"),
+        ("steps=2.5", "steps=2.5: expected an integer"),
+        ("steps=true", "steps=True: expected an integer"),
+        ("lr=-1", "lr=-1.0: expected a number above 0"),
+        ("lr=.nan", "lr=nan"),
+        ("batch=0", "batch=0: expected an integer of at least 1"),
+        ("fsdp=maybe", "fsdp='maybe': expected true or false"),
+        ("base=3", "base=3: expected text"),
+        ("data=[1]", "data=[1]: expected a list, each text"),
+        ("data=", "data=[None]: expected a list"),
+        ("sinks=[a]", "sinks=['a']: expected a list, each an integer"),
+        ("sinks=[]", "sinks=[]: expected integers"),
+        ("lossless=64", "lossless=[64]: none is in 64/8 .. 63"),
+        ("warmup=7", "warmup=7.0: expected a share"),
+        ("limit=0", "limit=0: expected"),
+        ("cell=lstm", "lstm"),
+        ("1=2", "unknown key"),
+        ("length=100000 lossless=20000", "fewer than 100000 tokens"),
+        ("length=1024 lossless=256", "length=1024: the base, which is the teacher, has 512 positions"),
+        ("length=1024 lossless=600 loss=ce", "lossless=[600]: the base has 512 positions"),
+        ("batch=5000", "rows of 64 tokens: expected at least the 5000 x 1"),
+        ("data=folder", "folder: is a folder"),
+    ],
+)
+def test_bad_recipes_are_said_in_one_line(run, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    long = {} if message.startswith("fewer") else {"data": [jsonl(tmp_path / "long.jsonl", chats(300))]}
+    assert main(["train", run("r", **long), *change.split()]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_tokenizer_of_another_base(run, base, tmp_path, capsys):
+    tiny(vocab_size=100, eos_token_id=1).save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    assert main(["train", run("r", base=str(tmp_path / "small"))]) == 2
+    assert "its embedding has 100 rows" in capsys.readouterr().err
+
+
+def test_nothing_to_predict(run):
+    from ahn.train.trainer import _check_rows
+
+    rows = data.Rows(torch.zeros(8, 64, dtype=torch.int32), torch.zeros(8, 64, dtype=torch.bool))
+    rows.counts[:, :16] = True
+    with pytest.raises(DocumentError, match="no token is to be predicted behind the first 16 of 64"):
+        _check_rows(rows, recipe.load(run("r")), tiny(), 1)
+    rows.counts[3, 16] = True
+    _check_rows(rows, recipe.load(run("r")), tiny(), 1)
+
+
+def test_an_empty_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("")
+    with pytest.raises(ConfigError, match="expected keys and values"):
+        recipe.load(tmp_path / "r.yaml", ["steps=3"])
+
+
+@pytest.mark.parametrize(("fsdp", "expected"), [(False, (None, "cuda:1")), (True, (torch.bfloat16, "cpu"))])
+def test_each_process_loads_the_base_where_it_belongs(run, monkeypatch, fsdp, expected):
+    from ahn.train import trainer
+
+    class Second:
+        device, num_processes = torch.device("cuda", 1), 2
+
+    class LoadedError(Exception):
+        pass
+
+    def load_base(base, dtype=None, device=None):
+        raise LoadedError(dtype, str(device))
+
+    monkeypatch.setattr(trainer, "PartialState", lambda **options: Second)
+    monkeypatch.setattr(trainer, "load_base", load_base)
+    with pytest.raises(LoadedError) as loaded:
+        trainer.build(recipe.load(run("r", fsdp=fsdp)))
+    assert loaded.value.args == expected
