@@ -48,7 +48,7 @@ def main() -> None:
         with __import__("lzma").open(options.valid, "rt") as file:
             texts = [json.loads(line)["text"][: length * 8] for line in file]
         ids = [row[:length] for row in tokenizer(texts).input_ids if len(row) >= length]
-        return torch.tensor(ids, device=model.device)
+        return torch.tensor(ids[:16], device=model.device)
 
     model = load_base(options.base)
     device = model.device
@@ -60,17 +60,16 @@ def main() -> None:
         half = ids.shape[1] // 2
         rows = max(1, 16 * 4096 // ids.shape[1])
 
-        @torch.no_grad()
-        def mean() -> float:
+        def mean() -> float:  # with gradients on, as what was compiled for the training is used again
             losses = []
             for part in ids.split(rows):
                 hidden = model.get_decoder()(part, use_cache=False).last_hidden_state[:, half - 1 : -1]
-                for h, t in zip(hidden, part[:, half:], strict=True):
+                for h, t in zip(hidden.detach(), part[:, half:], strict=True):
                     losses.append(torch.nn.functional.cross_entropy(model.lm_head(h).float(), t))
             return torch.stack(losses).mean().item()
 
         if not sizes:
-            with full_attention(model):
+            with torch.no_grad(), full_attention(model):
                 return {0: mean()}
         found = {}
         for size in sizes:

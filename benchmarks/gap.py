@@ -4,17 +4,23 @@
 
 Mean next-token loss (nats) over the second half of the first `--tokens` tokens of each book that is long enough, for
 full attention, sinks and window, and each adapter, at several lossless sizes.
+
+Each adapter is measured twice: with its own memory and, as the control, with the memory of another of the books. What
+is gained over the control comes from what is remembered; what the control itself gains is only a better-fitted model.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import position_losses, records, write
+from common import records, write
 
 SINKS = 64
+ROWS = 4  # books at once
 
 
 def main() -> None:
@@ -25,7 +31,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books")
-    parser.add_argument("--adapter", nargs="+", default=ahn.zoo.names())
+    parser.add_argument("--adapter", nargs="*", default=ahn.zoo.names())
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--lossless", type=int, nargs="+", default=[256, 512, 1024, 2048])
@@ -33,19 +39,13 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = ahn.load_tokenizer(options.base)
-    texts = [tokenizer(record["text"]).input_ids[: options.tokens + 1] for record in records(options.books)]
-    books = [ids for ids in texts if len(ids) == options.tokens + 1]
-
-    def mean(model: Any) -> float:
-        return torch.cat([position_losses(model, ids)[options.tokens // 2 :] for ids in books]).mean().item()
-
+    found = (tokenizer(record["text"]).input_ids[: options.tokens + 1] for record in records(options.books))
+    books = torch.tensor([ids for ids in found if len(ids) == options.tokens + 1])
     model = ahn.from_pretrained(options.base, "none", window=16, sinks=0)
     with full_attention(model):
-        full = (
-            torch.cat([position_losses(model, ids, whole=True)[options.tokens // 2 :] for ids in books]).mean().item()
-        )
+        full = mean_loss(model, books)
     print(f"{len(books)} books, positions {options.tokens // 2:,} to {options.tokens - 1:,}; full attention {full:.4f}")
-    print(f"{'':<44}" + "".join(f"{size:>16,}" for size in options.lossless))
+    print(f"{'':<40}" + "".join(f"{size:>26,}" for size in options.lossless))
     rows: list[dict[str, Any]] = []
     window: dict[int, float] = {}
     for adapter in [None, *options.adapter]:
@@ -57,16 +57,60 @@ def main() -> None:
         cells = []
         for size in options.lossless:
             set_window(model, size - SINKS, SINKS)
-            loss = mean(model)
-            window.setdefault(size, loss)
-            closed = (window[size] - loss) / (window[size] - full)
-            rows.append({"memory": adapter, "lossless": size, "loss": round(loss, 4), "closed": round(closed, 4)})
-            cells.append(f"{loss:>9.4f} {closed:>5.0%} ")
+            loss = mean_loss(model, books)
+            gap = window.setdefault(size, loss) - full
+            row = {"memory": adapter and Path(adapter).name, "lossless": size, "loss": round(loss, 4)}
+            if adapter is not None:
+                with memory_of_another(model):
+                    control = mean_loss(model, books)
+                row |= {"closed": round((window[size] - loss) / gap, 4)}
+                row |= {"control": round(control, 4), "control_closed": round((window[size] - control) / gap, 4)}
+                cells.append(f"{loss:>9.4f} {row['closed']:>5.0%} ({row['control_closed']:>4.0%})  ")
+            else:
+                cells.append(f"{loss:>9.4f}                 ")
+            rows.append(row)
         name = "sinks and window" if adapter is None else f"{model.ahn_config.cell} ({Path(adapter).name})"
-        print(f"{name:<44}" + "".join(cells), flush=True)
+        print(f"{name:<40}" + "".join(cells), flush=True)
+    print("share of the gap that is closed; in brackets with the memory of another book")
     print(
         write(options.name, base=options.base, tokens=options.tokens, books=len(books), full=round(full, 4), rows=rows)
     )
+
+
+def mean_loss(model: Any, books: Any) -> float:
+    """Over the second half of whole sequences [books, T + 1]."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    half = (books.shape[1] - 1) // 2
+    losses = []
+    with torch.no_grad():
+        for part in books.tensor_split(-(-len(books) // ROWS)):  # near-equal parts: none is a single row
+            part = part.to(model.device)
+            hidden = model.get_decoder()(part[:, :-1], use_cache=False).last_hidden_state[:, half:]
+            for row, targets in zip(hidden, part[:, half + 1 :], strict=True):
+                losses.append(cross_entropy(model.get_output_embeddings()(row).float(), targets))
+    return torch.stack(losses).mean().item()
+
+
+@contextmanager
+def memory_of_another(model: Any) -> Iterator[None]:
+    """Within, each row of a batch of whole sequences reads what another row has written."""
+    from ahn.augmentation import layers_of
+
+    layers = layers_of(model)
+    for layer in layers:
+        prepare = layer._prepared
+
+        def swapped(q: Any, k: Any, v: Any, gates: Any, *rest: Any, prepare: Any = prepare) -> Any:
+            return prepare(q, k.roll(1, 0), v.roll(1, 0), tuple(gate.roll(1, 0) for gate in gates), *rest)
+
+        layer._prepared = swapped
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._prepared
 
 
 if __name__ == "__main__":

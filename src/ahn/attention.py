@@ -53,15 +53,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return out.reshape(batch, heads, queries, size), norm.reshape(batch, heads, queries)
 
 
-def merge(a: Softmax, b: Softmax) -> Tensor:
+def merge(a: Softmax, b: Softmax) -> Softmax:
     """Attention over the union of two disjoint sets of keys."""
     weight = torch.sigmoid(a[1] - b[1])[..., None].to(a[0].dtype)
-    return torch.lerp(b[0], a[0], weight)
+    return torch.lerp(b[0], a[0], weight), torch.logaddexp(a[1], b[1])
 
 
 def attend_one(
     q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, mask: Tensor | None, scale: float
-) -> Tensor:
+) -> Softmax:
     """Attention of one new token over a ring buffer, in any order and without copying it.
 
     Args:
@@ -70,7 +70,7 @@ def attend_one(
     """
     mask = None if mask is None else mask[:, None]
     if q_sinks is q:
-        return attend(q, k, v, mask, scale)[0]
+        return attend(q, k, v, mask, scale)
     first, rest = (
         attend(query, k[:, :, part], v[:, :, part], None if mask is None else mask[..., part], scale)
         for query, part in ((q_sinks, slice(sinks)), (q, slice(sinks, None)))
@@ -86,7 +86,7 @@ def attend_window(
     start: Tensor,
     window: int,
     scale: float,
-) -> Tensor:
+) -> Softmax:
     """Attention of consecutive queries over sinks and window, block by block.
 
     Args:
@@ -97,7 +97,7 @@ def attend_window(
     queries, sinks = q.shape[2], sinks_kv[0].shape[2]
     before = window_kv[0].shape[2] - queries
     device = q.device
-    out = []
+    out: list[Softmax] = []
     for low in range(0, queries, QUERY_BLOCK):
         high = min(low + QUERY_BLOCK, queries)
         first = max(0, before + low - window + 1)
@@ -107,11 +107,10 @@ def attend_window(
         part = attend(q[:, :, low:high], k, v, visible(at, keys, sinks, window), scale)
         if sinks:
             causal = None if low else torch.arange(sinks, device=device) <= at
-            merged = merge(attend(q_sinks[:, :, low:high], *sinks_kv, causal, scale), part)
-        else:
-            merged = part[0]
-        out.append(merged)
-    return torch.cat(out, 2)
+            part = merge(attend(q_sinks[:, :, low:high], *sinks_kv, causal, scale), part)
+        out.append(part)
+    outs, norms = zip(*out, strict=True)
+    return torch.cat(outs, 2), torch.cat(norms, 2)
 
 
 class Rotary:

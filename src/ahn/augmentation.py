@@ -80,6 +80,8 @@ class AHNLayer(nn.Module):
             self.whole = True
             self._prepared_whole = torch.compile(self._prepared_whole)  # type: ignore[method-assign]
             self._added_whole = torch.compile(self._added_whole)  # type: ignore[method-assign]
+            if self.cell.name == "mamba2":
+                self.cell.chunk = torch.compile(self.cell.chunk)
 
     @property
     def gate_width(self) -> int:
@@ -120,17 +122,18 @@ class AHNLayer(nn.Module):
         q_sinks = self._seen_by_sinks(q, span)
         reach = self.window or FOREVER
         if memory is None and not span.padded and self.window is not None and flex.fits(q):
-            out = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale).transpose(1, 2)
+            out, norm = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale)
         else:
-            out = attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale).transpose(1, 2)
+            out, norm = attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale)
+        out = out.transpose(1, 2)
         if self.cell is not None and self.whole and memory is None and not span.padded:
-            out = self._remember_whole(out, q, k, v, x, inputs, span)
+            out = self._remember_whole(out, norm, q, k, v, x, inputs, span)
         elif self.cell is not None:
-            out = self._remember(out, q, x, window, span, memory)
+            out = self._remember(out, norm, q, x, window, span, memory)
         return span.restore(out, 1)
 
     def _remember(
-        self, out: Tensor, q: Tensor, x: Tensor, window: tuple[Tensor, ...], span: Span, memory: LayerMemory | None
+        self, out: Tensor, norm: Tensor, q: Tensor, x: Tensor, window: tuple[Tensor, ...], span: Span, memory: LayerMemory | None
     ) -> Tensor:
         """Write what leaves the window during `span`, read it with the queries that push it out, add the reads to
         `out` [B, T, N, H]. Token t pushes out t - W, from t = S + W on: writes and reads are two aligned slices."""
@@ -148,16 +151,16 @@ class AHNLayer(nn.Module):
         writes = writes.to(q.device)
         if partial:
             gates = tuple(g * writes[:, None] for g in gates)
-        before = memory.compressed if memory is not None else q.new_zeros(*q.shape[:2], *q.shape[3:] * 2).float()
+        before = memory.compressed if memory is not None else self._empty(q)
         fla = kernels.choose(self.cell.fla_operation, q).name == "fla"
         ready = self._prepared(q[:, :, skip:], k, v, gates, self._memory_angles(q, span, skip), fla)
         read, state = self.cell.run(*ready, before, fla)
         if memory is not None:
             before.copy_(state)
-        return self._added(out, read, x, writes if partial else None, skip)
+        return self._added(out, norm, read, x, span.positions().to(q.device), writes if partial else None, skip)
 
     def _remember_whole(
-        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span
+        self, out: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span
     ) -> Tensor:
         """`_remember` of a whole sequence in shapes that do not depend on sinks and window: those are numbers on the
         device, so that other ones need no new compilation."""
@@ -169,9 +172,12 @@ class AHNLayer(nn.Module):
             numbers = span.numbers = torch.tensor([self.window, self.sinks + self.window], device=q.device)
         fla = kernels.choose(self.cell.fla_operation, q).name == "fla"
         ready = self._prepared_whole(q, k, v, inputs, numbers, self._memory_angles(q, span, 0), fla)
-        state = q.new_zeros(*q.shape[:2], *q.shape[3:] * 2).float()
-        read, _ = self.cell.run(*ready, state, fla)
-        return self._added_whole(out, read, x, numbers)
+        read, _ = self.cell.run(*ready, self._empty(q), fla)
+        return self._added_whole(out, norm, read, x, numbers)
+
+    def _empty(self, q: Tensor) -> Tensor:
+        assert self.cell is not None
+        return torch.zeros(*q.shape[:2], getattr(self.cell, "key_size", q.shape[3]), q.shape[3], device=q.device)
 
     def _prepared_whole(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, numbers: Tensor, angles: Angles | None, fla: bool
@@ -183,9 +189,9 @@ class AHNLayer(nn.Module):
         writes = torch.arange(q.shape[2], device=q.device) >= lossless
         return self._prepared(q, k, v, tuple(g * writes for g in gates), angles, fla)
 
-    def _added_whole(self, out: Tensor, read: Tensor, x: Tensor, numbers: Tensor) -> Tensor:
-        writes = torch.arange(out.shape[1], device=out.device) >= numbers[1]
-        return self._added(out, read, x, writes[None], 0)
+    def _added_whole(self, out: Tensor, norm: Tensor, read: Tensor, x: Tensor, numbers: Tensor) -> Tensor:
+        at = torch.arange(out.shape[1], device=out.device)[None]
+        return self._added(out, norm, read, x, at, at >= numbers[1], 0, numbers[1])
 
     def _prepared(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], angles: Angles | None, fla: bool
@@ -197,10 +203,22 @@ class AHNLayer(nn.Module):
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         return self.cell.ready(q, k, v, gates, fla)
 
-    def _added(self, out: Tensor, read: Tensor, x: Tensor, writes: Tensor | None, skip: int) -> Tensor:
+    def _added(
+        self,
+        out: Tensor,
+        norm: Tensor,
+        read: Tensor,
+        x: Tensor,
+        at: Tensor,
+        writes: Tensor | None,
+        skip: int,
+        lossless: Any = None,
+    ) -> Tensor:
         assert self.cell is not None
+        lossless = self.sinks + (self.window or 0) if lossless is None else lossless
         old = out[:, skip:]
-        new = self.cell.add(old, read, x[:, skip:])
+        evicted = (at[:, skip:] - lossless + 1).clamp(min=1)
+        new = self.cell.add(old, norm[:, :, skip:], read, x[:, skip:], evicted)
         if writes is not None:
             new = torch.where(writes[..., None, None], new, old)
         return torch.cat([out[:, :skip], new], 1) if skip else new
@@ -228,7 +246,8 @@ class AHNLayer(nn.Module):
         if len(slots) > 1:
             mask = torch.arange(filled, device=q.device) <= span.start[:, None].to(q.device)
         keys, values = (t[:, :, :filled] for t in memory.kept)
-        out = attend_one(q, q_sinks, keys, values, self.sinks, mask, scale).transpose(1, 2)
+        out, norm = attend_one(q, q_sinks, keys, values, self.sinks, mask, scale)
+        out = out.transpose(1, 2)
         if not old or self.cell is None:
             return out
         gates = self.cell.gates(old[2])
@@ -236,7 +255,8 @@ class AHNLayer(nn.Module):
         if some is not None:
             gates = tuple(g * some[:, None] for g in gates)
         ready = self._prepared(q, old[0], old[1], gates, self._memory_angles(q, span, 0), fla=False)
-        return self._added(out, self.cell.step(*ready, memory.compressed), x, some, 0)
+        read = self.cell.step(*ready, memory.compressed)
+        return self._added(out, norm, read, x, span.start[:, None].to(q.device), some, 0)
 
     def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
         """The queries as the sinks meet them: with clipped positions, never further than sinks + window."""

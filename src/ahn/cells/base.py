@@ -61,16 +61,30 @@ class Cell(nn.Module):
         self.extras = extras
         # Zero: an untrained memory leaves the sinks-and-window model as it is.
         self.o_proj = Projection(torch.zeros(num_heads, head_dim, head_dim, dtype=dtype, device=device))
-        if "maps" in extras:
-            eye = torch.eye(head_dim, dtype=dtype, device=device).repeat(num_heads, 1, 1)
+        wide = [int(name[4:]) for name in extras if name.startswith("wide")]
+        self.key_size = head_dim * (wide[0] if wide else 1)
+        self.wide = bool(wide)
+        if "maps" in extras or wide:
+            eye = torch.eye(head_dim, dtype=dtype, device=device)
+            if wide:
+                eye = torch.cat([eye, -eye], 1) * 4
+                for _ in range(wide[0] // 2 - 1):
+                    turn = torch.linalg.qr(torch.randn(head_dim, head_dim))[0].to(eye)
+                    eye = torch.cat([eye, turn * 4, -turn * 4], 1)
+            eye = eye.repeat(num_heads, 1, 1)
             self.q_map, self.k_map = Map(eye.clone()), Map(eye.clone())
         if "share" in extras:
-            self.share_proj = linear(hidden_size, num_heads, dtype, device)
+            self.share_proj = linear(hidden_size, num_heads, dtype, device, bias=True)
             nn.init.zeros_(self.share_proj.weight)
+            self.share_norm = nn.Parameter(torch.zeros(num_heads, dtype=dtype, device=device))
+            self.share_count = nn.Parameter(torch.zeros(num_heads, dtype=dtype, device=device))
         if "mix" in extras:
             self.w_proj = Projection(torch.zeros(num_heads, head_dim, head_dim, dtype=dtype, device=device))
 
     def keys(self, q_BNTH: Tensor, k_BNTH: Tensor) -> tuple[Tensor, Tensor]:
+        if self.wide:
+            q, k = (unit(t).to(t.dtype) for t in (q_BNTH, k_BNTH))
+            return unit(F.silu(self.q_map(q))), unit(F.silu(self.k_map(k)))
         if "maps" in self.extras:
             q_BNTH, k_BNTH = self.q_map(q_BNTH), self.k_map(k_BNTH)
         return unit(q_BNTH), unit(k_BNTH)
@@ -78,12 +92,16 @@ class Cell(nn.Module):
     def gate(self, g: Tensor) -> Tensor:
         return 2 * g.sigmoid() if "open" in self.extras else F.silu(g)
 
-    def add(self, out_BTNH: Tensor, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
+    def add(self, out_BTNH: Tensor, norm_BNT: Tensor, read_BNTH: Tensor, x_BTD: Tensor, evicted: Tensor) -> Tensor:
         added = self.output(read_BNTH, x_BTD)
         if "mix" in self.extras:
             added = added + self.w_proj(out_BTNH.transpose(1, 2))
         if "share" in self.extras:
-            out_BTNH = out_BTNH * (2 * self.share_proj(x_BTD).float().sigmoid()).to(out_BTNH.dtype)[..., None]
+            z = self.share_proj(x_BTD).float()
+            if "norm" in self.extras:
+                z = z + self.share_norm.float() * norm_BNT.transpose(1, 2)
+                z = z + self.share_count.float() * evicted[..., None].float().log()
+            out_BTNH = out_BTNH * (2 * z.sigmoid()).to(out_BTNH.dtype)[..., None]
         return out_BTNH + added
 
     def gate_inputs(self, x_BTD: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 64
+BLOCKS = 64  # whose states are summed in one product
 
 
 def gated_delta_rule(
@@ -50,27 +51,39 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: 
     tokens = q.shape[2]
     q, k, v = (_blocks(t) for t in (q, k, v))
     decay = _Decay(_blocks(log_decay))
-    states, state = _carry(None, decay.whole(), decay.until_end(k).transpose(-1, -2) @ v, state)
+    states, state = _faded_sums(decay.total[..., -1], decay.until_end(k).transpose(-1, -2) @ v, state)
     out = decay.since_start(q) @ states + decay.pairs(q @ k.transpose(-1, -2)).tril() @ v
     return out.flatten(2, 3)[:, :, :tokens], state
 
 
-def _carry(mixing: Tensor | None, decay: Tensor | None, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _faded_sums(log_decay: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each block [B, N, L, H, H] and after the last: S <- decay S + added, many blocks in one product."""
+    before = []
+    for decays, adds in zip(log_decay.split(BLOCKS, 2), added.split(BLOCKS, 2), strict=True):
+        total = F.pad(decays.cumsum(-1), (1, 0))  # up to before block l, and to the end
+        since = (total[..., :, None] - total[..., None, 1:]).clamp(max=0).exp().tril(-1)
+        states = (since @ adds.flatten(3)).unflatten(3, adds.shape[3:])
+        states = states + total.exp()[..., None, None] * state[:, :, None]
+        before.append(states[:, :, :-1])
+        state = states[:, :, -1]
+    return torch.cat(before, 2), state
+
+
+def _carry(mixing: Tensor, decay: Tensor | None, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """States before each block [B, N, L, H, H] and after the last: S <- (decay I + mixing) S + added.
 
     The only loop over blocks, one matrix product a step.
     """
     shape = state.shape
     state = state.flatten(0, 1)
-    blocks = added.shape[2]
     adds = added.flatten(0, 1).unbind(1)
-    mixes = mixing.flatten(0, 1).unbind(1) if mixing is not None else [None] * blocks
-    fades = decay.flatten(0, 1)[..., None, None].unbind(1) if decay is not None else [None] * blocks
+    mixes = mixing.flatten(0, 1).unbind(1)
+    fades = decay.flatten(0, 1)[..., None, None].unbind(1) if decay is not None else [None] * len(adds)
     before = []
     for mix, fade, new in zip(mixes, fades, adds, strict=True):
         before.append(state)
         kept = new + state if fade is None else torch.addcmul(new, state, fade)
-        state = kept if mix is None else torch.baddbmm(kept, mix, state)
+        state = torch.baddbmm(kept, mix, state)
     return torch.stack(before, 1).unflatten(0, shape[:2]), state.view(shape)
 
 

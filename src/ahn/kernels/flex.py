@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahn.attention import merge
+from ahn.attention import Softmax, merge
 
 BLOCK = 128
 
@@ -23,12 +23,12 @@ def fits(q: Tensor) -> bool:
     return q.is_cuda and q.shape[-1] >= 16 and q.shape[2] % BLOCK == 0
 
 
-def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Tensor:
+def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Softmax:
     """q [B, N, T, H], as the window and as the sinks meet it, k, v [B, M, T, H], one sequence from its start."""
     masks = _masks(q.device, q.shape[2])
     masks.set(sinks, window)
     if q_sinks is q or not sinks:
-        return _compiled(_flex)(q, k, v, masks.both, scale)[0]
+        return _compiled(_flex)(q, k, v, masks.both, scale)
     return _compiled(_apart)(q, q_sinks, k, v, masks.sinks_only, masks.window_only, scale)
 
 
@@ -38,7 +38,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Any:
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True)
 
 
-def _apart(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, on_sinks: Any, on_window: Any, scale: float) -> Tensor:
+def _apart(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, on_sinks: Any, on_window: Any, scale: float) -> Softmax:
     return merge(_flex(q_sinks, k, v, on_sinks, scale), _flex(q, k, v, on_window, scale))
 
 

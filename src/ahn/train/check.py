@@ -75,11 +75,13 @@ def _attention(heads: int, size: int, device: torch.device, dtype: torch.dtype) 
             leaf.requires_grad_()
         if plain:
             pairs = (k[:, :, :sinks], v[:, :, :sinks]), (k, v)
-            out = attend_window(q, q_sinks, *pairs, torch.zeros(1, dtype=torch.long, device=device), window, size**-0.5)
+            start = torch.zeros(1, dtype=torch.long, device=device)
+            out, norm = attend_window(q, q_sinks, *pairs, start, window, size**-0.5)
         else:
-            out = flex.attend_sequence(q, q_sinks, k, v, sinks, window, size**-0.5)
-        (out.float() * torch.randn(out.shape, device=device)).sum().backward()
-        return {"output": out} | {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
+            out, norm = flex.attend_sequence(q, q_sinks, k, v, sinks, window, size**-0.5)
+        total = (out.float() * torch.randn(out.shape, device=device)).sum()
+        (total + (norm * torch.randn(norm.shape, device=device)).sum()).backward()
+        return {"output": out, "normaliser": norm} | {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
 
     return _compare("attention, ", run(plain=False), run(plain=True), ATTENTION_TOLERANCE)
 

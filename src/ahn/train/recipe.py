@@ -50,6 +50,8 @@ class Recipe:
     window: int = 1920
     kept_sinks: int = 128
     sink_positions: str = "clipped"
+    memory_positions: str = "rope"
+    extras: tuple[str, ...] = ()
     checkpointing: bool = False
     compile: bool = True
     fsdp: bool = False

@@ -122,7 +122,14 @@ def build(recipe: Recipe) -> MemoryTrainer:
         model = load_base(recipe.base, torch.bfloat16 if on_cuda else None, "cpu")
     else:
         model = load_base(recipe.base, device=machine.device)
-    config = AHNConfig(recipe.cell, recipe.window, recipe.kept_sinks, sink_positions=recipe.sink_positions)
+    config = AHNConfig(
+        recipe.cell,
+        recipe.window,
+        recipe.kept_sinks,
+        sink_positions=recipe.sink_positions,
+        memory_positions=recipe.memory_positions,
+        extras=recipe.extras,
+    )
     augment(model, config)
     model.ahn_names["base"] = recipe.base
     for layer in layers_of(model):
