@@ -22,8 +22,8 @@ def main() -> None:
     import torch
 
     import ahn
-    from ahn.bases import load_base
     from ahn.augmentation import augment, detach, full_attention, layers_of, set_window
+    from ahn.bases import load_base
     from ahn.train import data, distill, windows
     from ahn.train.trainer import compile_layers
 
@@ -118,7 +118,11 @@ def main() -> None:
         timed = 0.0
         for step in range(steps):
             size = windows.draw(
-                0, step, options.length, tuple(run.get("lossless", (512, 1024, 2048))), tuple(run.get("sinks", (0, 32, 64, 128, 512)))
+                0,
+                step,
+                options.length,
+                tuple(run.get("lossless", (512, 1024, 2048))),
+                tuple(run.get("sinks", (0, 32, 64, 128, 512))),
             )
             set_window(model, *size)
             chosen = order[torch.arange(step * options.batch, (step + 1) * options.batch) % len(order)]

@@ -13,6 +13,11 @@ torch.set_num_threads(1)  # tiny products gain nothing from more, and parallel t
 
 VOCABULARY = 128
 GOLDEN = Path(__file__).parent / "golden"
+FORMS = {  # of the memory, beside the paper's
+    "no positions": {"memory_positions": "none"},
+    "maps": {"memory_positions": "none", "key_maps": 1, "make_room": True},
+    "wide": {"key_maps": 4, "make_room": True},
+}
 CELLS = {"gated_deltanet": "GatedDeltaNet", "deltanet": "DeltaNet", "mamba2": "Mamba2"}
 
 SHAPE = {
@@ -54,8 +59,10 @@ def with_memory(model, cell="gated_deltanet", window=16, sinks=4, seed=1, **chan
     for layer in layers_of(model):
         if layer.cell is not None:
             for name, parameter in layer.cell.named_parameters():
-                if name.endswith("o_proj.weight"):
+                if name.endswith("o_proj.weight") or "_map." in name:
                     parameter.data.normal_(std=0.5)
+                elif name.startswith("room."):
+                    parameter.data.normal_(std=0.3)
                 elif parameter.dim() > 1:
                     parameter.data.normal_(std=0.2)
     return model

@@ -110,6 +110,9 @@ def test_encoder_decoder():
         ({"layers": (0, 0)}, "distinct"),
         ({"layers": (-1,)}, "layers=-1"),
         ({"sink_positions": "far"}, "'far'.*clipped, absolute"),
+        ({"memory_positions": "far"}, "'far'.*rope, none"),
+        ({"key_maps": 3}, "key_maps=3.*0, 1, 2, 4"),
+        ({"make_room": 1}, "make_room=1.*true or false"),
         ({"cell": "deltanets"}, "did you mean 'deltanet'"),
     ],
 )

@@ -5,6 +5,7 @@ import torch
 
 import ahn
 from ahn.cells.base import Cell, unit
+from ahn.kernels import chunked
 
 HEADS, SIZE, HIDDEN = 3, 8, 24
 LENGTHS = (1, 63, 64, 65, 150)
@@ -100,6 +101,18 @@ def test_every_gradient_of_the_chunk_form(cell, tokens):
     naive, chunk = gradients("naive"), gradients("chunk")
     for name, gradient in naive.items():
         assert relative(chunk[name], gradient) < 1e-4, name
+
+
+def test_mamba2_over_more_blocks_than_are_summed_at_once():
+    cell = ahn.cells.get("mamba2")(HEADS * SIZE, HEADS, SIZE)
+    tokens = chunked.BLOCK * (2 * chunked.BLOCKS + 1) + 5
+    x, q, k, v, state = inputs(cell, tokens)
+    gates = cell.gates(cell.gate_inputs(x))
+    with torch.no_grad():
+        read, after = cell.naive(unit(q), unit(k), v, gates, state)
+        fast_read, fast_after = cell.chunk(unit(q), unit(k), v, gates, state)
+    assert relative(fast_read, read) < 1e-5
+    assert relative(fast_after, after) < 1e-5
 
 
 def test_zero_gates_change_nothing(cell):

@@ -5,7 +5,7 @@ import torch
 
 import ahn
 from ahn.augmentation import layers_of
-from conftest import golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
+from conftest import FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 from test_cells import Toy
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
@@ -78,6 +78,83 @@ def test_any_split_gives_the_same_logits(cell, sinks, positions):
         whole = model(ids, use_cache=False).logits
     for sizes in SPLITS:
         assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", ["gated_deltanet", "deltanet", "mamba2", "toy"])
+def test_any_split_of_every_form(cell, form, sinks):
+    ahn.cells.register("toy", Toy)
+    model = with_memory(tiny(), cell, window=16, sinks=sinks, **FORMS[form])
+    ids = token_ids(60, batch=2)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    for sizes in SPLITS:
+        assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_with_padding_and_in_turns(form):
+    """Rows of one batch start to forget at different tokens."""
+    model = with_memory(tiny(), window=8, sinks=2, **FORMS[form])
+    ids, other = token_ids(40), token_ids(25, seed=5)
+    both = torch.cat([ids, torch.cat([torch.zeros(1, 15, dtype=torch.long), other], 1)])
+    mask = torch.ones_like(both)
+    mask[1, :15] = 0
+    with torch.no_grad():
+        expected = [model(row, use_cache=False).logits for row in (ids, other)]
+        without_cache = model(both, attention_mask=mask, use_cache=False).logits
+    for out in (without_cache, *(in_pieces(model, both, sizes, mask) for sizes in ([40], [9, 1, 20, 1, 9], [1] * 40))):
+        assert largest(out[:1], expected[0]) < 1e-4
+        assert largest(out[1:, 15:], expected[1]) < 1e-4
+
+
+def test_without_positions_the_state_does_not_know_where_it_was_written():
+    """The same tokens, further back: with rotary keys the state is another, without it is the same."""
+    for positions, same in (("none", True), ("rope", False)):
+        model = with_memory(tiny(num_hidden_layers=1), "deltanet", window=4, sinks=0, memory_positions=positions)
+        ids, states = token_ids(20), []
+        for start in (0, 30):
+            cache = ahn.AHNCache(model)
+            cache.tokens_seen, cache._seen, cache._batch = (
+                start,
+                [start],
+                1,
+            )  # as if so many tokens had been forgotten without a trace
+            for layer in cache.layers:
+                layer.reserve(4, torch.zeros(1, 2, 1, 8), (4, 8, 8))
+            with torch.no_grad():
+                model(ids, past_key_values=cache)
+            states.append(cache.layers[0].state)
+        # the first tokens push out what was never there, at both starts or at one: compare what followed
+        assert (largest(*states) < 1e-5) == same
+
+
+def test_what_the_cell_is_given(monkeypatch):
+    """Query t beside the key t - W, both before their rotary positions, and how many tokens have left by then."""
+    window, sinks, tokens = 8, 2, 30
+    model = with_memory(tiny(num_hidden_layers=1), window=window, sinks=sinks, memory_positions="none")
+    attention, (layer,) = model.model.layers[0].self_attn, layers_of(model)
+    given = {}
+    ready, combine = layer.cell.ready, layer.cell.combine
+    monkeypatch.setattr(layer.cell, "ready", lambda q, k, *rest: given.update(q=q, k=k) or ready(q, k, *rest))
+    monkeypatch.setattr(layer.cell, "combine", lambda *rest: given.update(x=rest[3], left=rest[4]) or combine(*rest))
+    with torch.no_grad():
+        model(token_ids(tokens), use_cache=False)
+        q, k = (p(given["x"]).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    first = sinks + window
+    assert largest(given["q"][:, :, first:], q[:, :, first:]) < 1e-5
+    assert largest(given["k"][:, :, first:], k[:, :, sinks:-window].repeat_interleave(2, 1)) < 1e-5
+    assert given["left"][0, first:].tolist() == list(range(1, tokens - first + 1))
+
+
+def test_untrained_forms_are_the_window_alone():
+    ids = token_ids(60)
+    with torch.no_grad():
+        window = ahn.augment(tiny(), ahn.AHNConfig(None, 16, 4))(ids, use_cache=False).logits
+        for form in FORMS.values():
+            model = ahn.augment(tiny(), ahn.AHNConfig("gated_deltanet", 16, 4, **form))
+            assert largest(model(ids, use_cache=False).logits, window) < 1e-5
 
 
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 127, 128, 129, 200])
@@ -211,7 +288,8 @@ def test_layers_can_keep_full_attention():
     assert [layer.keys.shape[2] >= 60 for layer in cache.layers] == [True, False, True]
 
 
-def test_gradients_match_a_loop_over_tokens(cell):
+@pytest.mark.parametrize("form", [{}, *FORMS.values()], ids=["paper", *FORMS])
+def test_gradients_match_a_loop_over_tokens(cell, form):
     """Through the whole model, without a cache, with the naive recurrence in place of the chunked one."""
 
     def gradients():
@@ -219,7 +297,7 @@ def test_gradients_match_a_loop_over_tokens(cell):
         model(ids, labels=ids, use_cache=False).loss.backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    model = with_memory(tiny(), cell)
+    model = with_memory(tiny(), cell, **form)
     ids = token_ids(90, batch=2)
     chunked = gradients()
     for layer in layers_of(model):

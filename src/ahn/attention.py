@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, UnsupportedModelError
 
 QUERY_BLOCK = 128  # queries attended at once: few enough that little of the band between blocks is masked
 
@@ -111,6 +111,17 @@ def attend_window(
         out.append(part)
     outs, norms = zip(*out, strict=True)
     return torch.cat(outs, 2), torch.cat(norms, 2)
+
+
+def heads_of(attention: Any) -> tuple[int, int]:
+    """Query heads and head size of an attention module."""
+    heads, size = attention.config.num_attention_heads, attention.head_dim
+    width = getattr(attention.o_proj, "in_features", heads * size)
+    if width != heads * size:
+        raise UnsupportedModelError(
+            f"o_proj reads {width} numbers, not {heads} heads x {size}: the values' head size differs from the queries'"
+        )
+    return heads, size
 
 
 class Rotary:

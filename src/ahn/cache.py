@@ -24,7 +24,7 @@ from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ahn.augmentation import AHNLayer
+    from ahn.layer import AHNLayer, Leaving
 
 
 @dataclass
@@ -42,8 +42,7 @@ class Span:
     back: Tensor | None = None  # [B, T]: its inverse
     written: bool = False  # whether a layer has begun to store it
     sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
-    numbers: Tensor | None = None  # window and lossless tokens on the device
-    memory_angles: Any = None  # turns of queries and evicted keys, likewise
+    leaving: Leaving | None = None  # which tokens push one out of the window, likewise
 
     @classmethod
     def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:
@@ -127,7 +126,7 @@ class LayerMemory(CacheLayerMixin):
     def capacity(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
-    def reserve(self, tokens: int, k: Tensor, heads: int) -> None:
+    def reserve(self, tokens: int, k: Tensor, state: tuple[int, int, int] | None) -> None:
         """Room for `tokens` tokens, at most the S + W that are ever kept; doubling, so that growing stays cheap."""
         if self.window is not None:
             tokens = min(tokens, self.sinks + self.window)
@@ -138,10 +137,10 @@ class LayerMemory(CacheLayerMixin):
         batch, kv_heads, _, size = k.shape
         self.keys = _grown(self.keys, (batch, kv_heads, room, size), 2, k)
         self.values = _grown(self.values, (batch, kv_heads, room, size), 2, k)
-        if self.gate_width:
+        if state is not None:
             self.inputs = _grown(self.inputs, (batch, room, self.gate_width), 1, k)
             if self.state is None:
-                self.state = torch.zeros(batch, heads, size, size, device=k.device)
+                self.state = torch.zeros(batch, *state, device=k.device)
         self.is_initialized = True
 
     def slots(self, positions: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ahn.errors import ConfigError
 VERSION = 1
 SINK_POSITIONS = ("clipped", "absolute")
 MEMORY_POSITIONS = ("rope", "none")
+KEY_MAPS = (0, 1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class AHNConfig:
         sink_positions: how far away a query sees the sinks. "absolute": at their true distance (the authors').
             "clipped": never further than `sinks + window`, the largest distance that occurs while everything is
             still lossless, so that no distance leaves the range the base was trained on (docs/decisions.md).
+        memory_positions: what the cell is given. "rope": queries and keys as the attention has them, turned by their
+            positions (paper). "none": turned back, so that a key looks the same from anywhere.
+        key_maps: 0: queries and keys as they are (paper). 1: a learned linear map of each, per head. 2 or 4: learned
+            nonlinear features, so many times the head size, and the state with them.
+        make_room: also learn how much of the window's attention stays beside the memory (paper: all of it).
 
     Raises:
         ConfigError: names the value and what is allowed.
@@ -38,7 +44,8 @@ class AHNConfig:
     layers: tuple[int, ...] | None = None
     sink_positions: str = "clipped"
     memory_positions: str = "rope"
-    extras: tuple[str, ...] = ()
+    key_maps: int = 0
+    make_room: bool = False
 
     def __post_init__(self) -> None:
         _check_integer("window", self.window, least=1)
@@ -59,7 +66,11 @@ class AHNConfig:
             raise ConfigError(
                 f"memory_positions={self.memory_positions!r}: expected one of {', '.join(MEMORY_POSITIONS)}"
             )
-        object.__setattr__(self, "extras", tuple(self.extras))
+        _check_integer("key_maps", self.key_maps, least=0)
+        if self.key_maps not in KEY_MAPS:
+            raise ConfigError(f"key_maps={self.key_maps}: expected one of {', '.join(map(str, KEY_MAPS))}")
+        if not isinstance(self.make_room, bool):
+            raise ConfigError(f"make_room={self.make_room!r}: expected true or false")
         if self.cell is not None:
             from ahn import cells
 
@@ -76,7 +87,6 @@ class AHNConfig:
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         values["layers"] = None if self.layers is None else list(self.layers)
-        values["extras"] = list(self.extras)
         return {"version": VERSION, **values}
 
     def to_json(self) -> str:

@@ -10,6 +10,9 @@ A cell owns a state of H x H numbers per query head and does three things:
 2. a recurrence in three forms that agree: `naive` (the definition), `chunk` (fast over many tokens), `step` (one
    token, in place). In each, token i is written first and then the state is read with query i.
 3. `output`: normalise, gate and project what was read, from the layer input of the reading token.
+
+Two parts the paper does not have can be added to any cell (`Cell.extend`): maps of queries and keys before they meet
+the state, and room for the memory beside the window.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ class Cell(nn.Module):
     Class attributes:
         name: the file's name. num_gates: G.
         decay_parameters: names that training leaves out of weight decay and that stay float32.
+        loops: whether `chunk` goes from block to block; one that does not is compiled for training.
         tolerance: largest ||out - naive|| / ||naive|| of a fast form, by dtype of q, k, v.
         authors_name, authors_unused: how the authors' checkpoints call the cell, and tensors of theirs with no effect.
         fla_operation: operation of flash-linear-attention that computes `chunk` on CUDA.
@@ -42,6 +46,7 @@ class Cell(nn.Module):
     name: ClassVar[str]
     num_gates: ClassVar[int]
     decay_parameters: ClassVar[tuple[str, ...]] = ()
+    loops: ClassVar[bool] = True
     tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
     authors_name: ClassVar[str | None] = None
     authors_unused: ClassVar[tuple[str, ...]] = ()
@@ -54,54 +59,44 @@ class Cell(nn.Module):
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        extras: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
-        self.extras = extras
         # Zero: an untrained memory leaves the sinks-and-window model as it is.
         self.o_proj = Projection(torch.zeros(num_heads, head_dim, head_dim, dtype=dtype, device=device))
-        wide = [int(name[4:]) for name in extras if name.startswith("wide")]
-        self.key_size = head_dim * (wide[0] if wide else 1)
-        self.wide = bool(wide)
-        if "maps" in extras or wide:
-            eye = torch.eye(head_dim, dtype=dtype, device=device)
-            if wide:
-                eye = torch.cat([eye, -eye], 1) * 4
-                for _ in range(wide[0] // 2 - 1):
-                    turn = torch.linalg.qr(torch.randn(head_dim, head_dim))[0].to(eye)
-                    eye = torch.cat([eye, turn * 4, -turn * 4], 1)
-            eye = eye.repeat(num_heads, 1, 1)
-            self.q_map, self.k_map = Map(eye.clone()), Map(eye.clone())
-        if "share" in extras:
-            self.share_proj = linear(hidden_size, num_heads, dtype, device, bias=True)
-            nn.init.zeros_(self.share_proj.weight)
-            self.share_norm = nn.Parameter(torch.zeros(num_heads, dtype=dtype, device=device))
-            self.share_count = nn.Parameter(torch.zeros(num_heads, dtype=dtype, device=device))
-        if "mix" in extras:
-            self.w_proj = Projection(torch.zeros(num_heads, head_dim, head_dim, dtype=dtype, device=device))
+        self.key_size = head_dim  # K: the state is K x H
+        self.q_map: KeyMap | None = None
+        self.k_map: KeyMap | None = None
+        self.room: Room | None = None
+
+    def extend(self, key_maps: int, make_room: bool) -> None:
+        """Add what AHNConfig names so; both leave an untrained memory without effect."""
+        weight = self.o_proj.weight
+        if key_maps:
+            self.key_size = key_maps * self.head_dim
+            matrix = initial_map(self.head_dim, key_maps).to(weight).repeat(self.num_heads, 1, 1)
+            self.q_map, self.k_map = KeyMap(matrix.clone()), KeyMap(matrix.clone())
+        if make_room:
+            self.room = Room(self.hidden_size, self.num_heads, weight.dtype, weight.device)
 
     def keys(self, q_BNTH: Tensor, k_BNTH: Tensor) -> tuple[Tensor, Tensor]:
-        if self.wide:
-            q, k = (unit(t).to(t.dtype) for t in (q_BNTH, k_BNTH))
-            return unit(F.silu(self.q_map(q))), unit(F.silu(self.k_map(k)))
-        if "maps" in self.extras:
-            q_BNTH, k_BNTH = self.q_map(q_BNTH), self.k_map(k_BNTH)
-        return unit(q_BNTH), unit(k_BNTH)
+        """Queries and keys as they meet the state: of unit length, [B, N, T, K], float32."""
+        if self.q_map is None or self.k_map is None:
+            return unit(q_BNTH), unit(k_BNTH)
+        return self.q_map(q_BNTH), self.k_map(k_BNTH)
 
-    def gate(self, g: Tensor) -> Tensor:
-        return 2 * g.sigmoid() if "open" in self.extras else F.silu(g)
+    def combine(
+        self, out_BTNH: Tensor, norm_BNT: Tensor, read_BNTH: Tensor, x_BTD: Tensor, evicted_RT: Tensor
+    ) -> Tensor:
+        """The attention's output with what the memory adds.
 
-    def add(self, out_BTNH: Tensor, norm_BNT: Tensor, read_BNTH: Tensor, x_BTD: Tensor, evicted: Tensor) -> Tensor:
+        Args:
+            out_BTNH, norm_BNT: attention over sinks and window, and the log of its normaliser.
+            read_BNTH: what was read, [B, N, T, H]. x_BTD: layer input. evicted_RT: tokens that have left the window.
+        """
         added = self.output(read_BNTH, x_BTD)
-        if "mix" in self.extras:
-            added = added + self.w_proj(out_BTNH.transpose(1, 2))
-        if "share" in self.extras:
-            z = self.share_proj(x_BTD).float()
-            if "norm" in self.extras:
-                z = z + self.share_norm.float() * norm_BNT.transpose(1, 2)
-                z = z + self.share_count.float() * evicted[..., None].float().log()
-            out_BTNH = out_BTNH * (2 * z.sigmoid()).to(out_BTNH.dtype)[..., None]
+        if self.room is not None:
+            out_BTNH = out_BTNH * self.room(x_BTD, norm_BNT, evicted_RT).to(out_BTNH.dtype)
         return out_BTNH + added
 
     def gate_inputs(self, x_BTD: Tensor) -> Tensor:
@@ -122,7 +117,7 @@ class Cell(nn.Module):
 
         Args:
             q_BNTH, k_BNTH: of unit length, q_i reads after k_i, v_i are written.
-            state: [B, N, H, H] float32 (key, value), before the first write.
+            state: [B, N, K, H] float32 (key, value), before the first write; K is `key_size`.
 
         Returns:
             reads [B, N, T, H] float32 and the state after the last write.
@@ -149,25 +144,27 @@ class Cell(nn.Module):
         self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`chunk` by the best kernel there is for this device and dtype (`ahn.kernels`); q and k of any length."""
-        fla = kernels.choose(self.fla_operation, q_BNTH).name == "fla"
+        fla = self.uses_fla(q_BNTH)
         return self.run(*self.ready(q_BNTH, k_BNTH, v_BNTH, gates, fla), state, fla)
 
+    def uses_fla(self, like: Tensor) -> bool:
+        return kernels.choose(self.fla_operation, like).name == "fla"
+
     def ready(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, fla: bool) -> tuple[Tensor, Tensor, Tensor, Gates]:
-        """As the kernel takes them."""
+        """What `run` takes, laid out as its kernel wants it."""
         dtype = q.dtype
         q, k = self.keys(q, k)
         if not fla:
             return q, k, v.float(), gates
         q, k, v = (t.transpose(1, 2).to(dtype).contiguous() for t in (q, k, v))
-        return q, k, v, tuple(g.transpose(1, 2).contiguous() for g in gates)
+        return q, k, v, tuple(gate.transpose(1, 2).contiguous() for gate in gates)
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, fla: bool
-    ) -> tuple[Tensor, Tensor]:
-        if fla:
-            read, state = self.fla(q, k, v, gates, state)
-            return read.transpose(1, 2), state
-        return self.chunk(q, k, v, gates, state)
+    def run(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, fla: bool) -> tuple[Tensor, Tensor]:
+        """The recurrence on what `ready` returned: reads [B, N, T, H] and the state."""
+        if not fla:
+            return self.chunk(q, k, v, gates, state)
+        read, state = self.fla(q, k, v, gates, state)
+        return read.transpose(1, 2), state
 
     def output(self, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
         """Norm, gate and per-head projection of what was read; returns [B, T, N, H] in the dtype of x."""
@@ -185,13 +182,50 @@ class Projection(nn.Module):
         return torch.matmul(x_BNTH, self.weight.to(x_BNTH.dtype)).transpose(1, 2)
 
 
-class Map(nn.Module):
-    def __init__(self, weight_NHH: Tensor) -> None:
+class KeyMap(nn.Module):
+    """Learned features of queries or keys, one H x K matrix per head, then unit length.
+
+    K = H: linear. K > H: silu of the mapped unit vector, so that there are K directions to write to instead of H.
+    """
+
+    def __init__(self, weight_NHK: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight_NHH)
+        self.weight = nn.Parameter(weight_NHK)
 
     def forward(self, x_BNTH: Tensor) -> Tensor:
-        return torch.matmul(x_BNTH, self.weight.to(x_BNTH.dtype))
+        weight = self.weight.to(x_BNTH.dtype)
+        if weight.shape[1] == weight.shape[2]:
+            return unit(x_BNTH @ weight)
+        return unit(F.silu(unit(x_BNTH).to(x_BNTH.dtype) @ weight))
+
+
+def initial_map(size: int, times: int) -> Tensor:
+    """[H, times * H]: the identity, or orthogonal maps and their opposites, scaled so that silu bends them a little."""
+    if times == 1:
+        return torch.eye(size)
+    turns = [torch.linalg.qr(torch.randn(size, size))[0] for _ in range(times // 2)]
+    return torch.cat([part for turn in turns for part in (turn, -turn)], 1) * (size**0.5 / 2)
+
+
+class Room(nn.Module):
+    """How much of the window's attention stays beside the memory: a factor of 0 to 2 per token and head, at first 1.
+
+    Softmax over the window alone shares all its weight among the window; full attention gives part of it to what has
+    left. How large that part is depends on the token, on the window's normaliser and on how much has left.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.proj = linear(hidden_size, num_heads, dtype, device, bias=True)
+        nn.init.zeros_(self.proj.weight)
+        self.by_norm = nn.Parameter(torch.zeros(num_heads, dtype=dtype, device=device))
+        self.by_count = nn.Parameter(torch.zeros(num_heads, dtype=dtype, device=device))
+
+    def forward(self, x_BTD: Tensor, norm_BNT: Tensor, evicted_RT: Tensor) -> Tensor:
+        """[B, T, N, 1] float32."""
+        value = self.proj(x_BTD).float() + self.by_norm.float() * norm_BNT.transpose(1, 2).float()
+        value = value + self.by_count.float() * evicted_RT[..., None].float().log()
+        return 2 * value.sigmoid()[..., None]
 
 
 class Norm(nn.Module):

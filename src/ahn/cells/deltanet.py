@@ -24,10 +24,9 @@ class DeltaNet(Cell):
     fla_operation = "delta_rule"
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None,
-        extras: tuple[str, ...] = (),
+        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None
     ) -> None:
-        super().__init__(hidden_size, num_heads, head_dim, dtype, device, extras)
+        super().__init__(hidden_size, num_heads, head_dim, dtype, device)
         self.b_proj = linear(hidden_size, num_heads, dtype, device)
         self.g_proj = linear(hidden_size, num_heads, dtype, device)
         self.o_norm = Norm(head_dim, dtype, device)

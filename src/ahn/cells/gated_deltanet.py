@@ -26,10 +26,9 @@ class GatedDeltaNet(Cell):
     fla_operation = "gated_delta_rule"
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None,
-        extras: tuple[str, ...] = (),
+        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None
     ) -> None:
-        super().__init__(hidden_size, num_heads, head_dim, dtype, device, extras)
+        super().__init__(hidden_size, num_heads, head_dim, dtype, device)
         self.A_log = nn.Parameter(torch.empty(num_heads, device=device).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(num_heads, 1e-3, 1e-1, device)))
         self.a_proj = linear(hidden_size, num_heads, dtype, device)
@@ -80,6 +79,5 @@ def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, sca
 
 def gated_output(cell: Any, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
     """RMSNorm per head, then times silu of one number per head, then the projection."""
-    gate_BNT = cell.gate(cell.g_proj(x_BTD).float()).transpose(1, 2)
-    read = read_BNTH.float() * cell.o_norm.weight.float() if "raw" in cell.extras else cell.o_norm(read_BNTH)
-    return cell.o_proj((read * gate_BNT[..., None]).to(x_BTD.dtype))
+    gate_BNT = F.silu(cell.g_proj(x_BTD).float()).transpose(1, 2)
+    return cell.o_proj((cell.o_norm(read_BNTH) * gate_BNT[..., None]).to(x_BTD.dtype))

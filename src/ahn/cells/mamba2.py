@@ -21,14 +21,14 @@ class Mamba2(Cell):
     name = "mamba2"
     num_gates = 1
     decay_parameters = ("A_log", "dt_bias")
+    loops = False
     authors_name = "Mamba2"
     fla_operation = "simple_gla"
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None,
-        extras: tuple[str, ...] = (),
+        self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None
     ) -> None:
-        super().__init__(hidden_size, num_heads, head_dim, dtype, device, extras)
+        super().__init__(hidden_size, num_heads, head_dim, dtype, device)
         self.A_log = nn.Parameter(torch.arange(1, num_heads + 1, dtype=torch.float32, device=device).log())
         self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(num_heads, 1e-3, 1e-1, device)))
         self.dt_proj = linear(hidden_size, num_heads, dtype, device, bias=True)
@@ -66,7 +66,7 @@ class Mamba2(Cell):
         return fla.simple_gla(q, k, v * dt[..., None].to(v.dtype), log_decay, state)
 
     def output(self, read_BNTH: Tensor, x_BTD: Tensor) -> Tensor:
-        gate_BTN = self.gate(self.g_proj(x_BTD).float())
+        gate_BTN = F.silu(self.g_proj(x_BTD).float())
         gated = (read_BNTH.transpose(1, 2) * gate_BTN[..., None]).flatten(2)
         normed = self.norm(gated).unflatten(-1, (self.num_heads, self.head_dim))
         return self.o_proj(normed.transpose(1, 2).to(x_BTD.dtype))

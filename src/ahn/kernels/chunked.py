@@ -50,8 +50,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: 
     """S <- a S + k v^T; o = S^T q   (Mamba2 in its attention form, arXiv 2405.21060). Arguments as above."""
     tokens = q.shape[2]
     q, k, v = (_blocks(t) for t in (q, k, v))
-    decay = _Decay(_blocks(log_decay))
-    states, state = _faded_sums(decay.total[..., -1], decay.until_end(k).transpose(-1, -2) @ v, state)
+    decays = _blocks(log_decay)
+    decay = _Decay(decays)
+    states, state = _faded_sums(decays.sum(-1), decay.until_end(k).transpose(-1, -2) @ v, state)
     out = decay.since_start(q) @ states + decay.pairs(q @ k.transpose(-1, -2)).tril() @ v
     return out.flatten(2, 3)[:, :, :tokens], state
 

@@ -81,7 +81,9 @@ def _attention(heads: int, size: int, device: torch.device, dtype: torch.dtype) 
             out, norm = flex.attend_sequence(q, q_sinks, k, v, sinks, window, size**-0.5)
         total = (out.float() * torch.randn(out.shape, device=device)).sum()
         (total + (norm * torch.randn(norm.shape, device=device)).sum()).backward()
-        return {"output": out, "normaliser": norm} | {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
+        return {"output": out, "normaliser": norm} | {
+            f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None
+        }
 
     return _compare("attention, ", run(plain=False), run(plain=True), ATTENTION_TOLERANCE)
 

@@ -5,8 +5,6 @@ Letters: B batch, T tokens, D hidden size, V vocabulary, C tokens at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from ahn.augmentation import full_attention
 TOKENS_AT_ONCE = 2048  # logits of so many tokens exist at a time
 
 
-def loss(model: Any, ids_BT: Tensor, counts_BT: Tensor, kind: str = "kl", hidden: float = 0.0) -> Tensor:
+def loss(model: Any, ids_BT: Tensor, counts_BT: Tensor, kind: str = "kl") -> Tensor:
     """Mean loss over the tokens that count and lie behind the lossless ones.
 
     Args:
@@ -30,39 +28,13 @@ def loss(model: Any, ids_BT: Tensor, counts_BT: Tensor, kind: str = "kl", hidden
     decoder, head = model.get_decoder(), model.get_output_embeddings().weight
     counts = counts_BT.clone()
     counts[:, : model.ahn_config.lossless] = False
-    with collected(decoder, hidden > 0) as student_states:
-        student = decoder(ids_BT, use_cache=False).last_hidden_state[counts]
+    student = decoder(ids_BT, use_cache=False).last_hidden_state[counts]
     if kind == "ce":
         following = F.pad(ids_BT[:, 1:], (0, 1))[counts]
         return _LinearCrossEntropy.apply(student, head, following)
-    with torch.no_grad(), full_attention(model), collected(decoder, hidden > 0) as teacher_states:
+    with torch.no_grad(), full_attention(model):
         teacher = decoder(ids_BT, use_cache=False).last_hidden_state[counts]
-    total = _LinearDivergence.apply(student, head, teacher)
-    lossless = model.ahn_config.lossless
-    for mine, wanted in zip(student_states, teacher_states, strict=True):
-        total = total + hidden / len(student_states) * _hidden(mine[:, lossless:], wanted[:, lossless:])
-    return total
-
-
-@torch.compile(dynamic=None, disable=not torch.cuda.is_available())
-def _hidden(student: Tensor, teacher: Tensor) -> Tensor:
-    return (student.float() - teacher.float()).square().mean() / teacher.float().square().mean()
-
-
-@contextmanager
-def collected(decoder: Any, on: bool) -> Iterator[list[Tensor]]:
-    """The hidden states after each layer."""
-    found: list[Tensor] = []
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [layer.register_forward_hook(keep) for layer in decoder.layers] if on else []
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return _LinearDivergence.apply(student, head, teacher)
 
 
 @torch.compile(dynamic=True, disable=not torch.cuda.is_available())

@@ -26,7 +26,8 @@ class Recipe:
             decay (none on the cells' decay parameters), largest norm of the gradient.
         loss: "kl" (paper) or "ce". lossless, sinks: sizes drawn from, one of each for fixed ones.
         window, kept_sinks: what the finished adapter suggests to use.
-        sink_positions: see AHNConfig. checkpointing: recompute activations. compile: compile the frozen layers.
+        sink_positions, memory_positions, key_maps, make_room: see AHNConfig.
+        checkpointing: recompute activations. compile: compile the frozen layers.
         fsdp: shard the base over the processes of `torchrun` (FSDP2), for bases that do not fit one GPU.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
         report_to: loggers of the Trainer, used where they are installed.
@@ -51,7 +52,8 @@ class Recipe:
     kept_sinks: int = 128
     sink_positions: str = "clipped"
     memory_positions: str = "rope"
-    extras: tuple[str, ...] = ()
+    key_maps: int = 0
+    make_room: bool = False
     checkpointing: bool = False
     compile: bool = True
     fsdp: bool = False

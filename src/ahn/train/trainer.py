@@ -128,7 +128,8 @@ def build(recipe: Recipe) -> MemoryTrainer:
         recipe.kept_sinks,
         sink_positions=recipe.sink_positions,
         memory_positions=recipe.memory_positions,
-        extras=recipe.extras,
+        key_maps=recipe.key_maps,
+        make_room=recipe.make_room,
     )
     augment(model, config)
     model.ahn_names["base"] = recipe.base
@@ -180,7 +181,7 @@ def compile_layers(model: Any) -> None:
     for layer in model.get_decoder().layers:
         layer.forward = torch.compile(layer.forward)
     for memory in layers_of(model):
-        memory.compile_pieces()
+        memory.compile_for_training()
 
 
 def _check_rows(rows: data.Rows, recipe: Recipe, model: Any, processes: int) -> None:

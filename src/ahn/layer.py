@@ -1,0 +1,266 @@
+"""The memory of one attention layer: how it reads, writes and stores.
+
+Letters: B batch, T tokens, D hidden size, N query heads, M key/value heads, H head size, G gate inputs, S sinks,
+W window; R rows of positions: 1 where all of the batch are at the same position, else B.
+
+Token t pushes token t - W out of the window, from t = S + W on: it is written into the state, then the state is read
+with query t. Writes and reads of many tokens are therefore two aligned slices, W tokens apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ahn import cells
+from ahn.attention import Rotary, attend_one, attend_window, heads_of
+from ahn.cache import LayerMemory, Span
+from ahn.cells.base import Cell, Gates
+from ahn.config import AHNConfig
+from ahn.kernels import flex
+
+FOREVER = 1 << 60  # window of a layer that keeps everything
+
+Angles = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # cos and sin: of the queries, of the keys that leave
+
+
+class Leaving(NamedTuple):
+    """Which tokens of a span push one out of the window, and which one. The same in all layers."""
+
+    writes: Tensor  # bool [R, T]: token t pushes token t - W out
+    evicted: Tensor  # [R, T]: how many have left then, at least 1
+    window: Tensor  # W, on the device: code compiled for one window is right for any
+    angles: Angles | None  # turns back to where nothing has a position, or None
+
+
+class AHNLayer(nn.Module):
+    """The memory of one attention layer, and the cell's weights.
+
+    `cell` None: sinks and window only. `window` None: full attention.
+    """
+
+    def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
+        super().__init__()
+        kept = config.layers is None or attention.layer_idx in config.layers
+        self.window = config.window if kept else None
+        self.sinks = config.sinks if kept else 0
+        turned = kept and getattr(attention, "use_rope", True)  # some bases leave positions out of some layers
+        self.rotary = [rotary if turned else None]  # in a list: the base's rotary module is not ours to register
+        self.clips_sinks = config.sink_positions == "clipped"
+        self.turns_back = config.memory_positions == "none"
+        self.cell: Cell | None = None
+        if kept and config.cell is not None:
+            heads, size = heads_of(attention)
+            weight = attention.o_proj.weight
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            self.cell = cells.get(config.cell)(attention.config.hidden_size, heads, size, dtype, weight.device)
+            self.cell.extend(config.key_maps, config.make_room)
+        self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
+        self.full = False  # within `full_attention`
+
+    @property
+    def gate_width(self) -> int:
+        """Numbers kept of each token in the window for its gates: G * N."""
+        return 0 if self.cell is None else self.cell.num_gates * self.cell.num_heads
+
+    @property
+    def state_shape(self) -> tuple[int, int, int] | None:
+        """N, K, H of the state, or None."""
+        return None if self.cell is None else (self.cell.num_heads, self.cell.key_size, self.cell.head_dim)
+
+    def compile_for_training(self) -> None:
+        """Compile what surrounds the kernels; shapes do not depend on sinks and window, so it happens once."""
+        self._turn = torch.compile(self._turn)  # type: ignore[method-assign]
+        if self.cell is not None:
+            self._prepare_shifted = torch.compile(self._prepare_shifted)  # type: ignore[method-assign]
+            self._combine = torch.compile(self._combine)  # type: ignore[method-assign]
+            if not self.cell.loops:
+                self.cell.chunk = torch.compile(self.cell.chunk)  # type: ignore[method-assign]
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory | None, scale: float
+    ) -> Tensor:
+        """q [B, N, T, H], k, v [B, M, T, H], x [B, T, D] of the tokens of `span` -> what o_proj reads, [B, T, N, H].
+
+        Without a `memory` the span is a whole sequence, nothing is stored, and gradients flow.
+        """
+        if memory is not None and span.length == 1 and not span.padded:
+            memory.reserve(max(span.after()), k, self.state_shape)
+            return self._one(q, k, v, x, span, memory, scale)
+        q, k, v = (span.compact(t, 2) for t in (q, k, v))
+        x = span.compact(x, 1)
+        inputs = None if self.cell is None else self.cell.gate_inputs(x)
+        if memory is None:
+            out = self._whole(q, k, v, x, inputs, span, scale)
+        else:
+            memory.reserve(max(span.after()), k, self.state_shape)
+            out = self._many(q, k, v, x, inputs, span, memory, scale)
+        return span.restore(out, 1)
+
+    def _whole(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, scale: float
+    ) -> Tensor:
+        """A whole sequence, in shapes that do not depend on sinks and window."""
+        q_sinks = self._seen_by_sinks(q, span)
+        if not span.padded and self.window is not None and flex.fits(q):
+            out, norm = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale)
+        else:
+            sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
+            start = span.start.to(q.device)
+            out, norm = attend_window(q, q_sinks, sinks, (k, v), start, self.window or FOREVER, scale)
+        out = out.transpose(1, 2)
+        if self.cell is None or inputs is None or max(span.counts) <= self.sinks + (self.window or FOREVER):
+            return out
+        leaving = self._leaving(span, q.device)
+        fla = self.cell.uses_fla(q)
+        ready = self._prepare_shifted(q, k, v, inputs, leaving, fla)
+        state = torch.zeros(len(q), *(self.state_shape or ()), device=q.device)
+        read, _ = self.cell.run(*ready, state, fla)
+        return self._combine(out, norm, read, x, leaving)
+
+    def _many(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        inputs: Tensor | None,
+        span: Span,
+        memory: LayerMemory,
+        scale: float,
+    ) -> Tensor:
+        """The next tokens of sequences that are remembered."""
+        new = tuple(t for t in (k, v, inputs) if t is not None)
+        old = memory.window_before(span)
+        window = tuple(torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(old, new, strict=True))
+        memory.put(span, k, v, inputs)
+        keys, values = memory.kept
+        sinks = keys[:, :, : self.sinks], values[:, :, : self.sinks]
+        start, reach = span.start.to(q.device), self.window or FOREVER
+        out, norm = attend_window(q, self._seen_by_sinks(q, span), sinks, (window[0], window[1]), start, reach, scale)
+        out = out.transpose(1, 2)
+        first = max(0, self.sinks + reach - span.first)  # that pushes a token out
+        tokens = span.length - first
+        if self.cell is None or tokens <= 0:
+            return out
+        leaving = _from(self._leaving(span, q.device), first)
+        oldest = window[0].shape[2] - span.length + first - reach
+        k, v = (t[:, :, oldest : oldest + tokens] for t in window[:2])
+        inputs = window[2][:, oldest : oldest + tokens]
+        fla = self.cell.uses_fla(q)
+        ready = self._prepare(q[:, :, first:], k, v, inputs, leaving, fla)
+        read, state = self.cell.run(*ready, memory.compressed, fla)
+        memory.compressed.copy_(state)
+        combined = self._combine(out[:, first:], norm[:, :, first:], read, x[:, first:], leaving)
+        return torch.cat([out[:, :first], combined], 1) if first else combined
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory, scale: float) -> Tensor:
+        """One token a row, none of them padding: the ring is read where it lies."""
+        inputs = None if self.cell is None else self.cell.gate_inputs(x)
+        slots = memory.slots(span.start)
+        lossless = FOREVER if self.window is None else self.sinks + self.window
+        leaves = self.cell is not None and span.first >= lossless
+        old = memory.exchange(slots, k, v, inputs, old=leaves)
+        mask, filled = None, min(span.first + 1, lossless)
+        if len(slots) > 1:
+            mask = torch.arange(filled, device=q.device) <= span.start[:, None].to(q.device)
+        keys, values = (t[:, :, :filled] for t in memory.kept)
+        out, norm = attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, mask, scale)
+        out = out.transpose(1, 2)
+        if not leaves or self.cell is None:
+            return out
+        leaving = self._leaving(span, q.device)
+        ready = self._prepare(q, old[0], old[1], old[2], leaving, fla=False)
+        read = self.cell.step(*ready, memory.compressed)
+        return self._combine(out, norm, read, x, leaving)
+
+    def _leaving(self, span: Span, device: torch.device) -> Leaving:
+        if span.leaving is None:
+            assert self.window is not None
+            positions, lossless = span.positions(), self.sinks + self.window
+            evicted = (positions - lossless + 1).clamp(min=1).to(device)
+            writes = ((positions >= lossless) & span.real()).to(device)
+            angles = None
+            (rotary,) = self.rotary
+            if self.turns_back and rotary is not None:
+                positions = positions.to(device)
+                angles = rotary.angles(-positions), rotary.angles(self.window - positions)
+            span.leaving = Leaving(writes, evicted, torch.tensor(self.window, device=device), angles)
+        leaving: Leaving = span.leaving
+        return leaving if self.rotary[0] is not None else leaving._replace(angles=None)
+
+    def _prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, leaving: Leaving, fla: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Gates]:
+        """What the cell's kernel takes, from queries and the keys, values and gate inputs that leave with them."""
+        assert self.cell is not None
+        (rotary,) = self.rotary
+        if leaving.angles is not None and rotary is not None:
+            q, k = rotary.turn(q, leaving.angles[0]), rotary.turn(k, leaving.angles[1])
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        gates = tuple(gate * leaving.writes[:, None] for gate in self.cell.gates(inputs))
+        return self.cell.ready(q, k, v, gates, fla)
+
+    def _prepare_shifted(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, leaving: Leaving, fla: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Gates]:
+        """`_prepare` with all tokens of a sequence: each query beside what it pushes out."""
+        k, v = _Shift.apply(k, leaving.window, 2), _Shift.apply(v, leaving.window, 2)
+        return self._prepare(q, k, v, _Shift.apply(inputs, leaving.window, 1), leaving, fla)
+
+    def _combine(self, out: Tensor, norm: Tensor, read: Tensor, x: Tensor, leaving: Leaving) -> Tensor:
+        """Attention and memory; attention alone where nothing has left yet."""
+        assert self.cell is not None
+        with_memory = self.cell.combine(out, norm, read, x, leaving.evicted)
+        return torch.where(leaving.writes[..., None, None], with_memory, out)
+
+    def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
+        """The queries as the sinks meet them: with clipped positions, never further than sinks + window."""
+        (rotary,) = self.rotary
+        if rotary is None or not self.clips_sinks or not self.sinks or self.window is None:
+            return q
+        lossless = self.sinks + self.window
+        if span.first + span.length - 1 <= lossless:
+            return q
+        if span.sink_angles is None:
+            positions = span.positions().to(q.device)
+            span.sink_angles = rotary.angles(positions.clamp(max=lossless) - positions)
+        cos, sin = (t.to(q.device) for t in span.sink_angles)
+        return self._turn(rotary, q, (cos, sin))
+
+    def _turn(self, rotary: Rotary, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        return rotary.turn(q, angles)
+
+
+def _from(leaving: Leaving, first: int) -> Leaving:
+    """Without the tokens before `first`."""
+    angles = leaving.angles
+    if angles is not None:
+        (q_cos, q_sin), (k_cos, k_sin) = angles
+        angles = (q_cos[:, first:], q_sin[:, first:]), (k_cos[:, first:], k_sin[:, first:])
+    return Leaving(leaving.writes[:, first:], leaving.evicted[:, first:], leaving.window, angles)
+
+
+class _Shift(torch.autograd.Function):
+    """y[t] = x[t - by] along `dim`, with x[0] in front; `by` is a number on the device."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(by)
+        ctx.dim = dim
+        at = torch.arange(x.shape[dim], device=x.device) - by
+        return x.index_select(dim, at.clamp(min=0))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """What is in front is never written, so its gradient is zero and left out."""
+        (gradient,), (by,) = gradients, ctx.saved_tensors
+        length = gradient.shape[ctx.dim]
+        at = torch.arange(length, device=gradient.device) + by
+        shape = [1] * gradient.dim()
+        shape[ctx.dim] = -1
+        found = gradient.index_select(ctx.dim, at.clamp(max=length - 1))
+        return torch.where((at < length).view(shape), found, 0), None, None
