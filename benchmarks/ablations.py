@@ -1,159 +1,134 @@
 """Which form of the memory closes most of the gap at equal cost: short runs that differ in one thing.
 
-    python benchmarks/ablations.py BOOKS.jsonl[.xz] --valid BOOKS.jsonl[.xz] --runs runs.json [--name ablations]
+    python benchmarks/ablations.py RUNS.json BOOKS.jsonl[.xz] --valid BOOKS.jsonl[.xz] [--name ablations]
 
-`runs.json` is a list of {"name", "cell", "memory_positions", "extras", "lr", "loss", "hidden", "lossless", "sinks"},
-all but the name optional. Reported: share of the gap between window and full attention that is closed on held-out
-books, at positions `--length` / 2 onwards, and at `--far` tokens.
+RUNS is a list like benchmarks/ablations.json: a `name` and whatever differs from the defaults, the keys of a recipe
+(cell, memory_positions, key_maps, make_room, lr, loss, lossless, sinks, batch, steps). Measured after each, at
+positions `--length` / 2 onwards of held-out books: the share of the gap between the window alone and full attention
+that is closed, and the share with the memory of another book in place of its own (see gap.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
-from common import write
+from common import records, write
+from gap import SINKS, mean_loss, memory_of_another
+
+DEFAULTS: dict[str, Any] = {"cell": "deltanet", "lossless": [512, 1024, 2048], "sinks": [32, 64, 128, 512]}
+SIZES = (256, 512, 1024)
 
 
 def main() -> None:
     import torch
 
     import ahn
-    from ahn.augmentation import augment, detach, full_attention, layers_of, set_window
+    from ahn.augmentation import detach, full_attention, set_window
     from ahn.bases import load_base
-    from ahn.train import data, distill, windows
-    from ahn.train.trainer import compile_layers
+    from ahn.train import data
+    from ahn.train.recipe import from_dict
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs")
     parser.add_argument("books")
     parser.add_argument("--valid", required=True)
-    parser.add_argument("--runs", required=True)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no run after these")
-    parser.add_argument("--far", type=int, default=0, help="also measure on rows of this many tokens")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after these")
     parser.add_argument("--name", default="ablations")
-    parser.add_argument("--save")
     options = parser.parse_args()
     began = time.monotonic()
+    defaults = DEFAULTS | {"batch": options.batch, "steps": options.steps}
+    defaults |= {"base": options.base, "output": "none", "data": [options.books], "length": options.length}
+    runs = [(run.pop("name"), from_dict(defaults | run)) for run in json.loads(Path(options.runs).read_text())]
     tokenizer = ahn.load_tokenizer(options.base)
-    train = data.rows([options.books], tokenizer, options.length, options.steps * options.batch * options.length)
-
-    def held_out(length: int) -> Any:
-        with __import__("lzma").open(options.valid, "rt") as file:
-            texts = [json.loads(line)["text"][: length * 8] for line in file]
-        ids = [row[:length] for row in tokenizer(texts).input_ids if len(row) >= length]
-        return torch.tensor(ids[:16], device=model.device)
-
+    tokens = max(recipe.steps * recipe.batch for _, recipe in runs) * options.length
+    rows = data.rows([options.books], tokenizer, options.length, tokens)
+    texts = (tokenizer(record["text"][: 8 * options.length]).input_ids for record in records(options.valid))
+    books = torch.tensor([ids[: options.length + 1] for ids in texts if len(ids) > options.length])
     model = load_base(options.base)
-    device = model.device
-    print(f"{len(train)} rows, {time.monotonic() - began:.0f} s", flush=True)
-    near = held_out(options.length)
-    far = held_out(options.far) if options.far else None
+    ahn.augment(model, ahn.AHNConfig(None, 16, 0))
+    with full_attention(model):
+        full = mean_loss(model, books)
 
-    def measure(sizes: tuple[int, ...], ids: Any) -> dict[int, float]:
-        half = ids.shape[1] // 2
-        rows = max(1, 16 * 4096 // ids.shape[1])
-
-        def mean() -> float:  # with gradients on, as what was compiled for the training is used again
-            losses = []
-            for part in ids.split(rows):
-                hidden = model.get_decoder()(part, use_cache=False).last_hidden_state[:, half - 1 : -1]
-                for h, t in zip(hidden.detach(), part[:, half:], strict=True):
-                    losses.append(torch.nn.functional.cross_entropy(model.lm_head(h).float(), t))
-            return torch.stack(losses).mean().item()
-
-        if not sizes:
-            with torch.no_grad(), full_attention(model):
-                return {0: mean()}
+    def losses() -> dict[int, float]:
         found = {}
-        for size in sizes:
-            set_window(model, size - 64, 64)
-            found[size] = mean()
+        for size in SIZES:
+            set_window(model, size - SINKS, SINKS)
+            found[size] = mean_loss(model, books)
         return found
 
-    sizes = (256, 512, 1024)
-    far_sizes = (512, 2048)
-    augment(model, ahn.AHNConfig(None, 960, 64))
-    if model.device.type == "cuda":
-        compile_layers(model)
-    full, window = measure((), near)[0], measure(sizes, near)
-    far_full, far_window = (measure((), far)[0], measure(far_sizes, far)) if far is not None else (0.0, {})
-    print(f"full {full:.4f} window {window}; far: full {far_full:.4f} {far_window}", flush=True)
-    rows: list[dict[str, Any]] = []
-    for run in json.load(open(options.runs)):
+    window = losses()
+    found: list[dict[str, Any]] = []
+    print(f"full attention {full:.4f}; window " + ", ".join(f"{s:,}: {loss:.4f}" for s, loss in window.items()))
+    print(f"{'closed (with the memory of another)':<36}" + "".join(f"{size:>16,}" for size in SIZES) + "  tokens/s")
+    for name, recipe in runs:
         if time.monotonic() - began > options.seconds:
-            print(f"{run['name']}: no time left")
+            print(f"{name}: no time left")
             continue
-        start = time.monotonic()
-        torch.manual_seed(0)
         detach(model)
-        config = ahn.AHNConfig(
-            run.get("cell", "deltanet"), 960, 64,
-            memory_positions=run.get("memory_positions", "rope"), extras=tuple(run.get("extras", ())),
-        )  # fmt: skip
-        augment(model, config)
-        for layer in layers_of(model):
-            layer.cell.float()
-            if device.type == "cuda":
-                layer.compile_pieces()
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        decay = [p for n, p in named if not n.endswith(("A_log", "dt_bias"))]
-        rest = [p for n, p in named if n.endswith(("A_log", "dt_bias"))]
-        lr = run.get("lr", 2e-3)
-        groups = [{"params": decay, "weight_decay": 0.1}] + ([{"params": rest, "weight_decay": 0.0}] if rest else [])
-        optimiser = torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
-        steps = run.get("steps", options.steps)
-        warm = max(1, steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser,
-            lambda s: min((s + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, s - warm) / (steps - warm))),  # noqa: B023
-        )
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-        timed = 0.0
-        for step in range(steps):
-            size = windows.draw(
-                0,
-                step,
-                options.length,
-                tuple(run.get("lossless", (512, 1024, 2048))),
-                tuple(run.get("sinks", (0, 32, 64, 128, 512))),
-            )
-            set_window(model, *size)
-            chosen = order[torch.arange(step * options.batch, (step + 1) * options.batch) % len(order)]
-            ids, counts = train.ids[chosen].long().to(device), train.counts[chosen].to(device)
-            loss = distill.loss(model, ids, counts, run.get("loss", "kl"), run.get("hidden", 0.0))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad()
-            if step == steps // 2:
-                loss.item()
-                timed = time.monotonic()
-        last = loss.item()
-        speed = (steps - 1 - steps // 2) * options.batch * options.length / (time.monotonic() - timed)
-        found = measure(sizes, near)
-        closed = {str(s): round((window[s] - v) / (window[s] - full), 4) for s, v in found.items()}
-        if far is not None:
-            found = measure(far_sizes, far)
-            closed |= {f"far {s}": round((far_window[s] - v) / (far_window[s] - far_full), 4) for s, v in found.items()}
-        rows.append({**run, "closed": closed, "last_loss": round(last, 4), "tokens_per_second": round(speed)})
-        print(
-            f"{run['name']:<34}" + "".join(f"{k:>9} {v:>6.1%}" for k, v in closed.items())
-            + f"  loss {last:.4f}  {speed:>8,.0f} tokens/s  {time.monotonic() - start:.0f} s", flush=True,
-        )  # fmt: skip
-        print(
-            write(
-                options.name, base=options.base, length=options.length, batch=options.batch, steps=options.steps,
-                full=full, window=window, far_full=far_full, far_window=far_window, rows=rows,
-            ), flush=True,
-        )  # fmt: skip
+        speed = train(model, recipe, rows)
+        closed = {size: (window[size] - loss) / (window[size] - full) for size, loss in losses().items()}
+        with memory_of_another(model):
+            control = {size: (window[size] - loss) / (window[size] - full) for size, loss in losses().items()}
+        cells = "".join(f"{f'{closed[size]:.1%} ({control[size]:.0%})':>16}" for size in SIZES)
+        print(f"{name:<36}{cells}{speed:>10,.0f}", flush=True)
+        row = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ("output", "data", "base")}
+        found.append(row | {"name": name, "closed": closed, "control": control, "tokens_per_s": round(speed)})
+        write(options.name, base=options.base, books=len(books), full=full, window=window, rows=found)
+
+
+def train(model: Any, recipe: Any, rows: Any) -> float:
+    """Train new cells on a detached base; returns tokens/s of the second half."""
+    import torch
+
+    import ahn
+    from ahn.augmentation import layers_of, set_window
+    from ahn.train import distill, windows
+
+    torch.manual_seed(recipe.seed)
+    config = ahn.AHNConfig(recipe.cell, recipe.window, recipe.kept_sinks, memory_positions=recipe.memory_positions)
+    ahn.augment(model, config.replace(key_maps=recipe.key_maps, make_room=recipe.make_room))
+    cuda = model.device.type == "cuda"
+    for layer in layers_of(model):
+        layer.cell.float()
+        if cuda:
+            layer.compile_for_training()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    exempt = ahn.cells.get(recipe.cell).decay_parameters
+    decays = [p for name, p in named.items() if name.rpartition(".")[2] not in exempt]
+    others = [p for name, p in named.items() if name.rpartition(".")[2] in exempt]
+    groups = [{"params": decays, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=cuda)
+    warm = max(1, int(recipe.warmup * recipe.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda s: min((s + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, s - warm) / recipe.steps))
+    )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
+    start = 0.0
+    for step in range(recipe.steps):
+        set_window(model, *windows.draw(recipe.seed, step, recipe.length, recipe.lossless, recipe.sinks))
+        at = order[torch.arange(step * recipe.batch, (step + 1) * recipe.batch) % len(order)]
+        ids, counts = rows.ids[at].long().to(model.device), rows.counts[at].to(model.device)
+        loss = distill.loss(model, ids, counts, recipe.loss)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), recipe.clip)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        if step == recipe.steps // 2:
+            loss.item()
+            start = time.monotonic()
+    loss.item()
+    return (recipe.steps - 1 - recipe.steps // 2) * recipe.batch * recipe.length / (time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -100,17 +100,17 @@ def memory_of_another(model: Any) -> Iterator[None]:
 
     layers = layers_of(model)
     for layer in layers:
-        prepare = layer._prepared
+        prepare = layer._prepare
 
-        def swapped(q: Any, k: Any, v: Any, gates: Any, *rest: Any, prepare: Any = prepare) -> Any:
-            return prepare(q, k.roll(1, 0), v.roll(1, 0), tuple(gate.roll(1, 0) for gate in gates), *rest)
+        def swapped(q: Any, k: Any, v: Any, inputs: Any, *rest: Any, prepare: Any = prepare) -> Any:
+            return prepare(q, k.roll(1, 0), v.roll(1, 0), inputs.roll(1, 0), *rest)
 
-        layer._prepared = swapped
+        layer._prepare = swapped
     try:
         yield
     finally:
         for layer in layers:
-            del layer._prepared
+            del layer._prepare
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def flops(shape: Any, recipe: Any, window: int, sinks: int) -> int:
     linear = terms["projections"].full + terms["MLP"].full
     attention = terms["attention"]
     cells = sum(term.memory for name, term in terms.items() if name.startswith("memory"))
-    products = {"kl": 3, "ce": 2}[recipe.loss]
+    products = 2 if recipe.loss == "ce" else 3
     head = products * 2 * shape.V * shape.D * table.written
-    teacher = linear + attention.full if recipe.loss == "kl" else 0
+    teacher = linear + attention.full if recipe.loss != "ce" else 0
     return recipe.batch * (teacher + 2 * linear + 3 * attention.memory + 3 * cells + head)
 
 

@@ -33,12 +33,12 @@ def definition(model, ids, counts, kind):
         teacher = model(ids, use_cache=False).logits.float().log_softmax(-1)
     counts = counts.clone()
     counts[:, : model.ahn_config.lossless] = False
-    if kind == "ce":
-        return F.nll_loss(student[:, :-1][counts[:, :-1]], ids[:, 1:][counts[:, :-1]])
-    return (teacher.exp() * (teacher - student)).sum(-1)[counts].mean()
+    ce = F.nll_loss(student[:, :-1][counts[:, :-1]], ids[:, 1:][counts[:, :-1]])
+    kl = (teacher.exp() * (teacher - student)).sum(-1)[counts].mean()
+    return {"kl": kl, "ce": ce, "kl+ce": (kl + ce) / 2}[kind]
 
 
-@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize("kind", ["kl", "ce", "kl+ce"])
 def test_loss_and_gradients_are_the_definition(kind, monkeypatch):
     monkeypatch.setattr(distill, "TOKENS_AT_ONCE", 17)
     model, ids = with_memory(tiny()), token_ids(60, batch=2)
@@ -196,7 +196,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
         ({"stepps": 3}, "'stepps'.*did you mean 'steps'"),
         ({"steps": 0}, "steps=0"),
         ({"lr": "fast"}, "lr='fast'"),
-        ({"loss": "mse"}, "expected kl or ce"),
+        ({"loss": "mse"}, "expected one of kl, ce, kl+ce"),
         ({"lossless": [8192]}, "none is in"),
         ({"data": []}, "at least one source"),
     ],

@@ -13,6 +13,8 @@ from typing import Any
 from ahn.errors import ConfigError
 from ahn.train import windows
 
+LOSSES = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # share of the cross-entropy in the loss
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,7 +26,8 @@ class Recipe:
         length: tokens of a row. batch: rows a step and device. steps: optimiser steps.
         lr, warmup, weight_decay, clip: AdamW's rate, the share of steps it rises over before it falls as a cosine,
             decay (none on the cells' decay parameters), largest norm of the gradient.
-        loss: "kl" (paper) or "ce". lossless, sinks: sizes drawn from, one of each for fixed ones.
+        loss: "kl" (paper), "ce", or "kl+ce", the mean of both.
+        lossless, sinks: sizes drawn from, one of each for fixed ones.
         window, kept_sinks: what the finished adapter suggests to use.
         sink_positions, memory_positions, key_maps, make_room: see AHNConfig.
         checkpointing: recompute activations. compile: compile the frozen layers.
@@ -74,8 +77,8 @@ class Recipe:
         _expect("limit", self.limit, self.limit is None or self.limit >= 1, "an integer of at least 1, or null")
         _expect("kept_sinks", self.kept_sinks, self.kept_sinks >= 0, "an integer of at least 0")
         _expect("sinks", list(self.sinks), min(self.sinks, default=-1) >= 0, "integers of at least 0")
-        if self.loss not in ("kl", "ce"):
-            raise ConfigError(f"loss={self.loss!r}: expected kl or ce")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss={self.loss!r}: expected one of {', '.join(LOSSES)}")
         if not self.data:
             raise ConfigError("data=[]: expected at least one source")
         if not any(self.length / 8 <= size < self.length for size in self.lossless):

@@ -204,7 +204,7 @@ def _check_rows(rows: data.Rows, recipe: Recipe, model: Any, processes: int) -> 
             "longer rows, or a smaller lossless size"
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or recipe.length
-    if recipe.loss == "kl" and recipe.length > context:
+    if recipe.loss != "ce" and recipe.length > context:
         raise ConfigError(
             f"length={recipe.length}: the base, which is the teacher, has {context} positions: expected at most those"
         )
