@@ -27,9 +27,12 @@ Angles = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # cos and sin: of 
 
 
 class Leaving(NamedTuple):
-    """Which tokens of a span push one out of the window, and which one. The same in all layers."""
+    """Which tokens of a span push one out of the window, and which one. The same in all layers.
 
-    writes: Tensor  # bool [R, T]: token t pushes token t - W out
+    Where the first tokens of a span cannot, it begins at the first that can.
+    """
+
+    writes: Tensor | None  # bool [R, T]: token t pushes token t - W out; None: each does
     evicted: Tensor  # [R, T]: how many have left then, at least 1
     window: Tensor  # W, on the device: code compiled for one window is right for any
     angles: Angles | None  # turns back to where nothing has a position, or None
@@ -145,7 +148,7 @@ class AHNLayer(nn.Module):
         tokens = span.length - first
         if self.cell is None or tokens <= 0:
             return out
-        leaving = _from(self._leaving(span, q.device), first)
+        leaving = self._leaving(span, q.device, first)
         oldest = window[0].shape[2] - span.length + first - reach
         k, v = (t[:, :, oldest : oldest + tokens] for t in window[:2])
         inputs = window[2][:, oldest : oldest + tokens]
@@ -176,12 +179,13 @@ class AHNLayer(nn.Module):
         read = self.cell.step(*ready, memory.compressed)
         return self._combine(out, norm, read, x, leaving)
 
-    def _leaving(self, span: Span, device: torch.device) -> Leaving:
+    def _leaving(self, span: Span, device: torch.device, first: int = 0) -> Leaving:
         if span.leaving is None:
             assert self.window is not None
-            positions, lossless = span.positions(), self.sinks + self.window
+            positions, lossless = span.positions()[:, first:], self.sinks + self.window
             evicted = (positions - lossless + 1).clamp(min=1).to(device)
-            writes = ((positions >= lossless) & span.real()).to(device)
+            able = (positions >= lossless) & span.real()[:, first:]
+            writes = None if bool(able.all()) else able.to(device)
             angles = None
             (rotary,) = self.rotary
             if self.turns_back and rotary is not None:
@@ -201,7 +205,9 @@ class AHNLayer(nn.Module):
             q, k = rotary.turn(q, leaving.angles[0]), rotary.turn(k, leaving.angles[1])
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-        gates = tuple(gate * leaving.writes[:, None] for gate in self.cell.gates(inputs))
+        gates = self.cell.gates(inputs)
+        if leaving.writes is not None:
+            gates = tuple(gate * leaving.writes[:, None] for gate in gates)
         return self.cell.ready(q, k, v, gates, fla)
 
     def _prepare_shifted(
@@ -215,7 +221,7 @@ class AHNLayer(nn.Module):
         """Attention and memory; attention alone where nothing has left yet."""
         assert self.cell is not None
         with_memory = self.cell.combine(out, norm, read, x, leaving.evicted)
-        return torch.where(leaving.writes[..., None, None], with_memory, out)
+        return with_memory if leaving.writes is None else torch.where(leaving.writes[..., None, None], with_memory, out)
 
     def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
         """The queries as the sinks meet them: with clipped positions, never further than sinks + window."""
@@ -233,15 +239,6 @@ class AHNLayer(nn.Module):
 
     def _turn(self, rotary: Rotary, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         return rotary.turn(q, angles)
-
-
-def _from(leaving: Leaving, first: int) -> Leaving:
-    """Without the tokens before `first`."""
-    angles = leaving.angles
-    if angles is not None:
-        (q_cos, q_sin), (k_cos, k_sin) = angles
-        angles = (q_cos[:, first:], q_sin[:, first:]), (k_cos[:, first:], k_sin[:, first:])
-    return Leaving(leaving.writes[:, first:], leaving.evicted[:, first:], leaving.window, angles)
 
 
 class _Shift(torch.autograd.Function):
