@@ -5,9 +5,11 @@ import torch
 
 import ahn
 from ahn import kernels
-from ahn.augmentation import layers_of
+from ahn.augmentation import layers_of, set_window
 from ahn.cells.base import unit
-from conftest import golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
+from ahn.train import distill
+from ahn.train.trainer import compile_layers
+from conftest import FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -84,3 +86,30 @@ def test_any_split_in_half_precision(cell, sinks):
 def test_kernel_choice_is_visible():
     rows = {operation: kernel for operation, kernel, _ in kernels.report()}
     assert set(rows.values()) <= {"fla", "torch", "torch flash", "torch flex"}
+
+
+def test_the_compiled_training_step(cell):
+    """The same loss and gradients as the plain step, in bfloat16, for windows that were not there when it compiled."""
+    sizes, length = [(90, 30), (150, 7), (40, 60)], 384
+
+    def gradients(compiled):
+        torch._dynamo.reset()
+        model = with_memory(tiny(head_dim=64).cuda().bfloat16(), cell, **FORMS["maps"])
+        for layer in layers_of(model):
+            layer.cell.float()
+        if compiled:
+            compile_layers(model)
+        found = []
+        for step, size in enumerate(sizes):
+            set_window(model, *size)
+            ids = token_ids(length, batch=2, seed=step).cuda()
+            loss = distill.loss(model, ids, torch.ones_like(ids, dtype=torch.bool))
+            loss.backward()
+            found.append(loss.item())
+        return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    (losses, fast), (expected, plain) = gradients(True), gradients(False)
+    assert losses == pytest.approx(expected, rel=0.02)
+    assert fast.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert relative(fast[name], gradient) < 0.1, name

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ahn import cells
 from ahn.attention import attend_window
-from ahn.cells.base import unit
 from ahn.errors import AHNError
 
 TOKENS = 321  # more than five blocks, and not a whole number of them
@@ -25,13 +24,15 @@ class Difference(NamedTuple):
     allowed: float
 
 
-def check(cell: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> list[Difference]:
+def check(
+    cell: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, key_maps: int = 0
+) -> list[Difference]:
     """Compare outputs and every gradient of the cell, and of the attention, with their plain forms.
 
     Raises:
         AHNError: one is off by more than its tolerance; names it.
     """
-    found = _cell(cell, heads, head_dim, device, dtype)
+    found = _cell(cell, heads, head_dim, device, dtype, key_maps)
     if device.type == "cuda":
         found += _attention(heads, head_dim, device, dtype)
     wrong = [d for d in found if not d.value <= d.allowed]
@@ -41,18 +42,21 @@ def check(cell: str, heads: int, head_dim: int, device: torch.device, dtype: tor
     return found
 
 
-def _cell(name: str, heads: int, size: int, device: torch.device, dtype: torch.dtype) -> list[Difference]:
+def _cell(
+    name: str, heads: int, size: int, device: torch.device, dtype: torch.dtype, key_maps: int
+) -> list[Difference]:
     kind = cells.get(name)
 
     def run(plain: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         cell = kind(heads * size, heads, size, torch.float32, device)
+        cell.extend(key_maps, make_room=False)
         torch.nn.init.normal_(cell.o_proj.weight, std=size**-0.5)
         q, k, v = (torch.randn(2, heads, TOKENS, size, device=device).to(dtype).requires_grad_() for _ in range(3))
         x = torch.randn(2, TOKENS, heads * size, device=device).to(dtype).requires_grad_()
         gates = cell.gates(cell.gate_inputs(x))
-        state = torch.zeros(2, heads, size, size, device=device)
-        form = cell.naive(unit(q), unit(k), v.float(), gates, state) if plain else cell.scan(q, k, v, gates, state)
+        state = torch.zeros(2, heads, cell.key_size, size, device=device)
+        form = cell.naive(*cell.keys(q, k), v.float(), gates, state) if plain else cell.scan(q, k, v, gates, state)
         out = cell.output(form[0], x)
         (out.float() * torch.randn(out.shape, device=device)).sum().backward()
         leaves = {"q": q, "k": k, "v": v, "x": x, **dict(cell.named_parameters())}

@@ -217,9 +217,8 @@ def check_machine(recipe: Recipe) -> list[Difference]:
     base = base_shape(base_config(recipe.base))
     cuda = torch.cuda.is_available()
     device = PartialState(cpu=not cuda).device
-    return check(
-        recipe.cell, min(base["num_heads"], 4), base["head_dim"], device, torch.bfloat16 if cuda else torch.float32
-    )
+    dtype = torch.bfloat16 if cuda else torch.float32
+    return check(recipe.cell, min(base["num_heads"], 4), base["head_dim"], device, dtype, recipe.key_maps)
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
