@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -13,6 +13,14 @@ from typing import Any, Generic, TypeVar
 from ahn.errors import ConfigError
 
 T = TypeVar("T", bound=type)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What was expected where `name` is not among the `known`, and the nearest of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"expected one of {', '.join(names)}{hint}"
 
 
 class Registry(Generic[T]):
@@ -37,9 +45,7 @@ class Registry(Generic[T]):
         """Raises ConfigError with the nearest name if `name` is not known."""
         found = self._found()
         if name not in found:
-            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown {self.kind} {name!r}: expected one of {', '.join(sorted(found))}{hint}")
+            raise ConfigError(f"unknown {self.kind} {name!r}: {did_you_mean(name, found)}")
 
     def get(self, name: str) -> T:
         self.check_name(name)
