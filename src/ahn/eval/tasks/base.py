@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import lzma
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -226,6 +226,7 @@ def read(path: Path) -> Iterator[Record]:
     text = open_text(path)
     if path.name.removesuffix(".xz").endswith(".json"):
         values = _json(text, str(path))
+        values = values.get("data") if isinstance(values, dict) else values  # SQuAD's own file
         if not isinstance(values, list):
             raise EvalError(f"{path}: {type(values).__name__}: expected a list of records")
         for number, value in enumerate(values, 1):
@@ -289,13 +290,13 @@ def only_place(text: str, wanted: str) -> Span | None:
     return None if at < 0 or text.find(wanted, at + 1) >= 0 else (at, at + len(wanted))
 
 
-def largest(fits: Callable[[int], bool], at_least: int, at_most: int) -> int | None:
-    """The largest number for which `fits` holds, which it does up to some number; None if for none."""
-    low, high = at_least - 1, at_most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low if low >= at_least else None
+def template_tokens(tokenizer: Any) -> int:
+    """Tokens that the chat template adds to a prompt."""
+    if not getattr(tokenizer, "chat_template", None):
+        return 0
+    message = [{"role": "user", "content": "a"}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _runs(numbers: Sequence[int]) -> list[Span]:
