@@ -57,8 +57,7 @@ class LongBench(FixedTask):
             return only_place(context, answers[0].strip().rstrip("。."))
         if self.set.startswith("passage_retrieval"):
             heads = list(_PARAGRAPH.finditer(context))
-            ends = [head.start() for head in heads[1:]] + [len(context)]
-            for head, end in zip(heads, ends, strict=True):
+            for i, head in enumerate(heads):
                 if head[0].rstrip(":：") == answers[0]:
-                    return head.start(), end
+                    return head.start(), heads[i + 1].start() if i + 1 < len(heads) else len(context)
         return None
