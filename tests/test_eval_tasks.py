@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import random
 import sys
 import types
 import zipfile
@@ -58,6 +59,12 @@ def write(path, *records):
     return path
 
 
+PINNED = [
+    "One of the special magic numbers for soft-collar is: 8220382.",
+    "One of the special magic numbers for dizzy-walnut is: 1872743.",
+    "One of the special magic numbers for sad-balcony is: 9924893.",
+]
+PINNED_ANSWER = "9924893"
 LONG = {"input": "Who sat?", "context": "The old cat sat. " * 9, "answers": ["cat"], "all_classes": None, "_id": "x"}
 ARTICLES = [
     {
@@ -278,6 +285,11 @@ def test_needles_are_there_once_and_at_their_depth(name):
     assert len(example.answers) == kind.num_values * kind.num_asked
 
 
+def test_what_is_drawn_is_the_same_on_any_machine():
+    text = ruler._niah(ruler._NIAH_SETS["niah_multikey_2"], [], random.Random("ruler/0"), 2)
+    assert text.prompt.split("\n")[1:-1] == PINNED and text.answers == (PINNED_ANSWER,)
+
+
 def test_depths_spread_over_the_whole_text():
     depths = [example.depth for example in examples("ruler/niah_single_1", length=1500, limit=60)]
     assert min(depths) < 0.1 and max(depths) > 0.9 and len(set(depths)) > 20
@@ -456,7 +468,7 @@ def test_records_of_the_hub_are_read_from_its_archives(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     assert [e.id for e in examples("longbench/qmsum")] == ["x", "y"]
-    assert asked == ["zip://data/qmsum.jsonl::hf://datasets/zai-org/LongBench/data.zip"]
+    assert asked == ["zip://**/qmsum.jsonl::hf://datasets/zai-org/LongBench/data.zip"]
 
 
 def test_a_hub_that_cannot_be_reached_and_a_missing_library(monkeypatch):

@@ -166,7 +166,7 @@ class FixedTask(Task):
         return [self.set, f"{self.suite}-{self.set}", f"{self.suite}-{self.set}-{length}"]
 
     def hub(self, length: int | None) -> str:
-        """Where on the hub the set's lines of JSON are: OWNER/NAME/FILE, or OWNER/NAME/ARCHIVE.zip::FILE."""
+        """Where on the hub the lines of JSON are: OWNER/NAME/FILE, or OWNER/NAME/ARCHIVE.zip::FILE, anywhere in it."""
         raise NotImplementedError
 
 
@@ -266,7 +266,7 @@ def hub(source: str, **options: Any) -> Iterator[Record]:
     if rest:
         archive, _, member = rest[0].partition("::")
         url = f"hf://datasets/{owner}/{name}/{archive}"
-        arguments |= {"path": "json", "data_files": f"zip://{member}::{url}" if member else url, "split": "train"}
+        arguments |= {"path": "json", "data_files": f"zip://**/{member}::{url}" if member else url, "split": "train"}
     try:
         for number, fields in enumerate(datasets.load_dataset(**arguments), 1):
             yield Record(f"{source}, record {number}", fields)

@@ -50,7 +50,7 @@ class LongBench(FixedTask):
         return prediction.lstrip("\n").split("\n")[0] if self.set in FEW_SHOT else prediction
 
     def hub(self, length: int | None) -> str:
-        return f"zai-org/LongBench/data.zip::data/{self.set}.jsonl"
+        return f"zai-org/LongBench/data.zip::{self.set}.jsonl"
 
     def _evidence(self, context: str, answers: tuple[str, ...]) -> Span | None:
         if self.set.startswith("multifieldqa"):

@@ -65,7 +65,7 @@ class LVEval(FixedTask):
         return [name, f"{self.set}/{name}", f"lveval-{name}"]
 
     def hub(self, length: int | None) -> str:
-        return f"infini-ai/LVEval/{self.set}.zip::{self.set}/{self.set}_{_level(length)}.jsonl"
+        return f"infini-ai/LVEval/{self.set}.zip::{self.set}_{_level(length)}.jsonl"
 
 
 def _level(length: int | None) -> str:
