@@ -402,7 +402,8 @@ def test_perplexity_takes_the_beginning_of_every_text_that_is_long_enough(tmp_pa
     found = examples("perplexity/text", tmp_path, length=100)
     assert sorted(e.id for e in found) == ["c.jsonl.xz/0", "deep/a.txt"]
     assert all(abs(size(e.prompt) - 100) <= 1 for e in found)
-    assert len(examples("perplexity/text", tmp_path, length=100, limit=1)) == 1
+    drawn = [[e.id for e in examples("perplexity/text", tmp_path, length=100, seed=n, limit=1)] for n in range(6)]
+    assert all(len(ids) == 1 for ids in drawn) and len({ids[0] for ids in drawn}) == 2
     assert len(examples("perplexity/pg19", tmp_path)) == 3
     with pytest.raises(EvalError, match="length 100000: the longest of 3 texts has"):
         examples("perplexity/text", tmp_path, length=100_000)
@@ -440,6 +441,23 @@ def test_a_bad_field_is_named_with_file_and_line(tmp_path, record, said):
     path = write(tmp_path / "qmsum.jsonl", LONG, record)
     with pytest.raises(EvalError, match=rf"{path}, line 2: {said}"):
         examples("longbench/qmsum", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "said"),
+    [
+        ("longbench/qmsum", LONG | {"dataset": "qasper"}, "line 1: of 'qasper': expected records of 'qmsum'"),
+        ("squad/0", {"paragraphs": 3}, "line 1: field 'paragraphs' is int"),
+        ("squad/0", {"paragraphs": [{"context": "a"}]}, "line 1, paragraphs 1: no field 'qas'"),
+        ("squad/0", {"context": "a", "question": "b", "answers": [3]}, "line 1: field 'answers': expected texts"),
+        ("squad/0", {"context": "a", "question": "b", "answers": 3}, "line 1: field 'answers' is int"),
+        ("ruler/qa_1", {"context": "a", "question": "b", "answers": []}, "no question that has an answer"),
+        ("ruler/qa_2", {"context": [["a"]], "question": "b", "answer": "c"}, "line 1: fields 'context' and"),
+    ],
+)
+def test_records_of_another_shape_are_named(tmp_path, name, record, said):
+    with pytest.raises(EvalError, match=said):
+        examples(name, write(tmp_path / "data.jsonl", record), 6000)
 
 
 def test_files_that_are_no_json_lines(tmp_path):

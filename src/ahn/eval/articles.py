@@ -30,7 +30,7 @@ def articles(records: Iterable[Record]) -> list[Article]:
     by_title: dict[str, Article] = {}
     for number, record in enumerate(records):
         if "paragraphs" in record.fields:
-            paragraphs = [_paragraph(Record(record.where, part)) for part in record["paragraphs"]]
+            paragraphs = [_paragraph(part) for part in record.records("paragraphs")]
             title = f"{record.fields.get('title', '')} {number}"
             by_title[title] = {"title": title, "paragraphs": paragraphs}
             continue
@@ -43,8 +43,8 @@ def articles(records: Iterable[Record]) -> list[Article]:
 
 
 def _paragraph(record: Record) -> dict[str, Any]:
-    qas = [Record(record.where, qa) for qa in record["qas"]]
-    return {"context": record.text("context"), "qas": [asked for qa in qas for asked in _asked(qa)]}
+    asked = [question for qa in record.records("qas") for question in _asked(qa)]
+    return {"context": record.text("context"), "qas": asked}
 
 
 def _asked(record: Record) -> list[dict[str, Any]]:
@@ -52,7 +52,11 @@ def _asked(record: Record) -> list[dict[str, Any]]:
     answers = record["answers"]
     if isinstance(answers, dict):
         answers = record["answers"]["text"]
-    texts = [answer["text"] if isinstance(answer, dict) else answer for answer in answers]
+    if not isinstance(answers, list):
+        raise EvalError(f"{record.where}: field 'answers' is {type(answers).__name__}: expected a list")
+    texts = [Record(record.where, answer).text("text") if isinstance(answer, dict) else answer for answer in answers]
+    if not all(isinstance(text, str) for text in texts):
+        raise EvalError(f"{record.where}: field 'answers': expected texts")
     return [{"question": record.text("question"), "answers": list(dict.fromkeys(texts))}] if texts else []
 
 

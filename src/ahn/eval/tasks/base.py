@@ -197,6 +197,13 @@ class Record:
             raise EvalError(f"{self.where}: field {name!r}: expected one or more texts")
         return tuple(values)
 
+    def records(self, name: str) -> list[Record]:
+        """The records in a field."""
+        value = self[name]
+        if not isinstance(value, list):
+            raise EvalError(f"{self.where}: field {name!r} is {type(value).__name__}: expected a list of records")
+        return [Record(f"{self.where}, {name} {number}", fields) for number, fields in enumerate(value, 1)]
+
 
 def found(data: Path, names: Sequence[str], task: str) -> Path:
     """The file `data`, or the one in the folder `data` that has one of the names."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+from ahn.errors import EvalError
 from ahn.eval.data import benchmark
 from ahn.eval.tasks.base import Example, FixedTask, Record, Span, fill, only_place
 
@@ -32,6 +33,8 @@ class LongBench(FixedTask):
 
     def example(self, record: Record) -> Example:
         settings = benchmark("longbench")[self.set]
+        if record.fields.get("dataset", self.set) not in (self.set, f"{self.set}_e"):
+            raise EvalError(f"{record.where}: of {record['dataset']!r}: expected records of {self.set!r}")
         context, answers = record.text("context"), record.texts("answers")
         prompt, start = fill(settings["prompt"], context, input=record.text("input"))
         evidence = self._evidence(context, answers)

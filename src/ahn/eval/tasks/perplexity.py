@@ -30,7 +30,10 @@ class Perplexity(Task):
     ) -> Iterator[Example]:
         texts = list(self._texts(data))
         longest = given = 0
-        for i in self.chosen(len(texts), seed, None if length else limit):
+        order = list(range(len(texts)))
+        if limit is not None:
+            self.random(seed, "order").shuffle(order)
+        for i in order:
             if given == limit:
                 return
             name, text = texts[i]

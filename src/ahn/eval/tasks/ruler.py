@@ -483,10 +483,15 @@ def _of_hotpot(record: Record) -> _Question:
         passages = tuple(part.strip() for part in re.split(r"^Passage \d+:\n", context, flags=re.MULTILINE)[1:])
         return _Question(record.text("input"), record.texts("answers"), (), passages)
     facts = record.fields.get("supporting_facts") or []
-    if isinstance(context, dict):
-        context = list(zip(context["title"], context["sentences"], strict=True))
-    needed = set(facts["title"]) if isinstance(facts, dict) else {title for title, _ in facts}
-    texts = {title: f"{title}\n{''.join(sentences)}" for title, sentences in context}
+    try:
+        if isinstance(context, dict):
+            context = list(zip(context["title"], context["sentences"], strict=True))
+        needed = set(facts["title"]) if isinstance(facts, dict) else {title for title, _ in facts}
+        texts = {title: f"{title}\n{''.join(sentences)}" for title, sentences in context}
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvalError(
+            f"{record.where}: fields 'context' and 'supporting_facts' are not HotpotQA's: {error}"
+        ) from error
     gold = tuple(text for title, text in texts.items() if title in needed)
     beside = tuple(text for title, text in texts.items() if title not in needed)
     return _Question(record.text("question"), record.texts("answer"), gold, beside)
