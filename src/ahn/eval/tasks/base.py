@@ -297,13 +297,18 @@ def only_place(text: str, wanted: str) -> Span | None:
     return None if at < 0 or text.find(wanted, at + 1) >= 0 else (at, at + len(wanted))
 
 
+def tokens(tokenizer: Any, text: str) -> int:
+    """How many there are in a text, without the special ones that a tokenizer adds."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
 def template_tokens(tokenizer: Any) -> int:
     """Tokens that the chat template adds to a prompt."""
     if not getattr(tokenizer, "chat_template", None):
         return 0
     message = [{"role": "user", "content": "a"}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer(text, add_special_tokens=False).input_ids)
+    return tokens(tokenizer, text)
 
 
 def _runs(numbers: Sequence[int]) -> list[Span]:

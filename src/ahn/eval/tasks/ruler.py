@@ -32,6 +32,7 @@ from ahn.eval.tasks.base import (
     open_text,
     read,
     template_tokens,
+    tokens,
 )
 
 DEFAULT_LENGTH, DEFAULT_COUNT = 4096, 500
@@ -152,7 +153,7 @@ class Ruler(Task):
 
         def size(index: int, units: int) -> int:
             text = draw(index, units)
-            return fixed + len(tokenizer(text.prompt + text.answer_prefix, add_special_tokens=False).input_ids)
+            return fixed + tokens(tokenizer, text.prompt + text.answer_prefix)
 
         usual = _filling(partial(size, 0), length, 16, self.name)
         for index in range(count):
@@ -230,15 +231,15 @@ def _filling(size: Callable[[int], int], length: int, guess: int, task: str) -> 
         raise EvalError(f"{task}: length {length}: expected at least {least}, so much is the text without filling")
     low, high, units = 1, None, max(guess, 2)
     while high is None or high - low > 1:
-        tokens = size(units)
-        if tokens <= length:
+        filled = size(units)
+        if filled <= length:
             low = units
-            if tokens >= 0.99 * length:
+            if filled >= 0.99 * length:
                 break
         else:
             high = units
-        per_unit = (tokens - least) / (units - 1)
-        wanted = units + (0.995 * length - tokens) / per_unit if per_unit > 0 else 2 * units
+        per_unit = (filled - least) / (units - 1)
+        wanted = units + (0.995 * length - filled) / per_unit if per_unit > 0 else 2 * units
         units = min(max(int(wanted), low + 1), 4 * units, high - 1 if high else 4 * units)
     return low
 

@@ -11,7 +11,7 @@ from ahn.dialogue import LABEL, SEPARATOR
 from ahn.errors import EvalError
 from ahn.eval.articles import shuffled_paragraphs, squad
 from ahn.eval.metrics import normalize
-from ahn.eval.tasks.base import Example, Task, template_tokens
+from ahn.eval.tasks.base import Example, Task, template_tokens, tokens
 
 DEFAULT_LENGTH = 8192
 INSTRUCTION = "Give a short answer (1 to 5 words)."
@@ -46,7 +46,7 @@ class Squad(Task):
     ) -> Iterator[Example]:
         length = length or DEFAULT_LENGTH
         paragraphs, texts, sizes = shuffled_paragraphs(squad(data, self.name), tokenizer, seed)
-        between = len(tokenizer(SEPARATOR, add_special_tokens=False).input_ids)
+        between = tokens(tokenizer, SEPARATOR)
         fixed = template_tokens(tokenizer) + ANSWER_TOKENS
         order = [i for i, paragraph in enumerate(paragraphs) if paragraph["qas"]]
         self.random(seed, "order").shuffle(order)
@@ -61,7 +61,7 @@ class Squad(Task):
             if len(others) < COMMON * (len(texts) - 1):
                 continue
             question = f"{SEPARATOR}{LABEL}{qa['question'].strip()} {INSTRUCTION}"
-            room = length - fixed - len(tokenizer(question, add_special_tokens=False).input_ids) - sizes[at]
+            room = length - fixed - tokens(tokenizer, question) - sizes[at]
             if room < 0:
                 raise EvalError(f"{self.name}: length {length}: expected at least {length - room} for {question!r}")
             chosen: list[int] = []
@@ -74,7 +74,7 @@ class Squad(Task):
             while True:
                 head, tail = self._around(texts, sizes, chosen, depth)
                 prompt = head + texts[at] + tail + question
-                if fixed + len(tokenizer(prompt, add_special_tokens=False).input_ids) <= length or not chosen:
+                if fixed + tokens(tokenizer, prompt) <= length or not chosen:
                     break
                 chosen.pop()
             given += 1
