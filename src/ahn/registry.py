@@ -19,11 +19,12 @@ class Registry(Generic[T]):
     """Names to classes.
 
     A class is found under its file's name in `package`, in the entry-point group of the same name
-    (`my_cell = "my_package:MyCell"`), or after `register`. Nothing is imported before it is asked for.
+    (`my_cell = "my_package:MyCell"`), or after `register`. Nothing is imported before it is asked for. `joint` stands
+    in names where files have an underscore.
     """
 
-    def __init__(self, kind: str, package: str, hidden: tuple[str, ...] = ("base",)) -> None:
-        self.kind, self.package, self.hidden = kind, package, hidden
+    def __init__(self, kind: str, package: str, hidden: tuple[str, ...] = ("base",), joint: str = "_") -> None:
+        self.kind, self.package, self.hidden, self.joint = kind, package, hidden, joint
         self._loaders: dict[str, Callable[[], Any]] = {}
 
     def register(self, name: str, cls: T) -> T:
@@ -49,17 +50,19 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.package)
         files = [m.name for m in pkgutil.iter_modules(package.__path__)]
         found: dict[str, Callable[[], Any]] = {
-            name: partial(_class_in_file, self.package, name) for name in files if name not in self.hidden
+            (name := file.replace("_", self.joint)): partial(_class_in_file, self.package, file, name)
+            for file in files
+            if file not in self.hidden
         }
         for point in entry_points(group=self.package):
             found[point.name] = point.load
         return found | self._loaders
 
 
-def _class_in_file(package: str, name: str) -> type:
-    """The class that file `name` defines: the one whose `name` attribute is the file's name."""
-    module = importlib.import_module(f"{package}.{name}")
+def _class_in_file(package: str, file: str, name: str) -> type:
+    """The class that `file` defines: the one whose `name` attribute is `name`."""
+    module = importlib.import_module(f"{package}.{file}")
     for value in vars(module).values():
         if isinstance(value, type) and value.__module__ == module.__name__ and getattr(value, "name", None) == name:
             return value
-    raise ConfigError(f"{package}.{name} defines no class with name = {name!r}")
+    raise ConfigError(f"{package}.{file} defines no class with name = {name!r}")
