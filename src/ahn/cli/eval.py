@@ -60,10 +60,12 @@ def run(args: argparse.Namespace) -> None:
 
     import transformers
 
+    from ahn.bases import base_config
     from ahn.eval import report, results, runner
+    from ahn.eval.policies.base import exact_sizes
 
     transformers.logging.set_verbosity_error()
-    window, sinks = _exact_part(args)
+    window, sinks = exact_sizes(base_config(args.base), args.adapter, args.lossless, args.sinks)
     options = runner.Options(
         base=args.base,
         window=window,
@@ -84,23 +86,6 @@ def run(args: argparse.Namespace) -> None:
 
     if first_process():
         print(report.markdown([results.load(folder) for folder in folders]))
-
-
-def _exact_part(args: argparse.Namespace) -> tuple[int, int]:
-    """Window and sinks: what was asked for, else the adapter's or what suits the base."""
-    from ahn.adapter import default_config, read_adapter
-    from ahn.bases import base_config
-
-    default = default_config(base_config(args.base).get_text_config(), None)
-    if args.adapter is not None:
-        trained = read_adapter(args.adapter).config
-        context = base_config(args.base).get_text_config().max_position_embeddings
-        default = trained if trained.lossless <= context else default
-    lossless = args.lossless or default.lossless
-    sinks = args.sinks if args.sinks is not None else min(default.sinks, lossless // 8)
-    if sinks >= lossless:
-        raise ConfigError(f"--lossless {lossless} with {sinks} sinks: expected room for a window")
-    return lossless - sinks, sinks
 
 
 def _listing() -> Iterator[str]:

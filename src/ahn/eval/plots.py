@@ -50,7 +50,7 @@ def figures(group: Group) -> Iterator[tuple[str, Any]]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("matplotlib is not installed, which plots need: pip install 'ahn[eval]'") from error
+        raise ConfigError("matplotlib is not installed, which plots need: pip install 'ahn[report]'") from error
     with matplotlib.rc_context(STYLE):
         for draw in (_by_length, _by_depth, _by_cost, _by_position):
             figure = Figure()
@@ -93,13 +93,11 @@ def _by_depth(figure: Any, group: Group) -> bool:
     """Score by depth of the needle"""
     found: dict[str, dict[int, list[list[float]]]] = {}
     for _, length, by_task in group.blocks():
-        for results in by_task.values():
-            for label, result in results.items():
-                for row in result.rows.values():
-                    if row.get("depth") is None or length is None:
-                        continue
-                    cells = found.setdefault(label, {}).setdefault(length, [[] for _ in range(DEPTHS)])
-                    cells[min(int(row["depth"] * DEPTHS), DEPTHS - 1)].append(row["score"])
+        runs = [(label, result) for results in by_task.values() for label, result in results.items()]
+        for label, row in ((label, row) for label, result in runs for row in result.rows.values()):
+            if row.get("depth") is not None and length is not None:
+                cells = found.setdefault(label, {}).setdefault(length, [[] for _ in range(DEPTHS)])
+                cells[min(int(row["depth"] * DEPTHS), DEPTHS - 1)].append(row["score"])
     if not found:
         return False
     lengths = sorted({length for by_length in found.values() for length in by_length})

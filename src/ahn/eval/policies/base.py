@@ -7,6 +7,7 @@ All are read in chunks through a cache, so that memory use is the cache's, and a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ahn import cells
-from ahn.adapter import Adapter, base_shape, check_shape, read_adapter
+from ahn.adapter import Adapter, base_shape, check_shape, default_config, read_adapter
 from ahn.augmentation import CHUNK, check_fits, layers_of
 from ahn.bases import load_base, load_tokenizer
 from ahn.cache import AHNCache
@@ -129,10 +130,20 @@ class Policy:
         """An empty cache."""
         return AHNCache(self.model)
 
+    def fork(self, cache: Any) -> Any:
+        """An independent copy."""
+        return cache.fork()
+
     @torch.no_grad()
-    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+    def generate(
+        self, ids: list[int], max_new_tokens: int, stop: Callable[[list[int]], bool] | None = None
+    ) -> list[int]:
         """The likeliest tokens after `ids`, without the one that ends them: plain argmax, whatever sampling, penalties
-        or temperature the base's own generation settings ask for."""
+        or temperature the base's own generation settings ask for.
+
+        Args:
+            stop: given the answer so far after each token; true ends it.
+        """
         model, cache = self.model, self.cache()
         hidden = read_chunks(model.get_decoder(), self._tensor(ids), cache, CHUNK)
         answer: list[int] = []
@@ -141,21 +152,35 @@ class Policy:
             if token in self.ends:
                 return answer
             answer.append(token)
-            if len(answer) >= max_new_tokens:
+            if len(answer) >= max_new_tokens or (stop is not None and stop(answer)):
                 return answer
             hidden = read_chunks(model.get_decoder(), self._tensor([token]), cache, 1)
 
-    @torch.no_grad()
     def losses(self, ids: list[int]) -> Tensor:
         """Next-token loss in nats at each position but the last, float32 [T - 1] on the CPU."""
-        decoder, head, cache = self.model.get_decoder(), self.model.get_output_embeddings(), self.cache()
+        return self.scored(ids, self.cache())[0]
+
+    @torch.no_grad()
+    def scored(self, ids: list[int], cache: Any) -> tuple[Tensor, Tensor]:
+        """`losses` after what `cache` has seen, which is changed, and whether each token was the likeliest, bool
+        [T - 1]. The last token is not read."""
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         tokens = self._tensor(ids)
-        found = [torch.zeros(0)]
+        losses, likeliest = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
         for low in range(0, len(ids) - 1, CHUNK):
-            piece, wanted = tokens[:, low : low + CHUNK], tokens[0, low + 1 : low + CHUNK + 1]
-            hidden = decoder(piece, past_key_values=cache, use_cache=True).last_hidden_state[0, : len(wanted)]
-            found.append(cross_entropy(head(hidden).float(), wanted, reduction="none").cpu())
-        return torch.cat(found)
+            wanted = tokens[0, low + 1 : low + CHUNK + 1]
+            piece = tokens[:, low : low + len(wanted)]
+            logits = head(decoder(piece, past_key_values=cache, use_cache=True).last_hidden_state[0]).float()
+            losses.append(cross_entropy(logits, wanted, reduction="none").cpu())
+            likeliest.append((logits.argmax(-1) == wanted).cpu())
+        return torch.cat(losses), torch.cat(likeliest)
+
+    def read(self, ids: list[int]) -> Any:
+        """A cache that has seen `ids`, which may be none."""
+        cache = self.cache()
+        if ids:
+            read_chunks(self.model.get_decoder(), self._tensor(ids), cache, CHUNK)
+        return cache
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes held after reading `tokens` tokens of one sequence."""
@@ -208,3 +233,20 @@ def exact_part(window: int, sinks: int, adapter: str | None) -> AHNConfig:
 def memory_bytes(cell: str, shape: Shape, lossless: int, element: int) -> int:
     """What a cell holds of one layer besides keys and values: its state, and the gates of the lossless tokens."""
     return 4 * shape.N * shape.H**2 + cells.get(cell).num_gates * shape.N * lossless * element
+
+
+def exact_sizes(base: Any, adapter: str | None, lossless: int | None, sinks: int | None) -> tuple[int, int]:
+    """Window and sinks: as asked for, else the adapter's, else what suits a base of this transformers config.
+
+    Raises:
+        ConfigError: no room is left for a window.
+    """
+    text = base.get_text_config()
+    default = default_config(text, None)
+    if adapter is not None and trained(adapter).config.lossless <= text.max_position_embeddings:
+        default = trained(adapter).config
+    lossless = lossless or default.lossless
+    sinks = min(default.sinks, lossless // 8) if sinks is None else sinks
+    if sinks >= lossless:
+        raise ConfigError(f"{lossless} lossless tokens with {sinks} sinks: expected room for a window")
+    return lossless - sinks, sinks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers.cache_utils import DynamicCache
@@ -63,6 +64,9 @@ class Full(Policy):
 
     def cache(self) -> Any:
         return DynamicCache(config=self.model.config)
+
+    def fork(self, cache: Any) -> Any:
+        return copy.deepcopy(cache)
 
     def cache_bytes(self, tokens: int) -> int:
         return self.shape.kv_elements(tokens) * self.model.dtype.itemsize
