@@ -81,6 +81,7 @@ def _by_length(figure: Any, group: Group) -> bool:
             axes.errorbar(x, y, np.nan_to_num(spread), color=colour[label], marker="o", ms=4, capsize=2, label=label)
         axes.set_title(f"{suite}: mean score of its tasks, 95% interval")
         axes.set_xscale("log", base=2)
+        axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
         axes.set_xticks(lengths, [_count(length) for length in lengths])
         axes.minorticks_off()
         axes.set_ylim(-3, 103)
@@ -100,21 +101,18 @@ def _by_depth(figure: Any, group: Group) -> bool:
                 cells[min(int(row["depth"] * DEPTHS), DEPTHS - 1)].append(row["score"])
     if not found:
         return False
-    lengths = sorted({length for by_length in found.values() for length in by_length})
+    lengths = sorted({length for column in found.values() for length in column})
     labels = [label for label in _order(group) if label in found]
     image = None
     for axes, label in zip(_panels(figure, len(labels)), labels, strict=True):
         values = np.full((DEPTHS, len(lengths)), np.nan)
         for column, length in enumerate(lengths):
-            for row, scores in enumerate(found[label].get(length, [])):
+            for depth, scores in enumerate(found[label].get(length, [])):
                 if scores:
-                    values[row, column] = 100 * sum(scores) / len(scores)
-                    dark = 25 < values[row, column] < 75
-                    colour = "black" if dark else "white"
-                    axes.text(
-                        column, row, f"{values[row, column]:.0f}", ha="center", va="center", fontsize=7, color=colour
-                    )
-        image = axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+                    mean = values[depth, column] = 100 * sum(scores) / len(scores)
+                    colour = "black" if mean > 55 else "white"
+                    axes.text(column, depth, f"{mean:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
         axes.set_facecolor("#dddddd")
         axes.grid(False)
         axes.set_title(label)
@@ -125,38 +123,34 @@ def _by_depth(figure: Any, group: Group) -> bool:
         if group.exact is not None:
             for column, length in enumerate(lengths):
                 edge = max(0.0, 1 - group.exact[0] / length) * DEPTHS - 0.5
-                axes.plot([column - 0.5, column + 0.5], [edge, edge], color="black", linewidth=1.5)
-    figure.colorbar(image, ax=figure.axes, label="score (grey: none; line: where the window begins)", shrink=0.8)
+                axes.plot([column - 0.5, column + 0.5], [edge, edge], color="#ff4d4d", linewidth=1.5)
+    figure.colorbar(image, ax=figure.axes, label="score (grey: none; red: where the window begins)", shrink=0.8)
     return True
 
 
 def _by_cost(figure: Any, group: Group) -> bool:
     """Score by cache and by FLOPs"""
-    blocks = [(s, n, tasks) for s, n, tasks in group.blocks() if not is_loss(tasks)]
-    if not blocks:
-        return False
-    colour, panels = _colours(group), _panels(figure, 2 * len(blocks))
-    for i, (suite, length, by_task) in enumerate(blocks):
-        for axes, key, unit in (
-            (panels[2 * i], "cache_bytes", "cache (share of full attention's)"),
-            (panels[2 * i + 1], "model_flops", "FLOPs (share of full attention's)"),
-        ):
-            for label in _labels(by_task):
-                if not all(label in found for found in by_task.values()):
-                    continue
-                mean = statistics.interval(*(statistics.scores(found[label]) for found in by_task.values()))
+    lines: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for suite, _, by_task in group.blocks():
+        for label in [] if is_loss(by_task) else _labels(by_task):
+            if all(label in found for found in by_task.values()):
+                mean = statistics.interval(*(statistics.scores(found[label]) for found in by_task.values())).mean
                 costs = [found[label].config["cost"] for found in by_task.values()]
-                share = 100 * sum(cost[key] / cost[f"full_{key}"] for cost in costs) / len(costs)
-                spread = np.nan_to_num([[mean.mean - mean.low], [mean.high - mean.mean]]) * 100
-                axes.errorbar(
-                    [share], [100 * mean.mean], spread, color=colour[label], marker="o", capsize=2, label=label
-                )
-            axes.set_title(suite if length is None else f"{suite}, {_count(length)} tokens")
-            axes.set_xlim(0, None)
+                cache, flops = (sum(cost[key] for cost in costs) / len(costs) for key in ("cache_bytes", "model_flops"))
+                lines.setdefault(suite, {}).setdefault(label, []).append((cache / 1e6, flops / 1e12, 100 * mean))
+    if not lines:
+        return False
+    colour, panels = _colours(group), _panels(figure, 2 * len(lines), columns=2)
+    for i, (suite, points) in enumerate(lines.items()):
+        for axes, k, name in ((panels[2 * i], 0, "cache (MB)"), (panels[2 * i + 1], 1, "FLOPs of reading (T)")):
+            for label, found in points.items():
+                x, y = [point[k] for point in found], [point[2] for point in found]
+                axes.plot(x, y, color=colour[label], linewidth=1, label=label)
+                axes.scatter(x, y, [16 + 14 * n for n in range(len(x))], color=colour[label])
+            axes.set_title(f"{suite}: score by {name}" + (", larger dots: longer texts" if len(x) > 1 else ""))
+            axes.set_xscale("log")
             axes.set_ylim(-3, 103)
-            axes.xaxis.set_major_formatter("{x:g}%")
-            axes.set_xlabel(unit)
-            axes.set_ylabel("score")
+            axes.set_xlabel(name)
         panels[2 * i].legend(fontsize=9)
     return True
 
@@ -170,7 +164,7 @@ def _by_position(figure: Any, group: Group) -> bool:
                 found[task if length is None else f"{task}, {_count(length)} tokens"] = results
     if not found:
         return False
-    colour, panels = _colours(group), _panels(figure, 2 * len(found))
+    colour, panels = _colours(group), _panels(figure, 2 * len(found), columns=2)
     for i, (title, results) in enumerate(found.items()):
         whole, gain = panels[2 * i], panels[2 * i + 1]
         for label, result in results.items():
@@ -181,10 +175,12 @@ def _by_position(figure: Any, group: Group) -> bool:
                 gains = [a - b for a, b in zip(_positions(window), y, strict=False)]
                 gain.plot(x[: len(gains)], gains, color=colour[label])
         whole.set_title(f"{title}: loss (nats a token)")
-        gain.set_title("how much lower than with sinks and window alone")
+        gain.set_title("how much lower than the window's")
         gain.axhline(0, color=FIXED["window"])
         for axes in (whole, gain):
-            axes.set_xlabel("position (tokens)")
+            axes.set_xlabel("position (tokens); dashed: the end of what is lossless")
+            axes.set_xticks([max(BIN * len(_positions(r)) for r in results.values()) * k / 4 for k in range(5)])
+            axes.xaxis.set_major_formatter(lambda tokens, _: _count(int(tokens)))
             if group.exact is not None:
                 axes.axvline(sum(group.exact), color="#999999", linewidth=1, linestyle=(0, (4, 3)))
         whole.legend(fontsize=9)
@@ -197,11 +193,11 @@ def _positions(result: Result) -> list[float]:
     return [sum(text[k] for text in texts) / len(texts) for k in range(min(map(len, texts)))]
 
 
-def _panels(figure: Any, count: int) -> list[Any]:
-    """Axes side by side, at most three in a row."""
-    columns = min(count, 2 if count in (2, 4) else 3)
+def _panels(figure: Any, count: int, columns: int = 3) -> list[Any]:
+    """Axes side by side, at most so many in a row."""
+    columns = min(count, 2 if count == 4 else columns)
     rows = math.ceil(count / columns)
-    figure.set_size_inches(max(5.5, 3.9 * columns), 3.6 * rows)
+    figure.set_size_inches(max(5.5, 4.2 * columns), 3.6 * rows)
     return [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 

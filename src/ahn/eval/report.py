@@ -36,12 +36,15 @@ class Table:
         return "\n".join(lines)
 
     def html(self) -> str:
-        def row(tag: str, cells: list[str]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        def cell(text: str) -> str:
+            verdict = text.rpartition(" ")[2]
+            mark = f' class="{verdict}"' if verdict in ("better", "worse") else ""
+            return f"<td{mark}>{html.escape(text)}</td>"
 
-        body = "\n".join(row("td", cells) for cells in self.rows)
+        head = "".join(f"<th>{html.escape(text)}</th>" for text in self.head)
+        body = "\n".join(f"<tr>{''.join(map(cell, cells))}</tr>" for cells in self.rows)
         note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
-        return f"<h3>{html.escape(self.title)}</h3>{note}<table>{row('th', self.head)}\n{body}</table>"
+        return f"<h3>{html.escape(self.title)}</h3>{note}<table><tr>{head}</tr>\n{body}</table>"
 
 
 @dataclass(frozen=True)
@@ -339,6 +342,7 @@ body {{ color: #222; background: #fff }}
 table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
 th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }}
 th:first-child, td:first-child {{ text-align: left }}
+.better {{ background: #dcf2e4 }} .worse {{ background: #fbe0dd }}
 figure {{ margin: 1rem 0 }} svg {{ max-width: 100%; height: auto }}
 </style></head><body><h1>Memories compared</h1>
 {body}
