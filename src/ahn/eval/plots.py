@@ -147,10 +147,10 @@ def _by_cost(figure: Any, group: Group) -> bool:
                 x, y = [point[k] for point in found], [point[2] for point in found]
                 axes.plot(x, y, color=colour[label], linewidth=1, label=label)
                 axes.scatter(x, y, [16 + 14 * n for n in range(len(x))], color=colour[label])
-            axes.set_title(f"{suite}: score by {name}" + (", larger dots: longer texts" if len(x) > 1 else ""))
-            axes.set_xscale("log")
+            axes.set_title(f"{suite}: score by {name}")
             axes.set_ylim(-3, 103)
-            axes.set_xlabel(name)
+            axes.set_xlim(0, None)
+            axes.set_xlabel(name + ("; larger dots: longer texts" if len(x) > 1 else ""))
         panels[2 * i].legend(fontsize=9)
     return True
 
