@@ -35,3 +35,7 @@ class MemoryFileError(AHNError, ValueError):
 
 class DocumentError(AHNError, ValueError):
     """A document that is missing, empty or not text."""
+
+
+class EvalError(AHNError, ValueError):
+    """A measurement that cannot be made: an unknown task or metric, missing data, a library that is not installed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -15,16 +15,35 @@ from ahn.errors import ConfigError
 T = TypeVar("T", bound=type)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What was expected where `name` is not among the `known`, and the nearest of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"expected one of {', '.join(names)}{hint}"
+
+
 class Registry(Generic[T]):
     """Names to classes.
 
     A class is found under its file's name in `package`, in the entry-point group of the same name
-    (`my_cell = "my_package:MyCell"`), or after `register`. Nothing is imported before it is asked for. `joint` stands
-    in names where files have an underscore.
+    (`my_cell = "my_package:MyCell"`), or after `register`. Nothing is imported before it is asked for.
+
+    Args:
+        kind: what messages call it. hidden: files that define none.
+        attribute: of the class, which has the file's name as its value.
+        joint: stands in names where files have an underscore.
     """
 
-    def __init__(self, kind: str, package: str, hidden: tuple[str, ...] = ("base",), joint: str = "_") -> None:
-        self.kind, self.package, self.hidden, self.joint = kind, package, hidden, joint
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        hidden: tuple[str, ...] = ("base",),
+        attribute: str = "name",
+        joint: str = "_",
+    ) -> None:
+        self.kind, self.package, self.hidden, self.attribute, self.joint = kind, package, hidden, attribute, joint
         self._loaders: dict[str, Callable[[], Any]] = {}
 
     def register(self, name: str, cls: T) -> T:
@@ -38,9 +57,7 @@ class Registry(Generic[T]):
         """Raises ConfigError with the nearest name if `name` is not known."""
         found = self._found()
         if name not in found:
-            near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown {self.kind} {name!r}: expected one of {', '.join(sorted(found))}{hint}")
+            raise ConfigError(f"unknown {self.kind} {name!r}: {did_you_mean(name, found)}")
 
     def get(self, name: str) -> T:
         self.check_name(name)
@@ -50,7 +67,7 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.package)
         files = [m.name for m in pkgutil.iter_modules(package.__path__)]
         found: dict[str, Callable[[], Any]] = {
-            (name := file.replace("_", self.joint)): partial(_class_in_file, self.package, file, name)
+            (name := file.replace("_", self.joint)): partial(_class_in_file, self.package, file, self.attribute, name)
             for file in files
             if file not in self.hidden
         }
@@ -59,10 +76,11 @@ class Registry(Generic[T]):
         return found | self._loaders
 
 
-def _class_in_file(package: str, file: str, name: str) -> type:
-    """The class that `file` defines: the one whose `name` attribute is `name`."""
+def _class_in_file(package: str, file: str, attribute: str, name: str) -> type:
+    """The class that `file` defines: the one whose attribute is `name`."""
     module = importlib.import_module(f"{package}.{file}")
     for value in vars(module).values():
-        if isinstance(value, type) and value.__module__ == module.__name__ and getattr(value, "name", None) == name:
+        own = isinstance(value, type) and value.__module__ == module.__name__
+        if own and getattr(value, attribute, None) == name:
             return value
-    raise ConfigError(f"{package}.{file} defines no class with name = {name!r}")
+    raise ConfigError(f"{package}.{file} defines no class with {attribute} = {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ahn.dialogue import LABEL, SEPARATOR, Dialogue
+from ahn.eval.articles import shuffled_paragraphs
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,7 @@ def contexts(
         records: with `paragraphs`, each with `context` and `qas` (`question`, `answers`).
         tokenizer: a fast one.
     """
-    articles = list(records)
-    random.Random(seed).shuffle(articles)
-    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-    texts = [paragraph["context"].strip() for paragraph in paragraphs]
-    sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    paragraphs, texts, sizes = shuffled_paragraphs(records, tokenizer, seed)
     dialogue = Dialogue(tokenizer)
     found: list[Context] = []
     first = tokens = 0

@@ -1,0 +1,63 @@
+"""LongBench v1 (arXiv 2308.14508): 21 sets in English, Chinese and code."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from ahn.eval.data import benchmark
+from ahn.eval.tasks.base import Example, FixedTask, Record, Span, fill, only_place
+
+FEW_SHOT = ("trec", "triviaqa", "samsum", "lsht")
+CODE = ("lcc", "repobench-p")
+_PARAGRAPH = re.compile(r"^(?:Paragraph |段落)(\d+)[:：]", re.MULTILINE)
+
+
+class LongBench(FixedTask):
+    """Prompts, lengths of answers and metrics: `data/longbench.json`.
+
+    The few-shot and code sets are continued as they are, the others asked as chats. Of a few-shot answer the first line
+    counts. The best over the right answers is the score.
+
+    The evidence is known for the paragraph to be retrieved, and for multifieldqa where the answer occurs once.
+    """
+
+    suite = "longbench"
+    sets = tuple(name for name in benchmark("longbench") if not name.startswith(("_", "infinitebench")))
+    groups: ClassVar = {"paper": ("dureader", "hotpotqa", "musique", "narrativeqa", "qmsum", "triviaqa")}
+
+    @property
+    def metric(self) -> str:
+        return benchmark("longbench")[self.set]["metric"]
+
+    def example(self, record: Record) -> Example:
+        settings = benchmark("longbench")[self.set]
+        context, answers = record.text("context"), record.texts("answers")
+        prompt, start = fill(settings["prompt"], context, input=record.text("input"))
+        evidence = self._evidence(context, answers)
+        return Example(
+            id=record.text("_id"),
+            prompt=prompt,
+            answers=answers,
+            chat=self.set not in FEW_SHOT + CODE,
+            max_new_tokens=settings["max_new_tokens"],
+            evidence=evidence and (evidence[0] + start, evidence[1] + start),
+            depth=evidence and evidence[0] / len(context),
+            extra={"all_classes": record.fields.get("all_classes")},
+        )
+
+    def clean(self, prediction: str) -> str:
+        return prediction.lstrip("\n").split("\n")[0] if self.set in FEW_SHOT else prediction
+
+    def hub(self, length: int | None) -> str:
+        return f"zai-org/LongBench/data.zip::data/{self.set}.jsonl"
+
+    def _evidence(self, context: str, answers: tuple[str, ...]) -> Span | None:
+        if self.set.startswith("multifieldqa"):
+            return only_place(context, answers[0].strip().rstrip("。."))
+        if self.set.startswith("passage_retrieval"):
+            heads = list(_PARAGRAPH.finditer(context))
+            for i, head in enumerate(heads):
+                if head[0].rstrip(":：") == answers[0]:
+                    return head.start(), heads[i + 1].start() if i + 1 < len(heads) else len(context)
+        return None

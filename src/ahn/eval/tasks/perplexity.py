@@ -1,0 +1,69 @@
+"""Loss by position on long texts: PG19 (arXiv 1911.05507), or any text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ahn.errors import EvalError
+from ahn.eval.tasks.base import SUFFIXES, Example, Task, hub, open_text, read
+
+PG19 = "emozilla/pg19"
+TEXT_SUFFIXES = (".txt", ".md", ".txt.xz", ".md.xz")
+
+
+class Perplexity(Task):
+    """The first `length` tokens of each text that has so many, so that every position is a mean over the same texts.
+
+    `pg19` is the test split of the hub unless `data` says otherwise; `text` is `data`: a text file, JSON lines with
+    `text`, or a folder of both.
+    """
+
+    suite = "perplexity"
+    sets = ("pg19", "text")
+    groups: ClassVar = {}
+    kind: ClassVar[Literal["generate", "loss"]] = "loss"
+
+    def examples(
+        self, *, tokenizer: Any, length: int | None, data: Path | None, seed: int, limit: int | None
+    ) -> Iterator[Example]:
+        texts = list(self._texts(data))
+        longest = given = 0
+        for i in self.chosen(len(texts), seed, None if length else limit):
+            if given == limit:
+                return
+            name, text = texts[i]
+            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ends = [end for _, end in offsets.offset_mapping]
+            longest = max(longest, len(ends))
+            if length is None or len(ends) >= length:
+                given += 1
+                cut = text if length is None else text[: ends[length - 1]]
+                yield Example(id=name, prompt=cut, answers=(), chat=False, max_new_tokens=0)
+        if not given:
+            raise EvalError(f"{self.name}: length {length}: the longest of {len(texts)} texts has {longest} tokens")
+
+    def score(self, example: Example, prediction: str) -> float:
+        raise EvalError(f"{self.name}: measures losses, there is no answer to score")
+
+    def _texts(self, data: Path | None) -> Iterator[tuple[str, str]]:
+        """Names and texts."""
+        if data is None:
+            if self.set == "text":
+                raise EvalError(f"{self.name}: needs data: a text file, JSON lines with text, or a folder of both")
+            for number, record in enumerate(hub(PG19, split="test")):
+                yield str(number), record.text("text")
+            return
+        if not data.exists():
+            raise EvalError(f"{data}: no such file or folder; expected the data of {self.name}")
+        files = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
+        files = [path for path in files if path.name.endswith(TEXT_SUFFIXES + SUFFIXES)]
+        if not files:
+            raise EvalError(f"{data}: no text; expected {', '.join(TEXT_SUFFIXES + SUFFIXES)}")
+        for path in files:
+            if path.name.endswith(SUFFIXES):
+                for number, record in enumerate(read(path)):
+                    yield f"{path.name}/{number}", record.text("text")
+            else:
+                yield path.name if data.is_file() else str(path.relative_to(data)), open_text(path)
