@@ -258,14 +258,14 @@ def _cost(result: Result) -> list[str]:
         value, full = cost[key], cost[f"full_{key}"]
         shares.append(f"{quantity(value)}{unit} ({value / full:.1%})")
     added = cost["parameters_added"]
-    return [f"+{quantity(added)}" if added else "0", *shares]
+    return [f"+{quantity(added)}".strip() if added else "0", *shares]
 
 
 def quantity(value: float) -> str:
     """Three figures with a decimal prefix."""
     prefix, scale = next(((p, s) for p, s in UNITS if value >= s), ("", 1))
     number = value / scale
-    return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} {prefix}"
+    return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} {prefix}" if prefix else f"{value:g} "
 
 
 def _made_with(group: Group) -> str:

@@ -172,7 +172,7 @@ def _run_all(
     for cls in classes:
         todo = []
         for one in work:
-            identifying = {"task": one.task.name, "length": one.length, "policy": cls.name}
+            identifying: dict[str, Any] = {"task": one.task.name, "length": one.length, "policy": cls.name}
             identifying |= {"settings": cls.settings(**options.memory), **about}
             folder = results.folder_of(output, identifying)
             if team.first:

@@ -11,7 +11,7 @@ from ahn.eval.policies.base import Policy, digest, trained
 
 
 class Ahn(Policy):
-    """The memory of any adapter, ours or the authors'."""
+    """Sinks, window and the memory of any adapter, ours or the authors'."""
 
     name = "ahn"
     needs_adapter = True

@@ -11,8 +11,11 @@ from ahn.eval.policies.ahn import Ahn
 
 
 class AhnZeroed(Ahn):
-    """The memory is written as always and costs the same; its reads are zero. For a cell whose output is a projection
-    of the read this is the window alone, computed the long way round, and must score the same."""
+    """The trained memory with every read set to zero.
+
+    It is written as always and costs the same. For a cell whose output is a projection of the read this is the window
+    alone, computed the long way round, and must score the same.
+    """
 
     name = "ahn-zeroed"
 

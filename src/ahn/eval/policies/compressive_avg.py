@@ -4,7 +4,7 @@ from ahn.eval.policies.compressive import Compressive
 
 
 class CompressiveAvg(Compressive):
-    """The mean of four."""
+    """Sinks, window, and the evicted keys and values pooled by fours: the mean."""
 
     name = "compressive-avg"
     maximum = False

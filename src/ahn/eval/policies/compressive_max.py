@@ -4,7 +4,7 @@ from ahn.eval.policies.compressive import Compressive
 
 
 class CompressiveMax(Compressive):
-    """The largest of four, number by number."""
+    """Sinks, window, and the evicted keys and values pooled by fours: the largest, number by number."""
 
     name = "compressive-max"
     maximum = True

@@ -13,7 +13,7 @@ from ahn.eval.policies.base import Policy
 
 
 class Full(Policy):
-    """The base through transformers' own attention and cache, without any of this package's.
+    """Full attention: the base through transformers' own attention and cache.
 
     With `yarn`, the rotary frequencies are stretched by that factor (YaRN, arXiv 2309.00071, as in transformers)
     whatever the length of the text, so that the base has that many times its positions.

@@ -8,8 +8,10 @@ from ahn.eval.policies.base import Policy, exact_part
 
 
 class Window(Policy):
-    """The baseline all differences are taken against. Same lossless tokens as the memory, so it holds fewer bytes than
-    the memory, by the cell's state and gates."""
+    """Sinks and window alone: the baseline of all differences.
+
+    It keeps the lossless tokens that the memory keeps, and so holds fewer bytes, by the cell's state and gates.
+    """
 
     name = "window"
 
