@@ -164,6 +164,19 @@ def test_full_refuses_what_is_longer_than_its_positions(folder):
     policies.get("window").check(config, 100_000, window=WINDOW, sinks=SINKS)
 
 
+def test_full_refuses_positions_that_change_within_a_text():
+    from transformers import Phi3Config
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    rope |= {"original_max_position_embeddings": 128}
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    config = Phi3Config(**shape, original_max_position_embeddings=128, rope_parameters=rope, pad_token_id=0)
+    full = policies.get("full")
+    full.check(config, 128, window=WINDOW, sinks=SINKS)
+    with pytest.raises(ConfigError, match="129 tokens.*from 128 on"):
+        full.check(config, 129, window=WINDOW, sinks=SINKS)
+
+
 def test_yarn_is_that_of_transformers(folder, make):
     from transformers import AutoConfig, AutoModelForCausalLM
 

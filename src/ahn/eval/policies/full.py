@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache
 
+from ahn.augmentation import CHANGING
 from ahn.cost import cost
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Policy
@@ -33,6 +34,12 @@ class Full(Policy):
                 raise ConfigError(f"yarn={yarn:g}: expected a factor of at least 1")
             if kind != "default":
                 raise ConfigError(f"yarn={yarn:g}: this base already scales its positions ({kind})")
+        short = _rope(base).get("original_max_position_embeddings")
+        if _rope(base).get("rope_type") in CHANGING and short is not None and longest > short:
+            raise ConfigError(
+                f"policy full: {longest:,} tokens of prompt and answer, but from {short:,} on this base's positions are "
+                "others, so that it cannot read in chunks: leave `full` out, or choose a smaller length"
+            )
         positions = int(base.get_text_config().max_position_embeddings * (yarn or 1))
         if longest > positions:
             more = longest / base.get_text_config().max_position_embeddings
