@@ -37,8 +37,8 @@ class Full(Policy):
         short = _rope(base).get("original_max_position_embeddings")
         if _rope(base).get("rope_type") in CHANGING and short is not None and longest > short:
             raise ConfigError(
-                f"policy full: {longest:,} tokens of prompt and answer, but from {short:,} on this base's positions are "
-                "others, so that it cannot read in chunks: leave `full` out, or choose a smaller length"
+                f"policy full: {longest:,} tokens of prompt and answer, but from {short:,} on this base's positions "
+                "are others, so that it cannot read in chunks: leave `full` out, or choose a smaller length"
             )
         positions = int(base.get_text_config().max_position_embeddings * (yarn or 1))
         if longest > positions:
