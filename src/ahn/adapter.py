@@ -159,7 +159,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
     """
     trained = read_adapter(folder)
     if not hasattr(model, "ahn_config"):
-        _check_shape(trained, base_shape(model.config))
+        check_shape(trained, base_shape(model.config))
         augment(model, _fitting(trained.config, model.config.get_text_config()))
     apply(trained, model)
     return model
@@ -179,7 +179,7 @@ def convert(
     trained, destination = read_adapter(source), Path(destination)
     if base is not None:
         model = bases.load_base(base, dtype="auto", device="cpu")
-        _check_shape(trained, base_shape(model.config))
+        check_shape(trained, base_shape(model.config))
         try:
             with bases.quiet():
                 model.save_pretrained(destination)
@@ -229,7 +229,7 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
     """Copy an adapter's weights into an augmented model, after all checks. Raises AdapterError."""
     config: AHNConfig = model.ahn_config
     source = adapter.source
-    _check_shape(adapter, base_shape(model.config))
+    check_shape(adapter, base_shape(model.config))
     for name in ("cell", "layers"):
         ours, theirs = getattr(config, name), getattr(adapter.config, name)
         if ours != theirs:
@@ -275,7 +275,7 @@ def base_shape(config: Any) -> dict[str, int]:
     }
 
 
-def _check_shape(adapter: Adapter, shape: dict[str, int]) -> None:
+def check_shape(adapter: Adapter, shape: dict[str, int]) -> None:
     different = [
         f"{key} {adapter.shape.get(key)}, not {value}"
         for key, value in shape.items()

@@ -32,10 +32,18 @@ class Registry(Generic[T]):
     Args:
         kind: what messages call it. hidden: files that define none.
         attribute: of the class, which has the file's name as its value.
+        joint: stands in names where files have an underscore.
     """
 
-    def __init__(self, kind: str, package: str, hidden: tuple[str, ...] = ("base",), attribute: str = "name") -> None:
-        self.kind, self.package, self.hidden, self.attribute = kind, package, hidden, attribute
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        hidden: tuple[str, ...] = ("base",),
+        attribute: str = "name",
+        joint: str = "_",
+    ) -> None:
+        self.kind, self.package, self.hidden, self.attribute, self.joint = kind, package, hidden, attribute, joint
         self._loaders: dict[str, Callable[[], Any]] = {}
 
     def register(self, name: str, cls: T) -> T:
@@ -59,20 +67,20 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.package)
         files = [m.name for m in pkgutil.iter_modules(package.__path__)]
         found: dict[str, Callable[[], Any]] = {
-            name: partial(_class_in_file, self.package, name, self.attribute)
-            for name in files
-            if name not in self.hidden
+            (name := file.replace("_", self.joint)): partial(_class_in_file, self.package, file, self.attribute, name)
+            for file in files
+            if file not in self.hidden
         }
         for point in entry_points(group=self.package):
             found[point.name] = point.load
         return found | self._loaders
 
 
-def _class_in_file(package: str, name: str, attribute: str) -> type:
-    """The class that file `name` defines: the one whose attribute is the file's name."""
-    module = importlib.import_module(f"{package}.{name}")
+def _class_in_file(package: str, file: str, attribute: str, name: str) -> type:
+    """The class that `file` defines: the one whose attribute is `name`."""
+    module = importlib.import_module(f"{package}.{file}")
     for value in vars(module).values():
         own = isinstance(value, type) and value.__module__ == module.__name__
         if own and getattr(value, attribute, None) == name:
             return value
-    raise ConfigError(f"{package}.{name} defines no class with {attribute} = {name!r}")
+    raise ConfigError(f"{package}.{file} defines no class with {attribute} = {name!r}")

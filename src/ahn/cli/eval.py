@@ -1,0 +1,100 @@
+"""Compare ways to remember on benchmarks: one command, one folder of results.
+
+  ahn eval --base qwen2.5-0.5b --adapter A --tasks ruler --length 8192 --lossless 1024 --output results
+  ahn eval --list
+
+Every combination of task, length and policy is run on the same prompts. What is done already is not done again, so an
+interrupted run goes on where it was. On several GPUs: torchrun --nproc-per-node 8 -m ahn eval ... `ahn report` makes
+tables and plots of the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from ahn.cli import _options
+from ahn.errors import ConfigError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    one, shown = _options.at_least(1), "(default: %(default)s)"
+    parser.add_argument("--list", action="store_true", help="show tasks and policies")
+    parser.add_argument("--tasks", nargs="+", metavar="T", default=[], help="tasks, suites or groups of tasks")
+    parser.add_argument(
+        "--policies", nargs="+", metavar="P", help="default: window, and with an adapter ahn (--list shows all)"
+    )
+    parser.add_argument("--length", nargs="+", type=one, metavar="N", help="tokens of a prompt (default: the task's)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the benchmarks' data (default: from the hub)")
+    parser.add_argument("--limit", type=one, metavar="N", help="examples of each task, at most")
+    parser.add_argument("--seed", type=_options.at_least(0), default=0, metavar="N", help=f"of what is drawn {shown}")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", default="results", help=f"{shown}")
+    group = parser.add_argument_group("model and memory")
+    group.add_argument("--base", metavar="B", default="smollm2-135m", help=f"hub id, folder or .gguf file {shown}")
+    group.add_argument("--adapter", metavar="A", help="trained memory: folder, hub id, or the name of a shipped one")
+    group.add_argument("--lossless", type=one, metavar="N", help="tokens kept exactly, sinks included")
+    group.add_argument("--sinks", type=_options.at_least(0), metavar="N", help="first tokens of these")
+    group.add_argument("--yarn", type=float, metavar="F", help="for full: extend the base's positions F times")
+    group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
+    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ahn.eval import tasks
+
+    if args.list:
+        print("\n".join(_listing()))
+        return
+    if not args.tasks:
+        raise ConfigError("--tasks: expected at least one; `ahn eval --list` shows them")
+    wanted = tasks.expand(args.tasks)
+    from ahn.eval import policies
+
+    for name in args.policies or ():
+        policies.check_name(name)
+    if args.data is not None and not args.data.exists():
+        raise ConfigError(f"--data {args.data}: no such file or folder")
+    if args.output.exists() and not args.output.is_dir():
+        raise ConfigError(f"--output {args.output}: is no folder")
+
+    import transformers
+
+    from ahn.bases import base_config
+    from ahn.eval import report, results, runner
+    from ahn.eval.policies.base import exact_sizes
+
+    transformers.logging.set_verbosity_error()
+    window, sinks = exact_sizes(base_config(args.base), args.adapter, args.lossless, args.sinks)
+    options = runner.Options(
+        base=args.base,
+        window=window,
+        sinks=sinks,
+        adapter=args.adapter,
+        dtype=args.dtype,
+        device=args.device,
+        yarn=args.yarn,
+        data=args.data,
+        seed=args.seed,
+        limit=args.limit,
+    )
+    names = args.policies or ["window", *(["ahn"] if args.adapter else [])]
+    from ahn.cli._session import console
+
+    folders = runner.run(wanted, names, args.length or [None], options, args.output, console.print)
+    from ahn.eval.processes import first_process
+
+    if first_process():
+        print(report.markdown([results.load(folder) for folder in folders]))
+
+
+def _listing() -> Iterator[str]:
+    from ahn.eval import policies, tasks
+
+    for group, names in tasks.groups().items():
+        sets = ", ".join(name.partition("/")[2] for name in names)
+        yield f"{group:<24}{sets}"
+    yield ""
+    for name in policies.names():
+        cls = policies.get(name)
+        yield f"{name:<24}{(cls.__doc__ or '').strip().splitlines()[0]}"

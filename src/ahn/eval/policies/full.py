@@ -1,0 +1,87 @@
+"""Full attention: the base as it is, or with its positions extended by YaRN."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers.cache_utils import DynamicCache
+
+from ahn.augmentation import CHANGING
+from ahn.cost import cost
+from ahn.errors import ConfigError
+from ahn.eval.policies.base import Policy
+
+
+class Full(Policy):
+    """Full attention: the base through transformers' own attention and cache.
+
+    With `yarn`, the rotary frequencies are stretched by that factor (YaRN, arXiv 2309.00071, as in transformers)
+    whatever the length of the text, so that the base has that many times its positions.
+    """
+
+    name = "full"
+    uses_window = False
+
+    @classmethod
+    def check(
+        cls, base: Any, longest: int, *, window: int, sinks: int, adapter: str | None = None, yarn: float | None = None
+    ) -> None:
+        super().check(base, longest, window=window, sinks=sinks, adapter=adapter, yarn=yarn)
+        if yarn is not None:
+            kind = _rope(base).get("rope_type", "default")
+            if yarn < 1:
+                raise ConfigError(f"yarn={yarn:g}: expected a factor of at least 1")
+            if kind != "default":
+                raise ConfigError(f"yarn={yarn:g}: this base already scales its positions ({kind})")
+        short = _rope(base).get("original_max_position_embeddings")
+        if _rope(base).get("rope_type") in CHANGING and short is not None and longest > short:
+            raise ConfigError(
+                f"policy full: {longest:,} tokens of prompt and answer, but from {short:,} on this base's positions "
+                "are others, so that it cannot read in chunks: leave `full` out, or choose a smaller length"
+            )
+        positions = int(base.get_text_config().max_position_embeddings * (yarn or 1))
+        if longest > positions:
+            more = longest / base.get_text_config().max_position_embeddings
+            raise ConfigError(
+                f"policy full: {longest:,} tokens of prompt and answer, but the base has {positions:,} positions: "
+                f"leave `full` out, choose a smaller length, or extend them with --yarn {-(-more // 0.5) / 2:g}"
+            )
+
+    @classmethod
+    def settings(
+        cls, *, window: int, sinks: int, adapter: str | None = None, yarn: float | None = None
+    ) -> dict[str, Any]:
+        return {} if yarn is None else {"yarn": yarn}
+
+    @property
+    def context(self) -> int | None:
+        return self.model.config.get_text_config().max_position_embeddings
+
+    def prepare(self) -> None:
+        self.model.requires_grad_(False)
+        if self.yarn is None:
+            return
+        config, decoder = self.model.config.get_text_config(), self.model.get_decoder()
+        positions = config.max_position_embeddings
+        scaling = {"rope_type": "yarn", "factor": self.yarn, "original_max_position_embeddings": positions}
+        config.rope_parameters = _rope(config) | scaling
+        config.max_position_embeddings = int(positions * self.yarn)
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(self.model.device)
+
+    def cache(self) -> Any:
+        return DynamicCache(config=self.model.config)
+
+    def fork(self, cache: Any) -> Any:
+        return copy.deepcopy(cache)
+
+    def cache_bytes(self, tokens: int) -> int:
+        return self.shape.kv_elements(tokens) * self.model.dtype.itemsize
+
+    def flops(self, tokens: int) -> tuple[int, int]:
+        found = cost(self.shape, tokens, cell=None)
+        return found.mixing.full, found.flops.full
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    return dict(getattr(config.get_text_config(), "rope_parameters", None) or {})

@@ -1,0 +1,23 @@
+"""Sinks and window: what has left the window is gone."""
+
+from __future__ import annotations
+
+from ahn.augmentation import augment
+from ahn.cost import cost
+from ahn.eval.policies.base import Policy, exact_part
+
+
+class Window(Policy):
+    """Sinks and window alone: the baseline of all differences.
+
+    It keeps the lossless tokens that the memory keeps, and so holds fewer bytes, by the cell's state and gates.
+    """
+
+    name = "window"
+
+    def prepare(self) -> None:
+        augment(self.model, exact_part(self.window, self.sinks, self.adapter))
+
+    def flops(self, tokens: int) -> tuple[int, int]:
+        found = cost(self.shape, tokens, self.window, self.sinks, None)
+        return found.mixing.memory, found.flops.memory

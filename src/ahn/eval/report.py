@@ -1,0 +1,350 @@
+"""Tables like the paper's (2, 3, 5 and 6) and plots of what `ahn eval` wrote.
+
+Results are compared where everything but the policy is equal: base, dtype, seed, window and sinks. What is worse than
+the window is said in the same place and the same words as what is better.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ahn.eval import statistics
+from ahn.eval.results import Result
+from ahn.eval.statistics import Interval
+
+ORDER = ("full", "window", "compressive-max", "compressive-avg", "ahn-zeroed", "ahn")  # the paper's
+WIDE = 8  # tasks; more are rows, as in the paper's table 6
+BASELINE = "window"
+UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
+
+Exact = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [f"### {self.title}", "", self.note, ""] if self.note else [f"### {self.title}", ""]
+        lines += [_line(self.head), _line(["-"] * len(self.head)), *map(_line, self.rows), ""]
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        def cell(text: str) -> str:
+            verdict = text.rpartition(" ")[2]
+            mark = f' class="{verdict}"' if verdict in ("better", "worse") else ""
+            return f"<td{mark}>{html.escape(text)}</td>"
+
+        head = "".join(f"<th>{html.escape(text)}</th>" for text in self.head)
+        body = "\n".join(f"<tr>{''.join(map(cell, cells))}</tr>" for cells in self.rows)
+        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
+        return f"<h3>{html.escape(self.title)}</h3>{note}<table><tr>{head}</tr>\n{body}</table>"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Results that can be compared: `results[length][task][label]`."""
+
+    base: str
+    exact: Exact | None
+    results: dict[int | None, dict[str, dict[str, Result]]]
+
+    @property
+    def title(self) -> str:
+        if self.exact is None:
+            return self.base
+        window, sinks = self.exact
+        return f"{self.base}, {window + sinks:,} lossless tokens ({sinks} sinks + {window:,} window)"
+
+    def blocks(self) -> Iterator[tuple[str, int | None, dict[str, dict[str, Result]]]]:
+        """Suite, length, and the results of the suite's tasks of one kind, by task and label."""
+        for length, by_task in self.results.items():
+            kinds = {task: _kind(found) for task, found in by_task.items()}
+            for suite, kind in dict.fromkeys(kinds.values()):
+                yield suite, length, {task: f for task, f in by_task.items() if kinds[task] == (suite, kind)}
+
+
+def grouped(results: Sequence[Result]) -> list[Group]:
+    """Results that keep everything, as `full` does, are in all groups of their base."""
+
+    def base(result: Result) -> tuple[object, ...]:
+        return tuple(result.config[key] for key in ("base", "base_config", "dtype", "seed"))
+
+    def exact(result: Result) -> Exact | None:
+        return None if result.config["window"] is None else (result.config["window"], result.config["sinks"])
+
+    found = []
+    for key in dict.fromkeys(map(base, results)):
+        mine = [result for result in results if base(result) == key]
+        for size in sorted({exact(result) for result in mine} - {None}, key=str) or [None]:
+            here = [result for result in mine if exact(result) in (size, None)]
+            labels = _labels(here)
+            by_length: dict[int | None, dict[str, dict[str, Result]]] = {}
+            for result in sorted(here, key=_place):
+                at = by_length.setdefault(result.config["length"], {})
+                at.setdefault(result.config["task"], {})[labels[id(result)]] = result
+            found.append(Group(str(mine[0].config["base"]), size, by_length))
+    return found
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """All tables."""
+    parts = []
+    for group in grouped(results):
+        parts.append(f"## {group.title}\n\n{_made_with(group)}\n")
+        parts += [table.markdown() for table in tables(group)]
+    return "\n".join(parts)
+
+
+def page(results: Sequence[Result]) -> str:
+    """One HTML page with all tables and plots, that needs no other file. Raises ConfigError without matplotlib."""
+    from ahn.eval import plots
+
+    parts = []
+    for group in grouped(results):
+        parts.append(f"<h2>{html.escape(group.title)}</h2><p>{html.escape(_made_with(group))}</p>")
+        parts += [
+            f'<figure role="img" aria-label="{html.escape(name)}">{svg}</figure>' for name, svg in plots.svgs(group)
+        ]
+        parts += [table.html() for table in tables(group)]
+    return PAGE.format(body="\n".join(parts))
+
+
+def tables(group: Group) -> Iterator[Table]:
+    for suite, length, by_task in group.blocks():
+        at = f"{suite}, its own lengths" if length is None else f"{suite}, {length:,} tokens"
+        yield _scores(at, by_task)
+        if compared := _against(at, by_task):
+            yield compared
+        if split := _split(at, by_task, group.exact):
+            yield split
+
+
+def _scores(at: str, by_task: dict[str, dict[str, Result]]) -> Table:
+    labels, loss = _all_labels(by_task), is_loss(by_task)
+    note = "Mean loss in nats a token (less is better)" if loss else "Mean score, 0 to 100"
+    note += " and its 95% interval over examples. In brackets after cache and FLOPs: share of full attention's."
+    costs = {label: _cost(next(f[label] for f in by_task.values() if label in f)) for label in labels}
+    columns: dict[str, Callable[[str], str]] = {
+        "params": lambda label: costs[label][0],
+        "cache": lambda label: costs[label][1],
+        "mixing FLOPs": lambda label: costs[label][2],
+        "model FLOPs": lambda label: costs[label][3],
+    }
+    for task, found in by_task.items():
+        count = max(len(result.rows) for result in found.values())
+        columns[f"{_short(task)} (n={count})"] = _column(found, loss)
+    if len(by_task) > 1:
+        columns["average"] = lambda label: _shown(_mean(by_task, label), loss)
+    return _laid_out(f"{at}: {'losses' if loss else 'scores'}", note, labels, columns, len(by_task) > WIDE)
+
+
+def _against(at: str, by_task: dict[str, dict[str, Result]]) -> Table | None:
+    loss = is_loss(by_task)
+    labels = [n for n in _all_labels(by_task) if any(baseline(found, n) for found in by_task.values())]
+    tasks = {task: found for task, found in by_task.items() if any(baseline(found, n) for n in found)}
+    if not labels:
+        return None
+    columns: dict[str, Callable[[str], str]] = {}
+    for task, found in tasks.items():
+        columns[_short(task)] = lambda label, found=found: _judged(_difference([found], label), loss)  # type: ignore[misc]
+    if len(tasks) > 1:
+        columns["average"] = lambda label: _judged(_difference(list(tasks.values()), label), loss)
+    columns["better / worse / unclear"] = lambda label: _count(
+        [_difference([found], label) for found in tasks.values()], loss
+    )
+    note = (
+        "Paired difference to sinks and window on the same examples, and its 95% interval; better or worse where the "
+        "interval leaves out 0."
+    )
+    return _laid_out(f"{at}: difference to the window", note, labels, columns, len(tasks) > WIDE)
+
+
+def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) -> Table | None:
+    """By where the evidence is when the question is asked, all tasks together."""
+    if exact is None or is_loss(by_task):
+        return None
+    places = [
+        where
+        for where in statistics.WHERE
+        if any(statistics.scores(result, where, exact) for found in by_task.values() for result in found.values())
+    ]
+    if places == ["unknown"]:
+        return None
+    rows = []
+    for label in _all_labels(by_task):
+        cells = []
+        for where in places:
+            found = [f for f in by_task.values() if label in f]
+            values = [v for f in found for v in statistics.scores(f[label], where, exact)]
+            pairs = [(f[label], window) for f in found if (window := baseline(f, label))]
+            gains = [v for ours, window in pairs for v in statistics.differences(ours, window, where, exact)]
+            cells.append(f"{_shown(statistics.interval(values), False)} n={len(values)}" if values else "-")
+            cells.append(_judged(statistics.interval(gains), False) if gains else "")
+        rows.append([label, *cells])
+    head = [name for where in places for name in (f"evidence {where}", "to the window")]
+    note = (
+        "Scores by where the evidence is when the question is asked: among sinks and window, or gone from them. Only "
+        "the second measures memory."
+    )
+    return Table(f"{at}: evidence inside and outside", note, ["policy", *head], rows)
+
+
+def _laid_out(
+    title: str, note: str, labels: list[str], columns: dict[str, Callable[[str], str]], turned: bool
+) -> Table:
+    if turned:
+        rows = [[name, *(cell(label) for label in labels)] for name, cell in columns.items()]
+        return Table(title, note, ["", *labels], rows)
+    return Table(
+        title, note, ["policy", *columns], [[label, *(c(label) for c in columns.values())] for label in labels]
+    )
+
+
+def _column(found: dict[str, Result], loss: bool) -> Callable[[str], str]:
+    return lambda label: _shown(statistics.interval(statistics.scores(found[label])), loss) if label in found else "-"
+
+
+def _mean(by_task: dict[str, dict[str, Result]], label: str) -> Interval | None:
+    """Over tasks; None where one is missing, as the average of others is no comparison."""
+    if not all(label in found for found in by_task.values()):
+        return None
+    return statistics.interval(*(statistics.scores(found[label]) for found in by_task.values()))
+
+
+def _difference(by_task: Sequence[dict[str, Result]], label: str) -> Interval | None:
+    """To the window, as the mean over tasks; None where one is missing."""
+    gains = [
+        statistics.differences(found[label], window) if (window := baseline(found, label)) else [] for found in by_task
+    ]
+    return statistics.interval(*gains) if all(gains) else None
+
+
+def _shown(value: Interval | None, loss: bool, signed: bool = False) -> str:
+    if value is None:
+        return "-"
+    scale, places = (1, 3) if loss else (100, 1)
+    numbers = [f"{scale * x:{'+' if signed else ''}.{places}f}" for x in (value.mean, value.low, value.high)]
+    return numbers[0] if math.isnan(value.low) else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def _judged(value: Interval | None, loss: bool) -> str:
+    if value is None:
+        return "-"
+    return f"{_shown(value, loss, signed=True)}{['', ' better', ' worse'][_verdict(value, loss)]}"
+
+
+def _verdict(value: Interval, loss: bool) -> int:
+    """1 better, -1 worse, 0 unclear."""
+    return -value.sign if loss else value.sign
+
+
+def _count(values: list[Interval | None], loss: bool) -> str:
+    verdicts = [_verdict(value, loss) for value in values if value is not None]
+    return " / ".join(str(verdicts.count(kind)) for kind in (1, -1, 0))
+
+
+def _cost(result: Result) -> list[str]:
+    """Parameters added, cache, mixing FLOPs, model FLOPs."""
+    cost = result.config["cost"]
+    shares = []
+    for key, unit in (("cache_bytes", "B"), ("mixing_flops", ""), ("model_flops", "")):
+        value, full = cost[key], cost[f"full_{key}"]
+        shares.append(f"{quantity(value)}{unit} ({value / full:.1%})")
+    added = cost["parameters_added"]
+    return [f"+{quantity(added)}".strip() if added else "0", *shares]
+
+
+def quantity(value: float) -> str:
+    """Three figures with a decimal prefix."""
+    prefix, scale = next(((p, s) for p, s in UNITS if value >= s), ("", 1))
+    number = value / scale
+    return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} {prefix}" if prefix else f"{value:g} "
+
+
+def _made_with(group: Group) -> str:
+    """Versions, commits and devices behind the numbers, each once."""
+    found = [r for tasks in group.results.values() for labels in tasks.values() for r in labels.values()]
+    made = [m for result in found for m in result.config["made_with"]]
+    packages = sorted({f"ahn {m['package']}" + (f" at {m['commit'][:12]}" if m["commit"] else "") for m in made})
+    versions = sorted({f"torch {m['versions']['torch']}, transformers {m['versions']['transformers']}" for m in made})
+    devices = sorted({m["device"] for m in made})
+    config = found[0].config
+    return f"Greedy decoding, {config['dtype']}, seed {config['seed']}; {'; '.join([*packages, *versions, *devices])}."
+
+
+def _labels(results: Sequence[Result]) -> dict[int, str]:
+    """Names of policies, by the identity of the result: with what differs where one policy is there with several
+    settings, which for a memory is its adapter."""
+    names: dict[int, str] = {}
+    for result in results:
+        config = result.config
+        variants = [r.config for r in results if r.config["policy"] == config["policy"]]
+        keys = [key for key in config["settings"] if len({str(v["settings"].get(key)) for v in variants}) > 1]
+        parts = [f"{key} {config['settings'][key]}" for key in keys]
+        if "adapter_digest" in keys:
+            alike = {v["settings"]["adapter_digest"] for v in variants if v["adapter"] == config["adapter"]}
+            parts = [config["adapter"], *([config["settings"]["adapter_digest"][:6]] if len(alike) > 1 else [])]
+        names[id(result)] = f"{config['policy']} ({', '.join(parts)})" if parts else config["policy"]
+    return names
+
+
+def baseline(found: dict[str, Result], label: str) -> Result | None:
+    """Sinks and window alone, of the results of one task: the one that sees the sinks as `label` does, if there are
+    several. None: there is none, or it is `label` itself."""
+    windows = [result for result in found.values() if result.config["policy"] == BASELINE]
+    if label not in found or not windows or found[label] in windows:
+        return None
+    wanted = found[label].config["settings"]
+    alike = [w for w in windows if all(wanted.get(k) == w.config["settings"][k] for k in ("sink_positions", "layers"))]
+    return (alike or windows)[0]
+
+
+def _place(result: Result) -> tuple[float, int, str]:
+    policy, length = result.config["policy"], result.config["length"]
+    return length or math.inf, ORDER.index(policy) if policy in ORDER else len(ORDER), str(result.config["adapter"])
+
+
+def _all_labels(by_task: dict[str, dict[str, Result]]) -> list[str]:
+    results = {label: result for found in by_task.values() for label, result in found.items()}
+    return sorted(results, key=lambda label: _place(results[label]))
+
+
+def is_loss(by_task: dict[str, dict[str, Result]]) -> bool:
+    return any(_kind(found)[1] == "loss" for found in by_task.values())
+
+
+def _kind(found: dict[str, Result]) -> tuple[str, str]:
+    config = next(iter(found.values())).config
+    return config["suite"], config["kind"]
+
+
+def _short(task: str) -> str:
+    return task.partition("/")[2] or task
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>ahn eval</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }}
+body {{ color: #222; background: #fff }}
+table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
+th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }}
+th:first-child, td:first-child {{ text-align: left }}
+.better {{ background: #dcf2e4 }} .worse {{ background: #fbe0dd }}
+figure {{ margin: 1rem 0 }} svg {{ max-width: 100%; height: auto }}
+</style></head><body><h1>Memories compared</h1>
+{body}
+</body></html>
+"""

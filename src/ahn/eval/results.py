@@ -1,0 +1,149 @@
+"""A folder of results: `config.json`, and `predictions.jsonl` with a line for each example.
+
+Lines are appended to a part file of each process, so that nothing is lost when one is killed, and merged in the order
+of the examples at the end. What a kill leaves half-written is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ahn.errors import ConfigError
+from ahn.memory_file import atomic
+
+CONFIG, PREDICTIONS = "config.json", "predictions.jsonl"
+VERSION = 1
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one policy did on one task at one length."""
+
+    folder: Path
+    config: dict[str, Any]
+    rows: dict[str, Row]  # by example, in their order
+
+
+def identity(identifying: dict[str, Any]) -> str:
+    """Of a config, by what its numbers depend on."""
+    return hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def folder_of(output: Path, identifying: dict[str, Any]) -> Path:
+    """OUTPUT/suite/set/length/policy-base-identity."""
+    name = f"{identifying['policy']}-{identifying['base']}-{identity(identifying)}"
+    return output / identifying["task"] / str(identifying["length"] or "natural") / name.replace("/", "_")
+
+
+def load(folder: Path) -> Result:
+    """Raises ConfigError: no results there, of another version, or damaged."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: no results: {error}") from error
+    if config.get("version") != VERSION:
+        raise ConfigError(f"{folder}: results of version {config.get('version')!r}: this ahn reads version {VERSION}")
+    return Result(folder, config, read_rows(folder))
+
+
+def find(paths: Iterable[str | Path]) -> list[Result]:
+    """All results in these folders and below. Raises ConfigError where there are none."""
+    found: dict[Path, Result] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder; expected what `ahn eval --output` wrote")
+        here = sorted(file.parent for file in path.rglob(CONFIG) if list(file.parent.glob("predictions*.jsonl")))
+        if not here:
+            raise ConfigError(f"{path}: no results in this folder; expected what `ahn eval --output` wrote")
+        found |= {folder.resolve(): load(folder) for folder in here}
+    return list(found.values())
+
+
+def read_rows(folder: Path) -> dict[str, Row]:
+    """The examples done so far, by id: the merged ones in their order, then those of unfinished runs.
+
+    Raises:
+        ConfigError: a line is damaged that is not the last of its file.
+    """
+    rows: dict[str, Row] = {}
+    for path in sorted(folder.glob("predictions*.jsonl"), key=lambda path: (path.name != PREDICTIONS, path.name)):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was being written
+            try:
+                row = json.loads(line)
+                rows[row["id"]] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{path}, line {number}: damaged; delete the line to have it done again") from error
+    return rows
+
+
+def append(folder: Path, rank: int, row: Row) -> None:
+    """Add a line to the part file of this process; it is on the disk when this returns."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    with open(folder / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def merge(folder: Path, order: Iterable[str]) -> None:
+    """Put all lines into one file, in the order of these ids; others, of runs with other limits, come behind."""
+    rows = read_rows(folder)
+    if not rows:
+        return
+    ids = [id for id in dict.fromkeys([*order, *rows]) if id in rows]
+    with atomic(folder / PREDICTIONS) as path:
+        path.write_text("".join(json.dumps(rows[id], ensure_ascii=False) + "\n" for id in ids), encoding="utf-8")
+    for part in folder.glob("predictions.*.jsonl"):
+        part.unlink()
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    with atomic(folder / CONFIG) as path:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """What produced the numbers: versions, commit, machine."""
+    import torch
+
+    return {
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "flash-linear-attention", "numpy")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the package's own repository, "+changes" where files differ from it; None if it was installed."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    try:
+        tracked = git("ls-files", Path(__file__).name)
+        return (
+            (git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "..") else "")) if tracked else None
+        )
+    except OSError:  # no git here
+        return None

@@ -1,0 +1,92 @@
+"""How sure a mean is, and a difference of two: bootstrap over examples.
+
+Examples are drawn with replacement, as many as there are, many times over; the interval holds the middle 95% of the
+means (percentile bootstrap). It says nothing about what no example shows: 0 right of 30 gives the interval [0, 0],
+although up to 3/30 would be no surprise. Differences are paired: both policies answered the same examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ahn.eval.prompts import exact_tokens
+from ahn.eval.results import Result, Row
+
+RESAMPLES = 10_000
+BLOCK = 4_000_000  # numbers drawn at once
+WHERE = ("inside", "partly", "outside", "unknown")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `count` examples, and the 95% interval `low` to `high`; NaN where one example tells nothing."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval is above or below zero, else 0."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+def interval(*groups: Sequence[float], seed: int = 0) -> Interval:
+    """Of the mean of the groups' means; each group, a task, is resampled by itself. The same interval for the same
+    values and seed.
+
+    Raises:
+        ValueError: no group, or one without values.
+    """
+    if not groups or not all(len(group) for group in groups):
+        raise ValueError("no values: expected at least one in each group")
+    mean, count = sum(float(np.mean(group)) for group in groups) / len(groups), sum(map(len, groups))
+    if min(map(len, groups)) < 2:
+        return Interval(mean, float("nan"), float("nan"), count)
+    chance = np.random.default_rng(seed)
+    means = sum(_means(np.asarray(group, dtype=np.float64), chance) for group in groups) / len(groups)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(mean, float(low), float(high), count)
+
+
+def _means(values: Any, chance: np.random.Generator) -> Any:
+    """Means of RESAMPLES samples, [RESAMPLES]."""
+    rows = max(1, BLOCK // len(values))
+    blocks = (min(rows, RESAMPLES - done) for done in range(0, RESAMPLES, rows))
+    return np.concatenate([values[chance.integers(0, len(values), (n, len(values)))].mean(1) for n in blocks])
+
+
+def scores(result: Result, where: str | None = None, exact: tuple[int, int] | None = None) -> list[float]:
+    """Of all examples, or of those whose evidence is `where`, given the window and sinks `exact`."""
+    return [row["score"] for row in result.rows.values() if where is None or place(row, exact) == where]
+
+
+def differences(
+    result: Result, baseline: Result, where: str | None = None, exact: tuple[int, int] | None = None
+) -> list[float]:
+    """Scores of `result` less those of `baseline`, on the prompts both have."""
+    both = ((row, baseline.rows[id]) for id, row in result.rows.items() if id in baseline.rows)
+    return [
+        ours["score"] - theirs["score"]
+        for ours, theirs in both
+        if ours["prompt"] == theirs["prompt"] and (where is None or place(ours, exact) == where)
+    ]
+
+
+def place(row: Row, exact: tuple[int, int] | None) -> str:
+    """Where the evidence of an example is when the answer begins: inside or outside of the window (sinks count as
+    inside), partly, or unknown.
+
+    Args:
+        exact: window and sinks.
+    """
+    if row.get("evidence") is None or exact is None:
+        return "unknown"
+    start, end = row["evidence"]
+    kept = exact_tokens((start, end), row["prompt_tokens"], *exact)
+    return "inside" if kept == end - start else "partly" if kept else "outside"

@@ -1,0 +1,225 @@
+"""What each policy sees, holds and costs."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import ahn
+from ahn import bases
+from ahn.attention import attend
+from ahn.errors import AdapterError, ConfigError
+from ahn.eval import policies
+from ahn.eval.policies import compressive
+from conftest import token_ids
+from tiny_base import SINKS, WINDOW, write_base
+
+LOSSLESS = SINKS + WINDOW
+IDS = token_ids(150)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def make(folder):
+    base, adapter = folder
+    return lambda name, **changes: policies.get(name)(
+        base, **({"window": WINDOW, "sinks": SINKS, "adapter": adapter, "device": "cpu"} | changes)
+    )
+
+
+def logits(policy, ids, sizes):
+    """Logits [T, V] of reading `ids` in pieces of these sizes, the last one over and over."""
+    cache, found, ids = policy.cache(), [], torch.tensor([ids])
+    sizes = iter(sizes)
+    size = 0
+    while ids.shape[1]:
+        size = next(sizes, size)
+        with torch.no_grad():
+            found.append(policy.model(ids[:, :size], past_key_values=cache, use_cache=True).logits[0])
+        ids = ids[:, size:]
+    return torch.cat(found), cache
+
+
+def test_names():
+    assert policies.names() == ["ahn", "ahn-zeroed", "compressive-avg", "compressive-max", "full", "window"]
+    with pytest.raises(ConfigError, match="did you mean 'compressive-max'"):
+        policies.get("compresive-max")
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_pieces_do_not_matter(name, make):
+    policy = make(name)
+    whole, _ = logits(policy, IDS, [len(IDS)])
+    for sizes in ([1], [40, 1], [5, 31, 7, 1, 2, 3, 50], [LOSSLESS, 3]):
+        torch.testing.assert_close(logits(policy, IDS, sizes)[0], whole, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_generate_and_losses_are_those_of_the_logits(name, make):
+    policy = make(name)
+    whole, _ = logits(policy, IDS, [len(IDS)])
+    losses = policy.losses(IDS)
+    torch.testing.assert_close(losses, cross_entropy(whole[:-1], torch.tensor(IDS[1:]), reduction="none"))
+    answer = policy.generate(IDS, 6)
+    assert 0 < len(answer) <= 6
+    again, _ = logits(policy, IDS + answer, [len(IDS)])
+    assert answer == again[len(IDS) - 1 : -1].argmax(-1).tolist()
+
+
+def test_the_end_token_ends_an_answer_and_is_not_part_of_it(make):
+    policy = make("window")
+    free = policy.generate(IDS, 6)
+    policy.ends = {free[3]}
+    assert policy.generate(IDS, 6) == free[: free.index(free[3])]
+
+
+@pytest.mark.parametrize("name", ["window", "ahn", "ahn-zeroed", "compressive-max", "compressive-avg"])
+def test_cache_bytes_are_those_held_and_constant(name, make):
+    policy = make(name)
+    sizes = {length: logits(policy, IDS[:length], [length])[1].nbytes for length in (20, LOSSLESS, 100, 150)}
+    assert sizes == {length: policy.cache_bytes(length) for length in sizes}
+    assert sizes[100] == sizes[150]
+
+
+def test_full_holds_everything(make):
+    policy = make("full")
+    _, cache = logits(policy, IDS, [len(IDS)])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert policy.cache_bytes(len(IDS)) == held
+    assert policy.lossless is None and policy.context == 512
+
+
+@pytest.mark.parametrize("name", ["compressive-max", "compressive-avg"])
+def test_the_buffer_is_as_large_as_the_memory(name, make):
+    ours, memory, window = (make(n).cache_bytes(150) for n in (name, "ahn", "window"))
+    slot = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, bytes
+    assert memory - slot < ours <= memory
+    assert window < ours
+
+
+def test_full_is_the_base(folder, make):
+    base = bases.load_base(folder[0], device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(make("full"), IDS, [50])[0], base(torch.tensor([IDS])).logits[0])
+
+
+def test_zeroed_reads_are_the_window_alone_and_the_memory_is_not(make):
+    window, zeroed, memory = (logits(make(name), IDS, [64, 1])[0] for name in ("window", "ahn-zeroed", "ahn"))
+    torch.testing.assert_close(zeroed, window, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(memory[LOSSLESS + 1 :], window[LOSSLESS + 1 :], atol=1e-2)
+    torch.testing.assert_close(memory[:LOSSLESS], window[:LOSSLESS])
+
+
+@pytest.mark.parametrize("maximum", [True, False])
+@pytest.mark.parametrize("slots", [3, 100])
+def test_pooled_attention_by_hand(maximum, slots):
+    """One query after the other over what the definition says is in the buffer."""
+    tokens, size = 27, 4
+    g = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(1, 2, tokens, size, generator=g) for _ in range(3))
+
+    def pool(x):
+        return x.amax(2) if maximum else x.mean(2)
+
+    layer = type("Layer", (), {"window": 1, "sinks": 0, "gate_width": 0, "slots": slots, "maximum": maximum})
+    for sizes in ([27], [1] * 27, [2, 3, 9, 13], [10, 1, 1, 15]):
+        memory = compressive.CompressiveMemory(layer)
+        memory.reserve(10, k, 2)
+        seen, found = 0, []
+        for count in sizes:
+            part = slice(seen, seen + count)
+            keys, values, mask = memory.absorb(k[:, :, part], v[:, :, part], seen)
+            found.append(attend(q[:, :, part], keys, values, mask, 0.5)[0])
+            seen += count
+        found = torch.cat(found, 2)
+        for i in range(tokens):
+            starts = range(0, i + 1, 4)[-slots:]
+            keys, values = (torch.stack([pool(t[:, :, s : min(s + 4, i + 1)]) for s in starts], 2) for t in (k, v))
+            weights = (q[:, :, i : i + 1] @ keys.mT * 0.5).softmax(-1)
+            torch.testing.assert_close(found[:, :, i : i + 1], weights @ values, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pooled_token_is_seen(make):
+    """A change of a token that has left the window changes the answer, until its slot is taken."""
+    policy = make("compressive-avg")
+    reach = 4 * policy.slots + LOSSLESS
+    ids = token_ids(reach + 60)[0].tolist()
+    other = [*ids[:20], 3 + (ids[20] - 2) % 100, *ids[21:]]
+    one, two = (logits(policy, x, [64])[0] for x in (ids, other))
+    # two layers: what one has seen may reach the next, so only the first of it is certain
+    assert not torch.allclose(one[20 + WINDOW + 8], two[20 + WINDOW + 8], atol=1e-4)
+
+
+def test_full_refuses_what_is_longer_than_its_positions(folder):
+    config, full = bases.base_config(folder[0]), policies.get("full")
+    full.check(config, 512, window=WINDOW, sinks=SINKS)
+    with pytest.raises(ConfigError, match="513 tokens.*512 positions.*--yarn 1.5"):
+        full.check(config, 513, window=WINDOW, sinks=SINKS)
+    full.check(config, 1024, window=WINDOW, sinks=SINKS, yarn=2)
+    with pytest.raises(ConfigError, match="1,024 positions"):
+        full.check(config, 1025, window=WINDOW, sinks=SINKS, yarn=2)
+    policies.get("window").check(config, 100_000, window=WINDOW, sinks=SINKS)
+
+
+def test_full_refuses_positions_that_change_within_a_text():
+    from transformers import Phi3Config
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    rope |= {"original_max_position_embeddings": 128}
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    config = Phi3Config(**shape, original_max_position_embeddings=128, rope_parameters=rope, pad_token_id=0)
+    full = policies.get("full")
+    full.check(config, 128, window=WINDOW, sinks=SINKS)
+    with pytest.raises(ConfigError, match="129 tokens.*from 128 on"):
+        full.check(config, 129, window=WINDOW, sinks=SINKS)
+
+
+def test_yarn_is_that_of_transformers(folder, make):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder[0])
+    config.rope_parameters = config.rope_parameters | {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 512,
+    }
+    theirs = AutoModelForCausalLM.from_pretrained(folder[0], config=config).eval()
+    ours = make("full", yarn=2.0)
+    assert ours.context == 1024
+    with torch.no_grad():
+        wanted = theirs(torch.tensor([IDS])).logits[0]
+    torch.testing.assert_close(logits(ours, IDS, [50])[0], wanted)
+    assert not torch.allclose(wanted, logits(make("full"), IDS, [50])[0], atol=1e-2)
+
+
+def test_bad_input_before_any_weights(folder, tmp_path):
+    config = bases.base_config(folder[0])
+    with pytest.raises(ConfigError, match="policy ahn needs an adapter"):
+        policies.get("ahn").check(config, 10, window=WINDOW, sinks=SINKS)
+    with pytest.raises(ConfigError, match="sinks \\+ window"):
+        policies.get("window").check(config, 10, window=600, sinks=SINKS)
+    with pytest.raises(AdapterError):
+        policies.get("ahn").check(config, 10, window=WINDOW, sinks=SINKS, adapter=str(tmp_path))
+    with pytest.raises(AdapterError, match="another base"):
+        policies.get("ahn").check(config, 10, window=WINDOW, sinks=SINKS, adapter="smollm2-135m-deltanet")
+
+
+def test_settings_say_what_the_numbers_depend_on(folder):
+    _, adapter = folder
+    found = {n: policies.get(n).settings(window=24, sinks=8, adapter=adapter, yarn=2.0) for n in policies.names()}
+    assert found["full"] == {"yarn": 2.0}
+    assert "adapter_digest" not in found["window"] and len(found["ahn"]["adapter_digest"]) == 16
+    assert found["compressive-max"]["sized_like"] == "gated_deltanet"
+
+
+def test_flops_and_parameters(make):
+    full, window, memory, pooled = (make(n) for n in ("full", "window", "ahn", "compressive-max"))
+    for i in (0, 1):
+        assert window.flops(150)[i] < pooled.flops(150)[i] < full.flops(150)[i]
+        assert window.flops(150)[i] < memory.flops(150)[i]
+    assert window.parameters_added == 0 < memory.parameters_added
+    config = memory.model.ahn_config
+    assert config == ahn.AHNConfig("gated_deltanet", WINDOW, SINKS)

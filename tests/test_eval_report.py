@@ -1,0 +1,198 @@
+"""Statistics, and what a report says of results made up for it."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from ahn import cli
+from ahn.eval import report, results, statistics
+
+POLICIES = ("full", "window", "compressive-max", "ahn")
+EXACT = (100, 20)
+
+
+def write(folder, policy, task="made/one", length=1000, score=lambda i: 0.5, count=40, kind="generate", **settings):
+    """Results of `count` examples whose evidence moves from the first token to the last."""
+    if policy != "full":
+        settings = {"window": 100, "sinks": 20, "sink_positions": "clipped", "layers": None} | settings
+    identifying = {"task": task, "length": length, "policy": policy, "settings": settings}
+    identifying |= {"base": "tiny", "base_config": "c", "dtype": "float32", "seed": 0}
+    path = results.folder_of(folder, identifying)
+    path.mkdir(parents=True)
+    cost = {"tokens": length, "cache_bytes": 1000, "mixing_flops": 2e12, "model_flops": 4e12, "parameters_added": 7}
+    cost |= {"full_cache_bytes": 4000, "full_mixing_flops": 4e12, "full_model_flops": 5e12}
+    made = {"package": "0.1.0", "commit": "c" * 40, "device": "cpu", "versions": {"torch": "2", "transformers": "5"}}
+    config = identifying | {"version": 1, "suite": task.split("/")[0], "kind": kind, "cost": cost, "made_with": [made]}
+    config |= {"window": settings.get("window"), "sinks": settings.get("sinks"), "adapter": "tiny-adapter"}
+    results.write_config(path, config)
+    for i in range(count):
+        row = {"id": str(i), "prompt": "p", "prompt_tokens": length, "score": score(i)}
+        if kind == "loss":
+            row |= {"losses": [score(i)] * 3}
+        else:
+            at = i * (length - 10) // max(count - 1, 1)
+            row |= {"evidence": None if i == 7 else [at, at + 10], "depth": i / count}
+        results.append(path, 0, row)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for length in (1000, 2000):
+        write(tmp_path, "full", length=length, score=lambda i: 1.0)
+        write(tmp_path, "window", length=length, score=lambda i: i % 2)
+        write(tmp_path, "compressive-max", length=length, score=lambda i: float(i % 4 == 3))  # worse
+        write(tmp_path, "ahn", length=length, score=lambda i: float(i % 2 or i % 4 == 0))  # better
+    return tmp_path
+
+
+def test_interval_against_the_normal_distribution():
+    values = np.random.default_rng(3).normal(5, 2, 400)
+    found = statistics.interval(values)
+    error = 1.96 * values.std() / 20
+    assert found.mean == pytest.approx(values.mean()) and found.count == 400
+    assert (found.low, found.high) == pytest.approx((found.mean - error, found.mean + error), abs=0.02)
+    assert statistics.interval(values) == found
+    assert statistics.interval(values, seed=1) != found
+
+
+def test_interval_of_several_tasks_is_of_the_mean_of_their_means():
+    one, many = [0.0, 1.0] * 5, [1.0] * 990
+    found = statistics.interval(one, many)
+    assert found.mean == 0.75
+    alone = statistics.interval(one)
+    assert found.high - found.low == pytest.approx((alone.high - alone.low) / 2, rel=0.1)
+
+
+def test_interval_of_little():
+    assert math.isnan(statistics.interval([0.3]).low) and statistics.interval([0.3]).sign == 0
+    with pytest.raises(ValueError, match="no values"):
+        statistics.interval([])
+
+
+def test_differences_are_paired(folder):
+    found = {r.config["policy"]: r for r in results.find([folder]) if r.config["length"] == 1000}
+    gains = statistics.differences(found["ahn"], found["window"])
+    assert sorted(set(gains)) == [0, 1] and sum(gains) == 10
+    found["window"].rows["0"]["prompt"] = "another"
+    assert len(statistics.differences(found["ahn"], found["window"])) == 39
+    del found["window"].rows["1"]
+    assert len(statistics.differences(found["ahn"], found["window"])) == 38
+
+
+@pytest.mark.parametrize(
+    ("evidence", "where"),
+    [
+        ([5, 15], "inside"),
+        ([950, 960], "inside"),
+        ([900, 910], "inside"),
+        ([899, 909], "partly"),
+        ([15, 25], "partly"),
+        ([20, 30], "outside"),
+        ([890, 900], "outside"),
+        (None, "unknown"),
+    ],
+)
+def test_place(evidence, where):
+    assert statistics.place({"evidence": evidence, "prompt_tokens": 1000}, EXACT) == where
+
+
+def test_split_is_the_same_for_all_policies(folder):
+    counts = set()
+    for result in results.find([folder]):
+        if result.config["length"] == 1000:
+            found = [statistics.place(row, EXACT) for row in result.rows.values()]
+            counts.add(tuple(found.count(where) for where in statistics.WHERE))
+    assert len(counts) == 1 and sum(counts.pop()) == 40
+
+
+def test_markdown(folder):
+    text = report.markdown(results.find([folder]))
+    assert "## tiny, 120 lossless tokens (20 sinks + 100 window)" in text
+    scores, against, split = (
+        re.findall(rf"### made, 1,000 tokens: {name}.*?(?=\n### )", text, re.S)[0]
+        for name in (
+            "scores",
+            "difference to the window",
+            "evidence inside and outside",
+        )
+    )
+    assert [line.split(" | ")[0] for line in scores.splitlines() if line.startswith("| ")][2:] == [
+        f"| {p}" for p in POLICIES
+    ]
+    assert "| window | +7 | 1.00 kB (25.0%) | 2.00 T (50.0%) | 4.00 T (80.0%) | 50.0 [35.0, 65.0] |" in scores
+    assert re.search(r"\| ahn \| \+25\.0 \[.*\] better \| 1 / 0 / 0 \|", against)
+    assert re.search(r"\| compressive-max \| -25\.0 \[.*\] worse \| 0 / 1 / 0 \|", against)
+    assert "| evidence inside | to the window | evidence outside | to the window | evidence unknown |" in split
+    assert all(re.search(rf"\| {policy} \|.* n=5 \|.* n=34 \|.* n=1 \|", split) for policy in POLICIES)
+    assert "ahn 0.1.0 at cccccccccccc; torch 2, transformers 5; cpu" in text
+
+
+def test_many_tasks_are_rows_and_a_missing_one_leaves_no_average(tmp_path):
+    for i in range(9):
+        for policy in ("window", "ahn"):
+            if (i, policy) != (4, "ahn"):
+                write(tmp_path, policy, f"made/set_{i}", count=3)
+    text = report.markdown(results.find([tmp_path]))
+    assert "|  | window | ahn |" in text
+    assert "| set_4 (n=3) | 50.0 [50.0, 50.0] | - |" in text
+    assert "| average | 50.0 [50.0, 50.0] | - |" in text
+
+
+def test_less_loss_is_better(tmp_path):
+    write(tmp_path, "window", kind="loss", score=lambda i: 3.0 + i / 100)
+    write(tmp_path, "ahn", kind="loss", score=lambda i: 2.9 + i / 90)
+    text = report.markdown(results.find([tmp_path]))
+    assert "1,000 tokens: losses" in text and re.search(r"\| ahn \| -0\.0\d\d \[.*\] better", text)
+
+
+def test_two_adapters_have_their_names_and_their_own_baseline(tmp_path):
+    write(tmp_path, "window", score=lambda i: 0.1)
+    write(tmp_path, "window", score=lambda i: 0.2, sink_positions="absolute")
+    write(tmp_path, "ahn", score=lambda i: 0.5, adapter_digest="aaaaaaaaaa")
+    write(tmp_path, "ahn", score=lambda i: 0.6, adapter_digest="bbbbbbbbbb", sink_positions="absolute")
+    text = report.markdown(results.find([tmp_path]))
+    assert "| ahn (tiny-adapter, aaaaaa) | +40.0" in text and "| ahn (tiny-adapter, bbbbbb) | +40.0" in text
+    assert "window (sink_positions absolute)" in text
+
+
+def test_windows_are_compared_apart_and_full_with_each(tmp_path):
+    write(tmp_path, "full")
+    write(tmp_path, "window")
+    write(tmp_path, "window", window=200)
+    groups = report.grouped(results.find([tmp_path]))
+    assert [group.exact for group in groups] == [(100, 20), (200, 20)]
+    assert all(set(group.results[1000]["made/one"]) == {"full", "window"} for group in groups)
+
+
+def test_page(folder, capsys):
+    pytest.importorskip("matplotlib")
+    write(folder, "window", "made/book", kind="loss", score=lambda i: 3.0, count=3)
+    write(folder, "ahn", "made/book", kind="loss", score=lambda i: 2.9, count=3)
+    output = folder / "report.html"
+    assert cli.main(["report", str(folder), "-o", str(output)]) == 0
+    text = output.read_text()
+    assert text.count("<svg") == 4
+    for name in ("Score by length", "Score by depth of the needle", "Score by cache and by FLOPs", "Loss by position"):
+        assert f'aria-label="{name}"' in text
+    assert 'class="better"' in text and 'class="worse"' in text
+    assert not re.search(r'(src|href)="(?!#)', text.replace("xlink:href", "")), "something that is not in the page"
+    output.unlink()
+    assert cli.main(["report", str(folder), "-o", str(output)]) == 0
+    assert output.read_text() == text, "the same page from the same results"
+
+
+def test_bad_input(tmp_path, folder, capsys):
+    (tmp_path / "empty").mkdir()
+    for argv, message in (
+        ([str(tmp_path / "nowhere")], "no such folder"),
+        ([str(tmp_path / "empty")], "no results in this folder"),
+        ([str(folder), "-o", "report.pdf"], "ends in .html or .md"),
+    ):
+        assert cli.main(["report", *argv]) == 2
+        assert message in capsys.readouterr().err
+    next(folder.rglob("config.json")).write_text('{"version": 9}')
+    assert cli.main(["report", str(folder)]) == 2
+    assert "version 9" in capsys.readouterr().err

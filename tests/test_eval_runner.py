@@ -1,0 +1,307 @@
+"""Running, stopping, going on, and what is refused before a model is loaded."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stand_in
+from ahn import bases, cli
+from ahn.eval import results, runner
+from ahn.eval.policies.base import Policy
+from ahn.eval.prompts import encode, exact_tokens
+from tiny_base import SINKS, WINDOW, write_base
+from tiny_tokenizer import tiny_tokenizer
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch):
+    stand_in.put_in_place(monkeypatch)
+
+
+@pytest.fixture
+def options(folder):
+    return runner.Options(folder[0], WINDOW, SINKS, folder[1], device="cpu", limit=4)
+
+
+def numbers(output):
+    """Every file of predictions, as it is."""
+    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("predictions*.jsonl"))}
+
+
+def command(folder, output, *more):
+    base, adapter = folder
+    given = ("--lossless", str(WINDOW + SINKS), "--sinks", str(SINKS), "--device", "cpu", "--limit", "4")
+    return ["eval", "--base", base, "--adapter", adapter, "--tasks", "standin", "--output", str(output), *given, *more]
+
+
+def count_work(monkeypatch):
+    """How often each policy is loaded, and answers."""
+    seen = {"loaded": [], "answered": 0}
+    begin, answer = Policy.__init__, Policy.generate
+
+    def loading(self, *args, **kwargs):
+        seen["loaded"].append(self.name)
+        begin(self, *args, **kwargs)
+
+    def answering(self, ids, limit):
+        seen["answered"] += 1
+        return answer(self, ids, limit)
+
+    monkeypatch.setattr(Policy, "__init__", loading)
+    monkeypatch.setattr(Policy, "generate", answering)
+    return seen
+
+
+def test_a_folder_for_each_combination(options, tmp_path):
+    tasks = stand_in.module().expand(["standin"])
+    said = []
+    folders = runner.run(tasks, ["full", "window", "ahn"], [120, 240], options, tmp_path, said.append)
+    assert len(set(folders)) == 2 * 3 * 2
+    for path in folders:
+        found = results.load(path)
+        suite, name, length, _ = path.relative_to(tmp_path).parts
+        assert found.config["task"] == f"{suite}/{name}" and str(found.config["length"]) == length
+        assert found.config["dtype"] == "float32" and found.config["seed"] == 0
+        made = found.config["made_with"][0]
+        assert made["package"] and made["versions"]["torch"] and made["device"] and "commit" in made
+        for row in found.rows.values():
+            if name == "text":
+                assert row["score"] == pytest.approx(sum(row["losses"]) / len(row["losses"]), rel=0.2)
+                assert row["prompt_tokens"] == int(length)
+            elif row["evidence"] is None:
+                assert row["id"] == "3" and "inside" not in row
+            else:
+                assert row["evidence"][1] - row["evidence"][0] > 3
+                if "window" in path.name:
+                    assert row["inside"] + row["outside"] == row["evidence"][1] - row["evidence"][0]
+    assert sum("cache" in line and "bytes after" in line for line in said) == 12
+
+
+def test_a_rerun_does_nothing_and_says_the_same(options, tmp_path, monkeypatch):
+    tasks = stand_in.module().expand(["standin"])
+    runner.run(tasks, ["window", "ahn"], [120], options, tmp_path)
+    before = numbers(tmp_path)
+    assert len(before) == 4
+    seen = count_work(monkeypatch)
+    runner.run(tasks, ["window", "ahn"], [120], options, tmp_path)
+    assert numbers(tmp_path) == before and seen == {"loaded": [], "answered": 0}
+
+
+def test_a_larger_limit_does_only_what_is_new(options, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    (needle,) = stand_in.module().expand(["standin/needle"])
+    runner.run([needle], ["window"], [120], options, tmp_path / "steps")
+    seen = count_work(monkeypatch)
+    runner.run([needle], ["window"], [120], replace(options, limit=6), tmp_path / "steps")
+    assert seen["answered"] == 2
+    runner.run([needle], ["window"], [120], replace(options, limit=6), tmp_path / "once")
+    assert numbers(tmp_path / "steps") == numbers(tmp_path / "once")
+
+
+def test_interrupted_and_half_written(options, tmp_path, monkeypatch):
+    (needle,) = stand_in.module().expand(["standin/needle"])
+    (whole,) = runner.run([needle], ["ahn"], [120], options, tmp_path / "whole")
+    answer = Policy.generate
+    calls = []
+
+    def stopping(self, ids, limit):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(ids)
+        return answer(self, ids, limit)
+
+    monkeypatch.setattr(Policy, "generate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([needle], ["ahn"], [120], options, tmp_path / "cut")
+    monkeypatch.undo()
+    part = next((tmp_path / "cut").rglob("predictions.0.jsonl"))
+    assert part.read_text().count("\n") == 2
+    with part.open("a") as file:
+        file.write('{"id": "2", "predic')  # killed while writing
+    assert len(results.read_rows(part.parent)) == 2
+    seen = count_work(monkeypatch)
+    (again,) = runner.run([needle], ["ahn"], [120], options, tmp_path / "cut")
+    assert seen["answered"] == 2
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert results.load(again).config["cost"] == results.load(whole).config["cost"]
+
+
+def test_a_changed_prompt_is_done_again(options, tmp_path, monkeypatch):
+    (needle,) = stand_in.module().expand(["standin/needle"])
+    (folder,) = runner.run([needle], ["window"], [120], options, tmp_path)
+    before = numbers(tmp_path)
+    file = folder / "predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1] |= {"prompt": "another", "score": 77}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = count_work(monkeypatch)
+    runner.run([needle], ["window"], [120], options, tmp_path)
+    assert seen["answered"] == 1 and numbers(tmp_path) == before
+
+
+def test_a_damaged_line_is_named(options, tmp_path):
+    (needle,) = stand_in.module().expand(["standin/needle"])
+    (folder,) = runner.run([needle], ["window"], [120], options, tmp_path)
+    file = folder / "predictions.jsonl"
+    file.write_text("nonsense\n" + file.read_text())
+    with pytest.raises(runner.ConfigError, match=r"predictions.jsonl, line 1: damaged"):
+        runner.run([needle], ["window"], [120], options, tmp_path)
+
+
+def test_settings_that_change_numbers_change_the_folder(options, tmp_path):
+    from dataclasses import replace
+
+    (needle,) = stand_in.module().expand(["standin/needle"])
+    names = ["full", "window", "ahn", "compressive-max"]
+    one = runner.run([needle], names, [120], options, tmp_path)
+    two = runner.run([needle], names, [120], replace(options, window=WINDOW - 4), tmp_path)
+    assert [a == b for a, b in zip(one, two, strict=True)] == [True, False, False, False]  # full has no window
+    other = runner.run([needle], ["window"], [120], replace(options, seed=1), tmp_path)
+    assert other[0] not in one
+
+
+def test_other_weights_under_the_same_name_are_refused(options, tmp_path):
+    from dataclasses import replace
+
+    (needle,) = stand_in.module().expand(["standin/needle"])
+    runner.run([needle], ["window"], [120], options, tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    base, _ = write_base(tmp_path / "other", cell="deltanet")
+    model = bases.load_base(base, device="cpu")
+    model.lm_head.weight.data.mul_(2)
+    model.save_pretrained(base)
+    with pytest.raises(runner.ConfigError, match="other weights"):
+        runner.run([needle], ["window"], [120], replace(options, base=base, limit=5), tmp_path / "out")
+
+
+def test_no_baseline_holds_more_than_the_memory():
+    runner.check_budgets({"full": 900, "window": 90, "compressive-max": 99, "ahn": 100})
+    with pytest.raises(runner.AHNError, match="compressive-max holds 101 bytes, more than the 100"):
+        runner.check_budgets({"full": 900, "compressive-max": 101, "ahn": 100})
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_evidence_in_tokens(chat):
+    tokenizer = tiny_tokenizer()
+    text = "  The cat sat. The number is 12. The old cat.\n"
+    start = text.index("The number")
+    example = stand_in.Example("a", text, (), chat, 4, (start, start + len("The number is 12.")), answer_prefix=" So")
+    prompt = encode(tokenizer, example)
+    assert tokenizer.decode(prompt.ids[slice(*prompt.evidence)]).strip() == "The number is 12."
+    said = tokenizer.decode(prompt.ids)
+    assert said.endswith(" So") and ("<|user|>" in said) == chat
+    assert not chat or said.count("<|begin|>") == 1
+
+
+def test_exact_tokens_at_the_edges():
+    assert exact_tokens((0, 4), 100, window=10, sinks=2) == 2
+    assert exact_tokens((90, 95), 100, window=10, sinks=2) == 5
+    assert exact_tokens((88, 91), 100, window=10, sinks=2) == 1
+    assert exact_tokens((80, 90), 100, window=10, sinks=2) == 0
+
+
+def test_command(folder, tmp_path, capsys):
+    argv = command(folder, tmp_path, "--policies", "window", "ahn", "compressive-avg", "--length", "120", "240")
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "### standin, 120 tokens: scores" in out and "| compressive-avg |" in out and "better" in out
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_list(capsys):
+    assert cli.main(["eval", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "standin" in out and "needle, text" in out and "compressive-max" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tasks", "standin/needel"], "unknown task 'standin/needel'; did you mean 'standin/needle'"),
+        (["--policies", "windw"], "unknown policy 'windw': .*did you mean 'window'"),
+        (["--data", "/nowhere/at/all"], "no such file or folder"),
+        (["--length", "600", "--policies", "full"], "standin/needle: policy full: .* 512 positions"),
+        (["--lossless", "8", "--sinks", "8"], "room for a window"),
+        (["--lossless", "600"], "more than the 512 positions"),
+        (["--adapter", "smollm2-135m-deltanet", "--policies", "ahn"], "adapter of another base"),
+        (["--base", "nowhere"], "unknown base"),
+        (["--length", "0"], "at least 1"),
+        (["--policies", "full", "--yarn", "0.5"], "expected a factor"),
+    ],
+)
+def test_bad_input_before_any_model(folder, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.setattr(bases, "load_base", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ahn.eval.policies.base.load_base", bases.load_base)
+    try:
+        code = cli.main(command(folder, tmp_path, *change))
+    except SystemExit as leaving:
+        code = leaving.code
+    assert code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_a_policy_needs(folder, tmp_path, capsys):
+    argv = [
+        "eval",
+        "--base",
+        folder[0],
+        "--tasks",
+        "standin",
+        "--policies",
+        "compressive-max",
+        "--output",
+        str(tmp_path),
+    ]
+    assert cli.main(argv) == 2
+    assert "policy compressive-max needs an adapter" in capsys.readouterr().err
+
+
+def test_a_missing_metric_library(folder, tmp_path, monkeypatch, capsys):
+    from ahn.errors import ConfigError
+
+    def score(self, example, prediction):
+        raise ConfigError("jieba is not installed")
+
+    monkeypatch.setattr(stand_in.Needle, "score", score)
+    monkeypatch.setattr("ahn.eval.policies.base.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert cli.main(command(folder, tmp_path)) == 2
+    assert "jieba is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_does(folder, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(TESTS)!r}]\nimport stand_in; stand_in.put_in_place()\n"
+        "from ahn import cli; sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    argv = ["--policies", "window", "ahn", "--length", "120"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    starts = (
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    )
+    for start, output in zip(starts, (one, two), strict=True):
+        done = subprocess.run(
+            [*start, str(script), *command(folder, output, *argv)], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("### standin, 120 tokens: scores") == 1, "one process speaks for all"
+    assert numbers(one) == numbers(two)
+    assert {path.name for path in two.rglob("predictions*")} == {"predictions.jsonl"}
