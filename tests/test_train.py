@@ -196,7 +196,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
         ({"stepps": 3}, "'stepps'.*did you mean 'steps'"),
         ({"steps": 0}, "steps=0"),
         ({"lr": "fast"}, "lr='fast'"),
-        ({"loss": "mse"}, "expected one of kl, ce, kl+ce"),
+        ({"loss": "mse"}, "expected one of kl, ce"),
         ({"lossless": [8192]}, "none is in"),
         ({"data": []}, "at least one source"),
     ],

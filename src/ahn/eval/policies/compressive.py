@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ahn.attention import Softmax, attend, attend_one, attend_window, merge
-from ahn.augmentation import AHNLayer, augment, layers_of
+from ahn.augmentation import augment, layers_of
 from ahn.cache import AHNCache, LayerMemory, Span
 from ahn.cost import Shape, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
 from ahn.eval.policies.base import Policy, exact_part, memory_bytes, trained
+from ahn.layer import AHNLayer
 
 RATE = 4  # tokens in one slot, as in the paper
 
@@ -90,7 +91,7 @@ class CompressiveLayer(AHNLayer):
         if not isinstance(memory, CompressiveMemory) or span.padded or len(span.counts) > 1:
             raise UnsupportedOperationError("the compressive baseline reads texts of one length through its own cache")
         assert self.window is not None
-        memory.reserve(max(span.after()), k, q.shape[1])
+        memory.reserve(max(span.after()), k, self.state_shape)
         lossless = self.sinks + self.window
         pushing = max(0, span.first + span.length - max(span.first, lossless))
         seen = span.first + span.length - pushing - lossless  # evicted before
@@ -141,8 +142,8 @@ class CompressiveMemory(LayerMemory):
         held = {"pooled_keys": self.pooled_keys, "pooled_values": self.pooled_values}
         return super().tensors | {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    def reserve(self, tokens: int, k: Tensor, heads: int) -> None:
-        super().reserve(tokens, k, heads)
+    def reserve(self, tokens: int, k: Tensor, state: tuple[int, int, int] | None) -> None:
+        super().reserve(tokens, k, state)
         assert self.window is not None
         if self.pooled_keys is None and tokens > self.sinks + self.window:
             shape = (k.shape[0], k.shape[1], self.room, k.shape[3])
