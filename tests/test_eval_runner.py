@@ -287,8 +287,15 @@ def test_a_missing_metric_library(folder, tmp_path, monkeypatch, capsys):
 def test_two_processes_say_what_one_does(folder, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
-        f"import sys; sys.path[:0] = [{str(TESTS)!r}]\nimport stand_in; stand_in.put_in_place()\n"
-        "from ahn import cli; sys.exit(cli.main(sys.argv[1:]))\n"
+        f"import sys; sys.path[:0] = [{str(TESTS)!r}]\n"
+        "import stand_in; stand_in.put_in_place()\n"
+        "from ahn import cli\nfrom ahn.eval import results\n"
+        "append = results.append\n"
+        "def noted(folder, rank, row):\n"
+        f"    with open({str(tmp_path / 'lines-')!r} + str(rank), 'a') as file: print(row['id'], file=file)\n"
+        "    append(folder, rank, row)\n"
+        "results.append = noted\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     argv = ["--policies", "window", "ahn", "--length", "120"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -302,6 +309,10 @@ def test_two_processes_say_what_one_does(folder, tmp_path):
             [*start, str(script), *command(folder, output, *argv)], capture_output=True, text=True, env=environment
         )
         assert done.returncode == 0, done.stderr
+        shares = {path.name: len(path.read_text().splitlines()) for path in tmp_path.glob("lines-*")}
+        assert shares == ({"lines-0": 16} if output == one else {"lines-0": 8, "lines-1": 8})
+        for path in tmp_path.glob("lines-*"):
+            path.unlink()
         assert done.stdout.count("### standin, 120 tokens: scores") == 1, "one process speaks for all"
     assert numbers(one) == numbers(two)
     assert {path.name for path in two.rglob("predictions*")} == {"predictions.jsonl"}
