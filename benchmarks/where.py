@@ -17,7 +17,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-from common import records, write
+from common import position_losses, records, write
 
 SINKS = 64
 COMMON = 300  # most frequent tokens of the books
@@ -50,8 +50,7 @@ def main() -> None:
     def losses(kind: str) -> Any:
         """[books, tokens / 2], over the second half."""
         attention.kind = kind
-        with torch.no_grad():
-            return torch.stack([_losses(model, ids) for ids in books])
+        return torch.stack([position_losses(model, ids, whole=True)[options.tokens // 2 :] for ids in books])
 
     full, window = losses("full"), losses("window")
     gap = (window - full).mean().item()
@@ -149,16 +148,6 @@ class Oracle:
             "smooth": lambda: attend(far, scores / 2),
         }[self.kind]()
         return (1 - weight) * attend(near) + weight * content
-
-
-def _losses(model: Any, ids: list[int]) -> Any:
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    tokens = torch.tensor([ids], device=model.device)
-    half = (len(ids) - 1) // 2
-    hidden = model.get_decoder()(tokens[:, :-1], use_cache=False).last_hidden_state[0, half:]
-    return cross_entropy(model.get_output_embeddings()(hidden).float(), tokens[0, half + 1 :], reduction="none").cpu()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ahn import cells
-from ahn.attention import Rotary, attend_one, attend_window, heads_of
+from ahn.attention import Rotary, Softmax, attend_one, attend_window, heads_of
 from ahn.cache import LayerMemory, Span
 from ahn.cells.base import Cell, Gates
 from ahn.config import AHNConfig
@@ -135,15 +135,8 @@ class AHNLayer(nn.Module):
         scale: float,
     ) -> Tensor:
         """The next tokens of sequences that are remembered."""
-        new = tuple(t for t in (k, v, inputs) if t is not None)
-        old = memory.window_before(span)
-        window = tuple(torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(old, new, strict=True))
-        memory.put(span, k, v, inputs)
-        keys, values = memory.kept
-        sinks = keys[:, :, : self.sinks], values[:, :, : self.sinks]
-        start, reach = span.start.to(q.device), self.window or FOREVER
-        out, norm = attend_window(q, self._seen_by_sinks(q, span), sinks, (window[0], window[1]), start, reach, scale)
-        out = out.transpose(1, 2)
+        (out, norm), window = self._attend_many(q, k, v, inputs, span, memory, scale)
+        out, reach = out.transpose(1, 2), self.window or FOREVER
         first = max(0, self.sinks + reach - span.first)  # that pushes a token out
         tokens = span.length - first
         if self.cell is None or tokens <= 0:
@@ -159,18 +152,33 @@ class AHNLayer(nn.Module):
         combined = self._combine(out[:, first:], norm[:, :, first:], read, x[:, first:], leaving)
         return torch.cat([out[:, :first], combined], 1) if first else combined
 
+    def _attend_many(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inputs: Tensor | None,
+        span: Span,
+        memory: LayerMemory,
+        scale: float,
+    ) -> tuple[Softmax, tuple[Tensor, ...]]:
+        """Store the tokens and attend to sinks and window; also returns keys, values and gate inputs of the window
+        before the span and of the span, in order."""
+        new = tuple(t for t in (k, v, inputs) if t is not None)
+        old = memory.window_before(span)
+        window = tuple(torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(old, new, strict=True))
+        memory.put(span, k, v, inputs)
+        keys, values = memory.kept
+        sinks = keys[:, :, : self.sinks], values[:, :, : self.sinks]
+        start, reach = span.start.to(q.device), self.window or FOREVER
+        q_sinks = self._seen_by_sinks(q, span)
+        return attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale), window
+
     def _one(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory, scale: float) -> Tensor:
         """One token a row, none of them padding: the ring is read where it lies."""
         inputs = None if self.cell is None else self.cell.gate_inputs(x)
-        slots = memory.slots(span.start)
-        lossless = FOREVER if self.window is None else self.sinks + self.window
-        leaves = self.cell is not None and span.first >= lossless
-        old = memory.exchange(slots, k, v, inputs, old=leaves)
-        mask, filled = None, min(span.first + 1, lossless)
-        if len(slots) > 1:
-            mask = torch.arange(filled, device=q.device) <= span.start[:, None].to(q.device)
-        keys, values = (t[:, :, :filled] for t in memory.kept)
-        out, norm = attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, mask, scale)
+        leaves = self.cell is not None and self.window is not None and span.first >= self.sinks + self.window
+        (out, norm), old = self._attend_one(q, k, v, inputs, span, memory, scale, leaves)
         out = out.transpose(1, 2)
         if not leaves or self.cell is None:
             return out
@@ -178,6 +186,26 @@ class AHNLayer(nn.Module):
         ready = self._prepare(q, old[0], old[1], old[2], leaving, fla=False)
         read = self.cell.step(*ready, memory.compressed)
         return self._combine(out, norm, read, x, leaving)
+
+    def _attend_one(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inputs: Tensor | None,
+        span: Span,
+        memory: LayerMemory,
+        scale: float,
+        leaves: bool,
+    ) -> tuple[Softmax, tuple[Tensor, ...]]:
+        """`_attend_many` for one token a row; also returns what it pushes out, if one `leaves`."""
+        slots = memory.slots(span.start)
+        old = memory.exchange(slots, k, v, inputs, old=leaves)
+        mask, filled = None, min(span.first + 1, FOREVER if self.window is None else self.sinks + self.window)
+        if len(slots) > 1:
+            mask = torch.arange(filled, device=q.device) <= span.start[:, None].to(q.device)
+        keys, values = (t[:, :, :filled] for t in memory.kept)
+        return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, mask, scale), old
 
     def _leaving(self, span: Span, device: torch.device, first: int = 0) -> Leaving:
         if span.leaving is None:

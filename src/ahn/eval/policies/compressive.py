@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ahn.attention import Softmax, attend, attend_one, attend_window, merge
+from ahn.attention import attend, merge
 from ahn.augmentation import augment, layers_of
 from ahn.cache import AHNCache, LayerMemory, Span
 from ahn.cost import Shape, cost
@@ -95,37 +95,17 @@ class CompressiveLayer(AHNLayer):
         lossless = self.sinks + self.window
         pushing = max(0, span.first + span.length - max(span.first, lossless))
         seen = span.first + span.length - pushing - lossless  # evicted before
-        attention = self._token if span.length == 1 else self._chunk
-        exact, leaving = attention(q, k, v, span, memory, scale, pushing)
+        if span.length == 1:
+            exact, leaving = self._attend_one(q, k, v, None, span, memory, scale, bool(pushing))
+        else:
+            exact, window = self._attend_many(q, k, v, None, span, memory, scale)
+            oldest = window[0].shape[2] - pushing - self.window
+            leaving = tuple(t[:, :, oldest : oldest + pushing] for t in window)
         if pushing:
             pooled = attend(q[:, :, -pushing:], *memory.absorb(leaving[0], leaving[1], seen), scale)
             old, late = (tuple(t[:, :, part] for t in exact) for part in (slice(-pushing), slice(-pushing, None)))
             exact = torch.cat([old[0], merge((late[0], late[1]), pooled)[0]], 2), exact[1]
         return exact[0].transpose(1, 2)
-
-    def _chunk(
-        self, q: Tensor, k: Tensor, v: Tensor, span: Span, memory: LayerMemory, scale: float, pushing: int
-    ) -> tuple[Softmax, tuple[Tensor, ...]]:
-        """Attention over sinks and window, and the keys and values that leave [B, M, E, H]."""
-        assert self.window is not None
-        keys, values = (torch.cat(pair, 2) for pair in zip(memory.window_before(span), (k, v), strict=True))
-        memory.put(span, k, v, None)
-        kept_keys, kept_values = memory.kept
-        sinks = kept_keys[:, :, : self.sinks], kept_values[:, :, : self.sinks]
-        start = span.start.to(q.device)
-        exact = attend_window(q, self._seen_by_sinks(q, span), sinks, (keys, values), start, self.window, scale)
-        oldest = keys.shape[2] - pushing - self.window
-        return exact, tuple(t[:, :, oldest : oldest + pushing] for t in (keys, values))
-
-    def _token(
-        self, q: Tensor, k: Tensor, v: Tensor, span: Span, memory: LayerMemory, scale: float, pushing: int
-    ) -> tuple[Softmax, tuple[Tensor, ...]]:
-        """`_chunk` for one token, which takes the slot of the one it pushes out."""
-        assert self.window is not None
-        leaving = memory.exchange(memory.slots(span.start), k, v, None, old=bool(pushing))
-        filled = min(span.first + 1, self.sinks + self.window)
-        keys, values = (t[:, :, :filled] for t in memory.kept)
-        return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, None, scale), leaving
 
 
 class CompressiveMemory(LayerMemory):
