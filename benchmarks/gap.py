@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import records, write
+from common import put_on, records, write
 
 SINKS = 64
 ROWS = 4  # books at once
@@ -49,11 +49,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     window: dict[int, float] = {}
     for adapter in [None, *options.adapter]:
-        ahn.detach(model)
-        if adapter is None:
-            ahn.augment(model, ahn.AHNConfig(None, 16, 0))
-        else:
-            ahn.load_adapter(model, adapter)
+        name = put_on(model, adapter)
         cells = []
         for size in options.lossless:
             set_window(model, size - SINKS, SINKS)
@@ -69,7 +65,6 @@ def main() -> None:
             else:
                 cells.append(f"{loss:>9.4f}                 ")
             rows.append(row)
-        name = "sinks and window" if adapter is None else f"{model.ahn_config.cell} ({Path(adapter).name})"
         print(f"{name:<40}" + "".join(cells), flush=True)
     print("share of the gap that is closed; in brackets with the memory of another book")
     print(

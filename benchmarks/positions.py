@@ -11,7 +11,6 @@ book; long books give several. All are read in chunks through a cache, as rows o
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from transformers import DynamicCache
 import ahn
 from ahn.augmentation import set_window
 from ahn.bases import load_base
-from common import now, peak_bytes, records, write
+from common import now, peak_bytes, put_on, records, write
 
 SINKS = 64
 
@@ -86,13 +85,11 @@ def main() -> None:
     rows = []
     window: dict[int, Tensor] = {}
     for memory in ["sinks and window", "full attention", *options.adapter]:
-        if hasattr(model, "ahn_config"):
+        name = memory
+        if memory != "full attention":
+            name = put_on(model, memory if memory in options.adapter else None)
+        elif hasattr(model, "ahn_config"):
             ahn.detach(model)
-        adapter = memory in options.adapter
-        if adapter:
-            ahn.load_adapter(model, memory)
-        elif memory != "full attention":
-            ahn.augment(model, ahn.AHNConfig(None, 16, 0))
         for size in [None] if memory == "full attention" else options.lossless:
             if size is not None:
                 set_window(model, size - SINKS, SINKS)
@@ -114,7 +111,6 @@ def main() -> None:
                     "peak_gib": round(peak_bytes() / 2**30, 2),
                 }
             )
-            name = f"{model.ahn_config.cell} ({Path(memory).name})" if adapter else memory
             cells = "".join(f"{by_bin[:, end // 2 : end].mean().item():>9.4f}" for end in ends)
             print(f"{name:<44}{size or '':>9}{cells}{seconds:>7.0f}", flush=True)
     print(

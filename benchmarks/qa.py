@@ -19,7 +19,6 @@ import argparse
 import random
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from ahn.augmentation import set_window
 from ahn.dialogue import Dialogue
 from ahn.eval.metrics import exact_match, f1
 from ahn.eval.squad import Context, Question, contexts
-from common import now, records, write
+from common import now, put_on, records, write
 
 SINKS = 64
 ROOM = 160  # tokens kept free behind a context for a question and its answer
@@ -202,12 +201,9 @@ def main() -> None:
         for memory in ["full attention", "sinks and window", *options.adapter]:
             if memory == "full attention" and tokens > positions:
                 continue
-            ahn.detach(model)
             adapter = memory in options.adapter
-            if adapter:
-                ahn.load_adapter(model, memory)
-            else:
-                ahn.augment(model, ahn.AHNConfig(None, 16, 0))
+            name = put_on(model, memory if adapter else None)
+            name = memory if memory == "full attention" else name
             for size in [tokens] if memory == "full attention" else lossless:
                 set_window(model, size - SINKS, SINKS)  # a window that holds everything is full attention
                 start = now(model.device)
@@ -222,7 +218,6 @@ def main() -> None:
                     row = summary(here, before)
                     rows.append({"tokens": tokens, "memory": memory, "lossless": size, "group": group, **row})
                     cells.append(line(row))
-                name = f"{model.ahn_config.cell} ({Path(memory).name})" if adapter else memory
                 print(f"{name:<44}{size:>9,}" + "".join(cells) + f"{seconds:>7.0f}", flush=True)
                 for one, result in list(zip(asked, results, strict=True))[: options.show]:
                     print(f"    {one.question.text} {one.question.answers[0]!r}: {result['said']!r}")
