@@ -10,7 +10,7 @@ because with clipped sink positions a query meets the two at different angles.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,24 @@ QUERY_BLOCK = 128  # queries attended at once: few enough that little of the ban
 Softmax = tuple[Tensor, Tensor]  # output [B, N, C, H] and log of the normaliser [B, N, C], float32
 
 
+class Far(NamedTuple):
+    """Keys that queries see for a while, whatever the window: sinks and store. Query i sees a key while
+    since <= i < until, for the queries of a call counted from 0."""
+
+    keys: Tensor  # [B, M, K, H]
+    values: Tensor
+    since: Tensor  # [R or B, 1 or M, K]
+    until: Tensor
+    entering: int  # so many keys at the end come with the last queries, one with each
+
+    def seen(self, low: int, high: int, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values for queries low .. high of `queries`, and which are seen: bool [R or B, 1 or M, C, K]."""
+        count = self.keys.shape[2] - min(self.entering, queries - high)
+        i = torch.arange(low, high, device=self.keys.device)[:, None]
+        since, until = (t[..., None, :count] for t in (self.since, self.until))
+        return self.keys[:, :, :count], self.values[:, :, :count], (since <= i) & (i < until)
+
+
 def visible(query: Tensor, key: Tensor, sinks: int, window: int) -> Tensor:
     """Which window keys a query sees, by their positions (broadcast): causal, in the window, not a sink."""
     return (key <= query) & (key > query - window) & (key >= sinks)
@@ -31,7 +49,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     """Softmax attention with its normaliser.
 
     Args:
-        q: [B, N, C, H]. k, v: [B, M, K, H], N a multiple of M. mask: bool [R, C, K], true where seen, or None.
+        q: [B, N, C, H]. k, v: [B, M, K, H], N a multiple of M. mask: bool, true where seen, [R, C, K], or by head
+            [R, 1 or M, C, K], or None.
 
     A query that sees nothing gets a finite output and a normaliser near -inf: it vanishes in `merge`.
     """
@@ -40,9 +59,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     q = q.reshape(batch, k.shape[1], groups * queries, size)  # heads that share keys become more queries
     bias = None
     if mask is not None:
+        mask = mask if mask.dim() == 4 else mask[:, None]
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
         bias.masked_fill_(~mask, torch.finfo(q.dtype).min / 2)
-        bias = bias.repeat(1, groups, 1)[:, None]
+        bias = bias.repeat(1, 1, groups, 1)
     if q.device.type == "cpu" and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         out, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     else:
@@ -65,10 +85,11 @@ def attend_one(
     """Attention of one new token over a ring buffer, in any order and without copying it.
 
     Args:
-        q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first.
-        mask: bool [B, K], true where a slot is filled, or None.
+        q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first (and
+            whatever else is seen as they are, all counted in `sinks`).
+        mask: bool [B, 1 or M, K], true where a slot is filled, or None.
     """
-    mask = None if mask is None else mask[:, None]
+    mask = None if mask is None else mask[:, :, None]
     if q_sinks is q:
         return attend(q, k, v, mask, scale)
     first, rest = (
@@ -86,15 +107,18 @@ def attend_window(
     start: Tensor,
     window: int,
     scale: float,
+    far: Far | None = None,
+    sinks: int | None = None,
 ) -> Softmax:
     """Attention of consecutive queries over sinks and window, block by block.
 
     Args:
         q, q_sinks: [B, N, C, H], as the window and as the sinks meet them; query i is at position start + i.
         sinks_kv: [B, M, S, H]. window_kv: [B, M, K, H], the K tokens up to and including the last query, in order.
-        start: [R], positions of the first query.
+        start: [R], positions of the first query. far: seen instead of the sinks, of which it
+            has `sinks`.
     """
-    queries, sinks = q.shape[2], sinks_kv[0].shape[2]
+    queries, sinks = q.shape[2], sinks_kv[0].shape[2] if sinks is None else sinks
     before = window_kv[0].shape[2] - queries
     device = q.device
     out: list[Softmax] = []
@@ -105,7 +129,11 @@ def attend_window(
         keys = start[:, None, None] + torch.arange(first - before, high, device=device)
         k, v = (t[:, :, first : before + high] for t in window_kv)
         part = attend(q[:, :, low:high], k, v, visible(at, keys, sinks, window), scale)
-        if sinks:
+        if far is not None:
+            seen = far.seen(low, high, queries)
+            if seen[0].shape[2]:
+                part = merge(attend(q_sinks[:, :, low:high], *seen, scale), part)
+        elif sinks:
             causal = None if low else torch.arange(sinks, device=device) <= at
             part = merge(attend(q_sinks[:, :, low:high], *sinks_kv, causal, scale), part)
         out.append(part)

@@ -29,6 +29,7 @@ from ahn.cache import AHNCache, Span
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
 from ahn.layer import AHNLayer
+from ahn.storing import StoringLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +66,7 @@ class _Frame:
         short = short or base.max_position_embeddings
         if config.lossless > short:
             raise ConfigError(
-                f"sinks + window = {config.lossless}: this base's {kind!r} positions are those of short texts up to "
+                f"{_sum(config)}: this base's {kind!r} positions are those of short texts up to "
                 f"{short} tokens, expected at most {short}"
             )
         self.held = rotary, kind, rotary.inv_freq
@@ -106,12 +107,13 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     frame = _Frame(model)
     frame.hold_frequencies(decoder, config)
     try:
-        turns = (config.sink_positions == "clipped" and config.sinks) or config.memory_positions == "none"
+        clips = config.sink_positions == "clipped" and (config.sinks or config.store)
+        turns = clips or config.memory_positions == "none"
         rotary = Rotary(decoder, attentions[0]) if turns else None
+        layers = [_layer(attention, config, rotary) for attention in attentions]
     except ConfigError:
         frame.release_frequencies()
         raise
-    layers = [AHNLayer(attention, config, rotary) for attention in attentions]
     model.requires_grad_(False)
     for attention, layer in zip(attentions, layers, strict=True):
         layer.train(model.training)
@@ -127,6 +129,11 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
     decoder.ahn_owner = [model]  # in a list: not a submodule
     return model
+
+
+def _layer(attention: Any, config: AHNConfig, rotary: Rotary | None) -> AHNLayer:
+    kept = config.layers is None or attention.layer_idx in config.layers
+    return (StoringLayer if kept and config.store else AHNLayer)(attention, config, rotary)
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -164,14 +171,18 @@ def full_attention(model: PreTrainedModel) -> Iterator[None]:
             layer.full = False
 
 
-def set_window(model: PreTrainedModel, window: int, sinks: int) -> None:
-    """Other sinks and window from now on, for new caches and whole sequences. Raises ConfigError."""
-    config = model.ahn_config.replace(window=window, sinks=sinks)
+def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int | None = None) -> None:
+    """Other sinks, window and size of the store (None: as it is) from now on, for new caches and whole sequences.
+    Raises ConfigError."""
+    store_size = model.ahn_config.store_size if store_size is None else store_size
+    config = model.ahn_config.replace(window=window, sinks=sinks, store_size=store_size)
     layers = layers_of(model)
     check_fits(config, model.config.get_text_config(), len(layers))
     for layer in layers:
         if layer.window is not None:
             layer.window, layer.sinks = window, sinks
+        if isinstance(layer, StoringLayer):
+            layer.size = store_size
     model.ahn_config = config
 
 
@@ -180,17 +191,25 @@ def check_fits(config: AHNConfig, base: Any, layers: int) -> None:
     context = getattr(base, "max_position_embeddings", None)
     if context is not None and config.lossless > context:
         raise ConfigError(
-            f"sinks + window = {config.sinks} + {config.window} = {config.lossless} tokens, more than the "
+            f"{_sum(config)} tokens, more than the "
             f"{context} positions of the base: expected at most {context}"
         )
     native = getattr(base, "sliding_window", None)
     if native is not None and config.lossless > native:
         raise UnsupportedModelError(
-            f"the base itself slides over {native} tokens (config.sliding_window), fewer than sinks + window = "
-            f"{config.lossless}: expected at most {native}"
+            f"the base itself slides over {native} tokens (config.sliding_window), fewer than {_sum(config)}: "
+            f"expected at most {native}"
         )
     if config.layers is not None and config.layers[-1] >= layers:
         raise ConfigError(f"layers={list(config.layers)}: the base has layers 0 to {layers - 1}")
+
+
+def _sum(config: AHNConfig) -> str:
+    """The lossless tokens, for messages."""
+    if config.store is None:
+        return f"sinks + window = {config.sinks} + {config.window} = {config.lossless}"
+    parts = f"{config.sinks} + {config.store_size} + {config.window}"
+    return f"sinks + store + window = {parts} = {config.lossless}"
 
 
 def _frame(model: PreTrainedModel) -> _Frame:

@@ -43,6 +43,8 @@ class Span:
     written: bool = False  # whether a layer has begun to store it
     sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
     leaving: Leaving | None = None  # which tokens push one out of the window, likewise
+    store_angles: tuple[Tensor, Tensor] | None = None  # turn of the keys that enter the store, likewise
+    parts: list[tuple[slice, Span]] | None = None  # see `pieces`
 
     @classmethod
     def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:
@@ -72,11 +74,26 @@ class Span:
         """bool [R, T] after compaction."""
         return torch.arange(self.length) < torch.tensor(self.counts)[:, None]
 
+    def pieces(self, grid: int) -> list[tuple[slice, Span]]:
+        """After compaction, the tokens between multiples of `grid` of any row's positions; all at once if it is 0.
+        The same for all layers."""
+        if not grid:
+            return [(slice(None), self)]
+        if self.parts is None:
+            starts = self.start.tolist()
+            ends = sorted({end for at in starts for end in range(grid - at % grid, self.length, grid)} | {self.length})
+            self.parts = []
+            for low, high in zip([0, *ends], ends, strict=False):
+                counts = [min(max(count - low, 0), high - low) for count in self.counts]
+                start = [at + min(count, low) for at, count in zip(starts, self.counts, strict=True)]
+                self.parts.append((slice(low, high), Span(torch.tensor(start), high - low, counts)))
+        return self.parts
+
     def compact(self, x: Tensor, dim: int) -> Tensor:
-        return x if self.order is None else _gather(x, self.order, dim)
+        return x if self.order is None else gather(x, self.order, dim)
 
     def restore(self, x: Tensor, dim: int) -> Tensor:
-        return x if self.back is None else _gather(x, self.back, dim)
+        return x if self.back is None else gather(x, self.back, dim)
 
     def after(self) -> list[int]:
         return [start + count for start, count in zip(self.start.tolist(), self.counts, strict=True)]
@@ -89,6 +106,7 @@ class LayerMemory(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
     is_compileable = False
+    room = 0  # slots between the sinks and the ring
 
     def __init__(self, layer: AHNLayer) -> None:
         super().__init__()
@@ -147,7 +165,7 @@ class LayerMemory(CacheLayerMixin):
         """Where the tokens at `positions` lie."""
         if self.window is None:
             return positions
-        ring = self.sinks + (positions - self.sinks) % self.window
+        ring = self.sinks + self.room + (positions - self.sinks) % self.window
         return torch.where(positions < self.sinks, positions, ring)
 
     def window_before(self, span: Span) -> tuple[Tensor, ...]:
@@ -156,9 +174,9 @@ class LayerMemory(CacheLayerMixin):
         length = max(0, span.first - self.sinks)
         length = length if self.window is None else min(length, self.window)
         positions = span.start[:, None] + torch.arange(-length, 0)
-        slots = self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity - 1, 0))
+        slots = self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.room - 1, 0))
         tensors = [(self.keys, 2), (self.values, 2), (self.inputs, 1)]
-        return tuple(_gather(t, slots, dim) for t, dim in tensors if t is not None)
+        return tuple(gather(t, slots, dim) for t, dim in tensors if t is not None)
 
     def put(self, span: Span, k: Tensor, v: Tensor, inputs: Tensor | None) -> None:
         """Write the tokens of a compacted span into their slots: those that are still kept at its end."""
@@ -190,7 +208,7 @@ class LayerMemory(CacheLayerMixin):
             if buffer is None or new is None:
                 continue
             if old:
-                before.append(_gather(buffer, index, dim))
+                before.append(gather(buffer, index, dim))
             if len(slots) == 1:
                 buffer.index_copy_(dim, slots, new)
             else:
@@ -236,7 +254,7 @@ class AHNCache(Cache):
     def __init__(self, model: PreTrainedModel) -> None:
         from ahn.augmentation import layers_of
 
-        super().__init__(layers=[LayerMemory(layer) for layer in layers_of(model)])
+        super().__init__(layers=[layer.memory() for layer in layers_of(model)])
         self.config = model.ahn_config
         self.tokens_seen = 0
         self.last_logits: Tensor | None = None
@@ -407,7 +425,7 @@ def _expand(index: Tensor, x: Tensor, dim: int) -> Tensor:
     return index.view(*index.shape, *([1] * (x.dim() - index.dim()))).expand(shape)
 
 
-def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """Take tokens `index` [R, L] along `dim` of x."""
     index = index.to(x.device)
     if index.shape[0] == 1:

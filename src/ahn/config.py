@@ -1,4 +1,4 @@
-"""What a memory is made of: the cell, the window, the sinks, and the layers that have one."""
+"""What a memory is made of: the cell, the window, the sinks, the store, and the layers that have one."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ class AHNConfig:
         key_maps: 0: queries and keys as they are (paper). 1: a learned linear map of each, per head. 2 or 4: learned
             nonlinear features, so many times the head size, and the state with them.
         make_room: also learn how much of the window's attention stays beside the memory (paper: all of it).
+        store: which tokens that leave the window are kept exactly (`ahn.stores.names()`), or None (paper). See
+            docs/store.md.
+        store_size: how many of them, per key/value head; 0 if and only if there is no store.
+        store_span: tokens that are judged together, by the best of them: facts are several tokens long. 1 to `window`.
 
     Raises:
         ConfigError: names the value and what is allowed.
@@ -46,6 +50,9 @@ class AHNConfig:
     memory_positions: str = "rope"
     key_maps: int = 0
     make_room: bool = False
+    store: str | None = None
+    store_size: int = 0
+    store_span: int = 1
 
     def __post_init__(self) -> None:
         _check_integer("window", self.window, least=1)
@@ -75,11 +82,29 @@ class AHNConfig:
             from ahn import cells
 
             cells.check_name(self.cell)
+        self._check_store()
+
+    def _check_store(self) -> None:
+        _check_integer("store_size", self.store_size, least=0)
+        _check_integer("store_span", self.store_span, least=1)
+        if self.store is None:
+            if self.store_size:
+                raise ConfigError(f"store_size={self.store_size} without a store: expected the name of a store, or 0")
+            if self.store_span != 1:
+                raise ConfigError(f"store_span={self.store_span} without a store: expected the name of a store, or 1")
+            return
+        from ahn import stores
+
+        stores.check_name(self.store)
+        if not self.store_size:
+            raise ConfigError(f"store={self.store!r} with store_size=0: expected at least 1, or no store")
+        if self.store_span > self.window:
+            raise ConfigError(f"store_span={self.store_span}: expected at most the window of {self.window}")
 
     @property
     def lossless(self) -> int:
-        """Tokens kept exactly: sinks + window."""
-        return self.sinks + self.window
+        """Tokens kept exactly: sinks + store + window."""
+        return self.sinks + self.store_size + self.window
 
     def replace(self, **changes: Any) -> AHNConfig:
         return dataclasses.replace(self, **changes)

@@ -23,7 +23,7 @@ from ahn.kernels import flex
 
 FOREVER = 1 << 60  # window of a layer that keeps everything
 
-Angles = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # cos and sin: of the queries, of the keys that leave
+Turn = tuple[Tensor, Tensor]  # cos and sin
 
 
 class Leaving(NamedTuple):
@@ -35,7 +35,13 @@ class Leaving(NamedTuple):
     writes: Tensor | None  # bool [R, T]: token t pushes token t - W out; None: each does
     evicted: Tensor  # [R, T]: how many have left then, at least 1
     window: Tensor  # W, on the device: code compiled for one window is right for any
-    angles: Angles | None  # turns back to where nothing has a position, or None
+    angles: tuple[Turn, Turn | None] | None  # turns queries, and keys that leave, back to where nothing has a position
+
+    def part(self, at: slice) -> Leaving:
+        """Of some of the tokens, for a layer that turns the keys itself."""
+        writes = None if self.writes is None else self.writes[:, at]
+        angles = None if self.angles is None else ((self.angles[0][0][:, at], self.angles[0][1][:, at]), None)
+        return Leaving(writes, self.evicted[:, at], self.window, angles)
 
 
 class AHNLayer(nn.Module):
@@ -62,6 +68,20 @@ class AHNLayer(nn.Module):
             self.cell.extend(config.key_maps, config.make_room)
         self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
         self.full = False  # within `full_attention`
+
+    @property
+    def has_far(self) -> bool:
+        """Whether anything behind the window is attended."""
+        return self.sinks > 0
+
+    @property
+    def lossless(self) -> int:
+        """Tokens kept exactly."""
+        return self.sinks + (self.window or FOREVER)
+
+    def memory(self) -> LayerMemory:
+        """An empty memory for a new cache."""
+        return LayerMemory(self)
 
     @property
     def gate_width(self) -> int:
@@ -203,25 +223,30 @@ class AHNLayer(nn.Module):
         old = memory.exchange(slots, k, v, inputs, old=leaves)
         mask, filled = None, min(span.first + 1, FOREVER if self.window is None else self.sinks + self.window)
         if len(slots) > 1:
-            mask = torch.arange(filled, device=q.device) <= span.start[:, None].to(q.device)
+            mask = torch.arange(filled, device=q.device) <= span.start[:, None, None].to(q.device)
         keys, values = (t[:, :, :filled] for t in memory.kept)
         return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, mask, scale), old
 
     def _leaving(self, span: Span, device: torch.device, first: int = 0) -> Leaving:
         if span.leaving is None:
             assert self.window is not None
-            positions, lossless = span.positions()[:, first:], self.sinks + self.window
-            evicted = (positions - lossless + 1).clamp(min=1).to(device)
-            able = (positions >= lossless) & span.real()[:, first:]
+            positions = span.positions()[:, first:]
+            evicted = (positions - self.lossless + 1).clamp(min=1).to(device)
+            able = (positions >= self.lossless) & span.real()[:, first:]
             writes = None if bool(able.all()) else able.to(device)
             angles = None
             (rotary,) = self.rotary
             if self.turns_back and rotary is not None:
                 positions = positions.to(device)
-                angles = rotary.angles(-positions), rotary.angles(self.window - positions)
+                angles = rotary.angles(-positions), self._turn_of_leaving(rotary, positions)
             span.leaving = Leaving(writes, evicted, torch.tensor(self.window, device=device), angles)
         leaving: Leaving = span.leaving
         return leaving if self.rotary[0] is not None else leaving._replace(angles=None)
+
+    def _turn_of_leaving(self, rotary: Rotary, positions: Tensor) -> Turn | None:
+        """The turn of the keys that leave at `positions` [R, T] back to where nothing has a position."""
+        assert self.window is not None
+        return rotary.angles(self.window - positions)
 
     def _prepare(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, leaving: Leaving, fla: bool
@@ -230,7 +255,8 @@ class AHNLayer(nn.Module):
         assert self.cell is not None
         (rotary,) = self.rotary
         if leaving.angles is not None and rotary is not None:
-            q, k = rotary.turn(q, leaving.angles[0]), rotary.turn(k, leaving.angles[1])
+            q = rotary.turn(q, leaving.angles[0])
+            k = k if leaving.angles[1] is None else rotary.turn(k, leaving.angles[1])
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         gates = self.cell.gates(inputs)
@@ -254,18 +280,18 @@ class AHNLayer(nn.Module):
     def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
         """The queries as the sinks meet them: with clipped positions, never further than sinks + window."""
         (rotary,) = self.rotary
-        if rotary is None or not self.clips_sinks or not self.sinks or self.window is None:
+        if rotary is None or not self.clips_sinks or not self.has_far or self.window is None:
             return q
-        lossless = self.sinks + self.window
-        if span.first + span.length - 1 <= lossless:
+        furthest = self.sinks + self.window
+        if span.first + span.length - 1 <= furthest:
             return q
         if span.sink_angles is None:
             positions = span.positions().to(q.device)
-            span.sink_angles = rotary.angles(positions.clamp(max=lossless) - positions)
+            span.sink_angles = rotary.angles(positions.clamp(max=furthest) - positions)
         cos, sin = (t.to(q.device) for t in span.sink_angles)
         return self._turn(rotary, q, (cos, sin))
 
-    def _turn(self, rotary: Rotary, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def _turn(self, rotary: Rotary, q: Tensor, angles: Turn) -> Tensor:
         return rotary.turn(q, angles)
 
 

@@ -81,9 +81,16 @@ class Cell(nn.Module):
 
     def keys(self, q_BNTH: Tensor, k_BNTH: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as they meet the state: of unit length, [B, N, T, K], float32."""
-        if self.q_map is None or self.k_map is None:
-            return unit(q_BNTH), unit(k_BNTH)
-        return self.q_map(q_BNTH), self.k_map(k_BNTH)
+        return unit(q_BNTH) if self.q_map is None else self.q_map(q_BNTH), self.key(k_BNTH)
+
+    def key(self, k_BNTH: Tensor) -> Tensor:
+        """The half of `keys` that is written."""
+        return unit(k_BNTH) if self.k_map is None else self.k_map(k_BNTH)
+
+    def error(self, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> Tensor:
+        """How much of each value the state does not return, times how strongly it would be written, [B, N, T]."""
+        missing = v_BNTH.float() - self.key(k_BNTH) @ state
+        return gates[0] * torch.linalg.vector_norm(missing, dim=-1)
 
     def combine(
         self, out_BTNH: Tensor, norm_BNT: Tensor, read_BNTH: Tensor, x_BTD: Tensor, evicted_RT: Tensor
@@ -107,7 +114,8 @@ class Cell(nn.Module):
         raise NotImplementedError
 
     def gates(self, inputs_BTG: Tensor) -> Gates:
-        """From `gate_inputs`: G tensors [B, N, T], float32, zero meaning "nothing is written, nothing forgotten"."""
+        """From `gate_inputs`: G tensors [B, N, T], float32, zero meaning "nothing is written, nothing forgotten". The
+        first says how strongly a token is written."""
         raise NotImplementedError
 
     def naive(

@@ -1,0 +1,129 @@
+"""Who stays in the store, and who is written into the state instead.
+
+Letters: B batch, M key/value heads, C tokens that leave the window, P places of the store.
+
+From the first token on that leaves the window, each step has one loser per key/value head among the store and the
+newcomer: the one of lowest priority, the older one of equals. As priorities never change, many steps are resolved at
+once: a token is out at the first step at which P better ones have come.
+
+A rank is one int64 that sorts as (priority, position): the float32 in the upper half, its bits arranged so that they
+sort as the number does, and the position in the lower. Places that are still empty, and steps without a newcomer, have
+ranks below those of all tokens, so they lose first and need no case of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NOBODY = torch.iinfo(torch.int64).min  # the newcomer of a step without one: loses at once
+EMPTY = NOBODY + (1 << 31)  # an empty place: loses to every token
+TOKEN = NOBODY + (1 << 32)  # ranks from here on are tokens'
+AT_ONCE = {"cpu": 64, "cuda": 512}  # steps resolved together: the work grows with their square, the launches fall
+
+
+class Outcome(NamedTuple):
+    """What came of C steps; candidates are the P places and, behind them, the C newcomers."""
+
+    losers: Tensor  # [B, M, C]: the candidate that loses at each step, possibly an empty place
+    lost: Tensor  # [B, M, C]: its rank
+    kept: Tensor  # [B, M, P]: the candidates that are in the places afterwards
+    ranks: Tensor  # [B, M, P]: and their ranks
+
+
+def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    """Ranks [B, M, C] of tokens with `priority` [B, M, C] float32 at `positions` [R, C]; where not `real` [R, C]:
+    nobody's.
+
+    Priorities are rounded to 13 bits: equal tokens then tie, whatever the shapes of the products that scored them.
+    """
+    bits = (priority.float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: one zero
+    bits = (bits + 0x400) & ~0x7FF
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    nobody = NOBODY + torch.arange(priority.shape[-1], device=priority.device)
+    return torch.where(real[:, None], (ordered << 32) | positions[:, None], nobody)
+
+
+def empty(batch: int, heads: int, places: int, device: torch.device) -> Tensor:
+    """Ranks of a store with nothing in it."""
+    return (EMPTY + torch.arange(places, device=device)).repeat(batch, heads, 1)
+
+
+def position(ranks: Tensor) -> Tensor:
+    return ranks & 0xFFFFFFFF
+
+
+def contest(ranks: Tensor, new: Tensor) -> Outcome:
+    """Resolve one step after the other for newcomers of rank `new` [B, M, C] against places of `ranks` [B, M, P]."""
+    places, steps = ranks.shape[-1], new.shape[-1]
+    who = torch.arange(places, device=ranks.device).expand_as(ranks)
+    losers, lost = [], []
+    at_once = AT_ONCE.get(ranks.device.type, 512)
+    for low in range(0, steps, at_once):
+        part = new[..., low : low + at_once]
+        names = torch.arange(places + low, places + low + part.shape[-1], device=ranks.device)
+        # of the places, only so many of the lowest can be lost
+        risk, place = ranks.topk(min(part.shape[-1], places), largest=False)
+        rivals = torch.cat([risk, part], -1)
+        rival_names = torch.cat([who.gather(-1, place), names.expand_as(part)], -1)
+        first = _out_at(risk, rivals, part)
+        stay = first.argsort(dim=-1, descending=True, stable=True)[..., : risk.shape[-1]]
+        out = torch.empty_like(first[..., : part.shape[-1] + 1]).scatter_(
+            -1, first, torch.arange(rivals.shape[-1], device=ranks.device).expand_as(first)
+        )[..., :-1]
+        losers.append(rival_names.gather(-1, out))
+        lost.append(rivals.gather(-1, out))
+        ranks = ranks.scatter(-1, place, rivals.gather(-1, stay))
+        who = who.scatter(-1, place, rival_names.gather(-1, stay))
+    return Outcome(torch.cat(losers, -1), torch.cat(lost, -1), who, ranks)
+
+
+def _out_at(risk: Tensor, rivals: Tensor, new: Tensor) -> Tensor:
+    """The step at which each of the rivals (the lowest places `risk`, then the newcomers) is out, C for those that
+    stay: the first at which as many better ones have come as there are places."""
+    places, steps = risk.shape[-1], new.shape[-1]
+    already = places - torch.searchsorted(risk.contiguous(), rivals.contiguous(), right=True)
+    come = (new[..., None, :] > rivals[..., :, None]).cumsum(-1, dtype=torch.int32)
+    out = come + already[..., None] >= places
+    step = torch.arange(steps, device=new.device)
+    out[..., places:, :] &= step >= step[:, None]  # nobody is out before coming
+    return steps - out.sum(-1)
+
+
+def until(outcome: Outcome) -> Tensor:
+    """[B, M, P + C]: the step at which each candidate is out, C for those that stay."""
+    steps = outcome.losers.shape[-1]
+    places = outcome.kept.shape[-1]
+    found = torch.full((*outcome.losers.shape[:2], places + steps), steps, device=outcome.losers.device)
+    return found.scatter_(-1, outcome.losers, torch.arange(steps, device=found.device).expand_as(outcome.losers))
+
+
+def pool(take: Callable[[Tensor], Tensor], back: Tensor, span: int) -> Tensor:
+    """The highest score of each span, [B, M, C].
+
+    Args:
+        take: scores [B, M, C] by their places [R, C], where the i-th token that leaves is at i + span - 1.
+        back: [R, C], how many tokens of its span came before each token. span: tokens of one.
+    """
+    first = torch.arange(back.shape[-1], device=back.device) + span - 1 - back
+    best = take(first)
+    for i in range(1, span):
+        best = torch.maximum(best, take(first + i))
+    return best
+
+
+def by_head(x: Tensor, at: Tensor) -> Tensor:
+    """Tokens `at` [B, M, C] of x [B, M, L, ...]: others in each head."""
+    return x.gather(2, _like(at, x))
+
+
+def put_by_head(x: Tensor, at: Tensor, new: Tensor) -> None:
+    """The opposite: x[b, m, at] = new, in place."""
+    x.scatter_(2, _like(at, new), new)
+
+
+def _like(at: Tensor, x: Tensor) -> Tensor:
+    return at.view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:])

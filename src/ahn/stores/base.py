@@ -1,0 +1,56 @@
+"""What a store is: a rule that gives each token a score, by which it stays beside the window or not.
+
+Letters: B batch, T tokens, D hidden size, M key/value heads, H head size;
+R rows of positions: 1 where all of the batch are at the same position, else B.
+
+A store sees a token once, when it arrives, and returns one score per key/value head. The score waits with the token
+in the window. When the token leaves, the highest of its span (`store_span`) becomes its priority, which never changes
+again: that is what lets many tokens be resolved at once (`ahn.retention`). Scores must not depend on how the text is
+cut into pieces: on the token and its position, on the state at the last multiple of `grid`, or on what the queries at
+multiples of `every` attend to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Store(nn.Module):
+    """Base of all stores. A new one needs `name` and `score`.
+
+    Args:
+        hidden_size: D. kv_heads: M. layer: index of the layer. dtype, device: of weights, if it has any.
+
+    Class attributes:
+        name: the file's name.
+        grid: sequences are resolved in pieces that end at multiples of this position; 0: in one.
+        every: the queries at multiples of this position add the attention that a token gets from them to its score;
+            0: none does. Needs a `grid`, which bounds what is held at once.
+        reads_state: the score needs what the cell cannot return (`error` below); then a copy of the state at the last
+            multiple of `grid` is kept.
+    """
+
+    name: ClassVar[str]
+    grid: ClassVar[int] = 0
+    every: ClassVar[int] = 0
+    reads_state: ClassVar[bool] = False
+
+    def __init__(
+        self, hidden_size: int, kv_heads: int, layer: int, dtype: torch.dtype = torch.float32, device: Any = None
+    ) -> None:
+        super().__init__()
+        self.kv_heads, self.layer = kv_heads, layer
+
+    def score(self, x_BTD: Tensor, positions_RT: Tensor, error: Callable[[], Tensor]) -> Tensor:
+        """The scores of tokens that arrive, [B, M, T] or what broadcasts to it; higher is kept longer.
+
+        Args:
+            x_BTD: layer input, after the base's own norm. positions_RT: int64.
+            error: how much of each value the state would not return, times how strongly it would be written,
+                [B, M, T] (`Cell.error`, the mean over the heads of a group). With `reads_state` only.
+        """
+        raise NotImplementedError

@@ -1,0 +1,43 @@
+"""A small gate says what will be needed (the idea of TRIM-KV, arXiv 2512.03324). Trained by `ahn.train.retention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ahn.stores.base import Store
+
+WIDTH = 64
+UNIT = 1024  # positions in which the decay is counted
+
+
+class Learned(Store):
+    """The tokens that a trained gate expects to be attended to from far away.
+
+    Two layers from the layer's input to one score per key/value head, and one decay per head: a score fades with age,
+    for all tokens of a head alike, so that their order stays.
+    """
+
+    name = "learned"
+
+    def __init__(
+        self, hidden_size: int, kv_heads: int, layer: int, dtype: torch.dtype = torch.float32, device: Any = None
+    ) -> None:
+        super().__init__(hidden_size, kv_heads, layer, dtype, device)
+        # float32 whatever the base is: scores are compared, and rounded ones tie
+        self.inner = nn.Linear(hidden_size, WIDTH, device=device)
+        self.outer = nn.Linear(WIDTH, kv_heads, device=device)
+        self.decay = nn.Parameter(torch.full((kv_heads,), -4.0, device=device))  # softplus: 0.018 at first
+
+    def gate(self, x_BTD: Tensor) -> Tensor:
+        """[B, M, T] float32: the score without its age."""
+        x = F.rms_norm(x_BTD.float(), x_BTD.shape[-1:])
+        inner = F.silu(F.linear(x, self.inner.weight.float(), self.inner.bias.float()))
+        return F.linear(inner, self.outer.weight.float(), self.outer.bias.float()).transpose(1, 2)
+
+    def score(self, x_BTD: Tensor, positions_RT: Tensor, error: Callable[[], Tensor]) -> Tensor:
+        return self.gate(x_BTD) + F.softplus(self.decay.float())[:, None] * (positions_RT[:, None] / UNIT)

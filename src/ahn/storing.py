@@ -1,0 +1,519 @@
+"""The memory of a layer with a store: some of what leaves the window is kept exactly, the rest goes into the cell.
+
+Letters: as in `ahn.layer`, and P places of the store, per key/value head; E tokens that leave the window in a span,
+L scores kept, O queries that are observed.
+
+Slots of a buffer: [sinks S | store P | ring W]; the places are made when the first token leaves the window. Each head
+keeps tokens of its own, and loses one of its own at each step: the loser is written, then the query reads
+(`ahn.retention` says who loses).
+
+With clipped sink positions a query sees the store as it sees the sinks, never further than S + W: a key that enters is
+turned to position S, right behind the sinks, so that stored tokens are all at distance W, at which they left the
+window. One that loses its place is turned on to where the cell expects it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ahn import retention, stores
+from ahn.attention import Far, Rotary, Softmax, attend_one, attend_window, visible
+from ahn.cache import LayerMemory, Span, gather
+from ahn.config import AHNConfig
+from ahn.errors import ConfigError
+from ahn.layer import AHNLayer, Leaving, Turn
+from ahn.retention import Outcome, by_head, put_by_head
+
+
+class Arrivals(NamedTuple):
+    """The tokens of a piece of text, after compaction."""
+
+    span: Span
+    q: Tensor  # [B, N, T, H]
+    q_far: Tensor  # as sinks and store meet them
+    k: Tensor  # [B, M, T, H]
+    v: Tensor
+    x: Tensor  # [B, T, D]
+    inputs: Tensor | None  # [B, T, G * N]
+    sinks: Tensor  # keys of the sinks [B, M, S, H], or fewer
+    near: Tensor  # keys of the window before and of the piece, in order, [B, M, K, H]
+    scale: float
+
+
+class StoringLayer(AHNLayer):
+    """`AHNLayer` whose lossless tokens are sinks, store and window."""
+
+    def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
+        super().__init__(attention, config, rotary)
+        assert config.store is not None
+        kind = stores.get(config.store)
+        if kind.reads_state and self.cell is None:
+            raise ConfigError(f"store={config.store!r} asks what the cell does not know: expected a cell")
+        base = attention.config
+        kv_heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+        self.store = kind(base.hidden_size, kv_heads, attention.layer_idx, device=attention.o_proj.weight.device)
+        self.size, self.span = config.store_size, config.store_span
+
+    @property
+    def has_far(self) -> bool:
+        return True
+
+    @property
+    def lossless(self) -> int:
+        return super().lossless + self.size
+
+    @property
+    def reach(self) -> int:
+        """W: a layer that keeps everything has no store."""
+        assert self.window is not None
+        return self.window
+
+    @property
+    def scores_kept(self) -> int:
+        """L: the scores that spans may still ask for."""
+        return self.reach + self.span - 1
+
+    def memory(self) -> LayerMemory:
+        return StoringMemory(self)
+
+    def compile_for_training(self) -> None:
+        """Nothing: who loses depends on the data."""
+
+    # Three ways through a layer, as in AHNLayer: many tokens, one, a whole sequence.
+    def _many(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, memory: Any, scale: float
+    ) -> Tensor:
+        pieces = [
+            self._piece(q[:, :, at], k[:, :, at], v[:, :, at], x[:, at], _part(inputs, at), piece, memory, scale)
+            for at, piece in span.pieces(self.store.grid)
+        ]
+        return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+
+    def _piece(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        inputs: Tensor | None,
+        span: Span,
+        memory: StoringMemory,
+        scale: float,
+    ) -> Tensor:
+        """Tokens up to the next multiple of the store's grid."""
+        old, new = memory.window_before(span), tuple(t for t in (k, v, inputs) if t is not None)
+        window = tuple(torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(old, new, strict=True))
+        memory.put(span, k, v, inputs)
+        (keys, values), sinks, places = memory.kept, slice(self.sinks), memory.places
+        q_far = self._seen_by_sinks(q, span)
+        arrivals = Arrivals(span, q, q_far, k, v, x, inputs, keys[:, :, sinks], window[0], scale)
+        outcome, trail = self._resolve(arrivals, memory.trail(span), memory.ranks, memory.snapshot)
+        memory.keep_trail(span, trail)
+        start = span.start.to(q.device)
+        if outcome is None:
+            pair = keys[:, :, sinks], values[:, :, sinks]
+            return attend_window(q, q_far, pair, window[:2], start, self.reach, scale)[0].transpose(1, 2)
+
+        steps = outcome.losers.shape[-1]
+        oldest = window[0].shape[2] - steps - self.reach
+        leaving = [t[:, oldest : oldest + steps] if t.dim() == 3 else t[:, :, oldest : oldest + steps] for t in window]
+        rivals = [
+            torch.cat([keys[:, :, places], self._turn_in(leaving[0], span)], 2),
+            torch.cat([values[:, :, places], leaving[1]], 2),
+        ]
+        if memory.inputs is not None:
+            rivals.append(self._heads(torch.cat([memory.inputs[:, places], leaving[2]], 1)))
+        far = Far(
+            torch.cat([keys[:, :, sinks], rivals[0]], 2),
+            torch.cat([values[:, :, sinks], rivals[1]], 2),
+            *self._seen(span, memory.ranks, outcome),
+            steps,
+        )
+        nothing = keys[:, :, :0], values[:, :, :0]
+        out, norm = attend_window(q, q_far, nothing, window[:2], start, self.reach, scale, far, self.sinks)
+        memory.settle(rivals, outcome, self._heads)
+        out, first = out.transpose(1, 2), max(0, self.lossless - span.first)
+        tokens = span.length - first
+        if self.cell is None or tokens <= 0:
+            return out
+        ranks = outcome.lost[..., -tokens:]
+        k, v, held = (by_head(t, outcome.losers[..., -tokens:]) for t in rivals)
+        k = self._turn_out(k, ranks)
+        turns = self._leaving(span, q.device, first)
+        fla = self.cell.uses_fla(q)
+        ready = self._prepare(q[:, :, first:], k, v, _joined(held), turns, fla)
+        read, state = self.cell.run(*ready, memory.compressed, fla)
+        memory.compressed.copy_(state)
+        memory.keep_state(span, self.store.grid)
+        combined = self._combine(out[:, first:], norm[:, :, first:], read, x[:, first:], turns)
+        return torch.cat([out[:, :first], combined], 1) if first else combined
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: Any, scale: float) -> Tensor:
+        inputs = None if self.cell is None else self.cell.gate_inputs(x)
+        if self.store.every and any(at % self.store.every == 0 for at in span.start.tolist()):
+            return self._many(q, k, v, x, inputs, span, memory, scale)  # an observed query
+        pushes = span.first >= self.sinks + self.reach
+        old = memory.exchange(memory.slots(span.start), k, v, inputs, old=pushes)
+        lost: list[Tensor] = []
+        if pushes:
+            near = memory.trail_of_one(span, self.span)
+            priority = retention.pool(lambda at: gather(near, at, 2), self._back(span, 0, q.device), self.span)
+            new = retention.rank(priority, *self._pushed(span, 0, q.device))
+            tokens = [self._turn_in(old[0], span), old[1], *map(self._heads, old[2:])]
+            lost, ranks = memory.swap(tokens, new, self._heads)
+        memory.put_score(span, self._score(k, v, x, inputs, span, memory.snapshot))
+        keys, values = memory.kept
+        filled = memory.room + min(span.first + 1, self.sinks + self.reach)
+        mask = memory.filled(span, filled) if int(span.start.min()) < self.lossless else None
+        keys, values, far = keys[:, :, :filled], values[:, :, :filled], self.sinks + memory.room
+        out, norm = attend_one(q, self._seen_by_sinks(q, span), keys, values, far, mask, scale)
+        out = out.transpose(1, 2)
+        if self.cell is None or span.first < self.lossless:
+            return out
+        turns = self._leaving(span, q.device)
+        ready = self._prepare(q, self._turn_out(lost[0], ranks), lost[1], _joined(lost[2]), turns, fla=False)
+        read = self.cell.step(*ready, memory.compressed)
+        memory.keep_state(span, self.store.grid)
+        return self._combine(out, norm, read, x, turns)
+
+    def _whole(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, scale: float
+    ) -> Tensor:
+        """Who loses is found without a gradient, piece by piece; then losers are taken from where they stand."""
+        batch, kv_heads, length, _ = k.shape
+        q_far, writing = self._seen_by_sinks(q, span), max(span.counts) > self.lossless
+        ranks = retention.empty(batch, kv_heads, self.size, k.device)
+        trail = torch.zeros(batch, kv_heads, self.scores_kept, device=k.device)
+        until = torch.full((batch, kv_heads, length + 1), length, device=k.device)  # and one that is nobody's
+        state = torch.zeros(batch, *(self.state_shape or ()), device=k.device)
+        turns, reads = self._leaving(span, q.device) if writing else None, []
+        for at, piece in span.pieces(self.store.grid):
+            low, high, _ = at.indices(length)
+            arrivals = Arrivals(
+                piece,
+                *(t[:, :, at] for t in (q, q_far, k, v)),
+                x[:, at],
+                _part(inputs, at),
+                k[:, :, : min(self.sinks, high)],
+                k[:, :, max(0, low - self.reach) : high],
+                scale,
+            )
+            with torch.no_grad():
+                outcome, trail = self._resolve(arrivals, trail, ranks, state)
+            tokens = torch.zeros(batch, kv_heads, high - low, dtype=torch.int64, device=k.device)
+            if outcome is not None:
+                ranks, steps = outcome.ranks, outcome.lost.shape[-1]
+                lost = retention.position(outcome.lost).where(outcome.lost >= retention.TOKEN, length)
+                until.scatter_(-1, lost, torch.arange(high - steps, high, device=k.device).expand_as(lost))
+                tokens[..., high - low - steps :] = lost.clamp(max=length - 1)
+            if self.cell is None or inputs is None or turns is None:
+                continue
+            k_lost, v_lost, held = (by_head(t, tokens) for t in (k, v, self._heads(inputs)))
+            fla = self.cell.uses_fla(q)
+            ready = self._prepare(
+                q[:, :, at], self._unturned(k_lost, tokens), v_lost, _joined(held), turns.part(at), fla
+            )
+            read, state = self.cell.run(*ready, state, fla)
+            reads.append(read)
+        out, norm = self._attend_whole(q, q_far, k, v, until[..., :length], span, scale)
+        out = out.transpose(1, 2)
+        return self._combine(out, norm, torch.cat(reads, 2), x, turns) if turns is not None and reads else out
+
+    def _attend_whole(
+        self, q: Tensor, q_far: Tensor, k: Tensor, v: Tensor, until: Tensor, span: Span, scale: float
+    ) -> Softmax:
+        """Attention of a whole sequence; `until` [B, M, T]: the step at which each token loses its place."""
+        gone = max(self.sinks, span.length - self.reach)  # sinks, and what leaves the window
+        since = torch.arange(gone, device=k.device)
+        since = torch.where(since < self.sinks, since, since + self.reach)
+        turned = torch.cat([k[:, :, : self.sinks], self._turn_in(k[:, :, self.sinks : gone], span)], 2)
+        far = Far(turned, v[:, :, :gone], since[None, None], until[..., :gone], max(0, gone - self.sinks))
+        start = span.start.to(q.device)
+        return attend_window(q, q_far, (k[:, :, :0],) * 2, (k, v), start, self.reach, scale, far, self.sinks)
+
+    # Who loses.
+    def _resolve(
+        self, new: Arrivals, trail: Tensor, ranks: Tensor | None, state: Tensor | None
+    ) -> tuple[Outcome | None, Tensor]:
+        """The outcome for the tokens of a piece that push one out of the window, None if none does, and the scores of
+        the last L tokens after the piece.
+
+        Args:
+            trail: these scores before it, [B, M, L]. ranks: of the store. state: at the last multiple of the grid.
+        """
+        span, device = new.span, new.k.device
+        score = self._score(new.k, new.v, new.x, new.inputs, span, state)
+        scores = torch.cat([trail, score.expand(*trail.shape[:2], span.length)], -1)
+        received = self._received(new) if self.store.every else None
+        first = max(0, self.sinks + self.reach - span.first)
+        outcome = None
+        if ranks is not None and first < span.length:
+
+            def take(at: Tensor) -> Tensor:
+                found = gather(scores, at + first, 2)
+                if received is None:
+                    return found
+                given, before = received
+                return found + gather(given.flatten(2), before[:, first:] * given.shape[-1] + at + first, 2)
+
+            priority = retention.pool(take, self._back(span, first, device), self.span)
+            outcome = retention.contest(ranks, retention.rank(priority, *self._pushed(span, first, device)))
+        if received is not None:
+            scores = scores + received[0][:, :, -1]
+        last = torch.tensor(span.counts)[:, None] + torch.arange(self.scores_kept)
+        return outcome, gather(scores, last, 2)
+
+    def _pushed(self, span: Span, first: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positions [R, E] of the tokens that are pushed out by those from `first` on, and whether there is one."""
+        positions = span.positions()[:, first:] - self.reach
+        real = (positions >= self.sinks) & span.real()[:, first:]
+        return positions.clamp(min=0).to(device), real.to(device)
+
+    def _back(self, span: Span, first: int, device: torch.device) -> Tensor:
+        """[R, E]: how many tokens of its span are older than each token that is pushed out. Spans start behind the
+        sinks, which are no part of one."""
+        positions = span.positions()[:, first:] - self.reach - self.sinks
+        return (positions % self.span).to(device)
+
+    @torch.no_grad()
+    def _score(
+        self, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, state: Tensor | None
+    ) -> Tensor:
+        """Scores of new tokens [B, M, T], or what broadcasts to it."""
+        positions = span.positions().to(k.device)
+
+        def error() -> Tensor:
+            assert self.cell is not None and inputs is not None and state is not None
+            mine = self._unturned(k, positions[:, None].expand(*k.shape[:3]))
+            groups = self.cell.num_heads // k.shape[1]
+            mine, values = (t.repeat_interleave(groups, 1) for t in (mine, v))
+            return self.cell.error(mine, values, self.cell.gates(inputs), state).unflatten(1, (-1, groups)).mean(2)
+
+        return self.store.score(x, positions, error).float().expand(*k.shape[:3])
+
+    def _received(self, new: Arrivals) -> tuple[Tensor, Tensor]:
+        """What the observed queries of a piece attend to, added up.
+
+        Returns:
+            [B, M, O + 1, L + T]: attention to the tokens of trail and piece from the first 0, 1, ... O observed ones;
+            [R, T]: how many of these are before each query.
+        """
+        span, device, every = new.span, new.k.device, self.store.every
+        first = -span.start % every
+        index = first[:, None] + torch.arange(0, span.length, every)  # of the observed queries, [R, O]
+        real = (index < torch.tensor(span.counts)[:, None]).to(device)
+        before = (torch.arange(span.length) - first[:, None] + every - 1).div(every, rounding_mode="floor")
+        at = index.clamp(max=span.length - 1)
+        q, q_far = gather(new.q, at, 2), gather(new.q_far, at, 2)
+        positions = (span.start[:, None] + index).to(device)[..., None]
+        count = new.near.shape[2]
+        keys = span.start[:, None].to(device) + torch.arange(span.length - count, span.length, device=device)
+        seen = [
+            torch.arange(new.sinks.shape[2], device=device) <= positions,
+            visible(positions, keys[:, None], self.sinks, self.reach),
+        ]
+        groups = q.shape[1] // new.k.shape[1]
+        scores = [
+            (_grouped(query, groups) @ key[:, :, None].transpose(-1, -2)).float() * new.scale
+            for query, key in ((q_far, new.sinks), (q, new.near))
+        ]
+        masked = torch.cat(scores, -1).masked_fill(~torch.cat(seen, -1)[:, None, None], -torch.inf)
+        given = masked.softmax(-1).mean(2)[..., -count:]
+        given = (given * real[:, None, :, None]).cumsum(2)
+        given = F.pad(given, (self.scores_kept + span.length - count, 0, 1, 0))
+        return given, before.clamp(max=index.shape[1]).to(device)
+
+    # Where keys are seen from, and how the cell is given them.
+    @property
+    def _moves(self) -> Rotary | None:
+        """The rotation, if stored keys are turned."""
+        return self.rotary[0] if self.clips_sinks else None
+
+    def _turn_in(self, k: Tensor, span: Span) -> Tensor:
+        """Keys [B, M, E, H] that leave the window in `span`, as they are stored."""
+        if (rotary := self._moves) is None or not k.shape[2]:
+            return k
+        if span.store_angles is None:
+            first = max(0, self.sinks + self.reach - span.first)
+            positions, _ = self._pushed(span, first, k.device)
+            span.store_angles = rotary.angles(self.sinks - positions)
+        return rotary.turn(k, span.store_angles)
+
+    def _turn_out(self, k: Tensor, ranks: Tensor) -> Tensor:
+        """Stored keys [B, M, E, H] of tokens with these ranks [B, M, E], as the cell is given them."""
+        if (rotary := self._moves) is None:
+            return self._unturned(k, retention.position(ranks))
+        if self.turns_back:
+            return rotary.turn(k, rotary.angles(torch.full((1, 1), -self.sinks, device=k.device)))
+        return _turned(rotary, k, retention.position(ranks) - self.sinks)
+
+    def _unturned(self, k: Tensor, positions: Tensor) -> Tensor:
+        """Keys as the attention has them, at positions [B, M, E], as the cell is given them."""
+        (rotary,) = self.rotary
+        return _turned(rotary, k, -positions) if self.turns_back and rotary is not None else k
+
+    def _turn_of_leaving(self, rotary: Rotary, positions: Tensor) -> Turn | None:
+        return None  # each head's tokens have positions of their own: `_turn_out`
+
+    def _seen(self, span: Span, ranks: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
+        """Since when and until when the queries of `span` see sinks, places and newcomers: [B, M, S + P + E] each."""
+        device, steps = ranks.device, outcome.losers.shape[-1]
+        first = span.length - steps
+        shape = (*ranks.shape[:2], -1)
+        sinks = torch.arange(self.sinks, device=device) - span.start[:, None].to(device)
+        places = torch.where(ranks >= retention.TOKEN, -1, span.length)
+        newcomers = torch.arange(first, span.length, device=device)
+        since = torch.cat([sinks[:, None].expand(shape), places, newcomers.expand(shape)], -1)
+        return since, F.pad(retention.until(outcome) + first, (self.sinks, 0), value=span.length)
+
+    def _heads(self, inputs: Tensor) -> Tensor:
+        """Gate inputs [B, T, G * N] by key/value head, as a view [B, M, T, G, N / M]."""
+        assert self.cell is not None
+        split = inputs.unflatten(-1, (self.cell.num_gates, self.store.kv_heads, -1))
+        return split.permute(0, 3, 1, 2, 4)
+
+
+class StoringMemory(LayerMemory):
+    """Sinks, store and window; also `ranks` int64 [B, M, P] of what is stored, `scores` [B, M, L] of the last tokens, at
+    their position mod L, and `snapshot`, the state at the last multiple of the grid."""
+
+    def __init__(self, layer: StoringLayer) -> None:
+        super().__init__(layer)
+        self.size, self.scores_kept, self.reads_state = layer.size, layer.scores_kept, layer.store.reads_state
+        self.ranks: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.snapshot: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        held = {"ranks": self.ranks, "scores": self.scores, "snapshot": self.snapshot}
+        return super().tensors | {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @property
+    def room(self) -> int:  # type: ignore[override]
+        return 0 if self.ranks is None else self.size
+
+    @property
+    def places(self) -> slice:
+        return slice(self.sinks, self.sinks + self.room)
+
+    @property
+    def capacity(self) -> int:
+        return super().capacity - self.room
+
+    def reserve(self, tokens: int, k: Tensor, state: tuple[int, int, int] | None) -> None:
+        assert self.window is not None
+        near = self.sinks + self.window
+        if self.ranks is None:
+            super().reserve(tokens, k, state)
+        if self.scores is None:
+            self.scores = torch.zeros(*k.shape[:2], self.scores_kept, device=k.device)
+            if self.reads_state and state is not None:
+                self.snapshot = torch.zeros(k.shape[0], *state, device=k.device)
+        if self.ranks is None and tokens > near:
+            for name, dim in (("keys", 2), ("values", 2), ("inputs", 1)):
+                if (old := getattr(self, name)) is not None:
+                    shape = list(old.shape)
+                    shape[dim] = self.size
+                    parts = old.narrow(dim, 0, self.sinks), old.new_zeros(shape), old.narrow(dim, self.sinks, self.window)
+                    setattr(self, name, torch.cat(parts, dim))
+            self.ranks = retention.empty(*k.shape[:2], self.size, k.device)
+
+    def settle(self, rivals: list[Tensor], outcome: Outcome, heads: Any) -> None:
+        """Who is kept takes the places; `rivals`: keys, values and gate inputs of places and newcomers."""
+        keys, values = self.kept
+        buffers = [keys[:, :, self.places], values[:, :, self.places]]
+        if self.inputs is not None:
+            buffers.append(heads(self.inputs[:, self.places]))
+        for buffer, tokens in zip(buffers, rivals, strict=True):
+            buffer.copy_(by_head(tokens, outcome.kept))
+        self.ranks = outcome.ranks
+
+    def swap(self, tokens: list[Tensor], new: Tensor, heads: Any) -> tuple[list[Tensor], Tensor]:
+        """`contest` and `settle` for one newcomer in each row: keys, values, gate inputs, and its ranks [B, M, 1].
+        Returns those of the losers."""
+        assert self.ranks is not None
+        lowest, place = self.ranks.min(-1, keepdim=True)
+        wins = new > lowest
+        keys, values = self.kept
+        buffers = [keys[:, :, self.places], values[:, :, self.places]]
+        if self.inputs is not None:
+            buffers.append(heads(self.inputs[:, self.places]))
+        lost = []
+        for buffer, token in zip(buffers, tokens, strict=True):
+            old = by_head(buffer, place)
+            won = wins.view(*wins.shape, *[1] * (token.dim() - 3))
+            put_by_head(buffer, place, torch.where(won, token, old))
+            lost.append(torch.where(won, old, token))
+        self.ranks.scatter_(-1, place, torch.where(wins, new, lowest))
+        return lost, torch.where(wins, lowest, new)
+
+    def filled(self, span: Span, slots: int) -> Tensor:
+        """bool [B, M, slots]: which hold something after the one token of `span`."""
+        assert self.ranks is not None or not self.room
+        device = span.start.device if self.ranks is None else self.ranks.device
+        index = torch.arange(slots - self.room) <= span.start[:, None]
+        index = index.to(self.kept[0].device)[:, None]
+        if self.ranks is None:
+            return index
+        stored = self.ranks >= retention.TOKEN
+        index = index.to(device).expand(*stored.shape[:2], -1)
+        return torch.cat([index[..., : self.sinks], stored, index[..., self.sinks :]], -1)
+
+    # The scores of the last L tokens.
+    def trail(self, span: Span) -> Tensor:
+        """Scores of the L tokens before `span`, in order, [B, M, L]."""
+        assert self.scores is not None
+        return gather(self.scores, self._turned(span.start), 2)
+
+    def keep_trail(self, span: Span, trail: Tensor) -> None:
+        assert self.scores is not None
+        at = self._turned(torch.tensor(span.after())).to(trail.device)
+        self.scores.scatter_(2, at[:, None].expand_as(trail), trail)
+
+    def trail_of_one(self, span: Span, length: int) -> Tensor:
+        """Of the tokens around the one that is pushed out, `length` - 1 to each side, [B, M, 2 * length - 1]."""
+        assert self.scores is not None
+        return gather(self.scores, self._turned(span.start)[:, : 2 * length - 1], 2)
+
+    def put_score(self, span: Span, score: Tensor) -> None:
+        assert self.scores is not None
+        at = (span.start % self.scores_kept).to(score.device)[:, None, None]
+        self.scores.scatter_(2, at.expand_as(score), score)
+
+    def _turned(self, position: Tensor) -> Tensor:
+        """Slots [R, L] of the scores before `position` [R], oldest first."""
+        return (position[:, None] + torch.arange(self.scores_kept)) % self.scores_kept
+
+    def keep_state(self, span: Span, grid: int) -> None:
+        """Copy the state of rows that are at a multiple of the grid after `span`."""
+        if self.snapshot is None:
+            return
+        rows = torch.tensor([at % grid == 0 for at in span.after()])
+        if bool(rows.any()):
+            rows = rows.to(self.compressed.device)[:, None, None, None]
+            torch.where(rows, self.compressed, self.snapshot, out=self.snapshot)
+
+
+def _part(x: Tensor | None, at: slice) -> Tensor | None:
+    return None if x is None else x[:, at]
+
+
+def _joined(held: Tensor) -> Tensor:
+    """The opposite of `_heads`."""
+    return held.permute(0, 2, 3, 1, 4).flatten(2)
+
+
+def _grouped(q: Tensor, groups: int) -> Tensor:
+    """[B, N, O, H] -> [B, M, groups, O, H]"""
+    return q.unflatten(1, (-1, groups))
+
+
+def _turned(rotary: Rotary, k: Tensor, delta: Tensor) -> Tensor:
+    """Keys [B, M, E, H], each turned by its own `delta` [B, M, E]."""
+    turned = rotary.turn(k.flatten(0, 1)[:, None], rotary.angles(delta.flatten(0, 1)))
+    return turned[:, 0].unflatten(0, k.shape[:2])
