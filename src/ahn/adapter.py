@@ -1,4 +1,4 @@
-"""Adapters: the cells' trained weights, with what they were trained for, and nothing of the base.
+"""Adapters: the trained weights of cells and stores, with what they were trained for, and nothing of the base.
 
 Ours is a folder with `adapter.safetensors` (tensors `layers.{i}.{name}`) and `ahn.json`; the authors' checkpoints
 (`model.layers.{i}.ahn.fn.{name}`, their config keys) are read unchanged.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NONE = "none"
+STORE = "store."  # in front of the names of a store's weights
 WEIGHTS, SETTINGS = "adapter.safetensors", "ahn.json"
 AUTHORS_PREFIX, AUTHORS_INFIX = "model.layers.", ".ahn.fn."
 PAPER_LOSSLESS = 32768  # tokens kept exactly in the paper: 128 sinks + 32,640 window
@@ -58,6 +59,9 @@ def from_pretrained(
     window: int | None = None,
     sinks: int | None = None,
     cell: str | None = None,
+    store: str | None = None,
+    store_size: int | None = None,
+    store_span: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
@@ -71,6 +75,8 @@ def from_pretrained(
         window, sinks: tokens kept exactly. Default: the adapter's; without one the paper's 32,640 + 128 where the
             base has that many positions, else a quarter of them.
         cell: an untrained cell by name, to be trained; with an adapter, must be the adapter's.
+        store, store_size, store_span: which of the tokens that leave the window are kept exactly, how many, judged in
+            spans of how many (AHNConfig, docs/store.md); store "none": none are. Default: the adapter's.
         dtype: default float32 on a CPU, bfloat16 on CUDA. device: default CUDA if there is one.
 
     Returns:
@@ -92,13 +98,17 @@ def from_pretrained(
             raise ConfigError(f"cell={cell!r}: adapter {adapter} is for {trained.config.cell!r}")
     if cell is not None:
         cells.check_name(cell)
-    changes: dict[str, Any] = {k: v for k, v in (("window", window), ("sinks", sinks)) if v is not None}
-    AHNConfig(cell=None, **changes)  # a wrong number is said before gigabytes are loaded
+    given = {"window": window, "sinks": sinks, "store": store, "store_size": store_size, "store_span": store_span}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if store == NONE:
+        changes = {"store_size": 0, "store_span": 1} | changes | {"store": None}
+    # a wrong number is said before gigabytes are loaded
+    trained.config.replace(**changes) if trained else AHNConfig(cell=None, **changes)
     model = bases.load_base(base, dtype=dtype, device=device)
     base_config = model.config.get_text_config()
     config = _fitting(trained.config, base_config) if trained else default_config(base_config, cell)
-    if sinks is not None and window is None and not trained:
-        changes["window"] = config.lossless - sinks
+    if window is None and not trained:
+        changes["window"] = config.lossless - (config.sinks if sinks is None else sinks) - (store_size or 0)
     augment(model, config.replace(**changes))
     model.ahn_names["base"] = os.fspath(base)
     if trained:
@@ -138,10 +148,10 @@ def adapter_of(model: PreTrainedModel) -> Adapter:
     """The trained weights and settings of an augmented model's memory, on the CPU. Weights that are sharded over
     processes are gathered: all of them must call this. Raises AdapterError if the model has no cells."""
     config: AHNConfig | None = getattr(model, "ahn_config", None)
-    if config is None or config.cell is None:
+    if config is None or not (parameters := _parameters(model)):
         raise AdapterError("the model has no cells, only sinks and window: there is nothing to save")
     whole: dict[str, Any] = {
-        name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in _parameters(model).items()
+        name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()
     }
     tensors = {name: p.detach().cpu().contiguous() for name, p in whole.items()}
     return Adapter(config, base_shape(model.config), tensors, model.ahn_names["base"])
@@ -234,14 +244,21 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
         ours, theirs = getattr(config, name), getattr(adapter.config, name)
         if ours != theirs:
             raise AdapterError(f"{source}: adapter for {name}={theirs!r}, the model has {name}={ours!r}")
-    parameters = _parameters(model)
-    missing, extra = sorted(parameters.keys() - adapter.tensors), sorted(adapter.tensors.keys() - parameters)
+    parameters, tensors = _parameters(model), adapter.tensors
+    if config.store != adapter.config.store:  # cells serve any store, the weights of a store only their own
+        tensors = {name: tensor for name, tensor in tensors.items() if f".{STORE}" not in name}
+    missing, extra = sorted(parameters.keys() - tensors), sorted(tensors.keys() - parameters)
+    if missing and all(f".{STORE}" in name for name in missing):
+        raise AdapterError(
+            f"{source}: has no weights for store={config.store!r}, which is a trained one (adapter for "
+            f"store={adapter.config.store!r})"
+        )
     if missing:
         raise AdapterError(f"{source}: {len(missing)} tensors missing: {_some(missing)}")
     if extra:
         raise AdapterError(f"{source}: {len(extra)} tensors too many: {_some(extra)}")
     for name, parameter in parameters.items():
-        tensor = adapter.tensors[name]
+        tensor = tensors[name]
         if tensor.shape != parameter.shape:
             raise AdapterError(
                 f"{source}: {name} has shape {list(tensor.shape)}, the base needs {list(parameter.shape)}"
@@ -250,7 +267,7 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
             raise AdapterError(f"{source}: {name} holds NaN or infinite numbers")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(adapter.tensors[name])
+            parameter.copy_(tensors[name])
     model.ahn_names["adapter"] = source if zoo.path(name := Path(source).name) != Path(source) else name
 
 
@@ -259,6 +276,8 @@ def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     for i, layer in enumerate(layers_of(model)):
         if layer.cell is not None:
             found |= {f"layers.{i}.{name}": parameter for name, parameter in layer.cell.named_parameters()}
+        if layer.store is not None:
+            found |= {f"layers.{i}.{STORE}{name}": parameter for name, parameter in layer.store.named_parameters()}
     return found
 
 

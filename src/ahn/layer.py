@@ -20,6 +20,7 @@ from ahn.cache import LayerMemory, Span
 from ahn.cells.base import Cell, Gates
 from ahn.config import AHNConfig
 from ahn.kernels import flex
+from ahn.stores.base import Store
 
 FOREVER = 1 << 60  # window of a layer that keeps everything
 
@@ -60,6 +61,7 @@ class AHNLayer(nn.Module):
         self.clips_sinks = config.sink_positions == "clipped"
         self.turns_back = config.memory_positions == "none"
         self.cell: Cell | None = None
+        self.store: Store | None = None  # of a `StoringLayer`
         if kept and config.cell is not None:
             heads, size = heads_of(attention)
             weight = attention.o_proj.weight

@@ -27,6 +27,7 @@ from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.layer import AHNLayer, Leaving, Turn
 from ahn.retention import Outcome, by_head, put_by_head
+from ahn.stores.base import Store
 
 
 class Arrivals(NamedTuple):
@@ -46,6 +47,8 @@ class Arrivals(NamedTuple):
 
 class StoringLayer(AHNLayer):
     """`AHNLayer` whose lossless tokens are sinks, store and window."""
+
+    store: Store
 
     def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
         super().__init__(attention, config, rotary)

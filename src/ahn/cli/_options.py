@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -32,10 +33,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--window", type=at_least(1), metavar="N", help="last tokens kept exactly")
     group.add_argument("--sinks", type=at_least(0), metavar="N", help="first tokens kept exactly")
+    add_store(group)
     group.add_argument("--cell", metavar="C", help="an untrained cell, to see what it costs (ahn info lists them)")
     group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
     group.add_argument("--chunk", type=at_least(1), metavar="N", help="tokens read at once (default: 512)")
+
+
+def add_store(group: Any) -> None:
+    """What of the text behind the window is kept exactly."""
+    group.add_argument("--store", metavar="S", help="keep some of what leaves the window exactly (docs/store.md), or none")
+    group.add_argument("--store-size", type=at_least(1), metavar="N", help="how many tokens of it, by head")
+    group.add_argument("--store-span", type=at_least(1), metavar="N", help="judge so many neighbours together (default: 1)")
 
 
 def add_answer(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ahn.cache import AHNCache
 
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
-SEEN_IN_MEMORY = ("window", "sinks", "cell")  # settings that a memory file fixes
+SEEN_IN_MEMORY = ("window", "sinks", "cell", "store", "store_size", "store_span")  # settings that a memory file fixes
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
@@ -84,6 +84,9 @@ class Session:
                 window=config.get("window", args.window),
                 sinks=config.get("sinks", args.sinks),
                 cell=config.get("cell", args.cell),
+                store=(config.get("store") or "none") if header else args.store,
+                store_size=config.get("store_size", args.store_size) or None,
+                store_span=config.get("store_span", args.store_span),
                 dtype=args.dtype or str(header.get("dtype", "")).removeprefix("torch.") or None,
                 device=_device(args.device),
             )
@@ -230,7 +233,8 @@ def _header(memory: str, args: argparse.Namespace) -> dict[str, Any]:
     for name in SEEN_IN_MEMORY:
         given, kept = getattr(args, name), header["config"].get(name)
         if given is not None and given != kept:
-            raise ConfigError(f"--{name} {given}: {memory} was read with {name}={kept}; leave the option out")
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} {given}: {memory} was read with {name}={kept}; leave the option out")
     return header
 
 
