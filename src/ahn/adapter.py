@@ -235,8 +235,11 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
         raise AdapterError(str(error)) from error
 
 
-def apply(adapter: Adapter, model: PreTrainedModel) -> None:
-    """Copy an adapter's weights into an augmented model, after all checks. Raises AdapterError."""
+def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> None:
+    """Copy an adapter's weights into an augmented model, after all checks. Raises AdapterError.
+
+    `new_store`: the model's store may have weights that the adapter has not, because they are to be trained.
+    """
     config: AHNConfig = model.ahn_config
     source = adapter.source
     check_shape(adapter, base_shape(model.config))
@@ -248,6 +251,8 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
     if config.store != adapter.config.store:  # cells serve any store, the weights of a store only their own
         tensors = {name: tensor for name, tensor in tensors.items() if f".{STORE}" not in name}
     missing, extra = sorted(parameters.keys() - tensors), sorted(tensors.keys() - parameters)
+    if new_store:
+        missing = [name for name in missing if f".{STORE}" not in name]
     if missing and all(f".{STORE}" in name for name in missing):
         raise AdapterError(
             f"{source}: has no weights for store={config.store!r}, which is a trained one (adapter for "
@@ -257,6 +262,7 @@ def apply(adapter: Adapter, model: PreTrainedModel) -> None:
         raise AdapterError(f"{source}: {len(missing)} tensors missing: {_some(missing)}")
     if extra:
         raise AdapterError(f"{source}: {len(extra)} tensors too many: {_some(extra)}")
+    parameters = {name: parameter for name, parameter in parameters.items() if name in tensors}
     for name, parameter in parameters.items():
         tensor = tensors[name]
         if tensor.shape != parameter.shape:

@@ -290,6 +290,8 @@ def _attention(
             out = _NoGradient.apply(layer.cell.o_proj.weight, out)
         return out, None
     if layer.full:
+        if isinstance(layer, StoringLayer) and layer.look is not None:
+            layer.look(layer, query, key, x, scale)
         groups = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=groups

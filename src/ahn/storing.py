@@ -14,6 +14,7 @@ window. One that loses its place is turned on to where the cell expects it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ class StoringLayer(AHNLayer):
         kv_heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
         self.store = kind(base.hidden_size, kv_heads, attention.layer_idx, device=attention.o_proj.weight.device)
         self.size, self.span = config.store_size, config.store_span
+        self.look: Callable[[StoringLayer, Tensor, Tensor, Tensor, float], None] | None = None  # `ahn.train.retention`
 
     @property
     def has_far(self) -> bool:

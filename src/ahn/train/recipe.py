@@ -13,6 +13,7 @@ from typing import Any
 from ahn.errors import ConfigError
 from ahn.train import windows
 
+GATE_LABELS = ("max", "mean")  # of the attention that a token gets from far away
 LOSSES = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # share of the cross-entropy in the loss
 
 
@@ -29,7 +30,11 @@ class Recipe:
         loss: "kl" (paper), "ce", or "kl+ce", the mean of both.
         lossless, sinks: sizes drawn from, one of each for fixed ones.
         window, kept_sinks: what the finished adapter suggests to use.
-        sink_positions, memory_positions, key_maps, make_room: see AHNConfig.
+        sink_positions, memory_positions, key_maps, make_room, store, store_size, store_span: see AHNConfig. In
+            training the store has the share of each lossless size, sinks apart, that it has of window + store_size.
+        gate_steps, gate_lr, gate_label: of a store that is trained (`ahn.train.retention`), before the cells are;
+            with steps: 0 that is all.
+        start: an adapter whose weights to start from, such as cells that are trained already.
         checkpointing: recompute activations. compile: compile the frozen layers.
         fsdp: shard the base over the processes of `torchrun` (FSDP2), for bases that do not fit one GPU.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
@@ -57,6 +62,13 @@ class Recipe:
     memory_positions: str = "rope"
     key_maps: int = 0
     make_room: bool = False
+    store: str | None = None
+    store_size: int = 0
+    store_span: int = 1
+    gate_steps: int = 0
+    gate_lr: float = 1e-3
+    gate_label: str = "max"
+    start: str | None = None
     checkpointing: bool = False
     compile: bool = True
     fsdp: bool = False
@@ -68,9 +80,15 @@ class Recipe:
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
             _check_type(key.name, str(key.type), getattr(self, key.name))
-        for name in ("length", "batch", "steps", "save_every", "log_every", "window"):
+        for name in ("length", "batch", "save_every", "log_every", "window"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
-        for name in ("lr", "clip"):
+        least = 0 if self.gate_steps else 1
+        _expect("steps", self.steps, self.steps >= least, f"an integer of at least {least}")
+        _expect("gate_steps", self.gate_steps, self.gate_steps >= 0, "an integer of at least 0")
+        _expect("gate_label", self.gate_label, self.gate_label in GATE_LABELS, f"one of {', '.join(GATE_LABELS)}")
+        if self.gate_steps and self.store is None:
+            raise ConfigError(f"gate_steps={self.gate_steps} without a store: expected the name of a store, or 0")
+        for name in ("lr", "clip", "gate_lr"):
             _expect(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
         _expect("warmup", self.warmup, 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")
         _expect("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number of at least 0")

@@ -24,7 +24,7 @@ from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError
 from ahn.memory_file import atomic
-from ahn.train import checkpoints, data, distill, windows
+from ahn.train import checkpoints, data, distill, retention, windows
 from ahn.train.check import Difference, check
 from ahn.train.recipe import Recipe
 
@@ -56,7 +56,7 @@ class MemoryTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         recipe = self.recipe
         size = windows.draw(recipe.seed, self.state.global_step, recipe.length, recipe.lossless, recipe.sinks)
-        set_window(self.augmented, *size)
+        set_window(self.augmented, *self.with_store(*size))
         loss = model(**inputs)["loss"]
         if self.args.world_size == 1:
             return loss
@@ -64,13 +64,22 @@ class MemoryTrainer(Trainer):
         mine = inputs["counts"][:, sum(size) :].sum()
         return loss * (self.args.world_size * mine / self.accelerator.reduce(mine, "sum").clamp(min=1))
 
+    def with_store(self, window: int, sinks: int) -> tuple[int, int, int]:
+        """Window, sinks and store of as many lossless tokens as `window` + `sinks`."""
+        recipe = self.recipe
+        if recipe.store is None:
+            return window, sinks, 0
+        share = recipe.store_size / (recipe.window + recipe.store_size)
+        store = min(max(1, round(window * share)), window - recipe.store_span)
+        return window - store, sinks, store
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         cell = ahn.cells.get(self.recipe.cell)
         return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] not in cell.decay_parameters]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone. All processes come here, because sharded weights are gathered; the first one writes."""
-        set_window(self.augmented, self.recipe.window, self.recipe.kept_sinks)
+        set_window(self.augmented, self.recipe.window, self.recipe.kept_sinks, self.recipe.store_size)
         adapter = adapter_of(self.augmented)
         if self.args.should_save:
             write_adapter(adapter, output_dir or self.args.output_dir)
@@ -130,12 +139,19 @@ def build(recipe: Recipe) -> MemoryTrainer:
         memory_positions=recipe.memory_positions,
         key_maps=recipe.key_maps,
         make_room=recipe.make_room,
+        store=recipe.store,
+        store_size=recipe.store_size,
+        store_span=recipe.store_span,
     )
     augment(model, config)
+    if recipe.start is not None:
+        apply(read_adapter(recipe.start), model, new_store=True)
     model.ahn_names["base"] = recipe.base
     for layer in layers_of(model):
         if layer.cell is not None:
             layer.cell.float()  # the weights that are trained; the base stays in its dtype
+        if layer.store is not None:
+            layer.store.requires_grad_(False)  # its gates are fitted on their own
     tokenizer, kept = load_tokenizer(recipe.base), cache_folder() / "rows"
     rows = data.rows(list(recipe.data), tokenizer, recipe.length, recipe.limit, recipe.seed, kept)
     _check_rows(rows, recipe, model, machine.num_processes)
@@ -246,8 +262,19 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         _note_recipe(recipe, output, changed=start is not None)
     if start is not None:
         apply(read_adapter(start), trainer.augmented)
+    elif recipe.gate_steps:
+        retention.fit(
+            trainer.augmented,
+            trainer.train_dataset,
+            recipe.gate_steps,
+            recipe.batch,
+            recipe.gate_lr,
+            recipe.gate_label,
+            recipe.seed,
+        )
     try:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        if recipe.steps:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except RuntimeError as error:
         if not (reason := _lost(error)):
             raise
