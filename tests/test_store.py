@@ -1,0 +1,505 @@
+"""The exact store: one answer however the text is cut, every token in one place, and what is kept is read exactly."""
+
+import heapq
+
+import pytest
+import torch
+
+import ahn
+from ahn import retention, stores
+from ahn.augmentation import layers_of
+from ahn.errors import AdapterError, ConfigError, MemoryFileError
+from ahn.stores.base import Store
+from conftest import FORMS, in_pieces, tiny, token_ids, with_memory
+
+SPLITS = ([60], [7, 13, 1, 1, 30, 8], [1] * 60, [20, 1, 19, 20], [59, 1], [33, 27])
+SHIPPED = ["attention", "learned", "random", "recency", "surprise"]
+
+
+class Marked(Store):
+    """Keeps the tokens at positions that a test names, in every head but the last; that one keeps the oldest."""
+
+    name = "marked"
+    positions: tuple[int, ...] = ()
+
+    def score(self, x_BTD, positions_RT, error):
+        wanted = torch.isin(positions_RT, torch.tensor(self.positions))[:, None].float()
+        wanted = wanted.repeat(1, self.kv_heads, 1)
+        wanted[:, -1] = -positions_RT.float()
+        return wanted
+
+
+stores.register("marked", Marked)
+
+
+@pytest.fixture(autouse=True)
+def small_grids(monkeypatch):
+    """So that short texts cross several."""
+    monkeypatch.setattr(stores.get("surprise"), "grid", 16)
+    monkeypatch.setattr(stores.get("attention"), "grid", 24)
+    monkeypatch.setattr(stores.get("attention"), "every", 8)
+
+
+@pytest.fixture(params=SHIPPED)
+def store(request):
+    return request.param
+
+
+def largest(a, b):
+    return (a - b).abs().max().item()
+
+
+def storing(store, cell="gated_deltanet", base=None, **changes):
+    changes = {"window": 16, "sinks": 4, "store_size": 8} | changes
+    model = with_memory(base or tiny(), cell, store=store, **changes)
+    for layer in layers_of(model):
+        for parameter in () if layer.store is None else layer.store.parameters():
+            parameter.data.normal_(std=0.5, generator=torch.Generator().manual_seed(layer.store.layer))
+    return model
+
+
+def test_the_registry_has_the_stores_that_are_tested():
+    shipped = {name for name in stores.names() if stores.get(name).__module__.startswith("ahn.")}
+    assert shipped == set(SHIPPED)
+
+
+# Who loses, against a heap.
+def heaps(ranks, new):
+    """Losers and what stays, row by row and head by head."""
+    lost, stay = torch.empty_like(new), torch.empty_like(ranks)
+    for b in range(ranks.shape[0]):
+        for m in range(ranks.shape[1]):
+            heap = ranks[b, m].tolist()
+            heapq.heapify(heap)
+            lost[b, m] = torch.tensor([heapq.heappushpop(heap, rank) for rank in new[b, m].tolist()])
+            stay[b, m] = torch.tensor(sorted(heap))
+    return lost, stay
+
+
+@pytest.mark.parametrize("places", [1, 3, 8, 100])
+@pytest.mark.parametrize("steps", [1, 5, 64, 65, 200])
+def test_contest_is_a_heap(places, steps):
+    generator = torch.Generator().manual_seed(places * steps)
+
+    def some(first, count):  # many ties, and steps without a newcomer
+        priority = torch.randint(-4, 5, (2, 3, count), generator=generator).float()
+        real = torch.rand(2, count, generator=generator) < 0.9
+        return retention.rank(priority, first + torch.arange(count)[None], real)
+
+    before = retention.contest(retention.empty(2, 3, places, torch.device("cpu")), some(0, 50)).ranks
+    new = some(50, steps)
+    outcome = retention.contest(before, new)
+    lost, stay = heaps(before, new)
+    assert torch.equal(outcome.lost, lost)
+    assert torch.equal(outcome.ranks.sort(-1).values, stay)
+    candidates = torch.cat([before, new], -1)
+    assert torch.equal(candidates.gather(-1, outcome.losers), outcome.lost)
+    assert torch.equal(candidates.gather(-1, outcome.kept), outcome.ranks)
+
+
+def test_ranks_sort_by_priority_then_age():
+    priority = torch.tensor([-torch.inf, -3.0, -3.0, -0.0, 0.0, 1e-30, 2.0, torch.inf])
+    ranks = retention.rank(priority[None, None], torch.arange(8)[None] + 5, torch.ones(1, 8, dtype=torch.bool))
+    assert (ranks.diff() > 0).all() and (ranks >= retention.TOKEN).all()
+    assert torch.equal(retention.position(ranks), torch.arange(8)[None, None] + 5)
+    younger = retention.rank(torch.ones(1, 1, 2), torch.tensor([[7, 6]]), torch.ones(1, 2, dtype=torch.bool))
+    assert younger[0, 0, 0] > younger[0, 0, 1]
+
+
+# One answer.
+@pytest.mark.parametrize("positions", ["clipped", "absolute"])
+@pytest.mark.parametrize("cell", ["gated_deltanet", "mamba2", None])
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("span", [1, 5])
+def test_any_split_gives_the_same_logits(store, cell, positions, sinks, span):
+    if store == "surprise" and cell is None:
+        pytest.skip("needs a cell")
+    model = storing(store, cell, sink_positions=positions, sinks=sinks, store_span=span)
+    ids = token_ids(60, batch=2)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    for sizes in SPLITS:
+        assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("positions", ["clipped", "absolute"])
+def test_any_split_of_every_form(store, form, positions):
+    model = storing(store, "deltanet", sink_positions=positions, store_span=2, **FORMS[form])
+    ids = token_ids(60, batch=2)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    for sizes in SPLITS:
+        assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
+
+
+def test_padding_and_turns(store):
+    """Rows of one batch lose different tokens at different steps."""
+    model = storing(store, window=8, sinks=2, store_span=3)
+    ids, other = token_ids(50), token_ids(31, seed=5)
+    both = torch.cat([ids, torch.cat([torch.zeros(1, 19, dtype=torch.long), other], 1)])
+    mask = torch.ones_like(both)
+    mask[1, :19] = 0
+    with torch.no_grad():
+        expected = [model(row, use_cache=False).logits for row in (ids, other)]
+        without_cache = model(both, attention_mask=mask, use_cache=False).logits
+    for out in (without_cache, *(in_pieces(model, both, s, mask) for s in ([50], [21, 1, 18, 1, 9], [1] * 50))):
+        assert largest(out[:1], expected[0]) < 1e-4
+        assert largest(out[1:, 19:], expected[1]) < 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 7, 200])
+def test_sizes_of_stores(store, size):
+    model, ids = storing(store, store_size=size), token_ids(60, batch=2)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    for sizes in SPLITS[1:3]:
+        assert largest(in_pieces(model, ids, sizes), whole) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Phi3", "Glm", "Cohere"])
+def test_other_families(family, store):
+    base = tiny(family, head_dim=8) if family == "Glm" else tiny(family)
+    model, ids = storing(store, base=base), token_ids(60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert largest(in_pieces(model, ids, [11, 1, 30, 1, 17]), whole) < 1e-4
+
+
+def test_layers_with_and_without(store):
+    model, ids = storing(store, base=tiny(num_hidden_layers=3), layers=(1,)), token_ids(60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert largest(in_pieces(model, ids, [11, 1, 30, 1, 17]), whole) < 1e-4
+    assert [layer.store is None for layer in layers_of(model)] == [True, False, True]
+
+
+def test_long_texts_cross_blocks(store):
+    model, ids = storing(store, window=40, store_size=50), token_ids(300)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    for sizes in ([300], [137, 1, 162], [100, 100, 100]):
+        assert largest(in_pieces(model, ids, sizes), whole) < 1e-4
+
+
+def test_lossless_positions_are_the_base_models(store):
+    """Up to sinks + window; the store is seen at one distance, so while it fills up it may differ."""
+    base, ids = tiny(), token_ids(60)
+    with torch.no_grad():
+        expected = base(ids).logits
+        out = storing(store, base=base)(ids).logits
+    assert largest(out[:, :20], expected[:, :20]) < 1e-5
+    assert largest(out[:, 28:], expected[:, 28:]) > 1e-2
+
+
+def test_absolute_recency_is_a_longer_window():
+    ids = token_ids(60)
+    longer = with_memory(tiny(), window=24, sinks=4, sink_positions="absolute")
+    stored = storing("recency", sink_positions="absolute")
+    for sizes in SPLITS[:3]:
+        assert largest(in_pieces(stored, ids, sizes), in_pieces(longer, ids, sizes)) < 1e-4
+
+
+def test_a_large_absolute_store_is_the_base():
+    ids = token_ids(60)
+    with torch.no_grad():
+        expected = tiny()(ids).logits
+    for cell in ("deltanet", None):
+        model = storing("random", cell, sink_positions="absolute", store_size=60)
+        assert largest(in_pieces(model, ids, [31, 1, 28]), expected) < 1e-4
+
+
+# Every token in exactly one place.
+def written(model, ids, sizes, monkeypatch):
+    """Of the first layer: positions by head that the cell was given, and those in the store, after reading `ids`."""
+    (layer, *_) = layers_of(model)
+    seen = {id(layer): []}
+    turn_out = layer._turn_out
+
+    def spy(k, ranks):
+        seen[id(layer)].append(ranks)
+        return turn_out(k, ranks)
+
+    monkeypatch.setattr(layer, "_turn_out", spy)
+    cache, low = ahn.AHNCache(model), 0
+    with torch.no_grad():
+        for size in sizes:
+            model(ids[:, low : low + size], past_key_values=cache)
+            low += size
+    lost = torch.cat(seen[id(layer)], -1)
+    return lost, cache.layers[0].ranks
+
+
+@pytest.mark.parametrize("sizes", [[60], [1] * 60, [25, 1, 34]], ids=str)
+def test_every_token_is_in_one_place(store, sizes, monkeypatch):
+    model = storing(store, store_span=3)
+    lost, kept = written(model, token_ids(60, batch=2), sizes, monkeypatch)
+    for row in range(2):
+        for head in range(2):
+            ranks = lost[row, head]
+            gone = retention.position(ranks[ranks >= retention.TOKEN]).tolist()
+            stored = retention.position(kept[row, head]).tolist()
+            assert sorted(gone + stored) == list(range(4, 60 - 16))  # the rest are sinks and window
+            assert len(stored) == 8
+
+
+def test_the_cell_is_given_the_tokens_themselves(monkeypatch):
+    """Keys of losers as the attention computed them, values and gate inputs of the same tokens."""
+    for form, positions in (("rope", "clipped"), ("none", "clipped"), ("rope", "absolute"), ("none", "absolute")):
+        model = storing("random", "deltanet", tiny(num_hidden_layers=1), memory_positions=form, sink_positions=positions)
+        (layer,) = layers_of(model)
+        given = {}
+        prepare = layer._prepare
+
+        def spy(q, k, v, inputs, leaving, fla, given=given, prepare=prepare):
+            given.setdefault("all", []).append((k, v, inputs))
+            return prepare(q, k, v, inputs, leaving, fla)
+
+        monkeypatch.setattr(layer, "_prepare", spy)
+        ids = token_ids(60)
+        lost, _ = written(model, ids, [37, 1, 22], monkeypatch)
+        k, v, inputs = (torch.cat(parts, 1 if parts[0].dim() == 3 else 2) for parts in zip(*given["all"], strict=True))
+        attention = model.model.layers[0].self_attn
+        with torch.no_grad():
+            x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+            keys, values = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (attention.k_proj, attention.v_proj))
+            if form == "rope":
+                cos, sin = model.model.rotary_emb(x, torch.arange(60)[None])
+                from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+                keys = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+        own = layer.cell.gate_inputs(x)
+        where = retention.position(lost)
+        assert lost.shape[-1] == 60 - 28 and (lost >= retention.TOKEN).all()
+        for head in range(2):
+            at = where[0, head]
+            assert largest(k[0, head], keys[0, head, at]) < 1e-4
+            assert largest(v[0, head], values[0, head, at]) < 1e-5
+            assert largest(inputs[0, :, 2 * head : 2 * head + 2], own[0, at, 2 * head : 2 * head + 2]) < 1e-5
+
+
+@pytest.mark.parametrize("positions", ["clipped", "absolute"])
+def test_a_stored_token_is_read_exactly(positions, monkeypatch):
+    """One layer: the last logits are those of the base over the tokens that are kept, at the places they are seen at."""
+    sinks, window, tokens, marked = 4, 8, 40, (11, 12, 20)
+    monkeypatch.setattr(Marked, "positions", marked)
+    base = tiny(num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=1, hidden_size=16)
+    monkeypatch.setattr(Marked, "score", lambda self, x, at, error: torch.isin(at, torch.tensor(marked))[:, None].float())
+    ids = token_ids(tokens)
+    kept = [*range(sinks), *marked, *range(tokens - window, tokens)]
+    if positions == "clipped":
+        places = [*range(sinks), *[sinks] * 3, *range(sinks + 1, sinks + window + 1)]
+    else:
+        places = kept
+    with torch.no_grad():
+        expected = base(ids[:, kept], position_ids=torch.tensor([places])).logits[:, -1]
+        model = with_memory(
+            base, None, window, sinks, sink_positions=positions, store="marked", store_size=len(marked)
+        )
+        for sizes in ([tokens], [1] * tokens, [13, 27]):
+            assert largest(in_pieces(model, ids, sizes)[:, -1], expected) < 1e-5
+        assert largest(model(ids, use_cache=False).logits[:, -1], expected) < 1e-5
+
+
+def test_heads_keep_tokens_of_their_own(monkeypatch):
+    monkeypatch.setattr(Marked, "positions", (30, 31))
+    cache = ahn.read(storing("marked", store_size=2), token_ids(60))
+    stored = retention.position(cache.layers[0].ranks).sort(-1).values
+    assert stored.tolist() == [[[30, 31], [4, 5]]]
+
+
+def test_spans_keep_neighbours(monkeypatch):
+    """Spans begin behind the sinks; a marked token keeps all of its span."""
+    monkeypatch.setattr(Marked, "positions", (17,))
+    model = storing("marked", store_size=4, store_span=4)
+    for sizes in ([60], [1] * 60, [19, 1, 40]):
+        cache, low = ahn.AHNCache(model), 0
+        with torch.no_grad():
+            for size in sizes:
+                model(token_ids(60)[:, low : low + size], past_key_values=cache)
+                low += size
+        assert sorted(retention.position(cache.layers[0].ranks)[0, 0].tolist()) == [16, 17, 18, 19]
+
+
+# What the shipped stores keep.
+def kept_by(store, tokens=200, **changes):
+    model = storing(store, "deltanet", **changes)
+    cache = ahn.read(model, token_ids(tokens))
+    return [retention.position(layer.ranks) for layer in cache.layers]
+
+
+def test_recency_keeps_the_last():
+    assert all((kept >= 200 - 16 - 8).all() for kept in kept_by("recency"))
+
+
+def test_random_is_uniform_and_differs_by_head_and_layer():
+    kept = torch.stack(kept_by("random", 500, store_size=200))
+    assert 200 < kept.float().mean() < 280
+    sets = {tuple(heads.sort().values.tolist()) for heads in kept.flatten(0, 2)}
+    assert len(sets) == 4
+
+
+def test_attention_keeps_what_was_attended_to():
+    """Against plain sums of the attention of observed queries, head by head."""
+    model = storing("attention", None, tiny(num_hidden_layers=1), sink_positions="absolute")
+    ids, layer = token_ids(60), layers_of(model)[0]
+    attention = model.model.layers[0].self_attn
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    with torch.no_grad():
+        x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+        q, k = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        q, k = apply_rotary_pos_emb(q, k, *model.model.rotary_emb(x, torch.arange(60)[None]))
+        at = torch.arange(60)
+        seen = (at <= at[:, None]) & ((at > at[:, None] - 16) | (at < 4))
+        weights = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+        mass = weights[:, :, :: layer.store.every].unflatten(1, (2, 2)).mean(2).sum(2)[0]
+        cache = ahn.read(model, ids)
+    for head in range(2):
+        left = mass[head, 4 : 60 - 16]
+        best = (left.topk(8).indices + 4).sort().values
+        assert retention.position(cache.layers[0].ranks)[0, head].sort().values.tolist() == best.tolist()
+
+
+def test_surprise_keeps_what_the_state_does_not_return():
+    """The score is beta ||v - S^T k|| with the cell's own key and the state at the last multiple of the grid."""
+    model = storing("surprise", "deltanet", tiny(num_hidden_layers=1))
+    layer = layers_of(model)[0]
+    given = []
+    error = layer.cell.error
+    layer.cell.error = lambda k, v, gates, state: given.append((k, v, gates, state.clone())) or error(k, v, gates, state)
+    cache = ahn.read(model, token_ids(60))
+    assert len(given) == 4  # pieces of 16
+    k, v, gates, state = given[3]
+    unit = k / k.norm(dim=-1, keepdim=True)
+    missing = v - torch.einsum("bntk,bnkv->bntv", unit, state)
+    torch.testing.assert_close(error(k, v, gates, state), gates[0] * missing.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    assert state.abs().max() > 0 and torch.equal(cache.layers[0].snapshot, given[3][3])
+
+
+def test_learned_keeps_the_highest_scores():
+    model = storing("learned", "deltanet", tiny(num_hidden_layers=1))
+    ids, layer = token_ids(60), layers_of(model)[0]
+    with torch.no_grad():
+        x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+        scores = layer.store.score(x, torch.arange(60)[None], None)[0, :, 4 : 60 - 16]
+    kept = retention.position(ahn.read(model, ids).layers[0].ranks)[0]
+    # tokens that come twice have the same score but for their age
+    assert kept.sort(-1).values.tolist() == (scores.topk(8).indices + 4).sort(-1).values.tolist()
+
+
+# A cache is a cache.
+def test_cache_operations(store, tmp_path):
+    model, ids = storing(store, store_span=2), token_ids(60, batch=2)
+    new = token_ids(20, batch=2, seed=8)
+    cache = ahn.read(model, ids)
+    fork = cache.fork()
+    cache.save(tmp_path / "two.ahn")
+    loaded = ahn.AHNCache.load(tmp_path / "two.ahn", model)
+    swapped = cache.fork()
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        out = model(new, past_key_values=cache).logits
+        assert torch.equal(model(new, past_key_values=fork).logits, out)
+        assert torch.equal(model(new, past_key_values=loaded).logits, out)
+        assert largest(model(new.flip(0), past_key_values=swapped).logits.flip(0), out) < 1e-4
+    assert largest(out, in_pieces(model, torch.cat([ids, new], 1), [80])[:, 60:]) < 1e-4
+    assert loaded.nbytes == cache.nbytes
+    cache.reset()
+    assert cache.nbytes == 0
+
+
+def test_constant_memory(store):
+    model = storing(store)
+    sizes = {ahn.read(model, token_ids(count)).nbytes for count in (100, 200, 400)}
+    assert len(sizes) == 1
+
+
+def test_generate(store):
+    model = storing(store)
+    options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 0}
+    ids = token_ids(40)
+    out = model.generate(ids, **options)
+    one = ids
+    with torch.no_grad():
+        for _ in range(30):
+            one = torch.cat([one, model(one, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, one)
+    beams = model.generate(ids, num_beams=3, **options)
+    assert beams.shape == out.shape
+
+
+def test_half_precision(store):
+    model = storing(store, base=tiny().to(torch.bfloat16))
+    logits = in_pieces(model, token_ids(60), [30, 1, 29])
+    assert logits.isfinite().all()
+
+
+def test_gradients_reach_the_cells_through_the_losers(store):
+    model, ids = storing(store, "deltanet"), token_ids(60, batch=2)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for layer in layers_of(model):
+        for name, parameter in layer.cell.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert all(parameter.grad is None for parameter in layer.store.parameters())
+
+
+# Settings.
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"store": "recency"}, "store_size=0: expected at least 1"),
+        ({"store_size": 5}, "store_size=5 without a store"),
+        ({"store_span": 5}, "store_span=5 without a store"),
+        ({"store": "recent", "store_size": 5}, "did you mean 'recency'"),
+        ({"store": "recency", "store_size": -1}, "store_size=-1: expected an integer of at least 0"),
+        ({"store": "recency", "store_size": 4, "store_span": 17}, "store_span=17: expected at most the window of 16"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        ahn.AHNConfig("deltanet", 16, 4, **changes)
+
+
+def test_the_store_counts_as_lossless():
+    config = ahn.AHNConfig("deltanet", 16, 4, store="recency", store_size=8)
+    assert config.lossless == 28 and ahn.AHNConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match=r"sinks \+ store \+ window = 4 \+ 600 \+ 16 = 620 tokens"):
+        ahn.augment(tiny(), config.replace(store_size=600))
+
+
+def test_old_settings_have_no_store():
+    old = ahn.AHNConfig("deltanet", 16, 4).to_dict()
+    for name in ("store", "store_size", "store_span"):
+        del old[name]
+    assert ahn.AHNConfig.from_dict(old) == ahn.AHNConfig("deltanet", 16, 4)
+
+
+def test_surprise_needs_a_cell():
+    with pytest.raises(ConfigError, match="expected a cell"):
+        ahn.augment(tiny(), ahn.AHNConfig(None, 16, 4, store="surprise", store_size=8))
+
+
+def test_adapters_carry_their_store(tmp_path):
+    model = storing("learned", "deltanet")
+    ids = token_ids(60)
+    expected = in_pieces(model, ids, [60])
+    ahn.save_adapter(model, tmp_path / "gates")
+    loaded = ahn.load_adapter(tiny(), tmp_path / "gates")
+    assert loaded.ahn_config == model.ahn_config
+    assert torch.equal(in_pieces(loaded, ids, [60]), expected)
+    # its cells serve any store, or none
+    for changes in ({"store": "recency"}, {"store": None, "store_size": 0}):
+        other = ahn.augment(tiny(), model.ahn_config.replace(**changes))
+        ahn.load_adapter(other, tmp_path / "gates")
+        assert torch.equal(layers_of(other)[1].cell.o_proj.weight, layers_of(model)[1].cell.o_proj.weight)
+    ahn.save_adapter(storing("recency", "deltanet"), tmp_path / "cells")
+    with pytest.raises(AdapterError, match="no weights for store='learned'"):
+        ahn.load_adapter(ahn.augment(tiny(), model.ahn_config), tmp_path / "cells")
+
+
+def test_memory_files_are_of_one_store(tmp_path):
+    model = storing("recency")
+    ahn.read(model, token_ids(60)).save(tmp_path / "a.ahn")
+    with pytest.raises(MemoryFileError, match="store='recency'"):
+        ahn.AHNCache.load(tmp_path / "a.ahn", storing("random"))
