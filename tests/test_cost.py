@@ -183,3 +183,21 @@ def test_bad_config_file(tmp_path, content: str) -> None:
 def test_bad_settings_name_the_value(setting: str, value: object) -> None:
     with pytest.raises(ConfigError, match=repr(value).replace(".", r"\.")):
         cost(TINY, **{"length": 100, setting: value})
+
+
+@pytest.mark.parametrize("store", ["recency", "surprise"])
+def test_held_bytes_with_a_store_are_the_caches(store: str) -> None:
+    import ahn
+    from conftest import tiny, token_ids, with_memory
+
+    model = with_memory(tiny(), "deltanet", window=16, sinks=4, store=store, store_size=8, store_span=3)
+    held = ahn.read(model, token_ids(60)).nbytes
+    assert cost(shape_of(model.config), 60, 16, 4, "deltanet", 4, store, 8, 3).held_bytes == held
+
+
+def test_a_store_costs_what_a_window_of_its_size_does() -> None:
+    stored, longer = cost(TINY, 200, 24, 8, store="random", store_size=30), cost(TINY, 200, 54, 8)
+    assert stored.flops.memory == longer.flops.memory and stored.cache.memory == longer.cache.memory
+    assert stored.written == longer.written
+    with pytest.raises(ConfigError, match="expected both or neither"):
+        cost(TINY, 200, 24, 8, store_size=30)

@@ -10,6 +10,7 @@ from ahn.attention import attend
 from ahn.errors import AdapterError, ConfigError
 from ahn.eval import policies
 from ahn.eval.policies import compressive
+from ahn.eval.policies.base import Stored
 from conftest import token_ids
 from tiny_base import SINKS, WINDOW, write_base
 
@@ -25,9 +26,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(folder):
     base, adapter = folder
-    return lambda name, **changes: policies.get(name)(
-        base, **({"window": WINDOW, "sinks": SINKS, "adapter": adapter, "device": "cpu"} | changes)
-    )
+    shared = {"window": WINDOW, "sinks": SINKS, "adapter": adapter, "device": "cpu"}
+
+    def made(name, **changes):
+        store = {"store": Stored("attention", 10, 3)} if name == "store" else {}
+        return policies.get(name)(base, **(shared | store | changes))
+
+    return made
 
 
 def logits(policy, ids, sizes):
@@ -44,7 +49,7 @@ def logits(policy, ids, sizes):
 
 
 def test_names():
-    assert policies.names() == ["ahn", "ahn-zeroed", "compressive-avg", "compressive-max", "full", "window"]
+    assert policies.names() == ["ahn", "ahn-zeroed", "compressive-avg", "compressive-max", "full", "store", "window"]
     with pytest.raises(ConfigError, match="did you mean 'compressive-max'"):
         policies.get("compresive-max")
 
@@ -210,7 +215,10 @@ def test_bad_input_before_any_weights(folder, tmp_path):
 
 def test_settings_say_what_the_numbers_depend_on(folder):
     _, adapter = folder
-    found = {n: policies.get(n).settings(window=24, sinks=8, adapter=adapter, yarn=2.0) for n in policies.names()}
+    asked = {"window": 24, "sinks": 8, "adapter": adapter, "yarn": 2.0, "store": Stored("random", 9)}
+    found = {n: policies.get(n).settings(**asked) for n in policies.names()}
+    assert found["ahn"]["store"] == found["store"]["store"] == {"name": "random", "size": 9, "span": 1}
+    assert "store" not in found["window"]
     assert found["full"] == {"yarn": 2.0}
     assert "adapter_digest" not in found["window"] and len(found["ahn"]["adapter_digest"]) == 16
     assert found["compressive-max"]["sized_like"] == "gated_deltanet"
@@ -224,3 +232,22 @@ def test_flops_and_parameters(make):
     assert window.parameters_added == 0 < memory.parameters_added
     config = memory.model.ahn_config
     assert config == ahn.AHNConfig("gated_deltanet", WINDOW, SINKS)
+
+
+@pytest.mark.parametrize("store", [Stored("recency", 10), Stored("surprise", 12, 4)], ids=str)
+def test_a_store_takes_its_places_from_the_window(store, make):
+    """As many lossless tokens with and without, and the bytes that are counted are those that are held."""
+    with_store, without = make("ahn", store=store), make("ahn")
+    config = with_store.model.ahn_config
+    assert config.lossless == without.model.ahn_config.lossless and config.store_size == store.size
+    for policy in (with_store, make("store", store=Stored("recency", 10))):
+        _, cache = logits(policy, IDS, [50])
+        assert cache.nbytes == policy.cache_bytes(len(IDS))
+    assert with_store.flops(150) == without.flops(150)
+
+
+def test_a_store_needs_room_and_a_name(make):
+    with pytest.raises(ConfigError, match="leaves no window"):
+        make("ahn", store=Stored("recency", WINDOW))
+    with pytest.raises(ConfigError, match="expected the name and size"):
+        make("store", store=None)

@@ -108,9 +108,7 @@ def test_ranks_sort_by_priority_then_age():
 
 # One answer.
 @pytest.mark.parametrize("positions", ["clipped", "absolute"])
-@pytest.mark.parametrize("cell", ["gated_deltanet", "mamba2", None])
-@pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("span", [1, 5])
+@pytest.mark.parametrize(("cell", "sinks", "span"), [("gated_deltanet", 4, 1), ("mamba2", 0, 5), (None, 4, 5)])
 def test_any_split_gives_the_same_logits(store, cell, positions, sinks, span):
     if store == "surprise" and cell is None:
         pytest.skip("needs a cell")
@@ -118,18 +116,19 @@ def test_any_split_gives_the_same_logits(store, cell, positions, sinks, span):
     ids = token_ids(60, batch=2)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    for sizes in SPLITS:
+    for sizes in SPLITS[:4]:
         assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("positions", ["clipped", "absolute"])
+@pytest.mark.parametrize(
+    ("form", "positions"), [("no positions", "absolute"), ("maps", "clipped"), ("wide", "clipped")]
+)
 def test_any_split_of_every_form(store, form, positions):
     model = storing(store, "deltanet", sink_positions=positions, store_span=2, **FORMS[form])
     ids = token_ids(60, batch=2)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    for sizes in SPLITS:
+    for sizes in SPLITS[1:3]:
         assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
 
 
@@ -148,19 +147,18 @@ def test_padding_and_turns(store):
         assert largest(out[1:, 19:], expected[1]) < 1e-4
 
 
-@pytest.mark.parametrize("size", [1, 7, 200])
+@pytest.mark.parametrize("size", [1, 200])
 def test_sizes_of_stores(store, size):
     model, ids = storing(store, store_size=size), token_ids(60, batch=2)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    for sizes in SPLITS[1:3]:
-        assert largest(in_pieces(model, ids, sizes), whole) < 1e-4
+    assert largest(in_pieces(model, ids, SPLITS[1]), whole) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Phi3", "Glm", "Cohere"])
-def test_other_families(family, store):
+def test_other_families(family):
     base = tiny(family, head_dim=8) if family == "Glm" else tiny(family)
-    model, ids = storing(store, base=base), token_ids(60)
+    model, ids = storing("attention", base=base), token_ids(60)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     assert largest(in_pieces(model, ids, [11, 1, 30, 1, 17]), whole) < 1e-4
@@ -246,7 +244,9 @@ def test_every_token_is_in_one_place(store, sizes, monkeypatch):
 def test_the_cell_is_given_the_tokens_themselves(monkeypatch):
     """Keys of losers as the attention computed them, values and gate inputs of the same tokens."""
     for form, positions in (("rope", "clipped"), ("none", "clipped"), ("rope", "absolute"), ("none", "absolute")):
-        model = storing("random", "deltanet", tiny(num_hidden_layers=1), memory_positions=form, sink_positions=positions)
+        model = storing(
+            "random", "deltanet", tiny(num_hidden_layers=1), memory_positions=form, sink_positions=positions
+        )
         (layer,) = layers_of(model)
         given = {}
         prepare = layer._prepare
@@ -280,22 +280,20 @@ def test_the_cell_is_given_the_tokens_themselves(monkeypatch):
 
 @pytest.mark.parametrize("positions", ["clipped", "absolute"])
 def test_a_stored_token_is_read_exactly(positions, monkeypatch):
-    """One layer: the last logits are those of the base over the tokens that are kept, at the places they are seen at."""
+    """One layer: the last logits are the base's over the tokens that are kept, at the places they are seen at."""
     sinks, window, tokens, marked = 4, 8, 40, (11, 12, 20)
     monkeypatch.setattr(Marked, "positions", marked)
     base = tiny(num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=1, hidden_size=16)
-    monkeypatch.setattr(Marked, "score", lambda self, x, at, error: torch.isin(at, torch.tensor(marked))[:, None].float())
+    monkeypatch.setattr(
+        Marked, "score", lambda self, x, at, error: torch.isin(at, torch.tensor(marked))[:, None].float()
+    )
     ids = token_ids(tokens)
     kept = [*range(sinks), *marked, *range(tokens - window, tokens)]
-    if positions == "clipped":
-        places = [*range(sinks), *[sinks] * 3, *range(sinks + 1, sinks + window + 1)]
-    else:
-        places = kept
+    clipped = [*range(sinks), *[sinks] * 3, *range(sinks + 1, sinks + window + 1)]
+    places = clipped if positions == "clipped" else kept
     with torch.no_grad():
         expected = base(ids[:, kept], position_ids=torch.tensor([places])).logits[:, -1]
-        model = with_memory(
-            base, None, window, sinks, sink_positions=positions, store="marked", store_size=len(marked)
-        )
+        model = with_memory(base, None, window, sinks, sink_positions=positions, store="marked", store_size=len(marked))
         for sizes in ([tokens], [1] * tokens, [13, 27]):
             assert largest(in_pieces(model, ids, sizes)[:, -1], expected) < 1e-5
         assert largest(model(ids, use_cache=False).logits[:, -1], expected) < 1e-5
@@ -367,7 +365,9 @@ def test_surprise_keeps_what_the_state_does_not_return():
     layer = layers_of(model)[0]
     given = []
     error = layer.cell.error
-    layer.cell.error = lambda k, v, gates, state: given.append((k, v, gates, state.clone())) or error(k, v, gates, state)
+    layer.cell.error = lambda k, v, gates, state: (
+        given.append((k, v, gates, state.clone())) or error(k, v, gates, state)
+    )
     cache = ahn.read(model, token_ids(60))
     assert len(given) == 4  # pieces of 16
     k, v, gates, state = given[3]

@@ -191,8 +191,7 @@ def check_fits(config: AHNConfig, base: Any, layers: int) -> None:
     context = getattr(base, "max_position_embeddings", None)
     if context is not None and config.lossless > context:
         raise ConfigError(
-            f"{_sum(config)} tokens, more than the "
-            f"{context} positions of the base: expected at most {context}"
+            f"{_sum(config)} tokens, more than the {context} positions of the base: expected at most {context}"
         )
     native = getattr(base, "sliding_window", None)
     if native is not None and config.lossless > native:

@@ -106,7 +106,7 @@ class LayerMemory(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
     is_compileable = False
-    room = 0  # slots between the sinks and the ring
+    shift = 0  # slots between the sinks and the ring
 
     def __init__(self, layer: AHNLayer) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class LayerMemory(CacheLayerMixin):
         """Where the tokens at `positions` lie."""
         if self.window is None:
             return positions
-        ring = self.sinks + self.room + (positions - self.sinks) % self.window
+        ring = self.sinks + self.shift + (positions - self.sinks) % self.window
         return torch.where(positions < self.sinks, positions, ring)
 
     def window_before(self, span: Span) -> tuple[Tensor, ...]:
@@ -174,7 +174,7 @@ class LayerMemory(CacheLayerMixin):
         length = max(0, span.first - self.sinks)
         length = length if self.window is None else min(length, self.window)
         positions = span.start[:, None] + torch.arange(-length, 0)
-        slots = self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.room - 1, 0))
+        slots = self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.shift - 1, 0))
         tensors = [(self.keys, 2), (self.values, 2), (self.inputs, 1)]
         return tuple(gather(t, slots, dim) for t, dim in tensors if t is not None)
 

@@ -1,9 +1,9 @@
-"""What a memory saves: parameters, cache and FLOPs of full attention against sinks + window + cell, term by term.
+"""What a memory saves: parameters, cache and FLOPs of full attention against the lossless tokens + cell, term by term.
 
 The formulas are the paper's (arXiv 2510.07318, Table 1): matrix products only, a multiply-add is 2 FLOPs, biases and
 norms of the base are left out. Letters: D hidden size, N query heads, M key/value heads, H head size, F width of the
-gated MLP, V vocabulary, L length, W window, S sinks, W' = S + W lossless tokens. Everything here is plain Python
-integers; nothing loads torch, unless for a cell that is not the paper's.
+gated MLP, V vocabulary, L length, W window, S sinks, P places of the store, W' = S + P + W lossless tokens. Everything
+here is plain Python integers; nothing loads torch, unless for a store or a cell that is not the paper's.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ class Cost:
         parameters: parameters of the whole model.
         cache: elements held for one sequence, as the paper counts them; times `bytes_per_element` for bytes.
         ours: elements this library's cache holds besides: the write gates of the lossless tokens.
+        store_bytes: what the store holds besides keys and values: the rank of each stored token (8 bytes), a score of
+            each one in the window (4 bytes), and a copy of the state where the store reads it.
         mixing: FLOPs of token mixing (attention and memory) for reading `length` tokens.
         rest: FLOPs of the MLPs and of the two D x V matrices, the same on both sides. The paper counts both matrices
             for every token; `ahn.read` computes logits for the last token only.
@@ -150,8 +152,10 @@ class Cost:
     length: int
     window: int
     sinks: int
+    store_size: int
     cell: str | None
     bytes_per_element: int
+    store_bytes: int
     parameters: Table
     cache: Table
     ours: Table
@@ -178,12 +182,12 @@ class Cost:
         """What `AHNCache.nbytes` is after reading: `ours` too, and a state that is float32 whatever the rest is."""
         state = self.shape.layers * self.shape.H**2 * self.shape.N if self.cell else 0
         rest = self.cache.memory + self.ours.memory - (state if self.written else 0)
-        return rest * self.bytes_per_element + 4 * state
+        return rest * self.bytes_per_element + 4 * state + self.store_bytes
 
     @property
     def written(self) -> int:
-        """Tokens that have left the window, that is, are in the memory."""
-        return max(0, self.length - self.window - self.sinks)
+        """Tokens that are kept nowhere else than in the memory."""
+        return max(0, self.length - self.window - self.store_size - self.sinks)
 
 
 def cost(
@@ -193,10 +197,14 @@ def cost(
     sinks: int = 128,
     cell: str | None = "gated_deltanet",
     bytes_per_element: int = 4,
+    store: str | None = None,
+    store_size: int = 0,
+    store_span: int = 1,
 ) -> Cost:
     """Cost of reading `length` tokens of one sequence with full attention, and with sinks, window and cell.
 
-    Up to `sinks + window` tokens nothing is written into the memory and the two sides differ in parameters only.
+    Up to `sinks + store_size + window` tokens nothing is written into the memory and the two sides differ in
+    parameters only.
 
     Args:
         shape: the base model, see `shape_of`.
@@ -205,6 +213,8 @@ def cost(
         sinks: first tokens kept exactly, 0 or more.
         cell: `ahn.cells.names()`, or None for sinks and window without a memory.
         bytes_per_element: of the cache, 4 for float32 as in the paper.
+        store, store_size, store_span: see AHNConfig. Parameters and FLOPs of a trained store's gates and of finding out
+            who stays are not counted; they are below one percent.
 
     Raises:
         ConfigError: names the value and what is allowed.
@@ -216,7 +226,9 @@ def cost(
     size = CELLS.get(cell) or _measured(cell, shape) if cell else _NO_CELL
     layers, D, N, M, H, F, V = shape.layers, shape.D, shape.N, shape.M, shape.H, shape.F, shape.V
 
-    lossless = min(length, sinks + window)
+    if (store is None) != (store_size == 0):
+        raise ConfigError(f"store={store!r} with store_size={store_size}: expected both or neither")
+    lossless = min(length, sinks + store_size + window)
     written = length - lossless
     state = H * H * N if cell else 0
 
@@ -265,7 +277,17 @@ def cost(
         )
     )
     ours = Table(cell_terms(term("write gates", f"{size.kept} W'N", 0, size.kept * lossless * N)))
-    return Cost(shape, length, window, sinks, cell, bytes_per_element, parameters, cache, ours, mixing, rest)
+    store_bytes = 0
+    if store is not None:
+        from ahn import stores
+
+        copies = 4 * state if stores.get(store).reads_state else 0
+        ranks = 8 * M * store_size if length > sinks + window else 0
+        store_bytes = layers * (ranks + 4 * M * (window + store_span - 1) + copies)
+    return Cost(
+        shape, length, window, sinks, store_size, cell, bytes_per_element, store_bytes,
+        parameters, cache, ours, mixing, rest,
+    )  # fmt: skip
 
 
 def _measured(cell: str, shape: Shape) -> CellSize:

@@ -81,6 +81,11 @@ class AHNLayer(nn.Module):
         """Tokens kept exactly."""
         return self.sinks + (self.window or FOREVER)
 
+    @property
+    def store_bytes(self) -> int:
+        """What a store holds besides keys, values and gate inputs, for one text that fills it."""
+        return 0
+
     def memory(self) -> LayerMemory:
         """An empty memory for a new cache."""
         return LayerMemory(self)

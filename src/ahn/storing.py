@@ -26,7 +26,7 @@ from ahn.attention import Far, Rotary, Softmax, attend_one, attend_window, visib
 from ahn.cache import LayerMemory, Span, gather
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
-from ahn.layer import AHNLayer, Leaving, Turn
+from ahn.layer import AHNLayer, Turn
 from ahn.retention import Outcome, by_head, put_by_head
 from ahn.stores.base import Store
 
@@ -82,6 +82,12 @@ class StoringLayer(AHNLayer):
         """L: the scores that spans may still ask for."""
         return self.reach + self.span - 1
 
+    @property
+    def store_bytes(self) -> int:
+        heads, head_size, size = self.state_shape or (0, 0, 0)
+        copy = 4 * heads * head_size * size if self.store.reads_state else 0
+        return self.store.kv_heads * (8 * self.size + 4 * self.scores_kept) + copy
+
     def memory(self) -> LayerMemory:
         return StoringMemory(self)
 
@@ -116,12 +122,13 @@ class StoringLayer(AHNLayer):
         (keys, values), sinks, places = memory.kept, slice(self.sinks), memory.places
         q_far = self._seen_by_sinks(q, span)
         arrivals = Arrivals(span, q, q_far, k, v, x, inputs, keys[:, :, sinks], window[0], scale)
-        outcome, trail = self._resolve(arrivals, memory.trail(span), memory.ranks, memory.snapshot)
+        ranks = memory.ranks
+        outcome, trail = self._resolve(arrivals, memory.trail(span), ranks, memory.snapshot)
         memory.keep_trail(span, trail)
-        start = span.start.to(q.device)
-        if outcome is None:
+        start, near = span.start.to(q.device), (window[0], window[1])
+        if outcome is None or ranks is None:
             pair = keys[:, :, sinks], values[:, :, sinks]
-            return attend_window(q, q_far, pair, window[:2], start, self.reach, scale)[0].transpose(1, 2)
+            return attend_window(q, q_far, pair, near, start, self.reach, scale)[0].transpose(1, 2)
 
         steps = outcome.losers.shape[-1]
         oldest = window[0].shape[2] - steps - self.reach
@@ -135,19 +142,18 @@ class StoringLayer(AHNLayer):
         far = Far(
             torch.cat([keys[:, :, sinks], rivals[0]], 2),
             torch.cat([values[:, :, sinks], rivals[1]], 2),
-            *self._seen(span, memory.ranks, outcome),
+            *self._seen(span, ranks, outcome),
             steps,
         )
         nothing = keys[:, :, :0], values[:, :, :0]
-        out, norm = attend_window(q, q_far, nothing, window[:2], start, self.reach, scale, far, self.sinks)
+        out, norm = attend_window(q, q_far, nothing, near, start, self.reach, scale, far, self.sinks)
         memory.settle(rivals, outcome, self._heads)
         out, first = out.transpose(1, 2), max(0, self.lossless - span.first)
         tokens = span.length - first
         if self.cell is None or tokens <= 0:
             return out
-        ranks = outcome.lost[..., -tokens:]
         k, v, held = (by_head(t, outcome.losers[..., -tokens:]) for t in rivals)
-        k = self._turn_out(k, ranks)
+        k = self._turn_out(k, outcome.lost[..., -tokens:])
         turns = self._leaving(span, q.device, first)
         fla = self.cell.uses_fla(q)
         ready = self._prepare(q[:, :, first:], k, v, _joined(held), turns, fla)
@@ -172,9 +178,9 @@ class StoringLayer(AHNLayer):
             lost, ranks = memory.swap(tokens, new, self._heads)
         memory.put_score(span, self._score(k, v, x, inputs, span, memory.snapshot))
         keys, values = memory.kept
-        filled = memory.room + min(span.first + 1, self.sinks + self.reach)
+        filled = memory.shift + min(span.first + 1, self.sinks + self.reach)
         mask = memory.filled(span, filled) if int(span.start.min()) < self.lossless else None
-        keys, values, far = keys[:, :, :filled], values[:, :, :filled], self.sinks + memory.room
+        keys, values, far = keys[:, :, :filled], values[:, :, :filled], self.sinks + memory.shift
         out, norm = attend_one(q, self._seen_by_sinks(q, span), keys, values, far, mask, scale)
         out = out.transpose(1, 2)
         if self.cell is None or span.first < self.lossless:
@@ -200,7 +206,10 @@ class StoringLayer(AHNLayer):
             low, high, _ = at.indices(length)
             arrivals = Arrivals(
                 piece,
-                *(t[:, :, at] for t in (q, q_far, k, v)),
+                q[:, :, at],
+                q_far[:, :, at],
+                k[:, :, at],
+                v[:, :, at],
                 x[:, at],
                 _part(inputs, at),
                 k[:, :, : min(self.sinks, high)],
@@ -383,8 +392,8 @@ class StoringLayer(AHNLayer):
 
 
 class StoringMemory(LayerMemory):
-    """Sinks, store and window; also `ranks` int64 [B, M, P] of what is stored, `scores` [B, M, L] of the last tokens, at
-    their position mod L, and `snapshot`, the state at the last multiple of the grid."""
+    """Sinks, store and window; also `ranks` int64 [B, M, P] of what is stored, `scores` [B, M, L] of the last tokens,
+    at their position mod L, and `snapshot`, the state at the last multiple of the grid."""
 
     def __init__(self, layer: StoringLayer) -> None:
         super().__init__(layer)
@@ -399,16 +408,16 @@ class StoringMemory(LayerMemory):
         return super().tensors | {name: tensor for name, tensor in held.items() if tensor is not None}
 
     @property
-    def room(self) -> int:  # type: ignore[override]
+    def shift(self) -> int:  # type: ignore[override]
         return 0 if self.ranks is None else self.size
 
     @property
     def places(self) -> slice:
-        return slice(self.sinks, self.sinks + self.room)
+        return slice(self.sinks, self.sinks + self.shift)
 
     @property
     def capacity(self) -> int:
-        return super().capacity - self.room
+        return super().capacity - self.shift
 
     def reserve(self, tokens: int, k: Tensor, state: tuple[int, int, int] | None) -> None:
         assert self.window is not None
@@ -424,9 +433,13 @@ class StoringMemory(LayerMemory):
                 if (old := getattr(self, name)) is not None:
                     shape = list(old.shape)
                     shape[dim] = self.size
-                    parts = old.narrow(dim, 0, self.sinks), old.new_zeros(shape), old.narrow(dim, self.sinks, self.window)
+                    parts = (
+                        old.narrow(dim, 0, self.sinks),
+                        old.new_zeros(shape),
+                        old.narrow(dim, self.sinks, self.window),
+                    )
                     setattr(self, name, torch.cat(parts, dim))
-            self.ranks = retention.empty(*k.shape[:2], self.size, k.device)
+            self.ranks = retention.empty(k.shape[0], k.shape[1], self.size, k.device)
 
     def settle(self, rivals: list[Tensor], outcome: Outcome, heads: Any) -> None:
         """Who is kept takes the places; `rivals`: keys, values and gate inputs of places and newcomers."""
@@ -459,9 +472,9 @@ class StoringMemory(LayerMemory):
 
     def filled(self, span: Span, slots: int) -> Tensor:
         """bool [B, M, slots]: which hold something after the one token of `span`."""
-        assert self.ranks is not None or not self.room
+        assert self.ranks is not None or not self.shift
         device = span.start.device if self.ranks is None else self.ranks.device
-        index = torch.arange(slots - self.room) <= span.start[:, None]
+        index = torch.arange(slots - self.shift) <= span.start[:, None]
         index = index.to(self.kept[0].device)[:, None]
         if self.ranks is None:
             return index

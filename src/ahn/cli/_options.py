@@ -42,9 +42,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_store(group: Any) -> None:
     """What of the text behind the window is kept exactly."""
-    group.add_argument("--store", metavar="S", help="keep some of what leaves the window exactly (docs/store.md), or none")
+    group.add_argument(
+        "--store", metavar="S", help="keep some of what leaves the window exactly (docs/store.md), or none"
+    )
     group.add_argument("--store-size", type=at_least(1), metavar="N", help="how many tokens of it, by head")
-    group.add_argument("--store-span", type=at_least(1), metavar="N", help="judge so many neighbours together (default: 1)")
+    group.add_argument(
+        "--store-span", type=at_least(1), metavar="N", help="judge so many neighbours together (default: 1)"
+    )
 
 
 def add_answer(parser: argparse.ArgumentParser) -> None:

@@ -30,28 +30,35 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=integer, default=32_640, metavar="W", help=f"last tokens kept exactly {shown}")
     sinks = _options.at_least(0)
     parser.add_argument("--sinks", type=sinks, default=128, metavar="S", help=f"first tokens kept exactly {shown}")
+    _options.add_store(parser)
     parser.add_argument("--cell", default="gated_deltanet", metavar="C", help=f"cell of the memory, or none {shown}")
     parser.add_argument("--bytes", type=integer, default=4, metavar="N", help=f"of a cache element {shown}")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ahn import cells
+    from ahn import cells, stores
     from ahn.cost import cost, shape_of
 
     cell = None if args.cell == "none" else args.cell
     if cell is not None:
         cells.check_name(cell)
-    result = cost(shape_of(args.base), args.length, args.window, args.sinks, cell, args.bytes)
+    store = None if args.store == "none" else args.store
+    if store is not None:
+        stores.check_name(store)
+    sizes = args.store_size or 0, args.store_span or 1
+    result = cost(shape_of(args.base), args.length, args.window, args.sinks, cell, args.bytes, store, *sizes)
     print("\n".join(_report(args.base, result)))
 
 
 def _report(base: str, result: Cost) -> Iterator[str]:
-    shape, lossless = result.shape, result.sinks + result.window
+    shape, lossless = result.shape, result.sinks + result.store_size + result.window
+    store = f" + {result.store_size:,} store" if result.store_size else ""
     yield (
         f"{base}: {shape.layers} layers, D {shape.D:,}, N {shape.N}, M {shape.M}, H {shape.H}, F {shape.F:,}, "
         f"V {shape.V:,}{', tied' if shape.tied else ''}"
     )
-    yield f"reading L = {result.length:,} tokens; W' = {result.sinks:,} sinks + {result.window:,} window = {lossless:,}"
+    exact = f"{result.sinks:,} sinks{store} + {result.window:,} window"
+    yield f"reading L = {result.length:,} tokens; W' = {exact} = {lossless:,}"
     yield f"full: full attention; memory: W' and {result.cell or 'no cell'}, holding {result.written:,} tokens"
 
     yield from _section("parameters", result.parameters)
@@ -61,7 +68,9 @@ def _report(base: str, result: Cost) -> Iterator[str]:
     yield _total("as in the paper", result.cache, result.bytes_per_element)
     for term in result.ours.terms:
         yield _row(f"+ {term.name}", term.formula, 0, term.memory * result.bytes_per_element, result.full_bytes)
-    if result.cell:
+    if result.store_bytes:
+        yield _row("+ store", "ranks, scores", 0, result.store_bytes, result.full_bytes)
+    if result.cell or result.store_bytes:
         yield _row("held by ahn", "state in float32", result.full_bytes, result.held_bytes)
 
     yield from _section("FLOPs", result.mixing)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ahn.cli import _options
 from ahn.errors import ConfigError
@@ -35,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="A", help="trained memory: folder, hub id, or the name of a shipped one")
     group.add_argument("--lossless", type=one, metavar="N", help="tokens kept exactly, sinks included")
     group.add_argument("--sinks", type=_options.at_least(0), metavar="N", help="first tokens of these")
+    _options.add_store(group)
     group.add_argument("--yarn", type=float, metavar="F", help="for full: extend the base's positions F times")
     group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
         window=window,
         sinks=sinks,
         adapter=args.adapter,
+        store=_stored(args),
         dtype=args.dtype,
         device=args.device,
         yarn=args.yarn,
@@ -86,6 +89,20 @@ def run(args: argparse.Namespace) -> None:
 
     if first_process():
         print(report.markdown([results.load(folder) for folder in folders]))
+
+
+def _stored(args: argparse.Namespace) -> Any:
+    from ahn import stores
+    from ahn.eval.policies.base import Stored
+
+    if args.store in (None, "none"):
+        if args.store_size or args.store_span:
+            raise ConfigError("--store-size and --store-span: expected --store as well")
+        return None
+    stores.check_name(args.store)
+    if not args.store_size:
+        raise ConfigError(f"--store {args.store}: expected --store-size as well, of the --lossless tokens")
+    return Stored(args.store, args.store_size, args.store_span or 1)
 
 
 def _listing() -> Iterator[str]:

@@ -23,7 +23,7 @@ from ahn.eval.prompts import Prompt, encode, exact_tokens
 from ahn.memory_file import fingerprint
 
 if TYPE_CHECKING:
-    from ahn.eval.policies.base import Policy
+    from ahn.eval.policies.base import Policy, Stored
     from ahn.eval.tasks.base import Example, Task
 
 BIN = 512  # tokens whose loss is averaged where it is kept by position
@@ -37,7 +37,7 @@ class Options:
 
     Args:
         base: hub id, folder, GGUF file, or "smollm2-135m".
-        window, sinks: tokens kept exactly. adapter, dtype, device, yarn: see `policies.base.Policy`.
+        window, sinks: tokens kept exactly. adapter, store, dtype, device, yarn: see `policies.base.Policy`.
         data: a folder, or a file, with the benchmarks' data; None: from the hub, or generated.
         seed: of everything that is drawn. limit: examples of a task, at most.
     """
@@ -46,6 +46,7 @@ class Options:
     window: int
     sinks: int
     adapter: str | None = None
+    store: Stored | None = None
     dtype: str | None = None
     device: str | None = None
     yarn: float | None = None
@@ -55,7 +56,13 @@ class Options:
 
     @property
     def memory(self) -> dict[str, Any]:
-        return {"window": self.window, "sinks": self.sinks, "adapter": self.adapter, "yarn": self.yarn}
+        return {
+            "window": self.window,
+            "sinks": self.sinks,
+            "adapter": self.adapter,
+            "yarn": self.yarn,
+            "store": self.store,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sinks, window and a trained memory."""
+"""Sinks, window and a trained memory, and what is stored beside it."""
 
 from __future__ import annotations
 
@@ -7,32 +7,43 @@ from typing import Any
 from ahn.adapter import apply
 from ahn.augmentation import augment
 from ahn.cost import cost
-from ahn.eval.policies.base import Policy, digest, trained
+from ahn.eval.policies.base import Policy, Stored, digest, trained
 
 
 class Ahn(Policy):
-    """Sinks, window and the memory of any adapter, ours or the authors'."""
+    """Sinks, window and the memory of any adapter, ours or the authors', with a store if one is named."""
 
     name = "ahn"
     needs_adapter = True
 
     @classmethod
     def settings(
-        cls, *, window: int, sinks: int, adapter: str | None = None, yarn: float | None = None
+        cls,
+        *,
+        window: int,
+        sinks: int,
+        adapter: str | None = None,
+        yarn: float | None = None,
+        store: Stored | None = None,
     ) -> dict[str, Any]:
         assert adapter is not None
-        found = super().settings(window=window, sinks=sinks, adapter=adapter, yarn=yarn)
-        return found | {"cell": trained(adapter).config.cell, "adapter_digest": digest(adapter)}
+        found = super().settings(window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
+        found |= {"cell": trained(adapter).config.cell, "adapter_digest": digest(adapter)}
+        return found if store is None else found | {"store": store._asdict()}
 
     def prepare(self) -> None:
         assert self.adapter is not None
         adapter = trained(self.adapter)
-        augment(self.model, adapter.config.replace(window=self.window, sinks=self.sinks))
+        exact = {"window": self.window, "sinks": self.sinks, "store": None, "store_size": 0, "store_span": 1}
+        config = adapter.config.replace(**exact)
+        augment(self.model, config if self.store is None else self.store.fill(config))
         apply(adapter, self.model)
         self.model.eval()
 
     def flops(self, tokens: int) -> tuple[int, int]:
-        found = cost(self.shape, tokens, self.window, self.sinks, self.model.ahn_config.cell)
+        config = self.model.ahn_config
+        store = config.store, config.store_size, config.store_span
+        found = cost(self.shape, tokens, config.window, config.sinks, config.cell, 4, *store)
         return found.mixing.memory, found.flops.memory
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Stored(NamedTuple):
+    """A store that takes its places from the window: `AHNConfig.store`, `store_size`, `store_span`."""
+
+    name: str
+    size: int
+    span: int = 1
+
+    def fill(self, config: AHNConfig) -> AHNConfig:
+        """`config` with this store, and as many lossless tokens as before. Raises ConfigError."""
+        if self.size >= config.window:
+            raise ConfigError(f"store_size={self.size} of {config.lossless} lossless tokens leaves no window")
+        window = config.window - self.size
+        return config.replace(window=window, store=self.name, store_size=self.size, store_span=self.span)
+
+
 class Policy:
     """A base model with one way to remember; the model is loaded here.
 
@@ -39,6 +54,7 @@ class Policy:
             from it what must be equal: which layers forget, how far away the sinks are seen, and the bytes of the cell.
         dtype: default float32 on a CPU, bfloat16 on CUDA. device: default CUDA if there is one.
         yarn: factor by which `full` extends the base's positions; the others ignore it.
+        store: of the policies that have one; its places are part of `window`, so that all keep as many tokens.
 
     Attributes:
         tokenizer: the base's.
@@ -63,11 +79,12 @@ class Policy:
         dtype: Any = None,
         device: Any = None,
         yarn: float | None = None,
+        store: Stored | None = None,
     ) -> None:
-        self.window, self.sinks, self.adapter, self.yarn = window, sinks, adapter, yarn
+        self.window, self.sinks, self.adapter, self.yarn, self.store = window, sinks, adapter, yarn, store
         self.tokenizer: Any = load_tokenizer(base)
         self.model: PreTrainedModel = load_base(base, dtype=dtype, device=device)
-        self.check(self.model.config, 1, window=window, sinks=sinks, adapter=adapter, yarn=yarn)
+        self.check(self.model.config, 1, window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
         self.prepare()
         self.shape = Shape.from_config(self.model.config)
         ends = self.model.generation_config.eos_token_id
@@ -92,6 +109,7 @@ class Policy:
         sinks: int,
         adapter: str | None = None,
         yarn: float | None = None,
+        store: Stored | None = None,
     ) -> None:
         """Whether a base of this transformers config can take `longest` tokens, prompt and answer; no weights needed.
 
@@ -109,7 +127,13 @@ class Policy:
 
     @classmethod
     def settings(
-        cls, *, window: int, sinks: int, adapter: str | None = None, yarn: float | None = None
+        cls,
+        *,
+        window: int,
+        sinks: int,
+        adapter: str | None = None,
+        yarn: float | None = None,
+        store: Stored | None = None,
     ) -> dict[str, Any]:
         """What its numbers depend on besides the base: results are kept apart by these."""
         if not cls.uses_window:
@@ -187,8 +211,8 @@ class Policy:
         size, element = self.shape, self.model.dtype.itemsize
         found = 0
         for layer in layers_of(self.model):
-            kept = tokens if layer.window is None else min(tokens, layer.sinks + layer.window)
-            found += kept * (2 * size.M * size.H + layer.gate_width) * element
+            kept = min(tokens, layer.lossless)
+            found += kept * (2 * size.M * size.H + layer.gate_width) * element + layer.store_bytes
             found += 4 * size.N * size.H**2 if layer.cell is not None else 0  # the state is float32
         return found
 

@@ -22,7 +22,7 @@ from ahn.augmentation import augment, layers_of
 from ahn.cache import AHNCache, LayerMemory, Span
 from ahn.cost import Shape, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
-from ahn.eval.policies.base import Policy, exact_part, memory_bytes, trained
+from ahn.eval.policies.base import Policy, Stored, exact_part, memory_bytes, trained
 from ahn.layer import AHNLayer
 
 RATE = 4  # tokens in one slot, as in the paper
@@ -36,10 +36,16 @@ class Compressive(Policy):
 
     @classmethod
     def settings(
-        cls, *, window: int, sinks: int, adapter: str | None = None, yarn: float | None = None
+        cls,
+        *,
+        window: int,
+        sinks: int,
+        adapter: str | None = None,
+        yarn: float | None = None,
+        store: Stored | None = None,
     ) -> dict[str, Any]:
         assert adapter is not None
-        found = super().settings(window=window, sinks=sinks, adapter=adapter, yarn=yarn)
+        found = super().settings(window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
         return found | {"rate": RATE, "sized_like": trained(adapter).config.cell}
 
     def prepare(self) -> None:

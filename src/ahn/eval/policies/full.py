@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from ahn.augmentation import CHANGING
 from ahn.cost import cost
 from ahn.errors import ConfigError
-from ahn.eval.policies.base import Policy
+from ahn.eval.policies.base import Policy, Stored
 
 
 class Full(Policy):
@@ -25,9 +25,17 @@ class Full(Policy):
 
     @classmethod
     def check(
-        cls, base: Any, longest: int, *, window: int, sinks: int, adapter: str | None = None, yarn: float | None = None
+        cls,
+        base: Any,
+        longest: int,
+        *,
+        window: int,
+        sinks: int,
+        adapter: str | None = None,
+        yarn: float | None = None,
+        store: Stored | None = None,
     ) -> None:
-        super().check(base, longest, window=window, sinks=sinks, adapter=adapter, yarn=yarn)
+        super().check(base, longest, window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
         if yarn is not None:
             kind = _rope(base).get("rope_type", "default")
             if yarn < 1:
@@ -50,7 +58,13 @@ class Full(Policy):
 
     @classmethod
     def settings(
-        cls, *, window: int, sinks: int, adapter: str | None = None, yarn: float | None = None
+        cls,
+        *,
+        window: int,
+        sinks: int,
+        adapter: str | None = None,
+        yarn: float | None = None,
+        store: Stored | None = None,
     ) -> dict[str, Any]:
         return {} if yarn is None else {"yarn": yarn}
 
