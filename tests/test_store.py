@@ -503,3 +503,138 @@ def test_memory_files_are_of_one_store(tmp_path):
     ahn.read(model, token_ids(60)).save(tmp_path / "a.ahn")
     with pytest.raises(MemoryFileError, match="store='recency'"):
         ahn.AHNCache.load(tmp_path / "a.ahn", storing("random"))
+
+
+# What people see of it.
+def test_transcripts_know_what_is_kept(monkeypatch):
+    """Ids of stored tokens and their neighbours, of constant size, through padding and copies of rows."""
+    monkeypatch.setattr("ahn.transcript.PENDING", 32)
+    model, ids = storing("random", window=8, sinks=2, store_size=4), token_ids(300, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, 20:31] = 0
+    sizes = []
+    for tokens in (150, 300):
+        cache = ahn.read(model, ids[:, :tokens], chunk=16, attention_mask=mask[:, :tokens])
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.settle_transcript()
+        sizes.append(max(row.shape[1] for row in cache.transcript.rows))
+        texts = [ids[1, :tokens], torch.cat([ids[0, :20], ids[0, 31:tokens]])]
+        for row, (at, known) in enumerate(cache.transcript.rows):
+            assert torch.equal(known, texts[row][at])
+            for layer in cache.layers:
+                assert torch.isin(layer.stored[row], at).all()
+    assert max(sizes) <= 2 + 8 + 2 * 2 * 4 * 13
+
+
+def test_inspect_shows_the_stored_words(tmp_path, monkeypatch, capsys):
+    from ahn import cli
+    from tiny_base import write_base
+
+    monkeypatch.setattr(Marked, "positions", (60, 61))
+    base, _ = write_base(tmp_path)
+    (tmp_path / "book.txt").write_text("The old cat sat on the mat and looked at 12 mice.\n" * 30)
+    file, page = str(tmp_path / "book.ahn"), tmp_path / "book.html"
+    options = ["--base", base, "--adapter", "none", "--window", "24", "--sinks", "8"]
+    read = ["read", str(tmp_path / "book.txt"), "-o", file, *options]
+    assert cli.main([*read, "--store", "marked", "--store-size", "4"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", file]) == 0
+    shown = capsys.readouterr().out
+    assert "⟦" in shown and "tokens ⋯" in shown and "4 store (marked, spans of 1)" in shown
+    assert cli.main(["inspect", file, "--html", str(page), "--layer", "1"]) == 0
+    html = page.read_text()
+    assert "token 60: 1 of 2 heads" in html and "<svg" in html
+    assert cli.main(["inspect", file, "--layer", "7"]) == 2
+    assert cli.main([*read]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", file]) == 2
+    assert "read without a store" in capsys.readouterr().err
+
+
+def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):
+    from ahn import cli
+    from tiny_base import write_base
+
+    base, _ = write_base(tmp_path)
+    (tmp_path / "a.txt").write_text("The old cat. " * 40)
+    read = ["read", str(tmp_path / "a.txt"), "-o", str(tmp_path / "a.ahn"), "--base", base, "--window", "24"]
+    for options, said in (
+        (["--store", "recent", "--store-size", "4"], "did you mean 'recency'"),
+        (["--store", "recency"], "expected at least 1, or no store"),
+        (["--store-size", "4"], "without a store"),
+    ):
+        assert cli.main([*read, *options]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["eval", "--base", base, "--tasks", "ruler", "--store", "recency"]) == 2
+    assert "expected --store-size as well" in capsys.readouterr().err
+    assert cli.main(["cost", "--base", "qwen2.5-3b", "--store", "random", "--store-size", "1000"]) == 0
+    assert "+ 1,000 store +" in capsys.readouterr().out
+
+
+# Gates.
+def test_gates_learn_what_is_attended_to_later():
+    from ahn.train import retention as training
+    from ahn.train.data import Rows
+
+    model = with_memory(tiny(), "deltanet", window=16, sinks=4, store="learned", store_size=8)
+    for layer in layers_of(model):
+        layer.store.requires_grad_(False)  # as the trainer leaves them
+    rows, held_out = (
+        Rows(token_ids(128, batch=count, seed=seed).int(), torch.ones(count, 128, dtype=torch.bool))
+        for count, seed in ((24, 1), (8, 2))
+    )
+    cells = [layer.cell.o_proj.weight.clone() for layer in layers_of(model)]
+    before = training.measure(model, held_out, 8)
+    losses = training.fit(model, rows, steps=40, batch=8, lr=1e-2)
+    after = training.measure(model, held_out, 8)
+    assert losses[-1] < losses[0] / 2
+    for old, new in zip(before, after, strict=True):
+        assert new.recall > max(old.recall, 1.5 * new.chance) and new.correlation > 0.3
+    assert all(torch.equal(a, layer.cell.o_proj.weight) for a, layer in zip(cells, layers_of(model), strict=True))
+    assert not any(p.requires_grad for layer in layers_of(model) for p in layer.store.parameters())
+
+
+@pytest.mark.parametrize("label", ["max", "mean"])
+def test_labels_are_the_attention_from_far_away(label):
+    from ahn.train.retention import BLOCKS, FLOOR, received
+
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 64, 8), torch.randn(2, 2, 64, 8)
+    counts = torch.rand(2, 64) < 0.7
+    found = received(q, k, counts, 10, 0.5, label)
+    at = torch.arange(64)
+    weights = (
+        (q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.5).masked_fill(at > at[:, None], -torch.inf).softmax(-1)
+    )
+    weights = weights * (at <= at[:, None] - 10)
+    for row, head, block in ((0, 0, 15), (1, 1, 7), (0, 1, 3)):
+        part = [t for t in range(block * 64 // BLOCKS, (block + 1) * 64 // BLOCKS) if counts[row, t]]
+        mine = weights[row, 2 * head : 2 * head + 2, part]
+        expected = (mine.amax((0, 1)) if label == "max" else mine.mean((0, 1))) if part else torch.zeros(64)
+        torch.testing.assert_close(found[row, head, block], expected.log().clamp(min=FLOOR), atol=1e-4, rtol=1e-4)
+
+
+def test_a_recipe_trains_gates_then_cells(tmp_path):
+    from ahn.train import recipe
+    from ahn.train.trainer import train
+    from tiny_base import write_base
+
+    base, adapter = write_base(tmp_path)
+    (tmp_path / "a.txt").write_text("The old cat sat on the mat and looked at 12 mice.\n" * 200)
+    plan = {
+        "base": base, "output": str(tmp_path / "run"), "data": [str(tmp_path / "a.txt")], "start": adapter,
+        "length": 64, "batch": 4, "steps": 2, "lossless": [32], "sinks": [4], "window": 16, "kept_sinks": 4,
+        "store": "learned", "store_size": 8, "gate_steps": 3, "gate_lr": 1e-2, "report_to": [],
+    }  # fmt: skip
+    folder = train(recipe.from_dict(plan))
+    tensors = ahn.adapter.read_adapter(folder).tensors
+    untrained = stores.get("learned")(32, 2, 0)
+    assert tensors["layers.0.store.decay"].shape == untrained.decay.shape
+    assert not torch.equal(tensors["layers.0.store.decay"], untrained.decay)
+    cells = ahn.adapter.read_adapter(adapter).tensors
+    assert not torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
+    only = recipe.from_dict(plan | {"steps": 0, "output": str(tmp_path / "gates")})
+    tensors = ahn.adapter.read_adapter(train(only)).tensors
+    assert torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
+    with pytest.raises(ConfigError, match="gate_steps=3 without a store"):
+        recipe.from_dict(plan | {"store": None, "store_size": 0})

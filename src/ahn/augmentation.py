@@ -344,7 +344,7 @@ def _open(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     due = (batch, length + (cache.tokens_seen if cache is not None else 0))
     if mask is not None and tuple(mask.shape) != due:
         raise ConfigError(f"attention_mask of shape {list(mask.shape)}: expected {list(due)}, past tokens included")
-    span = cache.open_span(batch, length, mask) if cache is not None else None
+    span = cache.open_span(batch, length, mask, kwargs.get("input_ids")) if cache is not None else None
     if mask is not None and kwargs.get("position_ids") is None:
         real = mask.long()
         kwargs["position_ids"] = _positions(span, real[:, -length:])

@@ -20,6 +20,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
+from ahn.transcript import Transcript
+
+TEXT = "text"  # name of the ids in a memory file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,6 +144,11 @@ class LayerMemory(CacheLayerMixin):
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def stored(self) -> list[Tensor]:
+        """By row, the positions that a store keeps, on the CPU."""
+        return []
+
+    @property
     def capacity(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
@@ -246,6 +254,7 @@ class AHNCache(Cache):
         tokens_seen: tokens read so far, padding included.
         last_logits: [B, V] after `ahn.read`, else None.
         config: the AHNConfig it was made for.
+        transcript: with a store, the ids of the tokens it keeps (`ahn.transcript`); not counted in `nbytes`.
 
     Raises:
         ConfigError: the model is not augmented.
@@ -262,13 +271,14 @@ class AHNCache(Cache):
         self._seen = [0]  # real tokens by row: one number while all rows are alike
         self._batch: int | None = None
         self._span: Span | None = None
+        self.transcript = Transcript() if self.config.store else None
 
     def __repr__(self) -> str:
         return f"AHNCache(tokens_seen={self.tokens_seen}, nbytes={self.nbytes}, {self.config})"
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all layers: sinks, window, gate inputs and states."""
+        """Bytes held by all layers: sinks, store, window, gate inputs and states."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
@@ -290,6 +300,7 @@ class AHNCache(Cache):
             for name, tensor in layer.tensors.items():
                 setattr(layer_twin, name, tensor.clone())
             twin.layers.append(layer_twin)
+        twin.transcript = None if self.transcript is None else self.transcript.copy()
         twin._seen = list(self._seen)
         return twin
 
@@ -326,14 +337,17 @@ class AHNCache(Cache):
     def restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """The opposite of saving: `header` of `describe`, `tensors` by layer and name."""
         self.last_logits = tensors.pop("last_logits", None)
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items(), key=lambda item: (len(item[0]), item[0])):
             index, _, kind = name.partition(".")
+            if index == TEXT and self.transcript is not None:
+                self.transcript.rows.append(tensor.cpu())
+                continue
             setattr(self.layers[int(index)], kind, tensor)
             self.layers[int(index)].is_initialized = True
         self.tokens_seen, self._seen, self._batch = header["tokens_seen"], header["seen"], header["batch"]
 
     # One forward call: the augmented decoder opens it, every layer reads its span, the decoder closes it.
-    def open_span(self, batch: int, length: int, mask: Tensor | None) -> Span:
+    def open_span(self, batch: int, length: int, mask: Tensor | None, ids: Tensor | None = None) -> Span:
         self._check_whole()
         if self._batch not in (None, batch):
             if self._batch != 1:
@@ -341,8 +355,10 @@ class AHNCache(Cache):
             self.batch_repeat_interleave(batch)  # one memory, several continuations of it
         self._batch = batch
         real = None if mask is None else mask[:, -length:].bool().cpu()
-        self._span = Span.of(self._seen, length, real)
-        return self._span
+        self._span = span = Span.of(self._seen, length, real)
+        if self.transcript is not None and ids is not None:
+            self.transcript.add(span.start.tolist(), span.counts, span.compact(ids, 1))
+        return span
 
     def _check_whole(self) -> None:
         if self._span is not None and self._span.written:
@@ -355,6 +371,15 @@ class AHNCache(Cache):
         self._seen = seen[:1] if len(set(seen)) == 1 else seen
         self.tokens_seen += span.length
         self._span, self.last_logits = None, None
+        if self.transcript is not None and self.transcript.is_due:
+            self.settle_transcript()
+
+    def settle_transcript(self) -> None:
+        """Drop the ids of tokens that no store keeps any more."""
+        assert self.transcript is not None
+        stored = [layer.stored for layer in self.layers]
+        kept = [[row for rows in stored for row in rows[b : b + 1]] for b in range(self._batch or 0)]
+        self.transcript.settle(kept, self.config.sinks, self.config.window)
 
     @property
     def span(self) -> Span:
@@ -378,6 +403,8 @@ class AHNCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         for layer in self.layers:
             layer.select_rows(indices)
+        if self.transcript is not None:
+            self.transcript.select(indices.tolist())
         if len(self._seen) > 1:
             seen = [self._seen[i] for i in indices.tolist()]
             self._seen = seen[:1] if len(set(seen)) == 1 else seen
@@ -392,6 +419,7 @@ class AHNCache(Cache):
             for name in layer.tensors:
                 setattr(layer, name, None)
             layer.is_initialized = False
+        self.transcript = None if self.transcript is None else Transcript()
         self.tokens_seen, self._seen, self._batch, self._span, self.last_logits = 0, [0], None, None, None
 
     def activate_past_recording(self) -> None:

@@ -39,10 +39,15 @@ def save(cache: AHNCache, path: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
+    from ahn.cache import TEXT
+
     path = Path(path)
     if not cache.tokens_seen:
         raise MemoryFileError(f"{path}: the memory is empty, read something first")
     tensors = {f"{i}.{name}": t for i, layer in enumerate(cache.layers) for name, t in layer.tensors.items()}
+    if cache.transcript is not None:
+        cache.settle_transcript()
+        tensors |= {f"{TEXT}.{row}": ids for row, ids in enumerate(cache.transcript.rows)}
     if cache.last_logits is not None:
         tensors["last_logits"] = cache.last_logits
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
@@ -108,6 +113,32 @@ def peek(path: str | Path) -> dict[str, Any]:
     except (ConfigError, TypeError, AttributeError) as error:
         raise MemoryFileError(f"{path}: {error}") from error
     return header
+
+
+def retained(path: str | Path) -> tuple[Tensor, Tensor, Tensor]:
+    """What the store of a memory file keeps of its first text, without a model.
+
+    Returns:
+        positions [n] and token ids [n] of the words that are known, ascending, and the ranks [L, M, P] of the store in
+        each layer that has one (`ahn.retention`).
+
+    Raises:
+        MemoryFileError: no memory file, or one without a store, or of so short a text that nothing has left the window.
+    """
+    from safetensors import safe_open
+
+    from ahn.cache import TEXT
+
+    header = peek(path)
+    if not header["config"].get("store"):
+        raise MemoryFileError(f"{path}: was read without a store: expected one of `ahn read --store ...`")
+    with safe_open(path, "pt") as file:
+        names = sorted((n for n in file.keys() if n.endswith(".ranks")), key=lambda n: int(n.partition(".")[0]))  # noqa: SIM118
+        if not names:
+            raise MemoryFileError(f"{path}: nothing has left the window yet, so nothing is stored")
+        ranks = torch.stack([file.get_tensor(name)[0] for name in names])
+        known = file.get_tensor(f"{TEXT}.0")
+    return known[0], known[1], ranks
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -408,6 +408,13 @@ class StoringMemory(LayerMemory):
         return super().tensors | {name: tensor for name, tensor in held.items() if tensor is not None}
 
     @property
+    def stored(self) -> list[Tensor]:
+        if self.ranks is None:
+            return []
+        ranks = self.ranks.flatten(1).cpu()
+        return [retention.position(row[row >= retention.TOKEN]) for row in ranks]
+
+    @property
     def shift(self) -> int:  # type: ignore[override]
         return 0 if self.ranks is None else self.size
 

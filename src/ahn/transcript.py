@@ -1,0 +1,71 @@
+"""Which words the tokens were that a store keeps, for people: `ahn inspect`.
+
+A model needs only keys and values. So that a store can be read, the ids of the tokens that some head of some layer
+still keeps, and of a few beside them, are kept along with their positions; what nobody keeps any more is dropped from
+time to time. That bounds it by the number of places, whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+BESIDE = 6  # neighbours to each side
+PENDING = 4096  # tokens after which what nobody keeps is dropped
+
+
+class Transcript:
+    """Positions and ids by row, on the CPU."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []  # int64 [2, n]: positions, ascending, and ids
+        self.pending: list[tuple[list[int], list[int], Tensor]] = []  # starts, counts, ids [B, T] in order
+
+    def copy(self) -> Transcript:
+        twin = Transcript()
+        twin.rows, twin.pending = list(self.rows), list(self.pending)
+        return twin
+
+    def add(self, starts: list[int], counts: list[int], ids: Tensor) -> None:
+        """Tokens that are read: row b has ids[b, :counts[b]] from position starts[b] on; one entry serves all rows."""
+        self.pending.append((starts, counts, ids))
+
+    @property
+    def is_due(self) -> bool:
+        return sum(ids.shape[1] for *_, ids in self.pending) >= PENDING
+
+    def settle(self, kept: Iterable[list[Tensor]], sinks: int, last: int) -> None:
+        """Drop what is kept nowhere.
+
+        Args:
+            kept: by row, positions that are kept. sinks, last: so many first and last tokens are kept as well.
+        """
+        if not self.rows and not self.pending:
+            return
+        batch = max([len(self.rows), *(len(ids) for *_, ids in self.pending)])
+        rows = self.rows or [torch.zeros(2, 0, dtype=torch.int64)] * batch
+        rows = rows * batch if len(rows) == 1 else rows
+        for starts, counts, ids in self.pending:
+            found = ids.cpu()
+            for row in range(batch):
+                start, count = starts[row % len(starts)], counts[row % len(counts)]
+                new = torch.stack([torch.arange(start, start + count), found[row % len(found), :count].long()])
+                rows[row] = torch.cat([rows[row], new], 1)
+        self.pending = []
+        for row, positions in enumerate(kept):
+            at = rows[row][0]
+            end = int(at[-1]) + 1 if len(at) else 0
+            stored = torch.cat([torch.zeros(0, dtype=torch.int64), *positions]).unique()
+            near = (stored[:, None] + torch.arange(-BESIDE, BESIDE + 1)).flatten().unique()
+            rows[row] = rows[row][:, (at < sinks) | (at >= end - last) | torch.isin(at, near)]
+        self.rows = rows
+
+    def select(self, indices: list[int]) -> None:
+        """Rows become copies of rows `indices`."""
+        self.rows = [self.rows[i if len(self.rows) > 1 else 0] for i in indices] if self.rows else []
+        self.pending = [
+            ([s[i % len(s)] for i in indices], [c[i % len(c)] for i in indices], ids[[i % len(ids) for i in indices]])
+            for s, c, ids in self.pending
+        ]
