@@ -1,0 +1,128 @@
+"""How much of what has left the window is recalled, by store, budget and depth of the needle.
+
+    python benchmarks/recall.py [--base smollm2-135m] [--adapter A] [--tasks ruler/niah_single_2 ...] [--length 8192]
+        [--lossless 512 1024 2048] [--stores attention surprise:8 learned:8] [--share 0.7] [--limit 200] [--seed 1]
+
+Every row keeps as many tokens exactly: a store has the `--share` of them, the window the rest. `surprise:8` judges spans
+of 8 tokens. Without an adapter stores are measured alone, without a memory. Rows: full attention (`--no-full` leaves it
+out), the window, the adapter without a store, and the stores. Choose with one seed, report another.
+
+Results are those of `ahn eval`, in `--output`, and go on where they were interrupted; the summary is
+benchmarks/results/recall-BASE.json, drawn into docs/recall.svg with `--plot` (needs matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, write
+
+DEPTHS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--adapter")
+    parser.add_argument("--tasks", nargs="+", default=["ruler/niah_single_1", "ruler/niah_single_2"])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--lossless", type=int, nargs="+", default=[1024])
+    parser.add_argument("--stores", nargs="*", default=["recency", "random", "attention:8"])
+    parser.add_argument("--share", type=float, default=0.7)
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--no-full", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("recall-runs"))
+    parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--plot", type=Path, nargs="?", const=Path("docs/recall.svg"))
+    options = parser.parse_args()
+    rows = list(_rows(options))
+    name = options.name or f"recall-{Path(options.base).stem}"
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    print(write(name, settings=settings, rows=rows))
+    if options.plot:
+        plot(json.loads((RESULTS / f"{name}.json").read_text())["rows"], options.plot)
+
+
+def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from ahn.bases import base_config
+    from ahn.eval import results, runner, tasks
+    from ahn.eval.policies.base import Stored, exact_sizes
+
+    work = tasks.expand(options.tasks)
+    for number, lossless in enumerate(options.lossless):
+        window, sinks = exact_sizes(base_config(options.base), options.adapter, lossless, None)
+        plain = ["window"] + (["ahn"] if options.adapter else [])
+        if number == 0 and not options.no_full:
+            plain.insert(0, "full")
+        ways: list[tuple[list[str], Stored | None]] = [(plain, None)]
+        for text in options.stores:
+            kind, _, span = text.partition(":")
+            stored = Stored(kind, round(options.share * window), int(span or 1))
+            ways.append((["ahn" if options.adapter else "store"], stored))
+        for names, stored in ways:
+            what = runner.Options(
+                base=options.base, window=window, sinks=sinks, adapter=options.adapter, store=stored,
+                data=options.data, seed=options.seed, limit=options.limit,
+            )  # fmt: skip
+            for folder in runner.run(work, names, [options.length], what, options.output, print):
+                found = results.load(folder)
+                row = summary(found.config, list(found.rows.values()))
+                row |= {"lossless": None if found.config["policy"] == "full" else lossless}
+                row |= {"store": None if stored is None else stored._asdict()}
+                print(f"{label(row):<28}{row['task']:<24}{row['lossless'] or 'all':>8}{row['score']:8.3f}")
+                yield row
+
+
+def summary(config: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean score with its 95% interval, over all examples and by depth of the needle."""
+    from ahn.eval.statistics import interval
+
+    row = {"task": config["task"], "policy": config["policy"], "n": len(rows)}
+    row |= {"cache_bytes": config["cost"]["cache_bytes"]}
+    scores = [example["score"] for example in rows]
+    found = interval(scores)
+    row |= {"score": sum(scores) / len(scores), "low": found.low, "high": found.high}
+    by_depth: list[list[float]] = [[] for _ in range(DEPTHS)]
+    for example in rows:
+        if example.get("depth") is not None:
+            by_depth[min(DEPTHS - 1, int(example["depth"] * DEPTHS))].append(example["score"])
+    return row | {"by_depth": [sum(part) / len(part) if part else None for part in by_depth]}
+
+
+def label(row: dict[str, Any]) -> str:
+    if row["store"] is None:
+        return {"full": "full attention", "ahn": "memory"}.get(row["policy"], row["policy"])
+    span = row["store"]["span"]
+    return row["store"]["name"] + (f", spans of {span}" if span > 1 else "")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Score by lossless tokens, a panel a task."""
+    from matplotlib import pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        mine = [row for row in rows if row["task"] == task]
+        for name in dict.fromkeys(map(label, mine)):
+            line = sorted((r for r in mine if label(r) == name), key=lambda r: r["lossless"] or 0)
+            if line[0]["lossless"] is None:
+                axis.axhline(line[0]["score"], color="#c0392b", label=name)
+                continue
+            axis.plot([r["lossless"] for r in line], [r["score"] for r in line], marker="o", label=name)
+        axis.set(title=task, xlabel="lossless tokens", xscale="log", ylim=(-0.03, 1.03))
+    axes[0][0].set_ylabel("score")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
