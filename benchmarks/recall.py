@@ -4,8 +4,8 @@
         [--lossless 512 1024 2048] [--stores attention surprise:8 learned:8] [--share 0.7] [--limit 200] [--seed 1]
 
 Every row keeps as many tokens exactly: a store has the `--share` of them, the window the rest. `surprise:8` judges
-spans of 8 tokens. Without an adapter stores are measured alone, without a memory. Rows: full attention (`--no-full` leaves it
-out), the window, the adapter without a store, and the stores. Choose with one seed, report another.
+spans of 8 tokens. Without an adapter stores are measured alone, without a memory. Rows: full attention (`--no-full`
+leaves it out), the window, the adapter without a store, and the stores. Choose with one seed, report another.
 
 Results are those of `ahn eval`, in `--output`, and go on where they were interrupted; the summary is
 benchmarks/results/recall-BASE.json, drawn into docs/recall.svg with `--plot` (needs matplotlib).
