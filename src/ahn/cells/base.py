@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ahn import kernels
 
@@ -37,7 +38,6 @@ class Cell(nn.Module):
     Class attributes:
         name: the file's name. num_gates: G.
         decay_parameters: names that training leaves out of weight decay and that stay float32.
-        loops: whether `chunk` goes from block to block; one that does not is compiled for training.
         tolerance: largest ||out - naive|| / ||naive|| of a fast form, by dtype of q, k, v.
         authors_name, authors_unused: how the authors' checkpoints call the cell, and tensors of theirs with no effect.
         fla_operation: operation of flash-linear-attention that computes `chunk` on CUDA.
@@ -46,7 +46,6 @@ class Cell(nn.Module):
     name: ClassVar[str]
     num_gates: ClassVar[int]
     decay_parameters: ClassVar[tuple[str, ...]] = ()
-    loops: ClassVar[bool] = True
     tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
     authors_name: ClassVar[str | None] = None
     authors_unused: ClassVar[tuple[str, ...]] = ()
@@ -161,6 +160,9 @@ class Cell(nn.Module):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, fla: bool) -> tuple[Tensor, Tensor]:
         """The recurrence on what `ready` returned: reads [B, N, T, H] and the state."""
+        if not fla and q.requires_grad and torch.is_grad_enabled():  # what it computes is many times what it is given
+            result: tuple[Tensor, Tensor] = checkpoint(self.chunk, q, k, v, gates, state, use_reentrant=False)
+            return result
         if not fla:
             return self.chunk(q, k, v, gates, state)
         read, state = self.fla(q, k, v, gates, state)

@@ -21,7 +21,6 @@ class Mamba2(Cell):
     name = "mamba2"
     num_gates = 1
     decay_parameters = ("A_log", "dt_bias")
-    loops = False
     authors_name = "Mamba2"
     fla_operation = "simple_gla"
 

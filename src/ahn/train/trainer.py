@@ -177,6 +177,7 @@ def build(recipe: Recipe) -> MemoryTrainer:
 
 def compile_layers(model: Any) -> None:
     """Compile the frozen layers and what is around the memory's kernels."""
+    torch.set_float32_matmul_precision("high")  # of the cells' recurrences; the base is in bfloat16 anyhow
     model.enable_input_require_grads()  # so that the first layer is compiled as the others are
     for layer in model.get_decoder().layers:
         layer.forward = torch.compile(layer.forward)
