@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print the 25 operations that take the most time")
     parser.add_argument("--name", default="train")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.recipe:
         recipe = load(options.recipe, options.changes)
     else:
