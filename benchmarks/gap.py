@@ -7,6 +7,7 @@ full attention, sinks and window, and each adapter, at several lossless sizes.
 
 Each adapter is measured twice: with its own memory and, as the control, with the memory of another of the books. What
 is gained over the control comes from what is remembered; what the control itself gains is only a better-fitted model.
+The last row is the window alone, longer by as many tokens as the state of the largest of the memories has bytes for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from common import put_on, records, write
 
 SINKS = 64
+LONGER = "a longer window"
 ROWS = 4  # books at once
 
 
@@ -48,28 +50,43 @@ def main() -> None:
     print(f"{'':<40}" + "".join(f"{size:>26,}" for size in options.lossless))
     rows: list[dict[str, Any]] = []
     window: dict[int, float] = {}
-    for adapter in [None, *options.adapter]:
-        name = put_on(model, adapter)
+    longer = 0
+    for adapter in [None, *options.adapter, LONGER]:
+        name = put_on(model, adapter if adapter != LONGER else None)
+        longer = max(longer, state_in_tokens(model))
+        name, more = (f"{LONGER} (+{longer})", longer) if adapter == LONGER else (name, 0)
         cells = []
         for size in options.lossless:
-            set_window(model, size - SINKS, SINKS)
+            set_window(model, size + more - SINKS, SINKS)
             loss = mean_loss(model, books)
             gap = window.setdefault(size, loss) - full
-            row = {"memory": adapter and Path(adapter).name, "lossless": size, "loss": round(loss, 4)}
+            row = {"memory": adapter and Path(adapter).name, "lossless": size + more, "loss": round(loss, 4)}
+            cells.append(f"{loss:>9.4f} ")
             if adapter is not None:
+                row |= {"closed": round((window[size] - loss) / gap, 4)}
+                cells[-1] += f"{row['closed']:>5.0%} "
+            if model.ahn_config.cell is not None:
                 with memory_of_another(model):
                     control = mean_loss(model, books)
-                row |= {"closed": round((window[size] - loss) / gap, 4)}
                 row |= {"control": round(control, 4), "control_closed": round((window[size] - control) / gap, 4)}
-                cells.append(f"{loss:>9.4f} {row['closed']:>5.0%} ({row['control_closed']:>4.0%})  ")
-            else:
-                cells.append(f"{loss:>9.4f}                 ")
+                cells[-1] += f"({row['control_closed']:>4.0%})"
             rows.append(row)
-        print(f"{name:<40}" + "".join(cells), flush=True)
+        print(f"{name:<40}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
     print("share of the gap that is closed; in brackets with the memory of another book")
     print(
         write(options.name, base=options.base, tokens=options.tokens, books=len(books), full=round(full, 4), rows=rows)
     )
+
+
+def state_in_tokens(model: Any) -> int:
+    """How many tokens of keys and values a layer could hold in the bytes of its float32 state."""
+    from ahn.augmentation import layers_of
+
+    base, (layer, *_) = model.config, layers_of(model)
+    if layer.state_shape is None:
+        return 0
+    heads, keys, size = layer.state_shape
+    return heads * keys * size * 4 // (2 * base.num_key_value_heads * size * model.dtype.itemsize)
 
 
 def mean_loss(model: Any, books: Any) -> float:
