@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from ahn.bases import base_config
@@ -94,7 +95,7 @@ def build(recipe: Any, shape: Any | None) -> Any:
     from ahn.train import trainer
     from ahn.train.data import Rows
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = PartialState(cpu=not torch.cuda.is_available()).device  # of the process's own GPU
     vocabulary = shape.V if shape else base_config(recipe.base).vocab_size
     ids = torch.randint(vocabulary, (16 * recipe.batch, recipe.length), dtype=torch.int32)
     rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool))
