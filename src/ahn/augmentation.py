@@ -105,12 +105,14 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     check_fits(config, model.config.get_text_config(), len(attentions))
     frame = _Frame(model)
     frame.hold_frequencies(decoder, config)
-    try:
-        turns = (config.sink_positions == "clipped" and config.sinks) or config.memory_positions == "none"
-        rotary = Rotary(decoder, attentions[0]) if turns else None
-    except ConfigError:
-        frame.release_frequencies()
-        raise
+    rotary = None
+    if config.sink_positions == "clipped" or config.memory_positions == "none":
+        try:
+            rotary = Rotary(decoder, attentions[0])
+        except ConfigError:
+            if config.sinks or config.memory_positions == "none":
+                frame.release_frequencies()
+                raise
     layers = [AHNLayer(attention, config, rotary) for attention in attentions]
     model.requires_grad_(False)
     for attention, layer in zip(attentions, layers, strict=True):
@@ -169,6 +171,8 @@ def set_window(model: PreTrainedModel, window: int, sinks: int) -> None:
     config = model.ahn_config.replace(window=window, sinks=sinks)
     layers = layers_of(model)
     check_fits(config, model.config.get_text_config(), len(layers))
+    if sinks and config.sink_positions == "clipped" and all(layer.rotary[0] is None for layer in layers):
+        Rotary(model.get_decoder(), _attention_modules(model)[0])  # says why not; `augment` without sinks did not
     for layer in layers:
         if layer.window is not None:
             layer.window, layer.sinks = window, sinks
