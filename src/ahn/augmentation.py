@@ -13,7 +13,7 @@ How a layer is reached, without code for any model family:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
+Observer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
 
@@ -154,16 +155,20 @@ def layers_of(model: PreTrainedModel) -> list[AHNLayer]:
 
 
 @contextmanager
-def full_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within, an augmented model without a cache and without padding is its base: the teacher of the distillation."""
+def full_attention(model: PreTrainedModel, observe: Observer | None = None) -> Iterator[None]:
+    """Within, an augmented model without a cache and without padding is its base: the teacher of the distillation.
+
+    `observe` is called in each layer with its attention module, q [B, N, T, H], k, v [B, M, T, H], x [B, T, D], the
+    scale of the scores, and what full attention gives, [B, T, N, H].
+    """
     layers = layers_of(model)
     for layer in layers:
-        layer.full = True
+        layer.full, layer.observe = True, observe
     try:
         yield
     finally:
         for layer in layers:
-            layer.full = False
+            layer.full, layer.observe = False, None
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int) -> None:
@@ -276,9 +281,11 @@ def _attention(
         return out, None
     if layer.full:
         groups = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=groups
-        ).transpose(1, 2), None
+        full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
+        full = full.transpose(1, 2)
+        if layer.observe is not None:
+            layer.observe(module, query, key, value, x, scale, full)
+        return full, None
     real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
     with torch.autocast(query.device.type, enabled=False):
         return layer(query, key, value, x, Span.of([0], query.shape[2], real), None, scale), None

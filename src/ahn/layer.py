@@ -62,6 +62,7 @@ class AHNLayer(nn.Module):
             self.cell.extend(config.key_maps, config.make_room)
         self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
         self.full = False  # within `full_attention`
+        self.observe: Any = None
 
     @property
     def gate_width(self) -> int:

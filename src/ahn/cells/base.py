@@ -147,7 +147,8 @@ class Cell(nn.Module):
         return self.run(*self.ready(q_BNTH, k_BNTH, v_BNTH, gates, fla), state, fla)
 
     def uses_fla(self, like: Tensor) -> bool:
-        return kernels.choose(self.fla_operation, like).name == "fla"
+        gradients = torch.is_grad_enabled() and (like.requires_grad or self.o_proj.weight.requires_grad)
+        return kernels.choose(self.fla_operation, like, gradients).name == "fla"
 
     def ready(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, fla: bool) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """What `run` takes, laid out as its kernel wants it."""
@@ -160,7 +161,8 @@ class Cell(nn.Module):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, fla: bool) -> tuple[Tensor, Tensor]:
         """The recurrence on what `ready` returned: reads [B, N, T, H] and the state."""
-        if not fla and q.requires_grad and torch.is_grad_enabled():  # what it computes is many times what it is given
+        if not fla and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *gates)):
+            # what it computes is many times what it is given
             result: tuple[Tensor, Tensor] = checkpoint(self.chunk, q, k, v, gates, state, use_reentrant=False)
             return result
         if not fla:

@@ -17,7 +17,7 @@ class Kernel(NamedTuple):
     reason: str
 
 
-def choose(operation: str | None, like: Tensor) -> Kernel:
+def choose(operation: str | None, like: Tensor, gradients: bool = False) -> Kernel:
     """The kernel for a recurrence over many tokens, on the device and in the dtype of `like`."""
     import torch
 
@@ -29,7 +29,7 @@ def choose(operation: str | None, like: Tensor) -> Kernel:
         return Kernel("torch", "flash-linear-attention is not installed (pip install ahn[gpu])")
     if like.dtype == torch.float32:
         return Kernel("torch", "float32: flash-linear-attention multiplies in TF32, off by 1e-3")
-    if like.requires_grad and torch.is_grad_enabled():
+    if gradients:
         from ahn.kernels import fla
 
         if broken := fla.backward_problem(operation):

@@ -13,7 +13,7 @@ from typing import Any
 from ahn.errors import ConfigError
 from ahn.train import windows
 
-LOSSES = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # share of the cross-entropy in the loss
+LOSSES = ("kl", "ce", "kl+ce", "attention")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Recipe:
         length: tokens of a row. batch: rows a step and device. steps: optimiser steps.
         lr, warmup, weight_decay, clip: AdamW's rate, the share of steps it rises over before it falls as a cosine,
             decay (none on the cells' decay parameters), largest norm of the gradient.
-        loss: "kl" (paper), "ce", or "kl+ce", the mean of both.
+        loss: "kl" (paper), "ce", "kl+ce", the mean of both, or "attention": each layer learns what full attention gives
+            (`ahn.train.distill.transfer`), which is fast and a good start for "kl".
+        start: folder of an adapter to start from, of the same form. None: a new memory.
         lossless, sinks: sizes drawn from, one of each for fixed ones.
         window, kept_sinks: what the finished adapter suggests to use.
         sink_positions, memory_positions, key_maps, make_room: see AHNConfig.
@@ -49,6 +51,7 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     loss: str = "kl"
+    start: str | None = None
     lossless: tuple[int, ...] = windows.LOSSLESS
     sinks: tuple[int, ...] = windows.SINKS
     window: int = 1920
@@ -79,6 +82,8 @@ class Recipe:
         _expect("sinks", list(self.sinks), min(self.sinks, default=-1) >= 0, "integers of at least 0")
         if self.loss not in LOSSES:
             raise ConfigError(f"loss={self.loss!r}: expected one of {', '.join(LOSSES)}")
+        if self.loss == "attention" and self.fsdp:
+            raise ConfigError("loss='attention' with fsdp=True: its layers learn apart from each other: expected DDP")
         if not self.data:
             raise ConfigError("data=[]: expected at least one source")
         if not any(self.length / 8 <= size < self.length for size in self.lossless):

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 import ahn
-from ahn.adapter import adapter_of, apply, base_shape, read_adapter, write_adapter
+from ahn.adapter import Adapter, adapter_of, apply, base_shape, read_adapter, write_adapter
 from ahn.augmentation import augment, layers_of, set_window
 from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
 from ahn.config import AHNConfig
@@ -247,6 +247,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         _note_recipe(recipe, output, changed=start is not None)
     if start is not None:
         apply(read_adapter(start), trainer.augmented)
+    elif recipe.start is not None:
+        apply(_first_weights(recipe, trainer.augmented.ahn_config), trainer.augmented)
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except RuntimeError as error:
@@ -257,6 +259,17 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if first:
         _write(output / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     return output / "adapter"
+
+
+def _first_weights(recipe: Recipe, config: AHNConfig) -> Adapter:
+    """The adapter that a recipe starts from. Raises AdapterError, ConfigError if it is of another form."""
+    assert recipe.start is not None
+    adapter = read_adapter(recipe.start)
+    for key in ("cell", "sink_positions", "memory_positions", "key_maps", "make_room"):
+        theirs, ours = getattr(adapter.config, key), getattr(config, key)
+        if theirs != ours:
+            raise ConfigError(f"start={recipe.start!r}: it has {key}={theirs!r}: expected {ours!r} as in the recipe")
+    return adapter
 
 
 def _note_recipe(recipe: Recipe, output: Path, changed: bool) -> None:
