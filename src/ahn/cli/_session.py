@@ -71,6 +71,7 @@ class Session:
             from ahn import zoo
             from ahn.cost import Shape
             from ahn.dialogue import Dialogue
+            from ahn.generation import end_tokens
 
             transformers.logging.set_verbosity_error()
             config = header.get("config", {})
@@ -91,8 +92,7 @@ class Session:
             self.cache: AHNCache = ahn.AHNCache.load(memory, self.model) if memory else ahn.AHNCache(self.model)
         self.base = base
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
-        ends = self.model.generation_config.eos_token_id
-        self._ends = ends if isinstance(ends, list) else [ends]
+        self._ends = end_tokens(self.model, self.tokenizer)
         self._unread: Tensor | None = None  # generated, but not in the cache yet
         if not self.model.ahn_names["adapter"]:
             cell = self.model.ahn_config.cell

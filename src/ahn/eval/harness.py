@@ -102,7 +102,8 @@ class AhnLM(TemplateLM):
                 context = self._fitting(alike[0][1], max(len(continuation) for *_, continuation in alike))
                 cache = self.policy.read(context[:-1])
                 for texts, _, continuation in alike:
-                    losses, likeliest = self.policy.scored([context[-1], *continuation], self.policy.fork(cache))
+                    text = [context[-1], *continuation]
+                    ((losses, likeliest),) = self.policy.scored([text], self.policy.fork(cache))
                     answer = -losses.double().sum().item(), bool(likeliest.all())
                     self.cache_hook.add_partial("loglikelihood", texts, answer)
                     found.append(answer)
@@ -120,8 +121,8 @@ class AhnLM(TemplateLM):
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, longest, 1))
             total = 0.0
             for context, wanted in windows:
-                losses = self.policy.losses(context + wanted)[-len(wanted) :]
-                total -= losses.double().sum().item()
+                (losses,) = self.policy.losses([context + wanted])
+                total -= losses[-len(wanted) :].double().sum().item()
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
             found.append(total)
         return found
