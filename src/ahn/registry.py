@@ -18,9 +18,13 @@ T = TypeVar("T", bound=type)
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What was expected where `name` is not among the `known`, and the nearest of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"expected one of {', '.join(names)}{hint}"
+    return f"expected one of {', '.join(names)}{nearest(name, names)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message: the nearest name, if one is near."""
+    near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Registry(Generic[T]):

@@ -65,9 +65,14 @@ def _by_length(figure: Any, group: Group) -> bool:
         if length is None or is_loss(by_task):
             continue
         for label in _labels(by_task):
-            if all(label in found for found in by_task.values()):
-                mean = statistics.interval(*(statistics.scores(found[label]) for found in by_task.values()))
-                series.setdefault(suite, {}).setdefault(label, []).append((length, mean))
+            if not all(label in found for found in by_task.values()):
+                continue
+            whole = [statistics.scores(found[label]) for found in by_task.values()]
+            outside = [statistics.scores(found[label], "outside", group.exact) for found in by_task.values()]
+            for which, values in (("", whole), (", evidence outside the window", [part for part in outside if part])):
+                if values:
+                    points = series.setdefault(suite + which, {}).setdefault(label, [])
+                    points.append((length, statistics.interval(*values)))
     if not series:
         return False
     colour = _colours(group)
@@ -79,13 +84,13 @@ def _by_length(figure: Any, group: Group) -> bool:
             y = [100 * mean.mean for _, mean in points]
             spread = np.array([[m.mean - m.low, m.high - m.mean] for _, m in points]).T * 100
             axes.errorbar(x, y, np.nan_to_num(spread), color=colour[label], marker="o", ms=4, capsize=2, label=label)
-        axes.set_title(f"{suite}: mean score of its tasks, 95% interval")
+        axes.set_title(f"{suite}: mean score")
         axes.set_xscale("log", base=2)
         axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
         axes.set_xticks(lengths, [_count(length) for length in lengths])
         axes.minorticks_off()
-        axes.set_ylim(-3, 103)
-        axes.set_xlabel("length (tokens)")
+        _score_axis(axes, [100 * np.nanmax([m.mean, m.high]) for points in lines.values() for _, m in points])
+        axes.set_xlabel("length (tokens); 95% intervals")
         axes.legend(fontsize=9)
     return True
 
@@ -148,8 +153,8 @@ def _by_cost(figure: Any, group: Group) -> bool:
                 axes.plot(x, y, color=colour[label], linewidth=1, label=label)
                 axes.scatter(x, y, [16 + 14 * n for n in range(len(x))], color=colour[label])
             axes.set_title(f"{suite}: score by {name}")
-            axes.set_ylim(-3, 103)
-            axes.set_xlim(0, None)
+            _score_axis(axes, [point[2] for found in points.values() for point in found])
+            axes.set_xlim(0, 1.08 * max(point[k] for found in points.values() for point in found))
             axes.set_xlabel(name + ("; larger dots: longer texts" if len(x) > 1 else ""))
         panels[2 * i].legend(fontsize=9)
     return True
@@ -199,6 +204,12 @@ def _panels(figure: Any, count: int, columns: int = 3) -> list[Any]:
     rows = math.ceil(count / columns)
     figure.set_size_inches(max(5.5, 4.2 * columns), 3.6 * rows)
     return [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+
+
+def _score_axis(axes: Any, values: list[float]) -> None:
+    """From 0 as high as the scores go, so that low ones can be told apart too."""
+    top = min(100.0, max(10.0, 1.1 * max(values)))
+    axes.set_ylim(-0.03 * top, 1.03 * top)
 
 
 def _labels(by_task: dict[str, dict[str, Result]]) -> list[str]:

@@ -62,6 +62,12 @@ class Group:
         window, sinks = self.exact
         return f"{self.base}, {window + sinks:,} lossless tokens ({sinks} sinks + {window:,} window)"
 
+    def place(self, label: str) -> tuple[float, int, str]:
+        """To sort labels by: as the paper orders its rows."""
+        tasks = (found for by_task in self.results.values() for found in by_task.values())
+        result = next(found[label] for found in tasks if label in found)
+        return (0, *_place(result)[1:])
+
     def blocks(self) -> Iterator[tuple[str, int | None, dict[str, dict[str, Result]]]]:
         """Suite, length, and the results of the suite's tasks of one kind, by task and label."""
         for length, by_task in self.results.items():
@@ -117,13 +123,44 @@ def page(results: Sequence[Result]) -> str:
 
 
 def tables(group: Group) -> Iterator[Table]:
+    if summary := _summary(group):
+        yield summary
     for suite, length, by_task in group.blocks():
         at = f"{suite}, its own lengths" if length is None else f"{suite}, {length:,} tokens"
+        if split := _split(at, by_task, group.exact):
+            yield split
         yield _scores(at, by_task)
         if compared := _against(at, by_task):
             yield compared
-        if split := _split(at, by_task, group.exact):
-            yield split
+
+
+def _summary(group: Group) -> Table | None:
+    """Wins and losses of everything in the group in one table, and those where only a memory can help."""
+    blocks = [by_task for *_, by_task in group.blocks()]
+    labels = sorted({label for by_task in blocks for label in _all_labels(by_task)}, key=group.place)
+    rows = []
+    for label in labels:
+        every, outside = [], []
+        for by_task in blocks:
+            loss = is_loss(by_task)
+            for found in by_task.values():
+                if window := baseline(found, label):
+                    every.append((_difference([found], label), loss))
+                    if not loss:
+                        outside.append(statistics.differences(found[label], window, "outside", group.exact))
+        if every:
+            verdicts = [_verdict(value, loss) for value, loss in every if value is not None]
+            there = [gains for gains in outside if gains]
+            gained = _judged(statistics.interval(*there), False) if there else "-"
+            rows.append([label, _tally(verdicts), gained, f"{sum(map(len, there))} in {len(there)}"])
+    if not rows:
+        return None
+    head = ["policy", "all tasks: better / worse / unclear", "evidence outside the window", "examples in tasks"]
+    note = (
+        "Against sinks and window on the same examples. First every task at every length, then only the examples whose "
+        "evidence has left the window when the question is asked, as the mean over tasks: only these measure memory."
+    )
+    return Table("Wins and losses", note, head, rows)
 
 
 def _scores(at: str, by_task: dict[str, dict[str, Result]]) -> Table:
@@ -167,7 +204,7 @@ def _against(at: str, by_task: dict[str, dict[str, Result]]) -> Table | None:
 
 
 def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) -> Table | None:
-    """By where the evidence is when the question is asked, all tasks together."""
+    """By where the evidence is when the question is asked, all examples of all tasks together."""
     if exact is None or is_loss(by_task):
         return None
     places = [
@@ -175,7 +212,7 @@ def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
         for where in statistics.WHERE
         if any(statistics.scores(result, where, exact) for found in by_task.values() for result in found.values())
     ]
-    if places == ["unknown"]:
+    if not {*places} - {"unknown"}:
         return None
     rows = []
     for label in _all_labels(by_task):
@@ -190,10 +227,11 @@ def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
         rows.append([label, *cells])
     head = [name for where in places for name in (f"evidence {where}", "to the window")]
     note = (
-        "Scores by where the evidence is when the question is asked: among sinks and window, or gone from them. Only "
-        "the second measures memory."
+        "Scores by where the evidence is when the question is asked: gone from sinks and window, which alone measures "
+        "memory, or among them"
     )
-    return Table(f"{at}: evidence inside and outside", note, ["policy", *head], rows)
+    note += "; cut: truncation has taken it out of the prompt." if "cut" in places else "."
+    return Table(f"{at}: evidence outside and inside", note, ["policy", *head], rows)
 
 
 def _laid_out(
@@ -246,7 +284,10 @@ def _verdict(value: Interval, loss: bool) -> int:
 
 
 def _count(values: list[Interval | None], loss: bool) -> str:
-    verdicts = [_verdict(value, loss) for value in values if value is not None]
+    return _tally([_verdict(value, loss) for value in values if value is not None])
+
+
+def _tally(verdicts: list[int]) -> str:
     return " / ".join(str(verdicts.count(kind)) for kind in (1, -1, 0))
 
 

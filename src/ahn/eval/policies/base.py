@@ -7,6 +7,7 @@ All are read in chunks through a cache, so that memory use is the cache's, and a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -103,6 +104,8 @@ class Policy:
         """
         if cls.needs_adapter and adapter is None:
             raise ConfigError(f"policy {cls.name} needs an adapter: the memory itself, or the one whose size it takes")
+        if yarn is not None and not 1 <= yarn < math.inf:
+            raise ConfigError(f"yarn={yarn:g}: expected a factor of at least 1")
         if adapter is not None:
             check_shape(trained(adapter), base_shape(base))
         if cls.uses_window:
@@ -213,7 +216,7 @@ class Policy:
             raise ConfigError("no tokens: expected at least one")
         longest = max(map(len, texts))
         padding = [longest - len(text) for text in texts]
-        filled = [[*text[:1] * free, *text] for text, free in zip(texts, padding, strict=True)]
+        filled = [[text[0]] * free + list(text) for text, free in zip(texts, padding, strict=True)]
         return torch.tensor(filled, device=self.model.device), padding if any(padding) else None
 
     def _next(self, ids: Tensor, cache: Any, padding: list[int] | None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache
@@ -35,8 +34,6 @@ class Full(Policy):
         super().check(base, longest, window=window, sinks=sinks, adapter=adapter, yarn=yarn)
         if yarn is not None:
             kind = _rope(base).get("rope_type", "default")
-            if not 1 <= yarn < math.inf:
-                raise ConfigError(f"yarn={yarn:g}: expected a factor of at least 1")
             if kind != "default":
                 raise ConfigError(f"yarn={yarn:g}: this base already scales its positions ({kind})")
         short = _rope(base).get("original_max_position_embeddings")
