@@ -72,6 +72,7 @@ class Work:
     length: int | None
     examples: list[Example]
     prompts: list[Prompt]
+    data: str | None  # name of what the examples are from
 
     @property
     def ids(self) -> list[str]:
@@ -152,22 +153,28 @@ def run_prepared(
     output: Path,
     say: Say = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
+    model: PreTrainedModel | None = None,
 ) -> list[Path]:
-    """`run` on what `prepare` returned. `stop` is asked before each batch; true leaves the rest for another time."""
+    """`run` on what `prepare` returned.
+
+    Args:
+        stop: asked before each batch; true leaves the rest for another time.
+        model: the plain base, if it is loaded already; it is plain again at the end.
+    """
     from ahn.bases import base_config
 
+    config, classes = base_config(options.base), [policies.get(name) for name in dict.fromkeys(names)]
     for one in work:
-        try:
-            check(names, options, one.longest)
-        except ConfigError as error:
-            raise ConfigError(f"{one.task.name}: {error}") from error
-    classes = [policies.get(name) for name in dict.fromkeys(names)]
+        for cls in classes:
+            try:
+                cls.check(config, one.longest, **options.memory)
+            except ConfigError as error:
+                raise ConfigError(f"{one.task.name}: {error}") from error
     team = Team()
     try:
-        about = _about(options, base_config(options.base))
-        return list(
-            _run_all(classes, work, about, options, output, team, say if team.first else lambda line: None, stop)
-        )
+        about = _about(options, config)
+        say = say if team.first else lambda line: None
+        return list(_run_all(classes, work, about, options, output, team, say, stop, model))
     finally:
         team.close()
 
@@ -187,7 +194,7 @@ def _prepare(task: Task, length: int | None, tokenizer: Any, options: Options) -
         for example, prompt in zip(examples, prompts, strict=True):
             if len(prompt.ids) < 2:
                 raise ConfigError(f"{task.name}, {example.id}: {len(prompt.ids)} tokens: expected at least 2")
-    return Work(task, length, examples, prompts)
+    return Work(task, length, examples, prompts, options.data and options.data.name)
 
 
 def _about(options: Options, config: Any) -> dict[str, Any]:
@@ -216,9 +223,9 @@ def _run_all(
     team: Team,
     say: Say,
     stop: Callable[[], bool],
+    model: PreTrainedModel | None,
 ) -> Iterator[Path]:
     held: dict[tuple[str, int | None], dict[str, int]] = {}
-    model: PreTrainedModel | None = None
     for cls in classes:
         todo = []
         for one in work:
@@ -237,34 +244,52 @@ def _run_all(
             say(f"{cls.name}: {'loading' if model is None else 'on'} {about['base']}, {sum(map(len, jobs))} examples")
             device = options.device or team.device
             policy = cls(options.base, dtype=about["dtype"], device=device, model=model, **options.memory)
-        made = None if policy is None else fingerprint(policy.model)
-        for (one, identifying, folder), pending in zip(todo, jobs, strict=True) if team.first else ():
-            if policy is not None and made is not None and pending:
-                _describe(policy, one, identifying, folder, options, made)
-            if not (folder / results.CONFIG).is_file():  # stopped before it was begun
-                continue
-            cost = results.load(folder).config["cost"]
-            held.setdefault((one.task.name, one.length), {})[cls.name] = cost["cache_bytes"]
-            check_budgets(held[one.task.name, one.length])
-            say(
-                f"{cls.name}: {one.task.name}: {len(one.examples)} examples, {len(pending)} to do, "
-                f"cache {cost['cache_bytes']:,} bytes after {cost['tokens']:,} tokens"
-            )
-        with tqdm(total=len(mine), unit="example", desc=cls.name, disable=None if team.first else True) as bar:
-            for batch in batches(mine, options.batch):
-                if policy is None or stop():
-                    break
-                for job, row in zip(batch, _do(policy, batch, options), strict=True):
-                    results.append(job.folder, team.rank, row)
-                bar.update(len(batch))
+        try:
+            _run_policy(policy, mine, todo, jobs, options, team, say, stop, held)
+        finally:
+            model = model if policy is None else policy.release()
         team.wait()
         for one, _, folder in todo:
             if team.first:
                 results.merge(folder, one.ids)
             if (folder / results.CONFIG).is_file():
                 yield folder
-        if policy is not None:
-            model = policy.release()
+
+
+def _run_policy(
+    policy: Policy | None,
+    mine: list[Job],
+    todo: list[tuple[Work, dict[str, Any], Path]],
+    jobs: list[list[Job]],
+    options: Options,
+    team: Team,
+    say: Say,
+    stop: Callable[[], bool],
+    held: dict[tuple[str, int | None], dict[str, int]],
+) -> None:
+    """Do this process's share of what one policy has to do. Without a `policy` there is nothing to do."""
+    weights = "" if policy is None else fingerprint(policy.model)
+    for (one, identifying, folder), pending in zip(todo, jobs, strict=True) if team.first else ():
+        if policy is not None and pending:
+            _describe(policy, one, identifying, folder, options, weights)
+        if not (folder / results.CONFIG).is_file():  # stopped before it was begun
+            continue
+        cost = results.load(folder).config["cost"]
+        held.setdefault((one.task.name, one.length), {})[identifying["policy"]] = cost["cache_bytes"]
+        check_budgets(held[one.task.name, one.length])
+        say(
+            f"{identifying['policy']}: {one.task.name}: {len(one.examples)} examples, {len(pending)} to do, "
+            f"cache {cost['cache_bytes']:,} bytes after {cost['tokens']:,} tokens"
+        )
+    if policy is None:
+        return
+    with tqdm(total=len(mine), unit="example", desc=policy.name, disable=None if team.first else True) as bar:
+        for batch in batches(mine, options.batch):
+            if stop():
+                return
+            for job, row in zip(batch, _do(policy, batch, options), strict=True):
+                results.append(job.folder, team.rank, row)
+            bar.update(len(batch))
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
@@ -307,7 +332,7 @@ def _describe(
         "window": policy.window if policy.uses_window else None,
         "sinks": policy.sinks if policy.uses_window else None,
         "adapter": None if options.adapter is None else Path(options.adapter).name,
-        "data": None if options.data is None else options.data.name,
+        "data": work.data,
         "limit": options.limit,
         "fingerprint": weights,
         "cost": {
