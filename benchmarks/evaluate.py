@@ -145,7 +145,7 @@ def plans(models: Sequence[str], folder: Path | None, divide: int, device: str |
                 limit=step.examples,
                 batch=max(1, min(ROWS, TOKENS // (step.size * divide))),
             )
-            file = folder and folder / f"{step.name}-{Path(base).name}-{divide}.pickle.xz"
+            file = folder and folder / f"{step.name}-{step.examples}-{Path(base).name}-{divide}.pickle.xz"
             found.append(Plan(step, options, file))
     return found
 
