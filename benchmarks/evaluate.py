@@ -143,6 +143,7 @@ def plans(models: Sequence[str], folder: Path | None, divide: int, device: str |
                 device=device,
                 yarn=yarn if yarn > 1 else None,
                 limit=step.examples,
+                share=LOSSLESS,
                 batch=max(1, min(ROWS, TOKENS // (step.size * divide))),
             )
             file = folder and folder / f"{step.name}-{step.examples}-{Path(base).name}-{divide}.pickle.xz"

@@ -185,8 +185,26 @@ def test_windows_are_compared_apart_and_full_with_each(tmp_path):
     write(tmp_path, "window")
     write(tmp_path, "window", window=200)
     groups = report.grouped(results.find([tmp_path]))
-    assert [group.exact for group in groups] == [(100, 20), (200, 20)]
+    assert [group.exact for group in groups] == [{1000: (100, 20)}, {1000: (200, 20)}]
     assert all(set(group.results[1000]["made/one"]) == {"full", "window"} for group in groups)
+
+
+def test_lengths_with_the_same_share_of_lossless_tokens_are_together(tmp_path):
+    for length in (1000, 2000):
+        for policy in ("full", "window", "ahn"):
+            path = write(tmp_path, policy, length=length, **({} if policy == "full" else {"window": length // 10}))
+            config = results.load(path).config
+            results.write_config(path, config | {"share": 8 if policy != "full" else None})
+    write(tmp_path, "window", length=3000, window=77)
+    share, fixed = sorted(report.grouped(results.find([tmp_path])), key=lambda group: group.share is None)
+    assert share.title == "tiny, 1/8 of the tokens lossless" and fixed.share is None
+    assert share.exact == {1000: (100, 20), 2000: (200, 20)}
+    assert all(set(share.results[length]["made/one"]) == {"full", "window", "ahn"} for length in (1000, 2000))
+    assert {*fixed.results} == {3000}, "full is only where there is something to compare"
+    (summary,) = (table for table in report.tables(share) if table.title == "Wins and losses")
+    outside = [r for n in (1000, 2000) for r in share.results[n]["made/one"]["ahn"].rows.values()]
+    count = sum(statistics.place(row, share.exact[row["prompt_tokens"]]) == "outside" for row in outside)
+    assert summary.rows[-1][-1] == f"{count} in 2"
 
 
 def test_page(folder, capsys):

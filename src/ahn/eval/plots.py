@@ -68,7 +68,9 @@ def _by_length(figure: Any, group: Group) -> bool:
             if not all(label in found for found in by_task.values()):
                 continue
             whole = [statistics.scores(found[label]) for found in by_task.values()]
-            outside = [statistics.scores(found[label], "outside", group.exact) for found in by_task.values()]
+            outside = [
+                statistics.scores(found[label], "outside", group.exact.get(length)) for found in by_task.values()
+            ]
             for which, values in (("", whole), (", evidence outside the window", [part for part in outside if part])):
                 if values:
                     points = series.setdefault(suite + which, {}).setdefault(label, [])
@@ -125,9 +127,9 @@ def _by_depth(figure: Any, group: Group) -> bool:
         axes.set_yticks([-0.5, DEPTHS / 2 - 0.5, DEPTHS - 0.5], ["0%", "50%", "100%"])
         axes.set_xlabel("length (tokens)")
         axes.set_ylabel("depth of the needle")
-        if group.exact is not None:
-            for column, length in enumerate(lengths):
-                edge = max(0.0, 1 - group.exact[0] / length) * DEPTHS - 0.5
+        for column, length in enumerate(lengths):
+            if length in group.exact:
+                edge = max(0.0, 1 - group.exact[length][0] / length) * DEPTHS - 0.5
                 axes.plot([column - 0.5, column + 0.5], [edge, edge], color="#ff4d4d", linewidth=1.5)
     figure.colorbar(image, ax=figure.axes, label="score (grey: none; red: where the window begins)", shrink=0.8)
     return True
@@ -162,15 +164,15 @@ def _by_cost(figure: Any, group: Group) -> bool:
 
 def _by_position(figure: Any, group: Group) -> bool:
     """Loss by position"""
-    found: dict[str, dict[str, Result]] = {}
+    found: dict[str, tuple[int | None, dict[str, Result]]] = {}
     for _, length, by_task in group.blocks():
         for task, results in by_task.items():
             if is_loss({task: results}):
-                found[task if length is None else f"{task}, {_count(length)} tokens"] = results
+                found[task if length is None else f"{task}, {_count(length)} tokens"] = length, results
     if not found:
         return False
     colour, panels = _colours(group), _panels(figure, 2 * len(found), columns=2)
-    for i, (title, results) in enumerate(found.items()):
+    for i, (title, (length, results)) in enumerate(found.items()):
         whole, gain = panels[2 * i], panels[2 * i + 1]
         for label, result in results.items():
             y, window = _positions(result), baseline(results, label)
@@ -186,8 +188,8 @@ def _by_position(figure: Any, group: Group) -> bool:
             axes.set_xlabel("position (tokens); dashed: the end of what is lossless")
             axes.set_xticks([max(BIN * len(_positions(r)) for r in results.values()) * k / 4 for k in range(5)])
             axes.xaxis.set_major_formatter(lambda tokens, _: _count(int(tokens)))
-            if group.exact is not None:
-                axes.axvline(sum(group.exact), color="#999999", linewidth=1, linestyle=(0, (4, 3)))
+            if length in group.exact:
+                axes.axvline(sum(group.exact[length]), color="#999999", linewidth=1, linestyle=(0, (4, 3)))
         whole.legend(fontsize=9)
     return True
 

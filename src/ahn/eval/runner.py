@@ -45,6 +45,7 @@ class Options:
         data: a folder, or a file, with the benchmarks' data; None: from the hub, or generated.
         seed: of everything that is drawn. limit: examples of a task, at most.
         batch: examples that are read at once, at most; of about the same length, from whatever task.
+        share: noted where window and sinks are 1/share of each length, so that a report has the lengths together.
     """
 
     base: str
@@ -58,6 +59,7 @@ class Options:
     seed: int = 0
     limit: int | None = None
     batch: int = 1
+    share: int | None = None
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def _prepare(task: Task, length: int | None, tokenizer: Any, options: Options) -
         for example, prompt in zip(examples, prompts, strict=True):
             if len(prompt.ids) < 2:
                 raise ConfigError(f"{task.name}, {example.id}: {len(prompt.ids)} tokens: expected at least 2")
-    return Work(task, length, examples, prompts, options.data and options.data.name)
+    return Work(task, length, examples, prompts, None if options.data is None else options.data.name)
 
 
 def _about(options: Options, config: Any) -> dict[str, Any]:
@@ -331,6 +333,7 @@ def _describe(
         "kind": work.task.kind,
         "window": policy.window if policy.uses_window else None,
         "sinks": policy.sinks if policy.uses_window else None,
+        "share": options.share if policy.uses_window else None,
         "adapter": None if options.adapter is None else Path(options.adapter).name,
         "data": work.data,
         "limit": options.limit,
