@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -75,9 +75,15 @@ class Registry(Generic[T]):
             for file in files
             if file not in self.hidden
         }
-        for point in entry_points(group=self.package):
+        for point in _points(entry_points, self.package):
             found[point.name] = point.load
         return found | self._loaders
+
+
+@cache
+def _points(look_up: Callable[..., Any], group: str) -> tuple[Any, ...]:
+    """Entry points, looked up once: every layer asks for its cell, and all installed packages are gone through."""
+    return tuple(look_up(group=group))
 
 
 def _class_in_file(package: str, file: str, attribute: str, name: str) -> type:

@@ -70,7 +70,7 @@ class Policy:
         model: PreTrainedModel | None = None,
     ) -> None:
         self.window, self.sinks, self.adapter, self.yarn = window, sinks, adapter, yarn
-        self.tokenizer: Any = load_tokenizer(base)
+        self.tokenizer: Any = _tokenizer(base)
         self.model: PreTrainedModel = load_base(base, dtype=dtype, device=device) if model is None else model
         self.check(self.model.config, 1, window=window, sinks=sinks, adapter=adapter, yarn=yarn)
         self.prepare()
@@ -242,6 +242,11 @@ class Policy:
     @property
     def parameters_added(self) -> int:
         return 0
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(base: str) -> Any:
+    return load_tokenizer(base)
 
 
 @lru_cache
