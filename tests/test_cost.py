@@ -80,7 +80,8 @@ def test_without_a_cell_there_are_only_sinks_and_window() -> None:
 
 @pytest.mark.parametrize("cell", [None, *CELLS])
 @pytest.mark.parametrize("length", [20, 50])
-def test_held_bytes_are_those_of_the_cache(cell: str | None, length: int) -> None:
+@pytest.mark.parametrize("key_maps", [0, 2, 4])
+def test_held_bytes_are_those_of_the_cache(cell: str | None, length: int, key_maps: int) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -94,10 +95,10 @@ def test_held_bytes_are_those_of_the_cache(cell: str | None, length: int) -> Non
         intermediate_size=128,
         vocab_size=100,
     )
-    settings = ahn.AHNConfig(cell=cell, window=24, sinks=8)
+    settings = ahn.AHNConfig(cell=cell, window=24, sinks=8, key_maps=key_maps)
     model = ahn.augment(Qwen2ForCausalLM(config).to(torch.bfloat16), settings)
     cache = ahn.read(model, torch.randint(100, (1, length)))
-    expected = cost(Shape.from_config(config), length, window=24, sinks=8, cell=cell, bytes_per_element=2)
+    expected = cost(Shape.from_config(config), length, 24, 8, cell, bytes_per_element=2, key_maps=key_maps)
     if length > 32:  # before, the buffers may have room for more tokens than they hold
         assert cache.nbytes == expected.held_bytes
     else:

@@ -1,8 +1,9 @@
 """What a memory saves: parameters, cache and FLOPs of full attention against sinks + window + cell, term by term.
 
 The formulas are the paper's (arXiv 2510.07318, Table 1): matrix products only, a multiply-add is 2 FLOPs, biases and
-norms of the base are left out. Letters: D hidden size, N query heads, M key/value heads, H head size, F width of the
-gated MLP, V vocabulary, L length, W window, S sinks, W' = S + W lossless tokens. Everything here is plain Python
+norms of the base are left out. Letters: D hidden size, N query heads, M key/value heads, H head size, K key size of the
+state (H, or more with key maps), F width of the gated MLP, V vocabulary, L length, W window, S sinks, W' = S + W
+lossless tokens. Everything here is plain Python
 integers; nothing loads torch, unless for a cell that is not the paper's.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 
 
@@ -151,6 +153,7 @@ class Cost:
     window: int
     sinks: int
     cell: str | None
+    key_maps: int
     bytes_per_element: int
     parameters: Table
     cache: Table
@@ -176,9 +179,8 @@ class Cost:
     @property
     def held_bytes(self) -> int:
         """What `AHNCache.nbytes` is after reading: `ours` too, and a state that is float32 whatever the rest is."""
-        state = self.shape.layers * self.shape.H**2 * self.shape.N if self.cell else 0
-        rest = self.cache.memory + self.ours.memory - (state if self.written else 0)
-        return rest * self.bytes_per_element + 4 * state
+        config = AHNConfig(self.cell, self.window, self.sinks, key_maps=self.key_maps)
+        return held_bytes(self.shape, config, self.length, self.bytes_per_element)
 
     @property
     def written(self) -> int:
@@ -193,6 +195,8 @@ def cost(
     sinks: int = 128,
     cell: str | None = "gated_deltanet",
     bytes_per_element: int = 4,
+    key_maps: int = 0,
+    make_room: bool = False,
 ) -> Cost:
     """Cost of reading `length` tokens of one sequence with full attention, and with sinks, window and cell.
 
@@ -205,6 +209,7 @@ def cost(
         sinks: first tokens kept exactly, 0 or more.
         cell: `ahn.cells.names()`, or None for sinks and window without a memory.
         bytes_per_element: of the cache, 4 for float32 as in the paper.
+        key_maps, make_room: see AHNConfig.
 
     Raises:
         ConfigError: names the value and what is allowed.
@@ -218,7 +223,9 @@ def cost(
 
     lossless = min(length, sinks + window)
     written = length - lossless
-    state = H * H * N if cell else 0
+    output, state = (H * H * N, key_size(shape, key_maps) * H * N) if cell else (0, 0)
+    maps = 2 * state if key_maps else 0
+    square = "KHN" if key_maps > 1 else "H²N"
 
     def term(name: str, formula: str, full: int, memory: int) -> Term:
         return Term(name, formula, layers * full, layers * memory)
@@ -235,15 +242,17 @@ def cost(
             Term("vocabulary", "VD, once" if shape.tied else "2VD, once", vocabulary, vocabulary),
             *cell_terms(
                 term("memory gates", f"{size.gates}DN", 0, size.gates * D * N),
-                term("memory output", "H²N", 0, state),
+                term("memory output", "H²N", 0, output),
                 term("memory vectors", size.small_formula, 0, size.small(N, H)),
+                *((term("memory key maps", f"2{square}", 0, maps),) if key_maps else ()),
+                *((term("memory room", "DN + 3N", 0, D * N + 3 * N),) if make_room else ()),
             ),
         )
     )
     cache = Table(
         (
             term("keys and values", "2LHM -> 2W'HM", 2 * length * H * M, 2 * lossless * H * M),
-            *cell_terms(term("memory state", "H²N", 0, state if written else 0)),
+            *cell_terms(term("memory state", square, 0, state if written else 0)),
         )
     )
     softmax = 2 * H * N * lossless**2 + 4 * written * lossless * H * N
@@ -252,9 +261,11 @@ def cost(
             term("projections", "4LDH(N+M)", 2 * length * projections, 2 * length * projections),
             term("attention", "2HNL² -> 2HNW'² + 4(L-W')W'HN", 2 * H * N * length**2, softmax),
             *cell_terms(
-                term("memory state", "2(L-W')H²N", 0, 2 * written * state),
+                term("memory state", f"2(L-W'){square}", 0, 2 * written * state),
                 term("memory gates", f"2(L-W'){size.gates}DN", 0, 2 * written * size.gates * D * N),
-                term("memory output", "2(L-W')H²N", 0, 2 * written * state),
+                term("memory output", "2(L-W')H²N", 0, 2 * written * output),
+                *((term("memory key maps", f"4(L-W'){square}", 0, 2 * written * maps),) if key_maps else ()),
+                *((term("memory room", "2(L-W')DN", 0, 2 * written * D * N),) if make_room else ()),
             ),
         )
     )
@@ -265,7 +276,30 @@ def cost(
         )
     )
     ours = Table(cell_terms(term("write gates", f"{size.kept} W'N", 0, size.kept * lossless * N)))
-    return Cost(shape, length, window, sinks, cell, bytes_per_element, parameters, cache, ours, mixing, rest)
+    return Cost(shape, length, window, sinks, cell, key_maps, bytes_per_element, parameters, cache, ours, mixing, rest)
+
+
+def key_size(shape: Shape, key_maps: int) -> int:
+    """K: of each head the state has K x H numbers."""
+    return max(1, key_maps) * shape.H
+
+
+def cell_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: int) -> int:
+    """What one layer holds after `tokens` tokens besides keys and values: the state, which is float32, and the write
+    gates of the lossless tokens."""
+    if config.cell is None:
+        return 0
+    gates = (CELLS.get(config.cell) or _measured(config.cell, shape)).kept
+    state = 4 * shape.N * key_size(shape, config.key_maps) * shape.H
+    return state + min(tokens, config.lossless) * gates * shape.N * bytes_per_element
+
+
+def held_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: int) -> int:
+    """What `AHNCache.nbytes` is after reading `tokens` tokens of one sequence at once."""
+    forgetting = shape.layers if config.layers is None else len(config.layers)
+    token = 2 * shape.M * shape.H * bytes_per_element  # in one layer
+    kept = forgetting * min(tokens, config.lossless) + (shape.layers - forgetting) * tokens
+    return kept * token + forgetting * cell_bytes(shape, config, tokens, bytes_per_element)
 
 
 def _measured(cell: str, shape: Shape) -> CellSize:

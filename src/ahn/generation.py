@@ -92,6 +92,12 @@ def read_chunks(
     return hidden
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: those of the model's generation settings, and the tokenizer's."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+
+
 def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCache, **options: Any) -> Tensor:
     """`model.generate` on new tokens only, going on from what `cache` has seen; `cache` is changed in place.
 

@@ -32,7 +32,9 @@ class Ahn(Policy):
         self.model.eval()
 
     def flops(self, tokens: int) -> tuple[int, int]:
-        found = cost(self.shape, tokens, self.window, self.sinks, self.model.ahn_config.cell)
+        config = self.model.ahn_config
+        more = {"key_maps": config.key_maps, "make_room": config.make_room}
+        found = cost(self.shape, tokens, self.window, self.sinks, config.cell, **more)
         return found.mixing.memory, found.flops.memory
 
     @property
