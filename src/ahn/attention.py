@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ahn import kernels
 from ahn.errors import ConfigError, UnsupportedModelError
 
 QUERY_BLOCK = 128  # queries attended at once: few enough that little of the band between blocks is masked
@@ -43,7 +44,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
         bias.masked_fill_(~mask, torch.finfo(q.dtype).min / 2)
         bias = bias.repeat(1, groups, 1)[:, None]
-    if q.device.type == "cpu" and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if q.device.type == "cpu" and kernels.attention("cpu", gradients).name == "flash":
         out, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     else:
         scores = (q @ k.transpose(-1, -2)).float() * scale
@@ -60,15 +62,15 @@ def merge(a: Softmax, b: Softmax) -> Softmax:
 
 
 def attend_one(
-    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, mask: Tensor | None, scale: float
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
 ) -> Softmax:
     """Attention of one new token over a ring buffer, in any order and without copying it.
 
     Args:
         q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first.
-        mask: bool [B, K], true where a slot is filled, or None.
+        last: [R], position of the new token where slots are not all filled: a slot above it is empty. Or None.
     """
-    mask = None if mask is None else mask[:, None]
+    mask = None if last is None else (torch.arange(k.shape[2], device=k.device) <= last[:, None])[:, None]
     if q_sinks is q:
         return attend(q, k, v, mask, scale)
     first, rest = (

@@ -7,6 +7,7 @@ How a layer is reached, without code for any model family:
 - the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
   what goes into o_proj: attention over sinks and window, plus the read from the memory;
 - a hook around the decoder replaces the default cache by an AHNCache and opens and closes its span;
+- the decoder's `forward` replays a graph where one token a row comes (`ahn.decoding`);
 - a hook before the model reads a long prompt in chunks when only the last logits are wanted (as in `generate`).
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ahn import decoding
 from ahn.attention import Rotary, heads_of
 from ahn.cache import AHNCache, Span
 from ahn.config import AHNConfig
@@ -46,6 +49,8 @@ class _Frame:
         # by name: parameters may be replaced by their shards, and a reference would keep the whole ones in memory
         self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.hooks: list[Any] = []
+        self.graph: decoding.Graph | None = None  # of one token
+        self.no_graph: str | None = None  # why there is none; None: not looked yet
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
 
     def hold_frequencies(self, decoder: Any, config: AHNConfig) -> None:
@@ -126,6 +131,8 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     model.ahn_config, model._ahn_frame = config, frame
     model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
     decoder.ahn_owner = [model]  # in a list: not a submodule
+    decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
+    decoder.forward = MethodType(decoding.forward, decoder)
     return model
 
 
@@ -141,7 +148,11 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     frame.release_frequencies()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in frame.trainable)
-    del model.ahn_config, model.ahn_names, model._ahn_frame, model.get_decoder().ahn_owner
+    decoder = model.get_decoder()
+    del decoder.forward
+    if decoder.ahn_forward is not None:
+        decoder.forward = decoder.ahn_forward
+    del model.ahn_config, model.ahn_names, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
     return model
 
 
@@ -385,5 +396,5 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """All arguments of a call by name."""
     if not args:  # as transformers itself calls, once a token: no look at the signature
         return dict(kwargs)
-    names = list(inspect.signature(module.forward).parameters)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ahn import cells
+from ahn import cells, kernels
 from ahn.attention import Rotary, Softmax, attend_one, attend_window, heads_of
 from ahn.cache import LayerMemory, Span
 from ahn.cells.base import Cell, Gates
@@ -43,6 +43,8 @@ class AHNLayer(nn.Module):
 
     `cell` None: sinks and window only. `window` None: full attention.
     """
+
+    steps_on_device = True  # whether one token can do without the host (`ahn.decoding`)
 
     def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
         super().__init__()
@@ -107,7 +109,8 @@ class AHNLayer(nn.Module):
     ) -> Tensor:
         """A whole sequence, in shapes that do not depend on sinks and window."""
         q_sinks = self._seen_by_sinks(q, span)
-        if not span.padded and self.window is not None and flex.fits(q):
+        kernel = kernels.whole_sequence(q.device.type, q.shape[-1], q.shape[2])
+        if not span.padded and self.window is not None and kernel.name == "flex":
             out, norm = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale)
         else:
             sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
@@ -201,11 +204,10 @@ class AHNLayer(nn.Module):
         """`_attend_many` for one token a row; also returns what it pushes out, if one `leaves`."""
         slots = memory.slots(span.start)
         old = memory.exchange(slots, k, v, inputs, old=leaves)
-        mask, filled = None, min(span.first + 1, FOREVER if self.window is None else self.sinks + self.window)
-        if len(slots) > 1:
-            mask = torch.arange(filled, device=q.device) <= span.start[:, None].to(q.device)
+        filled = min(span.first + 1, memory.capacity)
+        last = span.start.to(q.device) if len(slots) > 1 or span.on_device else None
         keys, values = (t[:, :, :filled] for t in memory.kept)
-        return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, mask, scale), old
+        return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, last, scale), old
 
     def _leaving(self, span: Span, device: torch.device, first: int = 0) -> Leaving:
         if span.leaving is None:
@@ -213,13 +215,14 @@ class AHNLayer(nn.Module):
             positions, lossless = span.positions()[:, first:], self.sinks + self.window
             evicted = (positions - lossless + 1).clamp(min=1).to(device)
             able = (positions >= lossless) & span.real()[:, first:]
-            writes = None if bool(able.all()) else able.to(device)
+            writes = None if not span.on_device and bool(able.all()) else able.to(device)
             angles = None
             (rotary,) = self.rotary
             if self.turns_back and rotary is not None:
                 positions = positions.to(device)
                 angles = rotary.angles(-positions), rotary.angles(self.window - positions)
-            span.leaving = Leaving(writes, evicted, torch.tensor(self.window, device=device), angles)
+            window = torch.full((), self.window, device=device)
+            span.leaving = Leaving(writes, evicted, window, angles)
         leaving: Leaving = span.leaving
         return leaving if self.rotary[0] is not None else leaving._replace(angles=None)
 
