@@ -70,6 +70,10 @@ def attend_one(
         q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first.
         last: [R], position of the new token where slots are not all filled: a slot above it is empty. Or None.
     """
+    if kernels.one_token(q.device.type).name == "triton":
+        from ahn.kernels import step
+
+        return step.attend(q, q_sinks, k, v, sinks, last, scale)
     mask = None if last is None else (torch.arange(k.shape[2], device=k.device) <= last[:, None])[:, None]
     if q_sinks is q:
         return attend(q, k, v, mask, scale)

@@ -186,9 +186,37 @@ class AHNLayer(nn.Module):
         if not leaves or self.cell is None:
             return out
         leaving = self._leaving(span, q.device)
+        if kernels.one_token(q.device.type).name == "triton" and (form := self.cell.step_form()):
+            return self._one_fused(form, out, norm, q, old, x, leaving, memory.compressed)
         ready = self._prepare(q, old[0], old[1], old[2], leaving, fla=False)
         read = self.cell.step(*ready, memory.compressed)
         return self._combine(out, norm, read, x, leaving)
+
+    def _one_fused(
+        self,
+        form: Any,
+        out: Tensor,
+        norm: Tensor,
+        q: Tensor,
+        old: tuple[Tensor, ...],
+        x: Tensor,
+        leaving: Leaving,
+        state: Tensor,
+    ) -> Tensor:
+        """Write, read and combine by `ahn.kernels.step`; what goes beyond the paper stays plain torch."""
+        from ahn.kernels import step
+
+        assert self.cell is not None
+        (k, v, inputs), writes = old, leaving.writes
+        q, k = self._turn_back(q, k, leaving)
+        mapped = self.cell.q_map is not None
+        if mapped:
+            q, k = self.cell.keys(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+        read = step.recur(form, q, k, v, inputs, writes, state, unit=not mapped)
+        if self.cell.room is not None:
+            room = out * self.cell.room(x, norm, leaving.evicted).to(out.dtype)
+            out = room if writes is None else torch.where(writes[..., None, None], room, out)
+        return step.add_read(form, out, read, form.gate(x), self.cell.o_proj.weight, writes)
 
     def _attend_one(
         self,
@@ -231,15 +259,20 @@ class AHNLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """What the cell's kernel takes, from queries and the keys, values and gate inputs that leave with them."""
         assert self.cell is not None
-        (rotary,) = self.rotary
-        if leaving.angles is not None and rotary is not None:
-            q, k = rotary.turn(q, leaving.angles[0]), rotary.turn(k, leaving.angles[1])
+        q, k = self._turn_back(q, k, leaving)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         gates = self.cell.gates(inputs)
         if leaving.writes is not None:
             gates = tuple(gate * leaving.writes[:, None] for gate in gates)
         return self.cell.ready(q, k, v, gates, fla)
+
+    def _turn_back(self, q: Tensor, k: Tensor, leaving: Leaving) -> tuple[Tensor, Tensor]:
+        """Queries and keys that leave, without positions if the cell is not to see any."""
+        (rotary,) = self.rotary
+        if leaving.angles is None or rotary is None:
+            return q, k
+        return rotary.turn(q, leaving.angles[0]), rotary.turn(k, leaving.angles[1])
 
     def _prepare_shifted(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, leaving: Leaving, fla: bool
