@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
+GPU_CHUNK = 8192  # tokens of all rows: a GPU takes longer for them than Python for its part
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
 
@@ -380,16 +381,32 @@ def _read_in_chunks(
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
         return None
     cache = kwargs["past_key_values"] = _own_cache(model, cache, kwargs.get("use_cache"))
-    head = (ids.shape[1] - 1) // CHUNK * CHUNK
+    first, chunk = chunks(model, ids.shape[0], cache.tokens_seen)
+    if ids.shape[1] <= first:
+        return None
+    head = first + (ids.shape[1] - first - 1) // chunk * chunk
     mask = kwargs.get("attention_mask")
     seen = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head]
     from ahn.generation import read_chunks
 
-    read_chunks(model.get_decoder(), ids[:, :head], cache, CHUNK, seen)
+    read_chunks(model.get_decoder(), ids[:, :head], cache, chunk, seen, first=first)
     kwargs["input_ids"] = ids[:, head:]
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"][..., -(ids.shape[1] - head) :]
     return (), kwargs
+
+
+def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
+    """How many tokens to read at once after `seen` ones, at first and from then on.
+
+    On CUDA a window is a whole number of chunks, which begin where it does: so few shapes of attention occur, for
+    each of which cuDNN makes a plan.
+    """
+    if model.device.type != "cuda":
+        return CHUNK, CHUNK
+    config, most = model.ahn_config, max(CHUNK, GPU_CHUNK // rows)
+    chunk = config.window // -(-config.window // most) if config.window >= CHUNK else most
+    return chunk + (config.sinks - seen) % chunk, chunk
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ahn import cells, kernels
+from ahn import cells, kernels, reading
 from ahn.attention import Rotary, Softmax, attend_one, attend_window, heads_of
 from ahn.cache import LayerMemory, Span
 from ahn.cells.base import Cell, Gates
@@ -101,6 +101,8 @@ class AHNLayer(nn.Module):
             out = self._whole(q, k, v, x, inputs, span, scale)
         else:
             memory.reserve(max(span.after()), k, self.state_shape)
+            if not span.padded and len(span.start) == 1 and kernels.attention(q).name != "torch":
+                return reading.read(self, q, k, v, x, inputs, span, memory, scale)
             out = self._many(q, k, v, x, inputs, span, memory, scale)
         return span.restore(out, 1)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 KERNELS = {
     "fla": "flash-linear-attention: the cell over many tokens",
-    "flash": "torch's fused attention kernels",
+    "cudnn": "cuDNN's fused attention: reading",
+    "flash": "torch's fused attention: reading",
     "flex": "torch's FlexAttention: training",
     "graph": "a CUDA graph of the whole step: one token",
     "triton": "this package's own: attention and cell of one token",
@@ -64,13 +65,21 @@ def whole_sequence(device: str, head_size: int, tokens: int) -> Kernel:
     return _allowed("flex", "CUDA, a whole sequence: FlexAttention, compiled once")
 
 
-def attention(device: str, gradients: bool = False) -> Kernel:
-    """Softmax attention of many queries with its normaliser."""
+def attention(like: Tensor, gradients: bool = False) -> Kernel:
+    """Softmax attention of many queries with its normaliser; `like`: the queries [..., H]."""
+    device, size = like.device.type, like.shape[-1]
     if gradients:
         return Kernel("torch", "gradients: plain torch on blocks of queries")
-    if device in ("cpu", "cuda"):
-        return _allowed("flash", f"{device}: torch's fused kernel, which also returns the normaliser")
-    return Kernel("torch", f"{device}: plain torch on blocks of queries")
+    if device == "cpu":
+        return _allowed("flash", "cpu: torch's fused kernel, which also returns the normaliser")
+    if device != "cuda":
+        return Kernel("torch", f"{device}: plain torch on blocks of queries")
+    if like.dtype.itemsize != 2 or size % 8 or size > 256:
+        return Kernel("torch", f"{like.dtype}, heads of {size}: fused kernels are for half precision and up to 256")
+    kernel = _allowed("cudnn", "Hopper or later: cuDNN's is the fastest there")
+    if kernel.name == "cudnn" and size <= 128 and (reason := _cudnn_problem()) is None:
+        return kernel
+    return _allowed("flash", f"FlashAttention; cuDNN: {reason if kernel.name == 'cudnn' and size <= 128 else 'no'}")
 
 
 def one_token(device: str) -> Kernel:
@@ -97,9 +106,9 @@ def report() -> list[tuple[str, str, str]]:
     from ahn import cells
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    like = torch.empty(0, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    like = torch.empty(0, 64, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     rows = [
-        ("reading: sinks and window", *attention(device)),
+        ("reading: sinks and window", *attention(like)),
         ("training: sinks and window", *whole_sequence(device, 64, 4096)),
     ]
     rows += [(f"{name}, many tokens", *choose(cells.get(name).fla_operation, like)) for name in cells.names()]
@@ -122,6 +131,22 @@ def _names(setting: str) -> frozenset[str]:
             f"AHN_KERNEL={setting}: unknown {', '.join(unknown)}; expected auto, torch, or some of {', '.join(KERNELS)}"
         )
     return frozenset(names)
+
+
+@cache
+def _cudnn_problem() -> str | None:
+    """Why cuDNN's attention cannot be used, or None: tried once on a small case, its normaliser included."""
+    import torch
+
+    if torch.cuda.get_device_capability()[0] < 9:
+        return "slower than FlashAttention before Hopper"
+    q, k, v = torch.randn(3, 1, 1, 128, 64, device="cuda", dtype=torch.bfloat16).unbind()
+    try:
+        norm = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, scale=0.125)[1]
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    expected = (q.float() @ k.float().transpose(-1, -2) * 0.125).logsumexp(-1)
+    return None if torch.allclose(norm.reshape(1, 1, 128), expected, atol=1e-2) else "its normaliser is another"
 
 
 @cache
