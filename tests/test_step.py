@@ -107,11 +107,33 @@ def test_more_features_than_channels(plain, features):
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
-@pytest.mark.parametrize("form", [{}, *FORMS.values()], ids=str)
+@pytest.mark.parametrize("form", [{}, FORMS["maps"]], ids=str)
 def test_whole_model(cell, form, sinks):
     """Token by token, before and after the first one leaves, two rows of one length."""
     model = with_memory(tiny(), cell, window=9, sinks=sinks, **form).to(DEVICE)
-    ids = token_ids(34, batch=2).to(DEVICE)
+    ids = token_ids(24, batch=2).to(DEVICE)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    assert (in_pieces(model, ids, [6, *[1] * 28]) - whole).abs().max() < 1e-4
+    assert (in_pieces(model, ids, [6, *[1] * 18]) - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("positions", [[0], [2], [3], [11], [40, 5]], ids=str)
+@pytest.mark.parametrize(("cell_name", "window"), [("gated_deltanet", 9), (None, 9), ("deltanet", None)], ids=str)
+def test_exchange(cell_name, window, positions):
+    """The same buffers and the same old token as by plain torch."""
+    torch.manual_seed(0)
+    model = with_memory(tiny(), cell_name, window=9, sinks=3, layers=[1] if window is None else None).to(DEVICE)
+    plain, fused = (ahn.AHNCache(model).layers[0] for _ in range(2))
+    k, v = torch.randn(2, 2, 1, 2, 8, device=DEVICE).transpose(2, 3)
+    width = plain.gate_width
+    inputs = torch.randn(2, 1, width, device=DEVICE) if width else None
+    for memory in (plain, fused):
+        memory.reserve(50, k, (4, 8, 8) if width else None)
+        for number, tensor in enumerate(memory.tensors.values()):
+            tensor.copy_(torch.arange(tensor.numel(), device=DEVICE).view_as(tensor) + number)
+    start = torch.tensor(positions, device=DEVICE)
+    expected = plain.exchange(plain.slots(start), k, v, inputs, old=True)
+    found = step.exchange(fused, start, k, v, inputs)
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())

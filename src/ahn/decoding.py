@@ -17,8 +17,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import MethodType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -128,11 +133,15 @@ class Graph:
                 scratch[_form(layer)] = spare = copy.copy(layer)
                 for name, tensor in layer.tensors.items():
                     setattr(spare, name, torch.zeros_like(tensor))
+        with _compiled(self.decoder) if kernels.between(device.type).name == "inductor" else nullcontext():
+            self._record([scratch[_form(layer)] for layer in self.layers], cache, device)
+
+    def _record(self, scratch: list[LayerMemory], cache: AHNCache, device: torch.device) -> None:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._run(self._shell(cache, [scratch[_form(layer)] for layer in self.layers]))
+                self._run(self._shell(cache, scratch))
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -196,10 +205,44 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph
         frame.graph = None  # its buffers go before others come
         try:
             frame.graph = Graph(model, cache, len(span.start))
-        except RuntimeError as error:  # what this base does cannot be captured
+        except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
             frame.no_graph = str(error).splitlines()[0]
             logger.warning("decoding without a CUDA graph: %s", frame.no_graph)
     return frame.graph
+
+
+@contextmanager
+def _compiled(decoder: Any) -> Iterator[None]:
+    """Within, norms, MLPs and rotations of the base are compiled, each class once: their dozens of elementwise
+    operations take longer to start than to run."""
+    attention = decoder.layers[0].self_attn
+    compiled: dict[type, Any] = {}
+    changed = [module for module in decoder.modules() if _is_norm(module)]
+    changed += [layer.mlp for layer in decoder.layers if hasattr(layer, "mlp")]
+    with ExitStack() as undo:
+        for module in changed:
+            kind = type(module)
+            if "forward" in vars(module):
+                continue
+            if kind not in compiled:
+                compiled[kind] = torch.compile(kind.forward, dynamic=False)
+            module.forward = MethodType(compiled[kind], module)
+            undo.callback(delattr, module, "forward")
+        family = sys.modules[type(attention).__module__]
+        if turn := getattr(family, "apply_rotary_pos_emb", None):
+            fast = torch.compile(turn, dynamic=False)
+            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast))
+        (rotary,) = attention.ahn.rotary
+        if rotary is not None:
+            rotary.turn = torch.compile(rotary.turn, dynamic=False)
+            undo.callback(delattr, rotary, "turn")
+        yield
+
+
+def _is_norm(module: Any) -> bool:
+    """A module of nothing but one vector of weights."""
+    parameters = list(module.parameters())
+    return len(parameters) == 1 and parameters[0].dim() == 1 and not list(module.children())
 
 
 def _obstacle(model: PreTrainedModel) -> str:

@@ -232,10 +232,14 @@ class AHNLayer(nn.Module):
         leaves: bool,
     ) -> tuple[Softmax, tuple[Tensor, ...]]:
         """`_attend_many` for one token a row; also returns what it pushes out, if one `leaves`."""
-        slots = memory.slots(span.start)
-        old = memory.exchange(slots, k, v, inputs, old=leaves)
+        if span.on_device and kernels.one_token(q.device.type).name == "triton":
+            from ahn.kernels import step
+
+            old = step.exchange(memory, span.start, k, v, inputs)
+        else:
+            old = memory.exchange(memory.slots(span.start), k, v, inputs, old=leaves)
         filled = min(span.first + 1, memory.capacity)
-        last = span.start.to(q.device) if len(slots) > 1 or span.on_device else None
+        last = span.start.to(q.device) if len(span.start) > 1 or span.on_device else None
         keys, values = (t[:, :, :filled] for t in memory.kept)
         return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, last, scale), old
 

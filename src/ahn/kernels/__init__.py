@@ -23,6 +23,7 @@ KERNELS = {
     "flash": "torch's fused attention: reading",
     "flex": "torch's FlexAttention: training",
     "graph": "a CUDA graph of the whole step: one token",
+    "inductor": "torch.compile, for the elementwise work of the base in that graph",
     "triton": "this package's own: attention and cell of one token",
 }
 FLEX_BLOCK = 128
@@ -99,6 +100,13 @@ def decoding(device: str) -> Kernel:
     return _allowed("graph", "CUDA: captured once, replayed for each token")
 
 
+def between(device: str) -> Kernel:
+    """Norms, rotations and gates of the base for one new token a row: what lies between its matrix products."""
+    if decoding(device).name != "graph":
+        return Kernel("torch", "only in a graph is it worth compiling")
+    return _allowed("inductor", "CUDA: compiled once, one kernel each")
+
+
 def report() -> list[tuple[str, str, str]]:
     """(operation, kernel, reason) of every choice on this machine, for `ahn info`. Raises ConfigError, see `_names`."""
     import torch
@@ -112,7 +120,12 @@ def report() -> list[tuple[str, str, str]]:
         ("training: sinks and window", *whole_sequence(device, 64, 4096)),
     ]
     rows += [(f"{name}, many tokens", *choose(cells.get(name).fla_operation, like)) for name in cells.names()]
-    return [*rows, ("one token: attention, cell", *one_token(device)), ("one token: all layers", *decoding(device))]
+    return [
+        *rows,
+        ("one token: attention, cell", *one_token(device)),
+        ("one token: all layers", *decoding(device)),
+        ("one token: between products", *between(device)),
+    ]
 
 
 def _allowed(name: str, reason: str) -> Kernel:

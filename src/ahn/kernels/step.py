@@ -67,6 +67,26 @@ def attend(
     return out, norm
 
 
+def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Put one token a row, at positions `start` [R] on the device, into its slot of a `LayerMemory`; returns keys,
+    values [B, M, 1, H] and gate inputs [B, 1, gates * N] of what was there."""
+    batch, kv_heads, _, size = k.shape
+    old_k, old_v = (torch.empty_like(k, memory_format=torch.contiguous_format) for _ in range(2))
+    gated = inputs is not None and memory.inputs is not None
+    new = inputs.contiguous() if inputs is not None else None
+    old_inputs = torch.empty_like(new) if new is not None else None
+    gates = new.shape[-1] if new is not None else 1
+    forever = 1 << 60
+    _exchange[(batch, kv_heads + (1 if gated else 0))](
+        memory.keys, memory.values, memory.inputs, k, v, new, old_k, old_v, old_inputs, start,
+        memory.sinks, forever if memory.window is None else memory.window, memory.capacity,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates,
+        GATE_WIDTH=triton.next_power_of_2(gates), GATED=gated, BY_ROW=len(start) > 1,
+    )  # fmt: skip
+    return (old_k, old_v, old_inputs) if old_inputs is not None else (old_k, old_v)
+
+
 def recur(
     form: Form, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, writes: Tensor | None, state: Tensor, unit: bool
 ) -> Tensor:
@@ -105,6 +125,33 @@ def add_read(form: Form, out: Tensor, read: Tensor, gate: Tensor, projection: Te
         BY_ROW=writes is not None and len(writes) > 1, EPSILON=NORM_EPSILON,
     )  # fmt: skip
     return both
+
+
+@triton.jit
+def _exchange(
+    keys, values, inputs, k, v, new, old_k, old_v, old, start, sinks, window, slots, k_batch, k_head, v_batch, v_head,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, GATE_WIDTH: tl.constexpr,
+    GATED: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """One key/value head of one row, or its gate inputs."""
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    position = tl.load(start + (batch if BY_ROW else 0))
+    slot = tl.where(position < sinks, position, sinks + (position - sinks) % window)
+    channel = tl.arange(0, WIDTH)
+    if head < HEADS:
+        inside = channel < SIZE
+        place = ((batch * HEADS + head) * slots + slot) * SIZE + channel
+        out = (batch * HEADS + head) * SIZE + channel
+        tl.store(old_k + out, tl.load(keys + place, mask=inside), mask=inside)
+        tl.store(old_v + out, tl.load(values + place, mask=inside), mask=inside)
+        tl.store(keys + place, tl.load(k + batch * k_batch + head * k_head + channel, mask=inside), mask=inside)
+        tl.store(values + place, tl.load(v + batch * v_batch + head * v_head + channel, mask=inside), mask=inside)
+    elif GATED:
+        gate = tl.arange(0, GATE_WIDTH)
+        place = (batch * slots + slot) * GATES + gate
+        tl.store(old + batch * GATES + gate, tl.load(inputs + place, mask=gate < GATES), mask=gate < GATES)
+        tl.store(inputs + place, tl.load(new + batch * GATES + gate, mask=gate < GATES), mask=gate < GATES)
 
 
 @triton.jit
