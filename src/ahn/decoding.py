@@ -196,7 +196,8 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph
     if any(value for name, value in kwargs.items() if name not in understood and value is not None):
         return None
     config = decoder.config
-    if config.output_hidden_states or getattr(config, "output_attentions", False) or kwargs.get("use_cache") is False:
+    wanted = ("output_hidden_states", "output_attentions")
+    if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
     for layer in cache.layers:
         assert layer.keys is not None
