@@ -224,8 +224,32 @@ def test_the_choice_can_be_restricted(monkeypatch):
     assert kernels.decoding("cuda") == ("torch", "AHN_KERNEL=torch")
     monkeypatch.setenv("AHN_KERNEL", "graph, flash")
     assert kernels.decoding("cuda").name == "graph"
-    assert kernels.attention("cpu").name == "flash"
+    assert kernels.attention(torch.empty(1, 64)).name == "flash"
     assert kernels.whole_sequence("cuda", 64, 128).name == "torch"
     monkeypatch.setenv("AHN_KERNEL", "tritn")
     with pytest.raises(ahn.errors.ConfigError, match="AHN_KERNEL=tritn: unknown tritn; expected auto, torch, or some"):
         kernels.report()
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Phi3"])
+def test_the_base_is_compiled_once_for_all_layers(monkeypatch, family):
+    """Without breaks, and undone afterwards."""
+    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    compiled, compile = [], torch.compile
+
+    def counted(function, **options):
+        compiled.append(function)
+        return compile(function, backend="eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    model = with_memory(tiny(family, num_hidden_layers=6), window=16, sinks=4)
+    ids = token_ids(40)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    before = dict(vars(model.model.layers[0].mlp))
+    with decoding._compiled(model.model):
+        assert largest(in_pieces(model, ids, [1] * 40), whole) < 1e-4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(compiled)  # norms on heads differ in shape
+    assert vars(model.model.layers[0].mlp) == before
