@@ -108,3 +108,24 @@ def test_evaluate_goes_on_where_time_was_over_and_names_what_fails(tmp_path, mon
     assert "text, tiny-base: FAILED" in said and said.rstrip().endswith("all is done, but text, tiny-base")
     assert {n for (task, _), n in counts().items() if "needle" in task} == {6}
     assert len(counts()) == len(every[0][1]) + len(every[0][1] + every[1][1])
+
+
+def test_floors_of_a_gpu():
+    """Bytes of a step and products of reading, by hand, of Qwen2.5-3B with 32,640 + 128 lossless tokens."""
+    import gpu
+    from ahn.cost import PAPER
+
+    floors = gpu.Floors.__new__(gpu.Floors)  # nothing is measured
+    floors.shape, floors.itemsize, floors.window, floors.sinks = PAPER["qwen2.5-3b"], 2, 32640, 128
+    floors.copy, floors.matmul = 1e12, 1e15
+    linear = 36 * (2 * 2048 * 128 * (16 + 2) + 3 * 2048 * 11008)
+    cell = 36 * (3 * 2048 * 16 + 16 * 128 * 128 + 3 * 16 + 128)
+    head = 151936 * 2048
+    kept, state = 36 * 2 * 2 * 128 * 32768, 36 * 16 * 128 * 128
+    expected = 2 * (linear + cell + head + 8 * kept) + 8 * 2 * 4 * state
+    assert floors.decode_bytes("gated_deltanet", 8, 10**6) == expected
+    assert floors.decode("gated_deltanet", 8, 10**6) == pytest.approx(expected / 1e12)
+    full = 2 * (linear + head + 36 * 2 * 2 * 128 * 65536)
+    assert floors.decode_bytes("full", 1, 65536) == full
+    reading = 2 * linear * 32768 + 36 * 2 * 2048 * 32768**2 + 2 * head
+    assert floors.read("gated_deltanet", 1, 32768) == pytest.approx(reading / 1e15)

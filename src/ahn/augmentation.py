@@ -7,6 +7,7 @@ How a layer is reached, without code for any model family:
 - the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
   what goes into o_proj: attention over sinks and window, plus the read from the memory;
 - a hook around the decoder replaces the default cache by an AHNCache and opens and closes its span;
+- the decoder's `forward` replays a graph where one token a row comes (`ahn.decoding`);
 - a hook before the model reads a long prompt in chunks when only the last logits are wanted (as in `generate`).
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ahn import decoding
 from ahn.attention import Rotary, heads_of
 from ahn.cache import AHNCache, Span
 from ahn.config import AHNConfig
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
 Observer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+GPU_CHUNK = 8192  # tokens of all rows: a GPU takes longer for them than Python for its part
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
 
@@ -47,6 +51,8 @@ class _Frame:
         # by name: parameters may be replaced by their shards, and a reference would keep the whole ones in memory
         self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.hooks: list[Any] = []
+        self.graph: decoding.Graph | None = None  # of one token
+        self.no_graph: str | None = None  # why there is none; None: not looked yet
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
 
     def hold_frequencies(self, decoder: Any, config: AHNConfig) -> None:
@@ -129,6 +135,8 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     model.ahn_config, model._ahn_frame = config, frame
     model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
     decoder.ahn_owner = [model]  # in a list: not a submodule
+    decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
+    decoder.forward = MethodType(decoding.forward, decoder)
     return model
 
 
@@ -144,7 +152,11 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     frame.release_frequencies()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in frame.trainable)
-    del model.ahn_config, model.ahn_names, model._ahn_frame, model.get_decoder().ahn_owner
+    decoder = model.get_decoder()
+    del decoder.forward
+    if decoder.ahn_forward is not None:
+        decoder.forward = decoder.ahn_forward
+    del model.ahn_config, model.ahn_names, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
     return model
 
 
@@ -380,21 +392,37 @@ def _read_in_chunks(
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
         return None
     cache = kwargs["past_key_values"] = _own_cache(model, cache, kwargs.get("use_cache"))
-    head = (ids.shape[1] - 1) // CHUNK * CHUNK
+    first, chunk = chunks(model, ids.shape[0], cache.tokens_seen)
+    if ids.shape[1] <= first:
+        return None
+    head = first + (ids.shape[1] - first - 1) // chunk * chunk
     mask = kwargs.get("attention_mask")
     seen = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head]
     from ahn.generation import read_chunks
 
-    read_chunks(model.get_decoder(), ids[:, :head], cache, CHUNK, seen)
+    read_chunks(model.get_decoder(), ids[:, :head], cache, chunk, seen, first=first)
     kwargs["input_ids"] = ids[:, head:]
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"][..., -(ids.shape[1] - head) :]
     return (), kwargs
 
 
+def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
+    """How many tokens to read at once after `seen` ones, at first and from then on.
+
+    On CUDA a window is a whole number of chunks, which begin where it does: so few shapes of attention occur, for
+    each of which cuDNN makes a plan.
+    """
+    if model.device.type != "cuda":
+        return CHUNK, CHUNK
+    config, most = model.ahn_config, max(CHUNK, GPU_CHUNK // rows)
+    chunk = config.window // -(-config.window // most) if config.window >= CHUNK else most
+    return chunk + (config.sinks - seen) % chunk, chunk
+
+
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name."""
     if not args:  # as transformers itself calls, once a token: no look at the signature
         return dict(kwargs)
-    names = list(inspect.signature(module.forward).parameters)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs

@@ -43,6 +43,8 @@ class Span:
     written: bool = False  # whether a layer has begun to store it
     sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
     leaving: Leaving | None = None  # which tokens push one out of the window, likewise
+    pieces: list[Span] | None = None  # of which each is attended at once, likewise (`ahn.reading`)
+    on_device = False  # whether only the device knows the positions, see `ahn.decoding.Step`
 
     @classmethod
     def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:

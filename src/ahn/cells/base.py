@@ -17,7 +17,7 @@ the state, and room for the memory beside the window.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ahn import kernels
+
+if TYPE_CHECKING:
+    from ahn.kernels.step import Form
 
 Gates = tuple[Tensor, ...]
 
@@ -134,6 +137,10 @@ class Cell(nn.Module):
         read, new_state = self.naive(q_BNTH, k_BNTH, v_BNTH, gates, state)
         state.copy_(new_state)
         return read
+
+    def step_form(self) -> Form | None:
+        """How `ahn.kernels.step` computes `step` and `combine` on CUDA; None: it does not."""
+        return None
 
     def fla(self, q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
         """As `chunk`, by flash-linear-attention on CUDA: tokens before heads, gates [B, T, N]."""

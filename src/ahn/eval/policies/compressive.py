@@ -83,6 +83,7 @@ class Compressive(Policy):
 class CompressiveLayer(AHNLayer):
     """Sinks and window as in AHNLayer, merged with softmax attention over the pooled rest. With a cache only."""
 
+    steps_on_device = False
     slots: int
     maximum: bool  # else the mean is taken
 
