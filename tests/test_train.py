@@ -122,8 +122,8 @@ def test_documents_with_questions(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "fewer than 64 tokens"),
-        (b'{"text": "short"}\n', "fewer than 64 tokens"),
+        (b"", "0 tokens to train on: expected at least the 64 of one row; records need"),
+        (b'{"text": "short"}\n', "tokens to train on: expected at least the 64 of one row$"),
         (b'{"text": \n', "line 1: not JSON"),
         (b'{"txt": "a"}\n', "keys txt"),
         (b"\xff\xfe\x00", "not UTF-8"),
