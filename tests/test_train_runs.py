@@ -207,6 +207,19 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run, tmp_path):
         assert torch.equal(weights(tmp_path / "killed")[name], tensor), name
 
 
+def test_a_finished_run_takes_no_step_more(run, tmp_path, capsys):
+    assert main(["train", run("r")]) == 0
+    expected, curve = weights(tmp_path / "r"), losses(tmp_path / "r")
+    (tmp_path / "r" / "log.json").unlink()
+    (tmp_path / "r" / "adapter" / "adapter.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["train", run("r"), "--resume"]) == 0
+    assert "step " not in capsys.readouterr().err
+    assert losses(tmp_path / "r") == curve and checkpoints.latest(tmp_path / "r").name == "checkpoint-6"
+    for name, tensor in expected.items():
+        assert torch.equal(weights(tmp_path / "r")[name], tensor), name
+
+
 @pytest.mark.parametrize("damage", ["cut", "removed", "unfinished", "no list"])
 def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog, damage):
     assert main(["train", run("r")]) == 0

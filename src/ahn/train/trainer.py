@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType, save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 import ahn
 from ahn.adapter import adapter_of, apply, base_shape, read_adapter, write_adapter
@@ -275,8 +276,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         _note_recipe(recipe, output, changed=start is not None)
     if start is not None:
         apply(read_adapter(start), trainer.augmented)
+    reached = None if start is None else TrainerState.load_from_json(str(start / TRAINER_STATE_NAME))
     try:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        if reached is not None and reached.global_step >= recipe.steps:
+            trainer.state = reached  # stopped behind its last checkpoint; the Trainer would take one step more
+        else:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except (OSError, RuntimeError) as error:
         if not (reason := str(error) if isinstance(error, OSError) else _lost(error)):
             raise
