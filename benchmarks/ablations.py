@@ -22,7 +22,7 @@ from typing import Any
 from common import records, write
 from gap import SINKS, mean_loss, memory_of_another
 
-DEFAULTS: dict[str, Any] = {"cell": "deltanet", "lossless": [512, 1024, 2048], "sinks": [32, 64, 128, 512]}
+DEFAULTS: dict[str, Any] = {"cell": "deltanet", "sinks": [32, 64, 128, 512]}
 SIZES = (256, 512, 1024)
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     defaults = DEFAULTS | {"batch": options.batch, "steps": options.steps}
+    defaults |= {"lossless": [options.length // share for share in (8, 4, 2)]}
     defaults |= {"base": options.base, "output": "none", "data": [options.books], "length": options.length}
     runs = [(run.pop("name"), from_dict(defaults | run)) for run in json.loads(Path(options.runs).read_text())]
     tokenizer = ahn.load_tokenizer(options.base)
@@ -109,8 +110,7 @@ def train(model: Any, recipe: Any, rows: Any) -> float:
     from ahn.train import distill, windows
 
     torch.manual_seed(recipe.seed)
-    config = ahn.AHNConfig(recipe.cell, recipe.window, recipe.kept_sinks, memory_positions=recipe.memory_positions)
-    config = config.replace(key_maps=recipe.key_maps, make_room=recipe.make_room)
+    config = recipe.memory()
     ahn.augment(model, config)
     cuda = model.device.type == "cuda"
     for layer in layers_of(model):

@@ -193,6 +193,10 @@ def main() -> None:
         asked = choose(texts, tokenizer, lossless, options.answer, options.questions, options.seed, options.instruction)
         groups = {group: [i for i, one in enumerate(asked) if one.group == group] for group in ("behind", "within")}
         groups = {group: indices for group, indices in groups.items() if indices}
+        if not groups:
+            parser.error(
+                f"--tokens {tokens}: no question lies there behind or within a window of --lossless {lossless}"
+            )
         counts = ", ".join(f"{len(indices)} questions {group}" for group, indices in groups.items())
         print(f"\n{tokens:,} tokens, {len(texts)} contexts, {counts} the window")
         print(f"{'':<44}{'lossless':>9}" + "".join(f"{group:>8}{'':>30}" for group in groups) + f"{'s':>7}")

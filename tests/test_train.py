@@ -156,8 +156,8 @@ def test_documents_with_questions(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "fewer than 64 tokens"),
-        (b'{"text": "short"}\n', "fewer than 64 tokens"),
+        (b"", "0 tokens to train on: expected at least the 64 of one row; records need"),
+        (b'{"text": "short"}\n', "tokens to train on: expected at least the 64 of one row$"),
         (b'{"text": \n', "line 1: not JSON"),
         (b'{"txt": "a"}\n', "keys txt"),
         (b"\xff\xfe\x00", "not UTF-8"),
@@ -199,6 +199,17 @@ def test_a_run_trains_and_its_adapter_loads(settings, tmp_path):
     model = ahn.from_pretrained(settings["base"], adapter)
     assert model.ahn_config == ahn.AHNConfig("deltanet", 24, 4)
     assert layers_of(model)[0].cell.o_proj.weight.abs().max() > 0
+
+
+def test_rows_that_teach_nothing_are_left_out(settings, tmp_path, capsys):
+    from ahn.train.trainer import build
+
+    record = {"context": "the cat sat on the mat. " * 40, "qas": [{"question": "who sat?", "answers": ["the cat"]}]}
+    source = jsonl(tmp_path / "q.jsonl", *[record] * 9)
+    rows = build(recipe.from_dict(settings | {"data": [source]})).train_dataset
+    assert 0 < len(rows) < 20
+    assert rows.counts[:, 16:].any(1).all()
+    assert "rows without any are left out" in capsys.readouterr().err
 
 
 def test_a_run_starts_from_another_adapter(settings, tmp_path):

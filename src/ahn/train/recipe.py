@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import json
 import math
+import os
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.train import windows
 
@@ -66,12 +71,12 @@ class Recipe:
     save_every: int = 100
     log_every: int = 10
     seed: int = 0
-    report_to: tuple[str, ...] = field(default=("tensorboard",))
+    report_to: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
             _check_type(key.name, str(key.type), getattr(self, key.name))
-        for name in ("length", "batch", "steps", "save_every", "log_every", "window"):
+        for name in ("length", "batch", "steps", "save_every", "log_every"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("lr", "clip"):
             _expect(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
@@ -79,6 +84,7 @@ class Recipe:
         _expect("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number of at least 0")
         _expect("limit", self.limit, self.limit is None or self.limit >= 1, "an integer of at least 1, or null")
         _expect("kept_sinks", self.kept_sinks, self.kept_sinks >= 0, "an integer of at least 0")
+        _expect("seed", self.seed, 0 <= self.seed < 2**32, "an integer of 0 to 2**32 - 1")
         _expect("sinks", list(self.sinks), min(self.sinks, default=-1) >= 0, "integers of at least 0")
         if self.loss not in LOSSES:
             raise ConfigError(f"loss={self.loss!r}: expected one of {', '.join(LOSSES)}")
@@ -88,6 +94,32 @@ class Recipe:
             raise ConfigError("data=[]: expected at least one source")
         if not any(self.length / 8 <= size < self.length for size in self.lossless):
             raise ConfigError(f"lossless={list(self.lossless)}: none is in {self.length}/8 .. {self.length - 1}")
+        self.memory()
+
+    def memory(self) -> AHNConfig:
+        """What is put on the base. Raises ConfigError."""
+        return AHNConfig(
+            self.cell,
+            self.window,
+            self.kept_sinks,
+            sink_positions=self.sink_positions,
+            memory_positions=self.memory_positions,
+            key_maps=self.key_maps,
+            make_room=self.make_room,
+        )
+
+
+def describe() -> str:
+    """The keys of a recipe and their defaults, for `--help`."""
+    meanings = inspect.cleandoc(Recipe.__doc__ or "").partition("Args:\n")[2]
+    required = ("base", "output", "data")
+    defaults = [
+        f"{key.name}={json.dumps(key.default)}" for key in dataclasses.fields(Recipe) if key.name not in required
+    ]
+    lines = textwrap.wrap(
+        "  ".join(defaults), 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False
+    )
+    return "\n".join(["keys of a recipe:", meanings, "", "defaults:", *lines])
 
 
 _TYPES: dict[str, tuple[type, str]] = {
@@ -149,10 +181,14 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 
 def _typed(field: Any, value: Any) -> Any:
     if field.type.startswith("tuple"):
-        return tuple(value) if isinstance(value, list) else (value,)
+        return tuple(_at_home(item) for item in (value if isinstance(value, list) else [value]))
     if field.type == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text
         except ValueError as error:
             raise ConfigError(f"{field.name}={value!r}: expected a number") from error
-    return value
+    return _at_home(value)
+
+
+def _at_home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) else value
