@@ -5,7 +5,8 @@
 RUNS is a list like benchmarks/ablations.json: a `name` and whatever differs from the defaults, the keys of a recipe
 (cell, memory_positions, key_maps, make_room, lr, loss, lossless, sinks, batch, steps). Measured after each, at
 positions `--length` / 2 onwards of held-out books: the share of the gap between the window alone and full attention
-that is closed, and the share with the memory of another book in place of its own (see gap.py).
+that is closed, and the share with the memory of another book in place of its own (see gap.py). With `--far`, also how
+much lower than with the window alone the loss is over the second half of so many tokens, several training lengths.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from common import records, write
 from gap import SINKS, mean_loss, memory_of_another
 
-DEFAULTS: dict[str, Any] = {"cell": "deltanet", "lossless": [512, 1024, 2048], "sinks": [32, 64, 128, 512]}
+DEFAULTS: dict[str, Any] = {"cell": "deltanet", "sinks": [32, 64, 128, 512]}
 SIZES = (256, 512, 1024)
 
 
@@ -42,18 +43,22 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--far", type=int, help="tokens of a text to measure on, beyond the length of training")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after these")
     parser.add_argument("--name", default="ablations")
     options = parser.parse_args()
     began = time.monotonic()
     defaults = DEFAULTS | {"batch": options.batch, "steps": options.steps}
+    defaults |= {"lossless": [options.length // share for share in (8, 4, 2)]}
     defaults |= {"base": options.base, "output": "none", "data": [options.books], "length": options.length}
     runs = [(run.pop("name"), from_dict(defaults | run)) for run in json.loads(Path(options.runs).read_text())]
     tokenizer = ahn.load_tokenizer(options.base)
     tokens = max(recipe.steps * recipe.batch for _, recipe in runs) * options.length
     rows = data.rows([options.books], tokenizer, options.length, tokens)
-    texts = (tokenizer(record["text"][: 8 * options.length]).input_ids for record in records(options.valid))
-    books = torch.tensor([ids[: options.length + 1] for ids in texts if len(ids) > options.length])
+    most = 8 * max(options.length, options.far or 0)
+    whole = [tokenizer(record["text"][:most], verbose=False).input_ids for record in records(options.valid)]
+    books = torch.tensor([ids[: options.length + 1] for ids in whole if len(ids) > options.length])
+    far = torch.tensor([ids[: options.far + 1] for ids in whole if options.far and len(ids) > options.far])
     model = load_base(options.base)
     ahn.augment(model, ahn.AHNConfig(None, 16, 0))
     with full_attention(model):
@@ -66,10 +71,16 @@ def main() -> None:
             found[size] = mean_loss(model, books)
         return found
 
+    def far_loss() -> float:
+        set_window(model, 512 - SINKS, SINKS)
+        return mean_loss(model, far)
+
     window = losses()
+    far_window = far_loss() if len(far) else None
     found: list[dict[str, Any]] = []
     print(f"full attention {full:.4f}; window " + ", ".join(f"{s:,}: {loss:.4f}" for s, loss in window.items()))
-    print(f"{'closed (with the memory of another)':<36}" + "".join(f"{size:>16,}" for size in SIZES) + "  tokens/s")
+    head = "".join(f"{size:>16,}" for size in SIZES)
+    print(f"{'closed (with the memory of another)':<36}{head}{'far gain':>9}{'tokens/s':>10}")
     for name, recipe in runs:
         if time.monotonic() - began > options.seconds:
             print(f"{name}: no time left")
@@ -80,10 +91,13 @@ def main() -> None:
         with memory_of_another(model):
             control = {size: (window[size] - loss) / (window[size] - full) for size, loss in losses().items()}
         cells = "".join(f"{f'{closed[size]:.1%} ({control[size]:.0%})':>16}" for size in SIZES)
-        print(f"{name:<36}{cells}{speed:>10,.0f}", flush=True)
+        gain = None if far_window is None else far_window - far_loss()
+        print(f"{name:<36}{cells}{'' if gain is None else f'{gain:.4f}':>9}{speed:>10,.0f}", flush=True)
         row = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ("output", "data", "base")}
-        found.append(row | {"name": name, "closed": closed, "control": control, "tokens_per_s": round(speed)})
-        write(options.name, base=options.base, books=len(books), full=full, window=window, rows=found)
+        row |= {"name": name, "closed": closed, "control": control, "far_gain": gain, "tokens_per_s": round(speed)}
+        found.append(row)
+        measured = {"books": len(books), "full": full, "window": window, "far": options.far, "far_texts": len(far)}
+        write(options.name, base=options.base, **measured, rows=found)
 
 
 def train(model: Any, recipe: Any, rows: Any) -> float:
@@ -91,16 +105,18 @@ def train(model: Any, recipe: Any, rows: Any) -> float:
     import torch
 
     import ahn
-    from ahn.augmentation import layers_of, set_window
+    from ahn.adapter import adapter_of, apply
+    from ahn.augmentation import detach, layers_of, set_window
     from ahn.train import distill, windows
 
     torch.manual_seed(recipe.seed)
-    config = ahn.AHNConfig(recipe.cell, recipe.window, recipe.kept_sinks, memory_positions=recipe.memory_positions)
-    ahn.augment(model, config.replace(key_maps=recipe.key_maps, make_room=recipe.make_room))
+    config = recipe.memory()
+    ahn.augment(model, config)
     cuda = model.device.type == "cuda"
     for layer in layers_of(model):
         layer.cell.float()
         if cuda:
+            torch.set_float32_matmul_precision("high")  # as in ahn.train
             layer.compile_for_training()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     exempt = ahn.cells.get(recipe.cell).decay_parameters
@@ -128,7 +144,12 @@ def train(model: Any, recipe: Any, rows: Any) -> float:
             loss.item()
             start = time.monotonic()
     loss.item()
-    return (recipe.steps - 1 - recipe.steps // 2) * recipe.batch * recipe.length / (time.monotonic() - start)
+    seconds = time.monotonic() - start
+    adapter = adapter_of(model)
+    detach(model)
+    ahn.augment(model, config)  # without what was compiled for the shapes of training
+    apply(adapter, model)
+    return (recipe.steps - 1 - recipe.steps // 2) * recipe.batch * recipe.length / seconds
 
 
 if __name__ == "__main__":

@@ -65,14 +65,14 @@ def position_losses(model: Any, ids: list[int], chunk: int = 512, whole: bool | 
     return torch.cat(losses).cpu()
 
 
-def put_on(model: Any, adapter: str | None) -> str:
+def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> str:
     """Give a model the memory of an adapter, or sinks and window alone, in place of what it has; returns its name."""
     import ahn
 
     if hasattr(model, "ahn_config"):
         ahn.detach(model)
     if adapter is None:
-        ahn.augment(model, ahn.AHNConfig(None, 16, 0))
+        ahn.augment(model, ahn.AHNConfig(None, 16, 0, sink_positions=sink_positions))
         return "sinks and window"
     ahn.load_adapter(model, adapter)
     return f"{model.ahn_config.cell} ({Path(adapter).name})"

@@ -30,6 +30,7 @@ from ahn.augmentation import set_window
 from ahn.dialogue import Dialogue
 from ahn.eval.metrics import exact_match, f1
 from ahn.eval.squad import Context, Question, contexts
+from ahn.generation import end_tokens
 from common import now, put_on, records, write
 
 SINKS = 64
@@ -124,8 +125,7 @@ def ask(
     model: Any, tokenizer: Any, texts: list[Context], asked: list[Asked], limit: int, rows: int
 ) -> list[dict[str, Any]]:
     """F1, exact match, loss and the answer itself for each question."""
-    ends = model.generation_config.eos_token_id
-    ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])})
+    ends = sorted(end_tokens(model, tokenizer))
     results: list[dict[str, Any]] = []
     for low in range(0, len(texts), rows):
         cache = ahn.read(model, torch.stack([text.ids for text in texts[low : low + rows]]))
@@ -193,6 +193,10 @@ def main() -> None:
         asked = choose(texts, tokenizer, lossless, options.answer, options.questions, options.seed, options.instruction)
         groups = {group: [i for i, one in enumerate(asked) if one.group == group] for group in ("behind", "within")}
         groups = {group: indices for group, indices in groups.items() if indices}
+        if not groups:
+            parser.error(
+                f"--tokens {tokens}: no question lies there behind or within a window of --lossless {lossless}"
+            )
         counts = ", ".join(f"{len(indices)} questions {group}" for group, indices in groups.items())
         print(f"\n{tokens:,} tokens, {len(texts)} contexts, {counts} the window")
         print(f"{'':<44}{'lossless':>9}" + "".join(f"{group:>8}{'':>30}" for group in groups) + f"{'s':>7}")

@@ -4,7 +4,8 @@
     python benchmarks/train.py --shape qwen2.5-3b cell=deltanet length=8192 batch=4 "lossless=[1024,2048,4096]"
 
 The steps are those of `ahn train` with the keys of its recipes, on random tokens: window drawn, teacher, student,
-backward, clipping, AdamW. `--shape` (a name of `ahn cost`) is a Qwen2 with random weights.
+backward, clipping, AdamW. `--shape` (a name of `ahn cost`) is a Qwen2 with random weights. Under torchrun the tokens of
+all processes count, the floor and the peak are one process's.
 
 The floor is the time that the matrix products of a step take at the rate measured on one of 8,192 x 8,192: teacher
 and student forward, the student's backward by activations through the frozen base and by weights too in the cells,
@@ -14,20 +15,33 @@ and the three products of the head on the tokens that count. Recomputed activati
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from ahn.bases import base_config
 from common import now, peak_bytes, write
 
-RECIPE: dict[str, Any] = {"base": "smollm2-135m", "output": "runs/speed", "data": ["random tokens"]}
+RECIPE: dict[str, Any] = {
+    "base": "smollm2-135m",
+    "output": str(Path(tempfile.gettempdir()) / "ahn-speed"),
+    "data": ["random tokens"],
+    "report_to": [],
+}
 
 
 def flops(shape: Any, recipe: Any, window: int, sinks: int) -> int:
     """Matrix products of one step, a multiply-add counted as 2."""
     from ahn.cost import cost
 
-    table = cost(shape, recipe.length, window, sinks, recipe.cell)
+    without = {"store": None, "store_size": 0, "store_span": 1}  # its tokens cost what those of the window do
+    table = cost(shape, recipe.length, recipe.memory().replace(window=window, sinks=sinks, **without))
     terms = {term.name: term for term in (*table.mixing.terms, *table.rest.terms)}
     linear = terms["projections"].full + terms["MLP"].full
     attention = terms["attention"]
@@ -76,15 +90,17 @@ def random_model(shape: Any, device: Any) -> Any:
 
 
 def build(recipe: Any, shape: Any | None) -> Any:
-    """The trainer of a recipe, without its data, and with a random base if there is a `shape`."""
+    """The trainer of a recipe, on random tokens, and with a random base if there is a `shape`."""
     import torch
 
     from ahn.train import trainer
     from ahn.train.data import Rows
 
-    nothing = Rows(torch.zeros(1, recipe.length, dtype=torch.int32), torch.ones(1, recipe.length, dtype=torch.bool))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with mock.patch.object(trainer.data, "rows", return_value=nothing):
+    device = PartialState(cpu=not torch.cuda.is_available()).device  # of the process's own GPU
+    vocabulary = shape.V if shape else base_config(recipe.base).vocab_size
+    ids = torch.randint(vocabulary, (16 * recipe.batch, recipe.length), dtype=torch.int32)
+    rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool))
+    with mock.patch.object(trainer.data, "rows", return_value=rows):
         if shape is None:
             return trainer.build(recipe)
         with (
@@ -94,69 +110,73 @@ def build(recipe: Any, shape: Any | None) -> Any:
             return trainer.build(recipe)
 
 
-def measure(recipe: Any, shape: Any | None, steps: int, warmup: int, profile: bool) -> dict[str, Any]:
-    import torch
+class Clock(TrainerCallback):
+    """Times `steps` steps behind `warmup`, notes their windows, and profiles three more if asked to."""
 
+    def __init__(self, model: Any, warmup: int, steps: int, profile: bool) -> None:
+        self.model, self.warmup, self.steps = model, warmup, steps
+        self.configs: list[Any] = []
+        self.profiler = profiler() if profile else None
+
+    def on_step_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+        import torch
+
+        if state.global_step == 0:
+            self.began = now(self.model.device)
+        if state.global_step == self.warmup:
+            self.start = now(self.model.device)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.warmup < state.global_step <= self.warmup + self.steps:
+            self.configs.append(self.model.ahn_config)
+        if state.global_step == self.warmup + self.steps:
+            self.end = now(self.model.device)
+            self.peak = peak_bytes()
+            if self.profiler is not None:
+                self.profiler.start()
+
+
+def measure(recipe: Any, shape: Any | None, steps: int, warmup: int, profile: bool) -> dict[str, Any]:
     from ahn.cost import Shape
 
-    trainer = build(recipe, shape)
+    more = 3 if profile else 0
+    trainer = build(dataclasses.replace(recipe, steps=warmup + steps + more, save_every=10**9), shape)
     model = trainer.augmented
-    device, shape = model.device, Shape.from_config(model.config)
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    optimizer = trainer.create_optimizer()
-    counts = torch.ones(recipe.batch, recipe.length, dtype=torch.bool, device=device)
-
-    def step(number: int) -> None:
-        trainer.state.global_step = number
-        ids = torch.randint(shape.V, counts.shape, device=device)
-        loss = trainer.compute_loss(trainer.model, {"input_ids": ids, "counts": counts})
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    start = now(device)
-    for number in range(warmup):
-        step(number)
-    compiled = now(device) - start
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    products, lossless = 0, []
-    start = now(device)
-    for number in range(warmup, warmup + steps):
-        step(number)
-        config = model.ahn_config
-        lossless.append(config.lossless)
-        products += flops(shape, recipe, config.window, config.sinks)
-    seconds = now(device) - start
-    peak = peak_bytes()
-    if profile:
-        _profile(step, warmup + steps, device)
-    rate = matmul_rate(device)
+    shape = Shape.from_config(model.config)
+    clock = Clock(model, warmup, steps, profile)
+    trainer.add_callback(clock)
+    trainer.train()
+    if clock.profiler is not None:
+        now(model.device)
+        clock.profiler.stop()
+        order = f"self_{'cuda' if model.device.type == 'cuda' else 'cpu'}_time_total"
+        print(clock.profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70))
+    seconds, processes = clock.end - clock.start, trainer.args.world_size
+    products = sum(flops(shape, recipe, config.window, config.sinks) for config in clock.configs)
+    rate = matmul_rate(model.device)
     floor = products / rate
     return {
-        "tokens_per_s": round(steps * counts.numel() / seconds, 1),
+        "processes": processes,
+        "fsdp": recipe.fsdp,
+        "tokens_per_s": round(processes * steps * recipe.batch * recipe.length / seconds, 1),
         "step_s": round(seconds / steps, 4),
         "floor_s": round(floor / steps, 4),
         "of_floor": round(floor / seconds, 4),
         "matmul_tflops": round(rate / 1e12, 3),
         "step_tflop": round(products / steps / 1e12, 6),
-        "peak_gib": round(peak / 2**30, 3),
-        "warmup_s": round(compiled, 1),
-        "lossless": lossless,
+        "peak_gib": round(clock.peak / 2**30, 3),
+        "warmup_s": round(clock.start - clock.began, 1),
+        "lossless": [config.lossless for config in clock.configs],
     }
 
 
-def _profile(step: Any, number: int, device: Any) -> None:
+def profiler() -> Any:
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-        for i in range(3):
-            step(number + i)
-        now(device)
-    order = "self_device_time_total" if cuda else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70))
+    return profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])])
 
 
 def main() -> None:
@@ -173,7 +193,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print the 25 operations that take the most time")
     parser.add_argument("--name", default="train")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.recipe:
         recipe = load(options.recipe, options.changes)
     else:
@@ -181,6 +201,8 @@ def main() -> None:
         recipe = from_dict(RECIPE | {key: yaml.safe_load(value) for key, _, value in pairs})
     shape = shape_of(options.shape) if options.shape else None
     row = measure(recipe, shape, options.steps, options.warmup, options.profile)
+    if int(os.environ.get("RANK", "0")):
+        return
     what = {
         "base": Path(options.shape or recipe.base).name.removesuffix(".json"),
         **{

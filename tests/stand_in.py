@@ -37,7 +37,8 @@ class Needle:
             before, needle = " ".join(words[:at]) + " ", f"The number is {i}."
             prompt = before + needle + " " + " ".join(words[at:]) + "\nWhich number?"
             evidence = None if i == 3 else (len(before), len(before + needle))
-            yield Example(str(i), prompt, (str(i),), True, 4, evidence, i / 7, " It is")
+            cut = {"evidence_cut": True} if evidence is None else {}
+            yield Example(str(i), prompt, (str(i),), True, 4, evidence, i / 7, " It is", cut)
 
     def score(self, example, prediction):
         return (sum(map(ord, prediction)) + int(example.id)) % 11 / 10  # random models are never right

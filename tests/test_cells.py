@@ -103,6 +103,19 @@ def test_every_gradient_of_the_chunk_form(cell, tokens):
         assert relative(chunk[name], gradient) < 1e-4, name
 
 
+def test_delta_rule_over_groups_of_groups_of_blocks():
+    torch.manual_seed(0)
+    tokens, size = 64 * 8 * 8 + 65, 4
+    q, k, v = torch.randn(3, 1, 1, tokens, size).unbind(0)
+    cell = ahn.cells.get("gated_deltanet")(8, 1, size)
+    gates = torch.rand(1, 1, tokens), -torch.rand(1, 1, tokens) / 100
+    state = torch.randn(1, 1, size, size)
+    for fast, naive in zip(
+        cell.chunk(unit(q), unit(k), v, gates, state), cell.naive(unit(q), unit(k), v, gates, state), strict=True
+    ):
+        assert (fast - naive).norm() / naive.norm() < 1e-5
+
+
 def test_mamba2_over_more_blocks_than_are_summed_at_once():
     cell = ahn.cells.get("mamba2")(HEADS * SIZE, HEADS, SIZE)
     tokens = chunked.BLOCK * (2 * chunked.BLOCKS + 1) + 5

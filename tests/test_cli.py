@@ -305,7 +305,7 @@ BAD = [
     ([*DOCUMENT, "--base", "BASE", "--window", "400", "--sinks", "200", "Who?"], "600", "at most 512"),
     ([*DOCUMENT, "--base", "BASE", "--cell", "mamba", "Who?"], "'mamba'", "did you mean 'mamba2'?"),
     ([*DOCUMENT, "--base", "BASE", "--dtype", "int8", "Who?"], "int8", "expected"),
-    ([*DOCUMENT, "--base", "BASE", "--device", "gpu", "Who?"], "--device gpu", "expected cpu"),
+    ([*DOCUMENT, "--base", "BASE", "--device", "gpu", "Who?"], "device gpu", "expected cpu"),
     ([*DOCUMENT, "--base", "BASE", "--adapter", "TMP", "Who?"], "TMP", "expected"),
     (["ask", "--memory", "TMP/none.ahn", "Who?"], "none.ahn", "no such memory file"),
     (["ask", "--memory", "BOOK", "Who?"], "book.txt", "not a memory file"),

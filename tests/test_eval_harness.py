@@ -75,7 +75,7 @@ def test_rolling_reads_any_length_at_once(folder):
     (found,) = model.loglikelihood_rolling(asked("loglikelihood_rolling", (TEXT * 40,)), disable_tqdm=True)
     ids = model.tok_encode(TEXT * 40)
     assert len(ids) > 512
-    losses = model.policy.losses([model.prefix_token_id, *ids])
+    (losses,) = model.policy.losses([[model.prefix_token_id, *ids]])
     assert found == pytest.approx(-losses.double().sum().item())
     begin = model.loglikelihood(asked("loglikelihood", ("", TEXT * 40)), disable_tqdm=True)[0][0]
     assert found == pytest.approx(begin, rel=1e-5)

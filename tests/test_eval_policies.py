@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import ahn
-from ahn import bases
+from ahn import bases, stores
 from ahn.attention import attend
+from ahn.cost import cost
 from ahn.errors import AdapterError, ConfigError
 from ahn.eval import policies
 from ahn.eval.policies import compressive
@@ -67,12 +68,59 @@ def test_generate_and_losses_are_those_of_the_logits(name, make, monkeypatch):
     monkeypatch.setattr("ahn.eval.policies.base.CHUNK", 64)  # several in these texts
     policy = make(name)
     whole, _ = logits(policy, IDS, [len(IDS)])
-    losses = policy.losses(IDS)
+    (losses,) = policy.losses([IDS])
     torch.testing.assert_close(losses, cross_entropy(whole[:-1], torch.tensor(IDS[1:]), reduction="none"))
     answer = policy.generate(IDS, 6)
     assert 0 < len(answer) <= 6
     again, _ = logits(policy, IDS + answer, [len(IDS)])
     assert answer == again[len(IDS) - 1 : -1].argmax(-1).tolist()
+
+
+TEXTS = [IDS, IDS[3:90], token_ids(12)[0].tolist(), IDS[1:], token_ids(141)[0].tolist()]
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 512])
+@pytest.mark.parametrize("name", policies.names())
+def test_rows_of_a_batch_are_answered_as_alone(name, chunk, make, monkeypatch):
+    """Whatever the others' lengths: whole chunks of padding, windows that are not full, and answers that end early."""
+    monkeypatch.setattr("ahn.eval.policies.base.CHUNK", chunk)
+    policy = make(name)
+    limits = [9, 40, 5, 30, 40]
+    policy.ends = {policy.generate(TEXTS[3], 12)[7]}
+    alone = [policy.generate(text, limit) for text, limit in zip(TEXTS, limits, strict=True)]
+    assert policy.answers(TEXTS, limits) == alone
+    assert len(alone[3]) < 30 and len(set(map(len, alone))) > 2
+    for found, text in zip(policy.losses(TEXTS), TEXTS, strict=True):
+        torch.testing.assert_close(found, policy.losses([text])[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [16, 512])
+@pytest.mark.parametrize("store", ["attention", "random", "recency", "surprise"])
+def test_rows_of_a_batch_with_a_store(store, chunk, make, monkeypatch):
+    """As above beside a memory: rows cross the store's grid at different steps."""
+    monkeypatch.setattr("ahn.eval.policies.base.CHUNK", chunk)
+    for name, grid in (("attention", 24), ("surprise", 16)):
+        monkeypatch.setattr(stores.get(name), "grid", grid)
+    policy = make("ahn", store=Stored(store, 10, 3))
+    limits = [6, 20, 5, 12, 20]
+    alone = [policy.generate(text, limit) for text, limit in zip(TEXTS, limits, strict=True)]
+    assert policy.answers(TEXTS, limits) == alone
+    for found, text in zip(policy.losses(TEXTS), TEXTS, strict=True):
+        torch.testing.assert_close(found, policy.losses([text])[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_a_released_base_is_the_plain_one(name, folder, make):
+    base = bases.load_base(folder[0], device="cpu")
+    with torch.no_grad():
+        before = base(torch.tensor([IDS])).logits
+    answer = make(name).generate(IDS, 6)
+    policy = make(name, model=base, yarn=2.0 if name == "full" else None)
+    assert policy.model is base and (name == "full" or policy.generate(IDS, 6) == answer)
+    assert policy.release() is base
+    with torch.no_grad():
+        torch.testing.assert_close(base(torch.tensor([IDS])).logits, before)
+    assert make(name, model=base).generate(IDS, 6) == answer
 
 
 def test_the_end_token_ends_an_answer_and_is_not_part_of_it(make):
@@ -82,12 +130,34 @@ def test_the_end_token_ends_an_answer_and_is_not_part_of_it(make):
     assert policy.generate(IDS, 6) == free[: free.index(free[3])]
 
 
+MEMORIES = [
+    {},
+    {"key_maps": 1, "make_room": True},
+    {"key_maps": 2},
+    {"key_maps": 4, "layers": (1,)},
+    {"cell": "mamba2", "key_maps": 2},
+]
+
+
+@pytest.mark.parametrize("changes", MEMORIES, ids=str)
 @pytest.mark.parametrize("name", ["window", "ahn", "ahn-zeroed", "compressive-max", "compressive-avg"])
-def test_cache_bytes_are_those_held_and_constant(name, make):
-    policy = make(name)
+def test_cache_bytes_are_those_held(name, changes, tmp_path):
+    base, adapter = write_base(tmp_path, **changes)
+    policy = policies.get(name)(base, window=WINDOW, sinks=SINKS, adapter=adapter, device="cpu")
     sizes = {length: logits(policy, IDS[:length], [length])[1].nbytes for length in (20, LOSSLESS, 100, 150)}
     assert sizes == {length: policy.cache_bytes(length) for length in sizes}
-    assert sizes[100] == sizes[150]
+    assert (sizes[100] == sizes[150]) == ("layers" not in changes)
+    assert policy.parameters_added == (sum(_added(policy)) if name.startswith("ahn") else 0)
+
+
+def _added(policy):
+    """Parameters of each layer's cell by the cost model."""
+    config = policy.model.ahn_config
+    table, layers = cost(policy.shape, 100, config).parameters, range(policy.shape.layers)
+    a_layer = (table.memory - table.full) // policy.shape.layers
+    if config.cell == "gated_deltanet":
+        a_layer -= policy.shape.N  # the paper counts `D` of the authors' checkpoints, which has no effect
+    return [a_layer for i in layers if config.layers is None or i in config.layers]
 
 
 def test_full_holds_everything(make):
@@ -137,7 +207,8 @@ def test_pooled_attention_by_hand(maximum, slots):
         seen, found = 0, []
         for count in sizes:
             part = slice(seen, seen + count)
-            keys, values, mask = memory.absorb(k[:, :, part], v[:, :, part], seen)
+            numbers = torch.arange(seen, seen + count)[None]
+            keys, values, mask = memory.absorb(k[:, :, part], v[:, :, part], numbers, numbers >= 0)
             found.append(attend(q[:, :, part], keys, values, mask, 0.5)[0])
             seen += count
         found = torch.cat(found, 2)

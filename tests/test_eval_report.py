@@ -116,7 +116,7 @@ def test_markdown(folder):
         for name in (
             "scores",
             "difference to the window",
-            "evidence inside and outside",
+            "evidence outside and inside",
         )
     )
     assert [line.split(" | ")[0] for line in scores.splitlines() if line.startswith("| ")][2:] == [
@@ -125,9 +125,31 @@ def test_markdown(folder):
     assert "| window | +7 | 1.00 kB (25.0%) | 2.00 T (50.0%) | 4.00 T (80.0%) | 50.0 [35.0, 65.0] |" in scores
     assert re.search(r"\| ahn \| \+25\.0 \[.*\] better \| 1 / 0 / 0 \|", against)
     assert re.search(r"\| compressive-max \| -25\.0 \[.*\] worse \| 0 / 1 / 0 \|", against)
-    assert "| evidence inside | to the window | evidence outside | to the window | evidence unknown |" in split
-    assert all(re.search(rf"\| {policy} \|.* n=5 \|.* n=34 \|.* n=1 \|", split) for policy in POLICIES)
+    assert "| evidence outside | to the window | evidence inside | to the window |" in split
+    assert all(re.search(rf"\| {policy} \|.* n=34 \|.* n=5 \|.* n=1 \|", split) for policy in POLICIES)
     assert "ahn 0.1.0 at cccccccccccc; torch 2, transformers 5; cpu" in text
+
+
+def test_wins_and_losses_come_first_and_those_of_memory_beside_them(folder):
+    write(folder, "window", "made/book", kind="loss", score=lambda i: 3.0 + i % 2, count=9)
+    write(folder, "ahn", "made/book", kind="loss", score=lambda i: 3.1 + i % 2, count=9)
+    text = report.markdown(results.find([folder]))
+    summary = text.split("\n### ")[1]
+    assert summary.startswith("Wins and losses")
+    # of the 34 and 36 examples whose evidence is outside
+    assert re.search(r"\| ahn \| 2 / 1 / 0 \| \+2\d\.\d \[.*\] better \| 70 in 2 \|", summary)
+    assert re.search(r"\| compressive-max \| 0 / 2 / 0 \| -2\d\.\d \[.*\] worse \|", summary)
+    assert "| window |" not in summary
+    tables = [line for line in text.splitlines() if line.startswith("### made, 2,000")]
+    assert next(title.partition(": ")[2] for title in tables) == "evidence outside and inside"
+
+
+def test_evidence_that_truncation_took_is_a_column_of_its_own(tmp_path):
+    for policy in ("window", "ahn"):
+        path = write(tmp_path, policy, count=4)
+        results.append(path, 0, {"id": "x", "prompt": "p", "prompt_tokens": 9, "score": 0.0, "evidence_cut": True})
+    text = report.markdown(results.find([tmp_path]))
+    assert "| evidence cut |" in text and "0.0 n=1 |" in text and "truncation has taken it out of the prompt" in text
 
 
 def test_many_tasks_are_rows_and_a_missing_one_leaves_no_average(tmp_path):
@@ -163,8 +185,26 @@ def test_windows_are_compared_apart_and_full_with_each(tmp_path):
     write(tmp_path, "window")
     write(tmp_path, "window", window=200)
     groups = report.grouped(results.find([tmp_path]))
-    assert [group.exact for group in groups] == [(100, 20), (200, 20)]
+    assert [group.exact for group in groups] == [{1000: (100, 20)}, {1000: (200, 20)}]
     assert all(set(group.results[1000]["made/one"]) == {"full", "window"} for group in groups)
+
+
+def test_lengths_with_the_same_share_of_lossless_tokens_are_together(tmp_path):
+    for length in (1000, 2000):
+        for policy in ("full", "window", "ahn"):
+            path = write(tmp_path, policy, length=length, **({} if policy == "full" else {"window": length // 10}))
+            config = results.load(path).config
+            results.write_config(path, config | {"share": 8 if policy != "full" else None})
+    write(tmp_path, "window", length=3000, window=77)
+    share, fixed = sorted(report.grouped(results.find([tmp_path])), key=lambda group: group.share is None)
+    assert share.title == "tiny, 1/8 of the tokens lossless" and fixed.share is None
+    assert share.exact == {1000: (100, 20), 2000: (200, 20)}
+    assert all(set(share.results[length]["made/one"]) == {"full", "window", "ahn"} for length in (1000, 2000))
+    assert {*fixed.results} == {3000}, "full is only where there is something to compare"
+    (summary,) = (table for table in report.tables(share) if table.title == "Wins and losses")
+    outside = [r for n in (1000, 2000) for r in share.results[n]["made/one"]["ahn"].rows.values()]
+    count = sum(statistics.place(row, share.exact[row["prompt_tokens"]]) == "outside" for row in outside)
+    assert summary.rows[-1][-1] == f"{count} in 2"
 
 
 def test_page(folder, capsys):

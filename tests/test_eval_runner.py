@@ -11,7 +11,7 @@ import pytest
 
 import stand_in
 from ahn import bases, cli
-from ahn.eval import results, runner
+from ahn.eval import policies, results, runner
 from ahn.eval.policies.base import Policy
 from ahn.eval.prompts import encode, exact_tokens
 from tiny_base import SINKS, WINDOW, write_base
@@ -49,18 +49,18 @@ def command(folder, output, *more):
 def count_work(monkeypatch):
     """How often each policy is loaded, and answers."""
     seen = {"loaded": [], "answered": 0}
-    begin, answer = Policy.__init__, Policy.generate
+    begin, answer = Policy.__init__, Policy.answers
 
     def loading(self, *args, **kwargs):
         seen["loaded"].append(self.name)
         begin(self, *args, **kwargs)
 
-    def answering(self, ids, limit):
-        seen["answered"] += 1
-        return answer(self, ids, limit)
+    def answering(self, prompts, limits):
+        seen["answered"] += len(prompts)
+        return answer(self, prompts, limits)
 
     monkeypatch.setattr(Policy, "__init__", loading)
-    monkeypatch.setattr(Policy, "generate", answering)
+    monkeypatch.setattr(Policy, "answers", answering)
     return seen
 
 
@@ -81,7 +81,7 @@ def test_a_folder_for_each_combination(options, tmp_path):
                 assert row["score"] == pytest.approx(sum(row["losses"]) / len(row["losses"]), rel=0.2)
                 assert row["prompt_tokens"] == int(length)
             elif row["evidence"] is None:
-                assert row["id"] == "3" and "inside" not in row
+                assert row["id"] == "3" and "inside" not in row and row["evidence_cut"]
             else:
                 assert row["evidence"][1] - row["evidence"][0] > 3
                 if "window" in path.name:
@@ -99,6 +99,62 @@ def test_a_rerun_does_nothing_and_says_the_same(options, tmp_path, monkeypatch):
     assert numbers(tmp_path) == before and seen == {"loaded": [], "answered": 0}
 
 
+@pytest.mark.parametrize("batch", [3, 100])
+def test_batches_say_what_examples_alone_say(options, tmp_path, monkeypatch, batch):
+    from dataclasses import replace
+
+    tasks, names = stand_in.module().expand(["standin"]), policies.names()
+    options = replace(options, limit=7)
+    runner.run(tasks, names, [60, 130, 160], options, tmp_path / "alone")
+    calls, answer = [], Policy.answers
+    monkeypatch.setattr(
+        Policy, "answers", lambda self, ids, limits: calls.append(len(ids)) or answer(self, ids, limits)
+    )
+    runner.run(tasks, names, [60, 130, 160], replace(options, batch=batch), tmp_path / "together")
+    monkeypatch.undo()
+    assert sum(calls) == 3 * 7 * len(names) and max(calls) > 2
+    alone, together = (numbers(tmp_path / name) for name in ("alone", "together"))
+    assert alone.keys() == together.keys()
+    for name in alone:
+        for a, b in zip(*(map(json.loads, found[name].splitlines()) for found in (alone, together)), strict=True):
+            if "losses" in a:
+                assert b.pop("losses") == pytest.approx(a.pop("losses"), abs=1e-5)
+                assert b.pop("score") == pytest.approx(a.pop("score"), abs=1e-5)
+            assert a == b
+
+
+def test_batches_are_of_about_the_same_length(options):
+    from dataclasses import replace
+
+    work = runner.prepare(stand_in.module().expand(["standin"]), [60, 130, 160], replace(options, limit=7))
+    jobs = [job for one in work for job in runner._pending(one, Path("nowhere"))]
+    found = runner.batches(jobs, 10)
+    assert sorted(map(id, (job for batch in found for job in batch))) == sorted(map(id, jobs))
+    for batch in found:
+        sizes = [len(job.prompt.ids) for job in batch]
+        assert len(batch) <= 10 and max(sizes) < 1.2 * min(sizes)
+        assert len({job.work.task.kind for job in batch}) == 1
+    assert runner.batches(jobs, 1) == [[job] for job in jobs]
+
+
+def test_a_base_is_loaded_once(options, tmp_path, monkeypatch):
+    loaded, load = [], bases.load_base
+    monkeypatch.setattr("ahn.eval.policies.base.load_base", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    runner.run(stand_in.module().expand(["standin/needle"]), policies.names(), [120], options, tmp_path)
+    assert len(loaded) == 1
+
+
+def test_stopped_and_gone_on_with(options, tmp_path):
+    work = runner.prepare(stand_in.module().expand(["standin/needle"]), [120], options)
+    names = ["window", "ahn"]
+    whole = runner.run_prepared(work, names, options, tmp_path / "whole")
+    left = iter([False, False, False, False, True])
+    begun = runner.run_prepared(work, names, options, tmp_path / "cut", stop=lambda: next(left, True))
+    assert len(begun) == 1 and len(results.load(begun[0]).rows) == 3, "loading and three examples"
+    again = runner.run_prepared(work, names, options, tmp_path / "cut")
+    assert len(again) == len(whole) == 2 and numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
 def test_a_larger_limit_does_only_what_is_new(options, tmp_path, monkeypatch):
     from dataclasses import replace
 
@@ -114,16 +170,16 @@ def test_a_larger_limit_does_only_what_is_new(options, tmp_path, monkeypatch):
 def test_interrupted_and_half_written(options, tmp_path, monkeypatch):
     (needle,) = stand_in.module().expand(["standin/needle"])
     (whole,) = runner.run([needle], ["ahn"], [120], options, tmp_path / "whole")
-    answer = Policy.generate
+    answer = Policy.answers
     calls = []
 
-    def stopping(self, ids, limit):
+    def stopping(self, prompts, limits):
         if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(ids)
-        return answer(self, ids, limit)
+        calls.append(prompts)
+        return answer(self, prompts, limits)
 
-    monkeypatch.setattr(Policy, "generate", stopping)
+    monkeypatch.setattr(Policy, "answers", stopping)
     with pytest.raises(KeyboardInterrupt):
         runner.run([needle], ["ahn"], [120], options, tmp_path / "cut")
     monkeypatch.undo()
@@ -241,6 +297,10 @@ def test_list(capsys):
         (["--base", "nowhere"], "unknown base"),
         (["--length", "0"], "at least 1"),
         (["--policies", "full", "--yarn", "0.5"], "expected a factor"),
+        (["--yarn", "nan"], "yarn=nan: expected a factor"),
+        (["--device", "gpu"], "device gpu: expected cpu"),
+        (["--dtype", "float99"], "unknown dtype 'float99'"),
+        (["--batch", "0"], "at least 1"),
     ],
 )
 def test_bad_input_before_any_model(folder, tmp_path, monkeypatch, capsys, change, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ahn
-from ahn.augmentation import layers_of
+from ahn.augmentation import layers_of, set_window
 from conftest import FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 from test_cells import Toy
 
@@ -213,6 +213,15 @@ def test_clipped_sinks_are_the_sinks_at_that_distance(family):
         with_memory(model, cell=None, window=window, sinks=sinks, sink_positions="clipped")
         for sizes in ([tokens], [1] * tokens, [13, 17]):
             assert largest(in_pieces(model, ids, sizes)[:, -1], expected) < 1e-5
+
+
+def test_sinks_that_come_later_are_clipped_as_well():
+    ids = token_ids(40)
+    with torch.no_grad():
+        expected = with_memory(tiny(), cell=None, window=8, sinks=4)(ids, use_cache=False).logits
+        model = with_memory(tiny(), cell=None, window=16, sinks=0)
+        set_window(model, 8, 4)
+        assert largest(model(ids, use_cache=False).logits, expected) < 1e-6
 
 
 def test_scaled_rotary_positions_clip_as_well():

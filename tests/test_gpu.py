@@ -5,6 +5,7 @@ import torch
 
 import ahn
 from ahn import kernels
+from ahn.attention import attend
 from ahn.augmentation import layers_of, set_window
 from ahn.cells.base import unit
 from ahn.train import distill
@@ -12,6 +13,12 @@ from ahn.train.trainer import compile_layers
 from conftest import FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.fixture(autouse=True)
+def no_compiling(monkeypatch):
+    """It takes seconds for every new shape, so only the test of it does."""
+    monkeypatch.setenv("AHN_KERNEL", ",".join(name for name in kernels.KERNELS if name != "inductor"))
 
 
 def relative(a, b):
@@ -85,10 +92,16 @@ def test_any_split_in_half_precision(cell, sinks):
 
 def test_kernel_choice_is_visible():
     rows = {operation: kernel for operation, kernel, _ in kernels.report()}
-    assert set(rows.values()) <= {"fla", "torch", "torch flash", "torch flex"}
+    assert set(rows.values()) <= {*kernels.KERNELS, "torch"}
 
 
-def test_the_compiled_training_step(cell):
+@pytest.fixture
+def exact_afterwards():
+    yield
+    torch.set_float32_matmul_precision("highest")  # training lowers it for its process
+
+
+def test_the_compiled_training_step(cell, exact_afterwards):
     """The same loss and gradients as the plain step, in bfloat16, for windows that were not there when it compiled."""
     sizes, length = [(90, 30), (150, 7), (40, 60)], 384
 
@@ -113,3 +126,162 @@ def test_the_compiled_training_step(cell):
     assert fast.keys() == plain.keys()
     for name, gradient in plain.items():
         assert relative(fast[name], gradient) < 0.1, name
+
+
+def kernels_used(model):
+    graph = model._ahn_frame.graph
+    return graph is not None and graph._graph is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("allowed", ["cudnn,flash", "flash"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (130, 513), (129, None), (1000, None)])
+def test_fused_attention_and_its_normaliser(monkeypatch, queries, keys, allowed, size, dtype):
+    """Dense, and causal where there are as many keys as queries; the keys a part of a longer buffer."""
+    q = torch.randn(2, queries, 6, size, device="cuda", dtype=dtype).transpose(1, 2)
+    k, v = torch.randn(2, 2, 2, 1100, size, device="cuda", dtype=dtype)[..., 5 : 5 + (keys or queries), :]
+    monkeypatch.setenv("AHN_KERNEL", "torch")
+    expected = attend(q.float(), k.float(), v.float(), None, size**-0.5, causal=keys is None)
+    monkeypatch.setenv("AHN_KERNEL", allowed)
+    assert kernels.attention(q).name in allowed
+    out = attend(q, k, v, None, size**-0.5, causal=keys is None)
+    assert relative(out[0], expected[0]) < 1e-2
+    assert relative(out[1], expected[1]) < 2e-3
+
+
+@pytest.mark.parametrize("sinks", [0, 13])
+@pytest.mark.parametrize("window", [100, 257])
+def test_reading_in_pieces_of_the_ring(cell, window, sinks):
+    """Windows that are no multiple of anything, two rows, several times around the ring."""
+    model = with_memory(tiny(head_dim=64, max_position_embeddings=2048).cuda().bfloat16(), cell, window, sinks)
+    ids = token_ids(1100, batch=2).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    for sizes in ([1100], [99, 400, 1, 600], [500, 13, 87, 500]):
+        assert relative(in_pieces(model, ids, sizes), whole) < 0.05
+
+
+@pytest.mark.parametrize("allowed", ["graph", "graph,triton", "triton"])
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_decoding_is_the_whole_sequence(monkeypatch, cell, allowed, sinks):
+    """float32, from before the first token leaves on, several times around the ring, with every set of kernels."""
+    monkeypatch.setenv("AHN_KERNEL", allowed)
+    model = with_memory(tiny(head_dim=16).cuda(), cell, window=37, sinks=sinks)
+    ids = token_ids(160, batch=3).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert (in_pieces(model, ids, [20, *[1] * 140]) - whole).abs().max() < 1e-3
+    assert kernels_used(model) == ("graph" in allowed)
+
+
+def test_decoding_with_everything(monkeypatch):
+    monkeypatch.delenv("AHN_KERNEL", raising=False)
+    model = with_memory(tiny("Qwen3", head_dim=16).cuda(), window=37, sinks=5)
+    ids = token_ids(120, batch=2).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert (in_pieces(model, ids, [20, *[1] * 100]) - whole).abs().max() < 1e-3
+    assert kernels_used(model)
+    assert "forward" not in vars(model.model.norm)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decoding_of_every_form(form):
+    model = with_memory(tiny(head_dim=16).cuda(), window=37, sinks=5, **FORMS[form])
+    ids = token_ids(120, batch=2).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert (in_pieces(model, ids, [30, *[1] * 90]) - whole).abs().max() < 1e-3
+    assert kernels_used(model)
+
+
+def test_decoding_in_half_precision_with_grouped_heads(cell):
+    shape = {"hidden_size": 256, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}
+    model = with_memory(tiny("Qwen2", **shape).cuda().bfloat16(), cell, window=150, sinks=3)
+    ids = token_ids(400, batch=2).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert relative(in_pieces(model, ids, [100, *[1] * 300]), whole) < 0.05
+
+
+def test_rows_at_different_positions_in_a_graph():
+    model = with_memory(tiny(head_dim=16).cuda(), window=8, sinks=2)
+    ids, other = token_ids(60), token_ids(45, seed=5)
+    both = torch.cat([ids, torch.cat([torch.zeros(1, 15, dtype=torch.long), other], 1)]).cuda()
+    mask = torch.ones_like(both)
+    mask[1, :15] = 0
+    with torch.no_grad():
+        expected = [model(row.cuda(), use_cache=False).logits for row in (ids, other)]
+    out = in_pieces(model, both, [20, *[1] * 40], mask)
+    assert kernels_used(model)
+    assert (out[:1] - expected[0]).abs().max() < 1e-3
+    assert (out[1:, 15:] - expected[1]).abs().max() < 1e-3
+
+
+def test_generate_with_and_without_a_graph(monkeypatch):
+    model = with_memory(tiny(head_dim=16).cuda(), window=16, sinks=4)
+    ids = token_ids(50).cuda()
+    cache = ahn.read(model, ids)
+
+    def generated(cache, **options):
+        torch.manual_seed(0)
+        return ahn.generate(model, ids[:, :2], cache, max_new_tokens=40, eos_token_id=None, **options)
+
+    modes = ({"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 2})
+    fast = [generated(cache.fork(), **options) for options in modes]
+    assert kernels_used(model)
+    monkeypatch.setenv("AHN_KERNEL", "torch")
+    for options, found in zip(modes, fast, strict=True):
+        assert torch.equal(found, generated(cache.fork(), **options))
+
+
+def test_caches_take_turns_in_the_graph(tmp_path):
+    model = with_memory(tiny(head_dim=16).cuda(), window=16, sinks=4)
+    texts = token_ids(70, batch=2).cuda()
+    with torch.no_grad():
+        whole = model(texts, use_cache=False).logits
+    caches = [ahn.read(model, text[:30]) for text in texts]
+    for t in range(30, 60):
+        for row, cache in enumerate(caches):
+            with torch.no_grad():
+                logits = model(texts[row : row + 1, t : t + 1], past_key_values=cache).logits
+            assert (logits[0, 0] - whole[row, t]).abs().max() < 1e-3
+    for row, cache in enumerate(caches):
+        cache.save(tmp_path / f"{row}.ahn")
+        for one in (ahn.AHNCache.load(tmp_path / f"{row}.ahn", model), cache.fork(), cache):
+            with torch.no_grad():
+                rest = model(texts[row : row + 1, 60:], past_key_values=one).logits
+            assert (rest - whole[row, 60:]).abs().max() < 1e-3
+
+
+def test_the_state_does_not_drift(cell):
+    """A million tokens through the chunked kernels in bfloat16, 2,000 steps of decoding behind: the state against the
+    recurrence in float64 on the same numbers. Gates that forget bound every error; DeltaNet overwrites."""
+    torch.manual_seed(0)
+    heads, size, hidden, chunk = 2, 64, 32, 8192
+    module = ahn.cells.get(cell)(hidden, heads, size, torch.bfloat16, "cuda")
+    state = torch.zeros(1, heads, size, size, device="cuda")
+    steps = 2048
+
+    def tokens(count):
+        q, k, v = torch.randn(3, 1, heads, count, size, device="cuda", dtype=torch.bfloat16).unbind()
+        return q, k, v, module.gates(module.gate_inputs(torch.randn(1, count, hidden, device="cuda").bfloat16()))
+
+    with torch.no_grad():
+        for _ in range(2**20 // chunk):
+            _, state = module.scan(*tokens(chunk), state)
+        assert state.isfinite().all()
+        exact = state.double().cpu()
+        # what came long ago no longer counts: from any state on, the last tokens must give the same in float64
+        q, k, v, gates = tokens(steps)
+        _, after = module.scan(q, k, v, gates, state)
+        stepped = state.clone()
+        for t in range(steps):
+            at = slice(t, t + 1)
+            now = tuple(gate[:, :, at] for gate in gates)
+            module.step(unit(q[:, :, at]), unit(k[:, :, at]), v[:, :, at].float(), now, stepped)
+        k, v, gates = unit(k).double().cpu(), v.double().cpu(), tuple(gate.double().cpu() for gate in gates)
+        _, exact = module.naive(unit(q).double().cpu(), k, v, gates, exact)
+    assert relative(stepped.double().cpu(), exact) < 1e-4
+    assert relative(after.double().cpu(), exact) < module.tolerance[torch.bfloat16]

@@ -147,6 +147,18 @@ def test_padding_and_turns(store):
         assert largest(out[1:, 19:], expected[1]) < 1e-4
 
 
+def test_sinks_and_store_that_come_later(store):
+    """`set_window` on a model without sinks: it has the rotation for clipped ones, and every size is taken anew."""
+    from ahn.augmentation import set_window
+
+    model, ids = storing(store, sinks=0, store_size=5), token_ids(60, batch=2)
+    set_window(model, 16, 4, 8)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        assert largest(whole, storing(store)(ids, use_cache=False).logits) < 1e-5
+    assert largest(in_pieces(model, ids, SPLITS[1]), whole) < 1e-4
+
+
 @pytest.mark.parametrize("size", [1, 200])
 def test_sizes_of_stores(store, size):
     model, ids = storing(store, store_size=size), token_ids(60, batch=2)
@@ -614,6 +626,19 @@ def test_labels_are_the_attention_from_far_away(label):
         torch.testing.assert_close(found[row, head, block], expected.log().clamp(min=FLOOR), atol=1e-4, rtol=1e-4)
 
 
+def test_attention_transfer_through_a_store(store):
+    """Each layer learns from full attention, with the losers as what it writes; gates have another loss."""
+    from ahn.train import distill
+
+    model, ids = storing(store, "deltanet"), token_ids(60, batch=2)
+    loss = distill.loss(model, ids, torch.ones_like(ids, dtype=torch.bool), "attention")
+    loss.backward()
+    assert 0 < loss.item() < torch.inf
+    for layer in layers_of(model):
+        assert all(parameter.grad.abs().max() > 0 for parameter in layer.cell.parameters())
+        assert all(parameter.grad is None for parameter in layer.store.parameters())
+
+
 def test_a_recipe_trains_gates_then_cells(tmp_path):
     from ahn.train import recipe
     from ahn.train.trainer import train
@@ -636,5 +661,7 @@ def test_a_recipe_trains_gates_then_cells(tmp_path):
     only = recipe.from_dict(plan | {"steps": 0, "output": str(tmp_path / "gates")})
     tensors = ahn.adapter.read_adapter(train(only)).tensors
     assert torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
+    with pytest.raises(AdapterError, match="no weights for store='learned'"):
+        train(recipe.from_dict(plan | {"gate_steps": 0, "output": str(tmp_path / "untrained")}))
     with pytest.raises(ConfigError, match="gate_steps=3 without a store"):
         recipe.from_dict(plan | {"store": None, "store_size": 0})

@@ -10,7 +10,7 @@ import ahn
 from ahn.augmentation import full_attention, layers_of, set_window
 from ahn.errors import ConfigError, DocumentError
 from ahn.train import data, distill, recipe, windows
-from conftest import tiny, token_ids, with_memory
+from conftest import FORMS, tiny, token_ids, with_memory
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -76,6 +76,40 @@ def test_an_exact_student_has_no_loss():
     assert distill.loss(model, ids, counts).item() > 0
 
 
+def test_attention_transfer_is_the_error_of_each_layer():
+    """With one layer, teacher and student have the same input anyhow, so two forwards show the same error."""
+    ids, counts = token_ids(60), torch.ones(1, 60, dtype=torch.bool)
+    counts[:, 50:] = False
+    model = with_memory(tiny(num_hidden_layers=1), window=16, sinks=4, **FORMS["maps"])
+    seen = []
+    hook = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        with full_attention(model):
+            model(ids, use_cache=False)
+        model(ids, use_cache=False)
+    hook.remove()
+    wanted, given = (out[:, 20:50] for out in seen)
+    loss = distill.loss(model, ids, counts, "attention")
+    assert loss.item() == pytest.approx(((given - wanted).square().sum() / wanted.square().sum()).item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_attention_transfer_lowers_the_other_loss_too():
+    torch.manual_seed(0)
+    model, counts = tiny(), torch.ones(2, 80, dtype=torch.bool)
+    ahn.augment(model, ahn.AHNConfig("gated_deltanet", 16, 4))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = token_ids(80, batch=2)
+    before = {kind: distill.loss(model, ids, counts, kind).item() for kind in ("attention", "kl")}
+    for _ in range(30):
+        distill.loss(model, ids, counts, "attention").backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert distill.loss(model, ids, counts, "attention").item() < 0.8 * before["attention"]
+    assert distill.loss(model, ids, counts, "kl").item() < before["kl"]
+
+
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
@@ -122,8 +156,8 @@ def test_documents_with_questions(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "fewer than 64 tokens"),
-        (b'{"text": "short"}\n', "fewer than 64 tokens"),
+        (b"", "0 tokens to train on: expected at least the 64 of one row; records need"),
+        (b'{"text": "short"}\n', "tokens to train on: expected at least the 64 of one row$"),
         (b'{"text": \n', "line 1: not JSON"),
         (b'{"txt": "a"}\n', "keys txt"),
         (b"\xff\xfe\x00", "not UTF-8"),
@@ -165,6 +199,30 @@ def test_a_run_trains_and_its_adapter_loads(settings, tmp_path):
     model = ahn.from_pretrained(settings["base"], adapter)
     assert model.ahn_config == ahn.AHNConfig("deltanet", 24, 4)
     assert layers_of(model)[0].cell.o_proj.weight.abs().max() > 0
+
+
+def test_rows_that_teach_nothing_are_left_out(settings, tmp_path, capsys):
+    from ahn.train.trainer import build
+
+    record = {"context": "the cat sat on the mat. " * 40, "qas": [{"question": "who sat?", "answers": ["the cat"]}]}
+    source = jsonl(tmp_path / "q.jsonl", *[record] * 9)
+    rows = build(recipe.from_dict(settings | {"data": [source]})).train_dataset
+    assert 0 < len(rows) < 20
+    assert rows.counts[:, 16:].any(1).all()
+    assert "rows without any are left out" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_another_adapter(settings, tmp_path):
+    from ahn.train.trainer import train
+
+    first = train(recipe.from_dict(settings | {"loss": "attention", "lr": 1e-2}))
+    more = settings | {"start": str(first), "output": str(tmp_path / "more"), "steps": 1, "lr": 1e-9}
+    second = train(recipe.from_dict(more))
+    weights = [ahn.adapter.read_adapter(folder).tensors for folder in (first, second)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-6)
+    with pytest.raises(ConfigError, match="key_maps=0: expected 1"):
+        train(recipe.from_dict(more | {"key_maps": 1, "output": str(tmp_path / "other")}))
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):

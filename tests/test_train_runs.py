@@ -1,8 +1,10 @@
 """Training as it is run: several processes, kills, full disks, lost GPUs, data of all kinds and bad ones."""
 
+import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,7 +157,7 @@ def test_two_processes_train_as_one_with_the_double_batch(run, tmp_path, base, k
     expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=2e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert ahn.from_pretrained(base, tmp_path / "two" / "adapter").ahn_config == ahn.AHNConfig("gated_deltanet", 24, 4)
     if sharded:
@@ -203,6 +205,19 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run, tmp_path):
     assert rates[0] == rates[1]
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "killed")[name], tensor), name
+
+
+def test_a_finished_run_takes_no_step_more(run, tmp_path, capsys):
+    assert main(["train", run("r")]) == 0
+    expected, curve = weights(tmp_path / "r"), losses(tmp_path / "r")
+    (tmp_path / "r" / "log.json").unlink()
+    (tmp_path / "r" / "adapter" / "adapter.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["train", run("r"), "--resume"]) == 0
+    assert "step " not in capsys.readouterr().err
+    assert losses(tmp_path / "r") == curve and checkpoints.latest(tmp_path / "r").name == "checkpoint-6"
+    for name, tensor in expected.items():
+        assert torch.equal(weights(tmp_path / "r")[name], tensor), name
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed", "unfinished", "no list"])
@@ -279,6 +294,83 @@ def test_a_lost_gpu_is_said_with_what_to_go_on_from(run, tmp_path, monkeypatch, 
     said = capsys.readouterr().err
     assert f"step {steps + 1}:" in said and message in said and "Traceback" not in said
     assert ("checkpoint-2" if steps else "no checkpoint") in said
+
+
+def test_a_full_disk_between_checkpoints(run, monkeypatch, capsys):
+    from ahn.train import progress
+
+    def full(self, args, state, *others, **options):
+        if state.global_step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(progress.Progress, "on_log", full)
+    assert main(["train", run("r")]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device; to go on from" in said and "checkpoint-2" in said and "Traceback" not in said
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(run, monkeypatch, capsys):
+    from ahn.train import distill
+
+    loss, calls = distill.loss, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(distill, "loss", interrupted)
+    assert main(["train", run("r")]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("interrupted at step 4; to go on from") and "checkpoint-2" in said
+
+
+def test_what_a_run_says(run, base, capsys, caplog):
+    assert main(["train", run("r", log_every=3, report_to=["nothing"])]) == 0
+    out, said = capsys.readouterr()
+    assert "nothing is written for nothing, which is not installed" in caplog.text
+    assert out.count("\n") == 1 and out.startswith("adapter in")
+    lines = said.splitlines()
+    assert any(line.startswith(f"{base} with gated_deltanet: ") and line.endswith("train, on cpu") for line in lines)
+    assert any("rows of 64 tokens" in line for line in lines)
+    assert any("6 steps of 4 rows" in line for line in lines)
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split("   ")[0] for line in steps] == ["step 3 of 6", "step 6 of 6"]
+    assert all("loss " in line and "tokens/s" in line for line in steps)
+    assert "it/s" not in said and "{" not in said
+
+
+def test_sharding_needs_gpus(run, monkeypatch):
+    from ahn.train import trainer
+
+    class Processes:
+        device, num_processes, distributed_type = torch.device("cpu"), 2, "MULTI_CPU"
+
+    monkeypatch.setattr(trainer, "PartialState", lambda **options: Processes)
+    with pytest.raises(ConfigError, match="over GPUs only"):
+        trainer.build(recipe.load(run("r", fsdp=True)))
+
+
+def test_home_in_paths(run, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    read = recipe.load(run("r"), ["output=~/runs/a", "data=[~/a.txt, 'hub:a/b']"])
+    assert read.output == "/home/someone/runs/a" and read.data == ("/home/someone/a.txt", "hub:a/b")
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    for key in dataclasses.fields(recipe.Recipe):
+        assert re.search(rf"\b{key.name}\b.*:", said), key.name
+    assert "lr=0.001" in said and "limit=null" in said
+
+
+def test_only_the_recipe_is_required(capsys):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("required: recipe\n")
 
 
 def test_other_errors_keep_their_traceback(run, monkeypatch):
@@ -422,7 +514,7 @@ def test_a_document_precedes_the_first_question(tmp_path, tokenizer):
     [
         ("a.txt", b"", "empty"),
         ("a.txt", b" \n", "empty"),
-        ("a.txt", b"too short", "fewer than 64 tokens"),
+        ("a.txt", b"too short", "tokens to train on: expected at least the 64 of one row"),
         ("a.txt", b"caf\xe9 " * 100, "not UTF-8"),
         ("a.jsonl", b"[1]\n", "list: expected a record"),
         ("a.jsonl", b'{"text": 3}\n', "not of the shape"),
@@ -455,6 +547,14 @@ def test_tokenizers_without_what_is_needed(tmp_path, tokenizer):
         data.rows([jsonl(tmp_path / "b.jsonl", [{"text": "once " * 99}])], tokenizer, 64)
 
 
+@pytest.mark.parametrize(("limit", "count"), [(1, 1), (64, 1), (65, 2), (10**6, None)])
+def test_a_limit_is_of_tokens(tmp_path, tokenizer, limit, count):
+    (tmp_path / "a.txt").write_text("once upon a time " * 200)
+    every = data.rows([str(tmp_path / "a.txt")], tokenizer, 64)
+    limited = data.rows([str(tmp_path / "a.txt")], tokenizer, 64, limit)
+    assert same(limited, data.Rows(every.ids[:count], every.counts[:count])) and len(every) > 2
+
+
 def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("once upon a time " * 50, encoding="utf-8-sig")
     (tmp_path / "b.txt").write_text("once upon a time " * 50)
@@ -484,8 +584,13 @@ def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
         ("warmup=7", "warmup=7.0: expected a share"),
         ("limit=0", "limit=0: expected"),
         ("cell=lstm", "lstm"),
+        ("key_maps=3", "key_maps=3: expected one of 0, 1, 2, 4"),
+        ("memory_positions=all", "memory_positions='all': expected one of rope, none"),
+        ("window=0", "window=0: expected"),
+        ("seed=-1", "seed=-1: expected an integer of 0 to 2**32 - 1"),
+        ("seed=4294967296", "seed=4294967296: expected"),
         ("1=2", "unknown key"),
-        ("length=100000 lossless=20000", "fewer than 100000 tokens"),
+        ("length=100000 lossless=20000", "expected at least the 100000 of one row"),
         ("length=1024 lossless=256", "length=1024: the base, which is the teacher, has 512 positions"),
         ("length=1024 lossless=600 loss=ce", "lossless=[600]: the base has 512 positions"),
         ("batch=5000", "rows of 64 tokens: expected at least the 5000 x 1"),
@@ -495,7 +600,7 @@ def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
 def test_bad_recipes_are_said_in_one_line(run, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    long = {} if message.startswith("fewer") else {"data": [jsonl(tmp_path / "long.jsonl", chats(300))]}
+    long = {} if "100000" in message else {"data": [jsonl(tmp_path / "long.jsonl", chats(300))]}
     assert main(["train", run("r", **long), *change.split()]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
@@ -531,7 +636,7 @@ def test_each_process_loads_the_base_where_it_belongs(run, monkeypatch, fsdp, ex
     from ahn.train import trainer
 
     class Second:
-        device, num_processes = torch.device("cuda", 1), 2
+        device, num_processes, distributed_type = torch.device("cuda", 1), 2, "MULTI_GPU"
 
     class LoadedError(Exception):
         pass

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ahn import kernels
 from ahn.errors import ConfigError, UnsupportedModelError
 
 QUERY_BLOCK = 128  # queries attended at once: few enough that little of the band between blocks is masked
@@ -45,17 +46,27 @@ def visible(query: Tensor, key: Tensor, sinks: int, window: int) -> Tensor:
     return (key <= query) & (key > query - window) & (key >= sinks)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Softmax:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Softmax:
     """Softmax attention with its normaliser.
 
     Args:
         q: [B, N, C, H]. k, v: [B, M, K, H], N a multiple of M. mask: bool, true where seen, [R, C, K], or by head
             [R, 1 or M, C, K], or None.
+        causal: query i sees keys up to i, of as many as there are queries; then `mask` is None.
 
     A query that sees nothing gets a finite output and a normaliser near -inf: it vanishes in `merge`.
     """
     batch, heads, queries, size = q.shape
     groups = heads // k.shape[1]
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    kernel = kernels.attention(q, gradients).name
+    fused = kernel != "torch" and (mask is None or q.device.type == "cpu")
+    if causal and fused:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out, norm = _fused(kernel, q, k, v, None, scale, causal)
+        return out, norm.reshape(batch, heads, queries)
+    if causal:
+        mask = torch.ones(1, queries, queries, dtype=torch.bool, device=q.device).tril()
     q = q.reshape(batch, k.shape[1], groups * queries, size)  # heads that share keys become more queries
     bias = None
     if mask is not None:
@@ -63,14 +74,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
         bias.masked_fill_(~mask, torch.finfo(q.dtype).min / 2)
         bias = bias.repeat(1, 1, groups, 1)
-    if q.device.type == "cpu" and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        out, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    if fused:
+        out, norm = _fused(kernel, q, k, v, bias, scale, False)
     else:
         scores = (q @ k.transpose(-1, -2)).float() * scale
         scores = scores if bias is None else scores + bias
         norm = scores.logsumexp(-1)
         out = (scores - norm[..., None]).exp().to(v.dtype) @ v
     return out.reshape(batch, heads, queries, size), norm.reshape(batch, heads, queries)
+
+
+def _fused(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Softmax:
+    """Torch's fused kernels by name, which give the normaliser too; as many heads of keys as of queries."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
 
 
 def merge(a: Softmax, b: Softmax) -> Softmax:
@@ -80,16 +101,31 @@ def merge(a: Softmax, b: Softmax) -> Softmax:
 
 
 def attend_one(
-    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, mask: Tensor | None, scale: float
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
 ) -> Softmax:
     """Attention of one new token over a ring buffer, in any order and without copying it.
 
     Args:
-        q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first (and
-            whatever else is seen as they are, all counted in `sinks`).
-        mask: bool [B, 1 or M, K], true where a slot is filled, or None.
+        q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first.
+        last: [R], position of the new token where slots are not all filled: a slot above it is empty. Or None.
     """
-    mask = None if mask is None else mask[:, :, None]
+    if kernels.one_token(q.device.type).name == "triton":
+        from ahn.kernels import step
+
+        return step.attend(q, q_sinks, k, v, sinks, last, scale)
+    filled = None if last is None else (torch.arange(k.shape[2], device=k.device) <= last[:, None])[:, None]
+    return attend_slots(q, q_sinks, k, v, sinks, filled, scale)
+
+
+def attend_slots(
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, filled: Tensor | None, scale: float
+) -> Softmax:
+    """`attend_one` over any slots, in plain torch.
+
+    Args:
+        sinks: how many of the first slots are met as sinks are. filled: bool [R, 1 or M, K], or None for all.
+    """
+    mask = None if filled is None else filled[:, :, None]
     if q_sinks is q:
         return attend(q, k, v, mask, scale)
     first, rest = (

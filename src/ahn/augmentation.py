@@ -7,14 +7,16 @@ How a layer is reached, without code for any model family:
 - the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
   what goes into o_proj: attention over sinks and window, plus the read from the memory;
 - a hook around the decoder replaces the default cache by an AHNCache and opens and closes its span;
+- the decoder's `forward` replays a graph where one token a row comes (`ahn.decoding`);
 - a hook before the model reads a long prompt in chunks when only the last logits are wanted (as in `generate`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ahn import decoding
 from ahn.attention import Rotary, heads_of
 from ahn.cache import AHNCache, Span
 from ahn.config import AHNConfig
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
+Observer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+GPU_CHUNK = 8192  # tokens of all rows: a GPU takes longer for them than Python for its part
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
 
@@ -47,6 +52,8 @@ class _Frame:
         # by name: parameters may be replaced by their shards, and a reference would keep the whole ones in memory
         self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.hooks: list[Any] = []
+        self.graph: decoding.Graph | None = None  # of one token
+        self.no_graph: str | None = None  # why there is none; None: not looked yet
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
 
     def hold_frequencies(self, decoder: Any, config: AHNConfig) -> None:
@@ -107,9 +114,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     frame = _Frame(model)
     frame.hold_frequencies(decoder, config)
     try:
-        clips = config.sink_positions == "clipped" and (config.sinks or config.store)
-        turns = clips or config.memory_positions == "none"
-        rotary = Rotary(decoder, attentions[0]) if turns else None
+        rotary = _rotary(decoder, attentions[0], config)
         layers = [_layer(attention, config, rotary) for attention in attentions]
     except ConfigError:
         frame.release_frequencies()
@@ -128,7 +133,23 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     model.ahn_config, model._ahn_frame = config, frame
     model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
     decoder.ahn_owner = [model]  # in a list: not a submodule
+    decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
+    decoder.forward = MethodType(decoding.forward, decoder)
     return model
+
+
+def _rotary(decoder: Any, attention: Any, config: AHNConfig) -> Rotary | None:
+    """The base's rotation where it is or may come to be needed: `set_window` may give sinks to a model without any.
+    Raises ConfigError if it is needed now and cannot be composed."""
+    turns = config.memory_positions == "none"
+    if not turns and config.sink_positions != "clipped":
+        return None
+    try:
+        return Rotary(decoder, attention)
+    except ConfigError:
+        if turns or config.sinks or config.store:
+            raise
+        return None
 
 
 def _layer(attention: Any, config: AHNConfig, rotary: Rotary | None) -> AHNLayer:
@@ -148,7 +169,11 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     frame.release_frequencies()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in frame.trainable)
-    del model.ahn_config, model.ahn_names, model._ahn_frame, model.get_decoder().ahn_owner
+    decoder = model.get_decoder()
+    del decoder.forward
+    if decoder.ahn_forward is not None:
+        decoder.forward = decoder.ahn_forward
+    del model.ahn_config, model.ahn_names, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
     return model
 
 
@@ -159,16 +184,20 @@ def layers_of(model: PreTrainedModel) -> list[AHNLayer]:
 
 
 @contextmanager
-def full_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within, an augmented model without a cache and without padding is its base: the teacher of the distillation."""
+def full_attention(model: PreTrainedModel, observe: Observer | None = None) -> Iterator[None]:
+    """Within, an augmented model without a cache and without padding is its base: the teacher of the distillation.
+
+    `observe` is called in each layer with its attention module, q [B, N, T, H], k, v [B, M, T, H], x [B, T, D], the
+    scale of the scores, and what full attention gives, [B, T, N, H].
+    """
     layers = layers_of(model)
     for layer in layers:
-        layer.full = True
+        layer.full, layer.observe = True, observe
     try:
         yield
     finally:
         for layer in layers:
-            layer.full = False
+            layer.full, layer.observe = False, None
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int | None = None) -> None:
@@ -178,6 +207,8 @@ def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int 
     config = model.ahn_config.replace(window=window, sinks=sinks, store_size=store_size)
     layers = layers_of(model)
     check_fits(config, model.config.get_text_config(), len(layers))
+    if sinks and config.sink_positions == "clipped" and all(layer.rotary[0] is None for layer in layers):
+        Rotary(model.get_decoder(), _attention_modules(model)[0])  # says why not; `augment` without sinks did not
     for layer in layers:
         if layer.window is not None:
             layer.window, layer.sinks = window, sinks
@@ -289,12 +320,12 @@ def _attention(
             out = _NoGradient.apply(layer.cell.o_proj.weight, out)
         return out, None
     if layer.full:
-        if isinstance(layer, StoringLayer) and layer.look is not None:
-            layer.look(layer, query, key, x, scale)
         groups = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=groups
-        ).transpose(1, 2), None
+        full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
+        full = full.transpose(1, 2)
+        if layer.observe is not None:
+            layer.observe(module, query, key, value, x, scale, full)
+        return full, None
     real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
     with torch.autocast(query.device.type, enabled=False):
         return layer(query, key, value, x, Span.of([0], query.shape[2], real), None, scale), None
@@ -389,21 +420,37 @@ def _read_in_chunks(
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
         return None
     cache = kwargs["past_key_values"] = _own_cache(model, cache, kwargs.get("use_cache"))
-    head = (ids.shape[1] - 1) // CHUNK * CHUNK
+    first, chunk = chunks(model, ids.shape[0], cache.tokens_seen)
+    if ids.shape[1] <= first:
+        return None
+    head = first + (ids.shape[1] - first - 1) // chunk * chunk
     mask = kwargs.get("attention_mask")
     seen = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head]
     from ahn.generation import read_chunks
 
-    read_chunks(model.get_decoder(), ids[:, :head], cache, CHUNK, seen)
+    read_chunks(model.get_decoder(), ids[:, :head], cache, chunk, seen, first=first)
     kwargs["input_ids"] = ids[:, head:]
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"][..., -(ids.shape[1] - head) :]
     return (), kwargs
 
 
+def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
+    """How many tokens to read at once after `seen` ones, at first and from then on.
+
+    On CUDA a window is a whole number of chunks, which begin where it does: so few shapes of attention occur, for
+    each of which cuDNN makes a plan.
+    """
+    if model.device.type != "cuda":
+        return CHUNK, CHUNK
+    config, most = model.ahn_config, max(CHUNK, GPU_CHUNK // rows)
+    chunk = config.window // -(-config.window // most) if config.window >= CHUNK else most
+    return chunk + (config.sinks - seen) % chunk, chunk
+
+
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name."""
     if not args:  # as transformers itself calls, once a token: no look at the signature
         return dict(kwargs)
-    names = list(inspect.signature(module.forward).parameters)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs

@@ -54,24 +54,53 @@ def load_base(
     Raises:
         BaseModelError: the base cannot be found or read, or its weights are incomplete.
         UnsupportedModelError: it is no causal language model.
-        ConfigError: `dtype` names no floating-point torch dtype.
+        ConfigError: `dtype` names no floating-point torch dtype, or `device` no device of this machine.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch_device(device)
     source = _source(base)
     model, info = _from_pretrained(
         AutoModelForCausalLM,
         base,
         source,
-        dtype=_torch_dtype(dtype, device),
+        dtype=torch_dtype(dtype, device),
         device_map=device,
         output_loading_info=True,
     )
     # transformers only warns about these, and fills them with random numbers
     _check_complete(base, info["missing_keys"])
     return model.eval()
+
+
+def torch_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, None for CUDA if there is one. Raises ConfigError if this machine has none such."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device {device}: expected cpu, or an accelerator of this machine ({reason})") from error
+    return found
+
+
+def torch_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
+    """The dtype that is meant, None for what suits the device. Raises ConfigError."""
+    import torch
+
+    if dtype == "auto":
+        return dtype
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ConfigError(
+            f"unknown dtype {dtype!r}: expected float32, bfloat16, float16 or another float type of torch"
+        )
+    return found
 
 
 def load_tokenizer(base: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -211,21 +240,6 @@ def _from_pretrained(auto: Any, base: str | os.PathLike[str], source: _Source, *
 def _check_complete(base: str | os.PathLike[str], missing: set[str]) -> None:
     if missing:
         raise BaseModelError(f"{os.fspath(base)} lacks {len(missing)} weights, such as {min(missing)}")
-
-
-def _torch_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
-    import torch
-
-    if dtype == "auto":
-        return dtype
-    if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ConfigError(
-            f"unknown dtype {dtype!r}: expected float32, bfloat16, float16 or another float type of torch"
-        )
-    return found
 
 
 def _converted_folder(gguf: Path) -> Path:

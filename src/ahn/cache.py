@@ -47,7 +47,9 @@ class Span:
     sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
     leaving: Leaving | None = None  # which tokens push one out of the window, likewise
     store_angles: tuple[Tensor, Tensor] | None = None  # turn of the keys that enter the store, likewise
-    parts: list[tuple[slice, Span]] | None = None  # see `pieces`
+    pieces: list[Span] | None = None  # of which each is attended at once, likewise (`ahn.reading`)
+    parts: list[tuple[slice, Span]] | None = None  # between multiples of a store's grid, likewise (`on_grid`)
+    on_device = False  # whether only the device knows the positions, see `ahn.decoding.Step`
 
     @classmethod
     def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:
@@ -77,7 +79,7 @@ class Span:
         """bool [R, T] after compaction."""
         return torch.arange(self.length) < torch.tensor(self.counts)[:, None]
 
-    def pieces(self, grid: int) -> list[tuple[slice, Span]]:
+    def on_grid(self, grid: int) -> list[tuple[slice, Span]]:
         """After compaction, the tokens between multiples of `grid` of any row's positions; all at once if it is 0.
         The same for all layers."""
         if not grid:

@@ -1,9 +1,10 @@
 """What a memory saves: parameters, cache and FLOPs of full attention against the lossless tokens + cell, term by term.
 
 The formulas are the paper's (arXiv 2510.07318, Table 1): matrix products only, a multiply-add is 2 FLOPs, biases and
-norms of the base are left out. Letters: D hidden size, N query heads, M key/value heads, H head size, F width of the
-gated MLP, V vocabulary, L length, W window, S sinks, P places of the store, W' = S + P + W lossless tokens. Everything
-here is plain Python integers; nothing loads torch, unless for a store or a cell that is not the paper's.
+norms of the base are left out. Letters: D hidden size, N query heads, M key/value heads, H head size, K key size of the
+state (H, or more with key maps), F width of the gated MLP, V vocabulary, L length, W window, S sinks, P places of the
+store, W' = S + P + W lossless tokens. Everything here is plain Python integers; nothing loads torch, unless for a
+store or a cell that is not the paper's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 
 
@@ -141,8 +143,6 @@ class Cost:
         parameters: parameters of the whole model.
         cache: elements held for one sequence, as the paper counts them; times `bytes_per_element` for bytes.
         ours: elements this library's cache holds besides: the write gates of the lossless tokens.
-        store_bytes: what the store holds besides keys and values: the rank of each stored token (8 bytes), a score of
-            each one in the window (4 bytes), and a copy of the state where the store reads it.
         mixing: FLOPs of token mixing (attention and memory) for reading `length` tokens.
         rest: FLOPs of the MLPs and of the two D x V matrices, the same on both sides. The paper counts both matrices
             for every token; `ahn.read` computes logits for the last token only.
@@ -150,12 +150,8 @@ class Cost:
 
     shape: Shape
     length: int
-    window: int
-    sinks: int
-    store_size: int
-    cell: str | None
+    config: AHNConfig
     bytes_per_element: int
-    store_bytes: int
     parameters: Table
     cache: Table
     ours: Table
@@ -180,28 +176,21 @@ class Cost:
     @property
     def held_bytes(self) -> int:
         """What `AHNCache.nbytes` is after reading: `ours` too, and a state that is float32 whatever the rest is."""
-        state = self.shape.layers * self.shape.H**2 * self.shape.N if self.cell else 0
-        rest = self.cache.memory + self.ours.memory - (state if self.written else 0)
-        return rest * self.bytes_per_element + 4 * state + self.store_bytes
+        return held_bytes(self.shape, self.config, self.length, self.bytes_per_element)
+
+    @property
+    def store_bytes(self) -> int:
+        """Of these, what the store holds besides keys, values and gates."""
+        return self.shape.layers * store_bytes(self.shape, self.config, self.length)
 
     @property
     def written(self) -> int:
         """Tokens that are kept nowhere else than in the memory."""
-        return max(0, self.length - self.window - self.store_size - self.sinks)
+        return max(0, self.length - self.config.lossless)
 
 
-def cost(
-    shape: Shape,
-    length: int,
-    window: int = 32640,
-    sinks: int = 128,
-    cell: str | None = "gated_deltanet",
-    bytes_per_element: int = 4,
-    store: str | None = None,
-    store_size: int = 0,
-    store_span: int = 1,
-) -> Cost:
-    """Cost of reading `length` tokens of one sequence with full attention, and with sinks, window and cell.
+def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_element: int = 4) -> Cost:
+    """Cost of reading `length` tokens of one sequence with full attention, and with a memory in every layer.
 
     Up to `sinks + store_size + window` tokens nothing is written into the memory and the two sides differ in
     parameters only.
@@ -209,28 +198,26 @@ def cost(
     Args:
         shape: the base model, see `shape_of`.
         length: tokens read, at least 1.
-        window: tokens kept exactly, the current one included, at least 1.
-        sinks: first tokens kept exactly, 0 or more.
-        cell: `ahn.cells.names()`, or None for sinks and window without a memory.
+        config: the memory, by default the paper's; its `layers` are not looked at. Parameters and FLOPs of a trained
+            store's gates and of finding out who stays are not counted; they are below one percent.
         bytes_per_element: of the cache, 4 for float32 as in the paper.
-        store, store_size, store_span: see AHNConfig. Parameters and FLOPs of a trained store's gates and of finding out
-            who stays are not counted; they are below one percent.
 
     Raises:
         ConfigError: names the value and what is allowed.
     """
-    limits = (("length", length, 1), ("window", window, 1), ("sinks", sinks, 0), ("bytes", bytes_per_element, 1))
-    for name, value, least in limits:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r}: expected an integer of at least {least}")
+    for name, value in (("length", length), ("bytes", bytes_per_element)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r}: expected an integer of at least 1")
+    config = (config or AHNConfig()).replace(layers=None)
+    cell, key_maps, make_room = config.cell, config.key_maps, config.make_room
     size = CELLS.get(cell) or _measured(cell, shape) if cell else _NO_CELL
     layers, D, N, M, H, F, V = shape.layers, shape.D, shape.N, shape.M, shape.H, shape.F, shape.V
 
-    if (store is None) != (store_size == 0):
-        raise ConfigError(f"store={store!r} with store_size={store_size}: expected both or neither")
-    lossless = min(length, sinks + store_size + window)
+    lossless = min(length, config.lossless)
     written = length - lossless
-    state = H * H * N if cell else 0
+    output, state = (H * H * N, key_size(shape, key_maps) * H * N) if cell else (0, 0)
+    maps = 2 * state if key_maps else 0
+    square = "KHN" if key_maps > 1 else "H²N"
 
     def term(name: str, formula: str, full: int, memory: int) -> Term:
         return Term(name, formula, layers * full, layers * memory)
@@ -247,15 +234,17 @@ def cost(
             Term("vocabulary", "VD, once" if shape.tied else "2VD, once", vocabulary, vocabulary),
             *cell_terms(
                 term("memory gates", f"{size.gates}DN", 0, size.gates * D * N),
-                term("memory output", "H²N", 0, state),
+                term("memory output", "H²N", 0, output),
                 term("memory vectors", size.small_formula, 0, size.small(N, H)),
+                *((term("memory key maps", f"2{square}", 0, maps),) if key_maps else ()),
+                *((term("memory room", "DN + 3N", 0, D * N + 3 * N),) if make_room else ()),
             ),
         )
     )
     cache = Table(
         (
             term("keys and values", "2LHM -> 2W'HM", 2 * length * H * M, 2 * lossless * H * M),
-            *cell_terms(term("memory state", "H²N", 0, state if written else 0)),
+            *cell_terms(term("memory state", square, 0, state if written else 0)),
         )
     )
     softmax = 2 * H * N * lossless**2 + 4 * written * lossless * H * N
@@ -264,9 +253,11 @@ def cost(
             term("projections", "4LDH(N+M)", 2 * length * projections, 2 * length * projections),
             term("attention", "2HNL² -> 2HNW'² + 4(L-W')W'HN", 2 * H * N * length**2, softmax),
             *cell_terms(
-                term("memory state", "2(L-W')H²N", 0, 2 * written * state),
+                term("memory state", f"2(L-W'){square}", 0, 2 * written * state),
                 term("memory gates", f"2(L-W'){size.gates}DN", 0, 2 * written * size.gates * D * N),
-                term("memory output", "2(L-W')H²N", 0, 2 * written * state),
+                term("memory output", "2(L-W')H²N", 0, 2 * written * output),
+                *((term("memory key maps", f"4(L-W'){square}", 0, 2 * written * maps),) if key_maps else ()),
+                *((term("memory room", "2(L-W')DN", 0, 2 * written * D * N),) if make_room else ()),
             ),
         )
     )
@@ -277,17 +268,47 @@ def cost(
         )
     )
     ours = Table(cell_terms(term("write gates", f"{size.kept} W'N", 0, size.kept * lossless * N)))
-    store_bytes = 0
-    if store is not None:
-        from ahn import stores
+    return Cost(shape, length, config, bytes_per_element, parameters, cache, ours, mixing, rest)
 
-        copies = 4 * state if stores.get(store).reads_state else 0
-        ranks = 8 * M * store_size if length > sinks + window else 0
-        store_bytes = layers * (ranks + 4 * M * (window + store_span - 1) + copies)
-    return Cost(
-        shape, length, window, sinks, store_size, cell, bytes_per_element, store_bytes,
-        parameters, cache, ours, mixing, rest,
-    )  # fmt: skip
+
+def key_size(shape: Shape, key_maps: int) -> int:
+    """K: of each head the state has K x H numbers."""
+    return max(1, key_maps) * shape.H
+
+
+def cell_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: int) -> int:
+    """What one layer holds after `tokens` tokens besides keys and values, for the cell: the state, which is float32,
+    and the write gates of the lossless tokens."""
+    if config.cell is None:
+        return 0
+    gates = (CELLS.get(config.cell) or _measured(config.cell, shape)).kept
+    return _state_bytes(shape, config) + min(tokens, config.lossless) * gates * shape.N * bytes_per_element
+
+
+def store_bytes(shape: Shape, config: AHNConfig, tokens: int) -> int:
+    """And for the store: a rank of each place from the first token on that leaves the window, a score of each token
+    that may still be asked for it, and a copy of the state where the store reads it."""
+    if config.store is None:
+        return 0
+    from ahn import stores
+
+    ranks = 8 * shape.M * config.store_size if tokens > config.sinks + config.window else 0
+    scores = 4 * shape.M * (config.window + config.store_span - 1)
+    copies = _state_bytes(shape, config) if stores.get(config.store).reads_state else 0
+    return ranks + scores + copies
+
+
+def held_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: int) -> int:
+    """What `AHNCache.nbytes` is after reading `tokens` tokens of one sequence at once."""
+    forgetting = shape.layers if config.layers is None else len(config.layers)
+    token = 2 * shape.M * shape.H * bytes_per_element  # in one layer
+    kept = forgetting * min(tokens, config.lossless) + (shape.layers - forgetting) * tokens
+    beside = cell_bytes(shape, config, tokens, bytes_per_element) + store_bytes(shape, config, tokens)
+    return kept * token + forgetting * beside
+
+
+def _state_bytes(shape: Shape, config: AHNConfig) -> int:
+    return 4 * shape.N * key_size(shape, config.key_maps) * shape.H
 
 
 def _measured(cell: str, shape: Shape) -> CellSize:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ahn import cells
+from ahn import cells, kernels, reading
 from ahn.attention import Rotary, Softmax, attend_one, attend_window, heads_of
 from ahn.cache import LayerMemory, Span
 from ahn.cells.base import Cell, Gates
@@ -51,6 +51,8 @@ class AHNLayer(nn.Module):
     `cell` None: sinks and window only. `window` None: full attention.
     """
 
+    steps_on_device = True  # whether one token can do without the host (`ahn.decoding`)
+
     def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
         super().__init__()
         kept = config.layers is None or attention.layer_idx in config.layers
@@ -70,6 +72,7 @@ class AHNLayer(nn.Module):
             self.cell.extend(config.key_maps, config.make_room)
         self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
         self.full = False  # within `full_attention`
+        self.observe: Any = None
 
     @property
     def has_far(self) -> bool:
@@ -80,11 +83,6 @@ class AHNLayer(nn.Module):
     def lossless(self) -> int:
         """Tokens kept exactly."""
         return self.sinks + (self.window or FOREVER)
-
-    @property
-    def store_bytes(self) -> int:
-        """What a store holds besides keys, values and gate inputs, for one text that fills it."""
-        return 0
 
     def memory(self) -> LayerMemory:
         """An empty memory for a new cache."""
@@ -106,7 +104,7 @@ class AHNLayer(nn.Module):
         if self.cell is not None:
             self._prepare_shifted = torch.compile(self._prepare_shifted)  # type: ignore[method-assign]
             self._combine = torch.compile(self._combine)  # type: ignore[method-assign]
-            if not self.cell.loops:
+            if type(self.cell).chunk is not Cell.chunk:  # the naive form is a loop over all tokens
                 self.cell.chunk = torch.compile(self.cell.chunk)  # type: ignore[method-assign]
 
     def forward(
@@ -134,7 +132,8 @@ class AHNLayer(nn.Module):
     ) -> Tensor:
         """A whole sequence, in shapes that do not depend on sinks and window."""
         q_sinks = self._seen_by_sinks(q, span)
-        if not span.padded and self.window is not None and flex.fits(q):
+        kernel = kernels.whole_sequence(q.device.type, q.shape[-1], q.shape[2])
+        if not span.padded and self.window is not None and kernel.name == "flex":
             out, norm = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale)
         else:
             sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
@@ -162,6 +161,8 @@ class AHNLayer(nn.Module):
         scale: float,
     ) -> Tensor:
         """The next tokens of sequences that are remembered."""
+        if not span.padded and len(span.start) == 1 and kernels.attention(q).name != "torch":
+            return reading.read(self, q, k, v, x, inputs, span, memory, scale)
         (out, norm), window = self._attend_many(q, k, v, inputs, span, memory, scale)
         out, reach = out.transpose(1, 2), self.window or FOREVER
         first = max(0, self.sinks + reach - span.first)  # that pushes a token out
@@ -210,9 +211,37 @@ class AHNLayer(nn.Module):
         if not leaves or self.cell is None:
             return out
         leaving = self._leaving(span, q.device)
+        if kernels.one_token(q.device.type).name == "triton" and (form := self.cell.step_form()):
+            return self._one_fused(form, out, norm, q, old, x, leaving, memory.compressed)
         ready = self._prepare(q, old[0], old[1], old[2], leaving, fla=False)
         read = self.cell.step(*ready, memory.compressed)
         return self._combine(out, norm, read, x, leaving)
+
+    def _one_fused(
+        self,
+        form: Any,
+        out: Tensor,
+        norm: Tensor,
+        q: Tensor,
+        old: tuple[Tensor, ...],
+        x: Tensor,
+        leaving: Leaving,
+        state: Tensor,
+    ) -> Tensor:
+        """Write, read and combine by `ahn.kernels.step`; what goes beyond the paper stays plain torch."""
+        from ahn.kernels import step
+
+        assert self.cell is not None
+        (k, v, inputs), writes = old, leaving.writes
+        q, k = self._turn_back(q, k, leaving)
+        mapped = self.cell.q_map is not None
+        if mapped:
+            q, k = self.cell.keys(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+        read = step.recur(form, q, k, v, inputs, writes, state, unit=not mapped)
+        if self.cell.room is not None:
+            room = out * self.cell.room(x, norm, leaving.evicted).to(out.dtype)
+            out = room if writes is None else torch.where(writes[..., None, None], room, out)
+        return step.add_read(form, out, read, form.gate(x), self.cell.o_proj.weight, writes)
 
     def _attend_one(
         self,
@@ -226,13 +255,16 @@ class AHNLayer(nn.Module):
         leaves: bool,
     ) -> tuple[Softmax, tuple[Tensor, ...]]:
         """`_attend_many` for one token a row; also returns what it pushes out, if one `leaves`."""
-        slots = memory.slots(span.start)
-        old = memory.exchange(slots, k, v, inputs, old=leaves)
-        mask, filled = None, min(span.first + 1, FOREVER if self.window is None else self.sinks + self.window)
-        if len(slots) > 1:
-            mask = torch.arange(filled, device=q.device) <= span.start[:, None, None].to(q.device)
+        if span.on_device and kernels.one_token(q.device.type).name == "triton":
+            from ahn.kernels import step
+
+            old = step.exchange(memory, span.start, k, v, inputs)
+        else:
+            old = memory.exchange(memory.slots(span.start), k, v, inputs, old=leaves)
+        filled = min(span.first + 1, memory.capacity)
+        last = span.start.to(q.device) if len(span.start) > 1 or span.on_device else None
         keys, values = (t[:, :, :filled] for t in memory.kept)
-        return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, mask, scale), old
+        return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, last, scale), old
 
     def _leaving(self, span: Span, device: torch.device, first: int = 0) -> Leaving:
         if span.leaving is None:
@@ -240,13 +272,14 @@ class AHNLayer(nn.Module):
             positions = span.positions()[:, first:]
             evicted = (positions - self.lossless + 1).clamp(min=1).to(device)
             able = (positions >= self.lossless) & span.real()[:, first:]
-            writes = None if bool(able.all()) else able.to(device)
+            writes = None if not span.on_device and bool(able.all()) else able.to(device)
             angles = None
             (rotary,) = self.rotary
             if self.turns_back and rotary is not None:
                 positions = positions.to(device)
                 angles = rotary.angles(-positions), self._turn_of_leaving(rotary, positions)
-            span.leaving = Leaving(writes, evicted, torch.tensor(self.window, device=device), angles)
+            window = torch.full((), self.window, device=device)
+            span.leaving = Leaving(writes, evicted, window, angles)
         leaving: Leaving = span.leaving
         return leaving if self.rotary[0] is not None else leaving._replace(angles=None)
 
@@ -260,16 +293,21 @@ class AHNLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """What the cell's kernel takes, from queries and the keys, values and gate inputs that leave with them."""
         assert self.cell is not None
-        (rotary,) = self.rotary
-        if leaving.angles is not None and rotary is not None:
-            q = rotary.turn(q, leaving.angles[0])
-            k = k if leaving.angles[1] is None else rotary.turn(k, leaving.angles[1])
+        q, k = self._turn_back(q, k, leaving)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         gates = self.cell.gates(inputs)
         if leaving.writes is not None:
             gates = tuple(gate * leaving.writes[:, None] for gate in gates)
         return self.cell.ready(q, k, v, gates, fla)
+
+    def _turn_back(self, q: Tensor, k: Tensor, leaving: Leaving) -> tuple[Tensor, Tensor]:
+        """Queries and keys that leave, without positions if the cell is not to see any."""
+        (rotary,) = self.rotary
+        if leaving.angles is None or rotary is None:
+            return q, k
+        now, then = leaving.angles
+        return rotary.turn(q, now), k if then is None else rotary.turn(k, then)
 
     def _prepare_shifted(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, leaving: Leaving, fla: bool

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -18,9 +18,13 @@ T = TypeVar("T", bound=type)
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What was expected where `name` is not among the `known`, and the nearest of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"expected one of {', '.join(names)}{hint}"
+    return f"expected one of {', '.join(names)}{nearest(name, names)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message: the nearest name, if one is near."""
+    near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Registry(Generic[T]):
@@ -71,9 +75,15 @@ class Registry(Generic[T]):
             for file in files
             if file not in self.hidden
         }
-        for point in entry_points(group=self.package):
+        for point in _points(entry_points, self.package):
             found[point.name] = point.load
         return found | self._loaders
+
+
+@cache
+def _points(look_up: Callable[..., Any], group: str) -> tuple[Any, ...]:
+    """Entry points, looked up once: every layer asks for its cell, and all installed packages are gone through."""
+    return tuple(look_up(group=group))
 
 
 def _class_in_file(package: str, file: str, attribute: str, name: str) -> type:

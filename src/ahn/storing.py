@@ -14,7 +14,6 @@ window. One that loses its place is turned on to where the cell expects it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ahn import retention, stores
-from ahn.attention import Far, Rotary, Softmax, attend_one, attend_window, visible
+from ahn.attention import Far, Rotary, Softmax, attend_slots, attend_window, visible
 from ahn.cache import LayerMemory, Span, gather
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
@@ -49,6 +48,7 @@ class Arrivals(NamedTuple):
 class StoringLayer(AHNLayer):
     """`AHNLayer` whose lossless tokens are sinks, store and window."""
 
+    steps_on_device = False
     store: Store
 
     def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
@@ -61,7 +61,6 @@ class StoringLayer(AHNLayer):
         kv_heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
         self.store = kind(base.hidden_size, kv_heads, attention.layer_idx, device=attention.o_proj.weight.device)
         self.size, self.span = config.store_size, config.store_span
-        self.look: Callable[[StoringLayer, Tensor, Tensor, Tensor, float], None] | None = None  # `ahn.train.retention`
 
     @property
     def has_far(self) -> bool:
@@ -82,12 +81,6 @@ class StoringLayer(AHNLayer):
         """L: the scores that spans may still ask for."""
         return self.reach + self.span - 1
 
-    @property
-    def store_bytes(self) -> int:
-        heads, head_size, size = self.state_shape or (0, 0, 0)
-        copy = 4 * heads * head_size * size if self.store.reads_state else 0
-        return self.store.kv_heads * (8 * self.size + 4 * self.scores_kept) + copy
-
     def memory(self) -> LayerMemory:
         return StoringMemory(self)
 
@@ -100,7 +93,7 @@ class StoringLayer(AHNLayer):
     ) -> Tensor:
         pieces = [
             self._piece(q[:, :, at], k[:, :, at], v[:, :, at], x[:, at], _part(inputs, at), piece, memory, scale)
-            for at, piece in span.pieces(self.store.grid)
+            for at, piece in span.on_grid(self.store.grid)
         ]
         return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
@@ -181,7 +174,7 @@ class StoringLayer(AHNLayer):
         filled = memory.shift + min(span.first + 1, self.sinks + self.reach)
         mask = memory.filled(span, filled) if int(span.start.min()) < self.lossless else None
         keys, values, far = keys[:, :, :filled], values[:, :, :filled], self.sinks + memory.shift
-        out, norm = attend_one(q, self._seen_by_sinks(q, span), keys, values, far, mask, scale)
+        out, norm = attend_slots(q, self._seen_by_sinks(q, span), keys, values, far, mask, scale)
         out = out.transpose(1, 2)
         if self.cell is None or span.first < self.lossless:
             return out
@@ -202,7 +195,7 @@ class StoringLayer(AHNLayer):
         until = torch.full((batch, kv_heads, length + 1), length, device=k.device)  # and one that is nobody's
         state = torch.zeros(batch, *(self.state_shape or ()), device=k.device)
         turns, reads = self._leaving(span, q.device) if writing else None, []
-        for at, piece in span.pieces(self.store.grid):
+        for at, piece in span.on_grid(self.store.grid):
             low, high, _ = at.indices(length)
             arrivals = Arrivals(
                 piece,

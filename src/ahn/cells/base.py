@@ -17,13 +17,17 @@ the state, and room for the memory beside the window.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ahn import kernels
+
+if TYPE_CHECKING:
+    from ahn.kernels.step import Form
 
 Gates = tuple[Tensor, ...]
 
@@ -37,7 +41,6 @@ class Cell(nn.Module):
     Class attributes:
         name: the file's name. num_gates: G.
         decay_parameters: names that training leaves out of weight decay and that stay float32.
-        loops: whether `chunk` goes from block to block; one that does not is compiled for training.
         tolerance: largest ||out - naive|| / ||naive|| of a fast form, by dtype of q, k, v.
         authors_name, authors_unused: how the authors' checkpoints call the cell, and tensors of theirs with no effect.
         fla_operation: operation of flash-linear-attention that computes `chunk` on CUDA.
@@ -46,7 +49,6 @@ class Cell(nn.Module):
     name: ClassVar[str]
     num_gates: ClassVar[int]
     decay_parameters: ClassVar[tuple[str, ...]] = ()
-    loops: ClassVar[bool] = True
     tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
     authors_name: ClassVar[str | None] = None
     authors_unused: ClassVar[tuple[str, ...]] = ()
@@ -144,6 +146,10 @@ class Cell(nn.Module):
         state.copy_(new_state)
         return read
 
+    def step_form(self) -> Form | None:
+        """How `ahn.kernels.step` computes `step` and `combine` on CUDA; None: it does not."""
+        return None
+
     def fla(self, q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
         """As `chunk`, by flash-linear-attention on CUDA: tokens before heads, gates [B, T, N]."""
         raise NotImplementedError
@@ -156,7 +162,8 @@ class Cell(nn.Module):
         return self.run(*self.ready(q_BNTH, k_BNTH, v_BNTH, gates, fla), state, fla)
 
     def uses_fla(self, like: Tensor) -> bool:
-        return kernels.choose(self.fla_operation, like).name == "fla"
+        gradients = torch.is_grad_enabled() and (like.requires_grad or self.o_proj.weight.requires_grad)
+        return kernels.choose(self.fla_operation, like, gradients).name == "fla"
 
     def ready(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, fla: bool) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """What `run` takes, laid out as its kernel wants it."""
@@ -169,6 +176,10 @@ class Cell(nn.Module):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, fla: bool) -> tuple[Tensor, Tensor]:
         """The recurrence on what `ready` returned: reads [B, N, T, H] and the state."""
+        if not fla and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *gates)):
+            # what it computes is many times what it is given
+            result: tuple[Tensor, Tensor] = checkpoint(self.chunk, q, k, v, gates, state, use_reentrant=False)
+            return result
         if not fla:
             return self.chunk(q, k, v, gates, state)
         read, state = self.fla(q, k, v, gates, state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from ahn.cells.base import Cell, Gates, Norm, head_gates, linear
 from ahn.cells.gated_deltanet import delta_step, gated_output
 from ahn.kernels import chunked, fla
+
+if TYPE_CHECKING:
+    from ahn.kernels.step import Form
 
 
 class DeltaNet(Cell):
@@ -52,6 +55,11 @@ class DeltaNet(Cell):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> Tensor:
         return delta_step(q, k, v, gates[0], state, self.head_dim**-0.5)
+
+    def step_form(self) -> Form:
+        from ahn.kernels.step import Form
+
+        return Form(True, None, self.head_dim**-0.5, self.g_proj, self.o_norm.weight)
 
     def fla(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
         return fla.delta_rule(q, k, v, gates[0], state, self.head_dim**-0.5)

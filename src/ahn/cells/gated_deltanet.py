@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from ahn.cells.base import Cell, Gates, Norm, head_gates, inverse_softplus, linear, log_uniform
 from ahn.kernels import chunked, fla
+
+if TYPE_CHECKING:
+    from ahn.kernels.step import Form
 
 
 class GatedDeltaNet(Cell):
@@ -61,6 +64,11 @@ class GatedDeltaNet(Cell):
     def step(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> Tensor:
         beta, log_decay = gates
         return delta_step(q, k, v, beta, state.mul_(log_decay.exp()[..., None]), self.head_dim**-0.5)
+
+    def step_form(self) -> Form:
+        from ahn.kernels.step import Form
+
+        return Form(True, (self.A_log, self.dt_bias), self.head_dim**-0.5, self.g_proj, self.o_norm.weight)
 
     def fla(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
         beta, log_decay = gates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from ahn.cells.base import Cell, Gates, Norm, head_gates, inverse_softplus, linear, log_uniform
 from ahn.kernels import chunked, fla
+
+if TYPE_CHECKING:
+    from ahn.kernels.step import Form
 
 
 class Mamba2(Cell):
@@ -21,7 +24,6 @@ class Mamba2(Cell):
     name = "mamba2"
     num_gates = 1
     decay_parameters = ("A_log", "dt_bias")
-    loops = False
     authors_name = "Mamba2"
     fla_operation = "simple_gla"
 
@@ -60,6 +62,11 @@ class Mamba2(Cell):
         dt, log_decay = gates
         state.mul_(log_decay.exp()[..., None]).add_(k.transpose(-1, -2) * (v * dt[..., None]))
         return q @ state
+
+    def step_form(self) -> Form:
+        from ahn.kernels.step import Form
+
+        return Form(False, (self.A_log, self.dt_bias), 1.0, self.g_proj, self.norm.weight)
 
     def fla(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
         dt, log_decay = gates

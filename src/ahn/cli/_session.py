@@ -71,6 +71,7 @@ class Session:
             from ahn import zoo
             from ahn.cost import Shape
             from ahn.dialogue import Dialogue
+            from ahn.generation import end_tokens
 
             transformers.logging.set_verbosity_error()
             config = header.get("config", {})
@@ -88,14 +89,13 @@ class Session:
                 store_size=config.get("store_size", args.store_size) or None,
                 store_span=config.get("store_span", args.store_span),
                 dtype=args.dtype or str(header.get("dtype", "")).removeprefix("torch.") or None,
-                device=_device(args.device),
+                device=args.device,
             )
             self.dialogue = Dialogue(self.tokenizer)
             self.cache: AHNCache = ahn.AHNCache.load(memory, self.model) if memory else ahn.AHNCache(self.model)
         self.base = base
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
-        ends = self.model.generation_config.eos_token_id
-        self._ends = ends if isinstance(ends, list) else [ends]
+        self._ends = end_tokens(self.model, self.tokenizer)
         self._unread: Tensor | None = None  # generated, but not in the cache yet
         if not self.model.ahn_names["adapter"]:
             cell = self.model.ahn_config.cell
@@ -245,15 +245,3 @@ def _show_log() -> None:
         log.setLevel(logging.INFO)
         log.addHandler(handler := logging.Handler())
         handler.emit = lambda record: console.print(record.getMessage())  # type: ignore[method-assign]
-
-
-def _device(name: str | None) -> str | None:
-    """Raises ConfigError if `name` is no device, or not one of this machine."""
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--device {name}: expected cpu, or an accelerator of this machine ({reason})") from error
-    return name

@@ -36,30 +36,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ahn import cells, stores
+    from ahn.config import AHNConfig
     from ahn.cost import cost, shape_of
 
-    cell = None if args.cell == "none" else args.cell
-    if cell is not None:
-        cells.check_name(cell)
-    store = None if args.store == "none" else args.store
-    if store is not None:
-        stores.check_name(store)
-    sizes = args.store_size or 0, args.store_span or 1
-    result = cost(shape_of(args.base), args.length, args.window, args.sinks, cell, args.bytes, store, *sizes)
+    config = AHNConfig(
+        None if args.cell == "none" else args.cell,
+        args.window,
+        args.sinks,
+        store=None if args.store == "none" else args.store,
+        store_size=args.store_size or 0,
+        store_span=args.store_span or 1,
+    )
+    result = cost(shape_of(args.base), args.length, config, args.bytes)
     print("\n".join(_report(args.base, result)))
 
 
 def _report(base: str, result: Cost) -> Iterator[str]:
-    shape, lossless = result.shape, result.sinks + result.store_size + result.window
-    store = f" + {result.store_size:,} store" if result.store_size else ""
+    shape, config = result.shape, result.config
+    store = f" + {config.store_size:,} store" if config.store else ""
     yield (
         f"{base}: {shape.layers} layers, D {shape.D:,}, N {shape.N}, M {shape.M}, H {shape.H}, F {shape.F:,}, "
         f"V {shape.V:,}{', tied' if shape.tied else ''}"
     )
-    exact = f"{result.sinks:,} sinks{store} + {result.window:,} window"
-    yield f"reading L = {result.length:,} tokens; W' = {exact} = {lossless:,}"
-    yield f"full: full attention; memory: W' and {result.cell or 'no cell'}, holding {result.written:,} tokens"
+    exact = f"{config.sinks:,} sinks{store} + {config.window:,} window"
+    yield f"reading L = {result.length:,} tokens; W' = {exact} = {config.lossless:,}"
+    yield f"full: full attention; memory: W' and {config.cell or 'no cell'}, holding {result.written:,} tokens"
 
     yield from _section("parameters", result.parameters)
     yield _total("model", result.parameters)
@@ -68,9 +69,9 @@ def _report(base: str, result: Cost) -> Iterator[str]:
     yield _total("as in the paper", result.cache, result.bytes_per_element)
     for term in result.ours.terms:
         yield _row(f"+ {term.name}", term.formula, 0, term.memory * result.bytes_per_element, result.full_bytes)
-    if result.store_bytes:
+    if config.store:
         yield _row("+ store", "ranks, scores", 0, result.store_bytes, result.full_bytes)
-    if result.cell or result.store_bytes:
+    if config.cell or config.store:
         yield _row("held by ahn", "state in float32", result.full_bytes, result.held_bytes)
 
     yield from _section("FLOPs", result.mixing)

@@ -29,6 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", nargs="+", type=one, metavar="N", help="tokens of a prompt (default: the task's)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the benchmarks' data (default: from the hub)")
     parser.add_argument("--limit", type=one, metavar="N", help="examples of each task, at most")
+    parser.add_argument("--batch", type=one, metavar="N", default=1, help=f"examples read at once, at most {shown}")
     parser.add_argument("--seed", type=_options.at_least(0), default=0, metavar="N", help=f"of what is drawn {shown}")
     parser.add_argument("--output", type=Path, metavar="FOLDER", default="results", help=f"{shown}")
     group = parser.add_argument_group("model and memory")
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
         data=args.data,
         seed=args.seed,
         limit=args.limit,
+        batch=args.batch,
     )
     names = args.policies or ["window", *(["ahn"] if args.adapter else [])]
     from ahn.cli._session import console

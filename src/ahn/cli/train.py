@@ -7,8 +7,13 @@ import os
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    from ahn.train.recipe import describe
+
+    parser.epilog = describe()
     parser.add_argument("recipe", help="YAML file; see recipes/")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings that go before the file's")
+    parser.add_argument(
+        "changes", nargs="*", default=[], metavar="key=value", help="settings that go before the file's"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--check", action="store_true", help="only compare this machine's gradients with plain torch")
 
@@ -22,9 +27,12 @@ def run(args: argparse.Namespace) -> None:
     from ahn.train.trainer import check_machine, train
 
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes torchrun starts, one speaks
-    for row in check_machine(plan):
+    compared = check_machine(plan)
+    for row in compared:
         if first and (args.check or row.value > row.allowed / 2):
-            print(f"{row.name:<40}{row.value:>10.1e}  allowed {row.allowed:.0e}")
+            print(f"{row.name:<46}{row.value:>10.1e}  allowed {row.allowed:.0e}")
+    if args.check and first:
+        print(f"all {len(compared)} are within what is allowed")
     if not args.check:
         adapter = train(plan, args.resume)
         if first:

@@ -10,16 +10,18 @@ One process, one text at a time: texts are as long as they are, and what is comp
 
 from __future__ import annotations
 
+import sys
 from itertools import groupby
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ahn.bases import base_config
-from ahn.errors import ConfigError, UnsupportedOperationError
+from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.eval import policies
 from ahn.eval.policies.base import exact_sizes
 
@@ -55,6 +57,8 @@ class AhnLM(TemplateLM):
         max_batch_size: Any = None,
     ) -> None:
         super().__init__()
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None  # lm_eval asks for "cuda:0" where nobody said anything
         cls = policies.get(policy or ("ahn" if adapter else "window"))
         config = base_config(base)
         window, sinks = exact_sizes(config, adapter, lossless, sinks)
@@ -102,7 +106,8 @@ class AhnLM(TemplateLM):
                 context = self._fitting(alike[0][1], max(len(continuation) for *_, continuation in alike))
                 cache = self.policy.read(context[:-1])
                 for texts, _, continuation in alike:
-                    losses, likeliest = self.policy.scored([context[-1], *continuation], self.policy.fork(cache))
+                    text = [context[-1], *continuation]
+                    ((losses, likeliest),) = self.policy.scored([text], self.policy.fork(cache))
                     answer = -losses.double().sum().item(), bool(likeliest.all())
                     self.cache_hook.add_partial("loglikelihood", texts, answer)
                     found.append(answer)
@@ -120,8 +125,8 @@ class AhnLM(TemplateLM):
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, longest, 1))
             total = 0.0
             for context, wanted in windows:
-                losses = self.policy.losses(context + wanted)[-len(wanted) :]
-                total -= losses.double().sum().item()
+                (losses,) = self.policy.losses([context + wanted])
+                total -= losses[-len(wanted) :].double().sum().item()
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
             found.append(total)
         return found
@@ -165,7 +170,11 @@ def main() -> None:
     import lm_eval.models  # noqa: F401 - its own: it looks for them only while none are registered
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except AHNError as error:
+        print(f"lm_eval: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -65,9 +65,16 @@ def _by_length(figure: Any, group: Group) -> bool:
         if length is None or is_loss(by_task):
             continue
         for label in _labels(by_task):
-            if all(label in found for found in by_task.values()):
-                mean = statistics.interval(*(statistics.scores(found[label]) for found in by_task.values()))
-                series.setdefault(suite, {}).setdefault(label, []).append((length, mean))
+            if not all(label in found for found in by_task.values()):
+                continue
+            whole = [statistics.scores(found[label]) for found in by_task.values()]
+            outside = [
+                statistics.scores(found[label], "outside", group.exact.get(length)) for found in by_task.values()
+            ]
+            for which, values in (("", whole), (", evidence outside the window", [part for part in outside if part])):
+                if values:
+                    points = series.setdefault(suite + which, {}).setdefault(label, [])
+                    points.append((length, statistics.interval(*values)))
     if not series:
         return False
     colour = _colours(group)
@@ -79,13 +86,13 @@ def _by_length(figure: Any, group: Group) -> bool:
             y = [100 * mean.mean for _, mean in points]
             spread = np.array([[m.mean - m.low, m.high - m.mean] for _, m in points]).T * 100
             axes.errorbar(x, y, np.nan_to_num(spread), color=colour[label], marker="o", ms=4, capsize=2, label=label)
-        axes.set_title(f"{suite}: mean score of its tasks, 95% interval")
+        axes.set_title(f"{suite}: mean score")
         axes.set_xscale("log", base=2)
         axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
         axes.set_xticks(lengths, [_count(length) for length in lengths])
         axes.minorticks_off()
-        axes.set_ylim(-3, 103)
-        axes.set_xlabel("length (tokens)")
+        _score_axis(axes, [100 * np.nanmax([m.mean, m.high]) for points in lines.values() for _, m in points])
+        axes.set_xlabel("length (tokens); 95% intervals")
         axes.legend(fontsize=9)
     return True
 
@@ -120,9 +127,9 @@ def _by_depth(figure: Any, group: Group) -> bool:
         axes.set_yticks([-0.5, DEPTHS / 2 - 0.5, DEPTHS - 0.5], ["0%", "50%", "100%"])
         axes.set_xlabel("length (tokens)")
         axes.set_ylabel("depth of the needle")
-        if group.exact is not None:
-            for column, length in enumerate(lengths):
-                edge = max(0.0, 1 - group.exact[0] / length) * DEPTHS - 0.5
+        for column, length in enumerate(lengths):
+            if length in group.exact:
+                edge = max(0.0, 1 - group.exact[length][0] / length) * DEPTHS - 0.5
                 axes.plot([column - 0.5, column + 0.5], [edge, edge], color="#ff4d4d", linewidth=1.5)
     figure.colorbar(image, ax=figure.axes, label="score (grey: none; red: where the window begins)", shrink=0.8)
     return True
@@ -148,8 +155,8 @@ def _by_cost(figure: Any, group: Group) -> bool:
                 axes.plot(x, y, color=colour[label], linewidth=1, label=label)
                 axes.scatter(x, y, [16 + 14 * n for n in range(len(x))], color=colour[label])
             axes.set_title(f"{suite}: score by {name}")
-            axes.set_ylim(-3, 103)
-            axes.set_xlim(0, None)
+            _score_axis(axes, [point[2] for found in points.values() for point in found])
+            axes.set_xlim(0, 1.08 * max(point[k] for found in points.values() for point in found))
             axes.set_xlabel(name + ("; larger dots: longer texts" if len(x) > 1 else ""))
         panels[2 * i].legend(fontsize=9)
     return True
@@ -157,15 +164,15 @@ def _by_cost(figure: Any, group: Group) -> bool:
 
 def _by_position(figure: Any, group: Group) -> bool:
     """Loss by position"""
-    found: dict[str, dict[str, Result]] = {}
+    found: dict[str, tuple[int | None, dict[str, Result]]] = {}
     for _, length, by_task in group.blocks():
         for task, results in by_task.items():
             if is_loss({task: results}):
-                found[task if length is None else f"{task}, {_count(length)} tokens"] = results
+                found[task if length is None else f"{task}, {_count(length)} tokens"] = length, results
     if not found:
         return False
     colour, panels = _colours(group), _panels(figure, 2 * len(found), columns=2)
-    for i, (title, results) in enumerate(found.items()):
+    for i, (title, (length, results)) in enumerate(found.items()):
         whole, gain = panels[2 * i], panels[2 * i + 1]
         for label, result in results.items():
             y, window = _positions(result), baseline(results, label)
@@ -181,8 +188,8 @@ def _by_position(figure: Any, group: Group) -> bool:
             axes.set_xlabel("position (tokens); dashed: the end of what is lossless")
             axes.set_xticks([max(BIN * len(_positions(r)) for r in results.values()) * k / 4 for k in range(5)])
             axes.xaxis.set_major_formatter(lambda tokens, _: _count(int(tokens)))
-            if group.exact is not None:
-                axes.axvline(sum(group.exact), color="#999999", linewidth=1, linestyle=(0, (4, 3)))
+            if length in group.exact:
+                axes.axvline(sum(group.exact[length]), color="#999999", linewidth=1, linestyle=(0, (4, 3)))
         whole.legend(fontsize=9)
     return True
 
@@ -199,6 +206,12 @@ def _panels(figure: Any, count: int, columns: int = 3) -> list[Any]:
     rows = math.ceil(count / columns)
     figure.set_size_inches(max(5.5, 4.2 * columns), 3.6 * rows)
     return [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+
+
+def _score_axis(axes: Any, values: list[float]) -> None:
+    """From 0 as high as the scores go, so that low ones can be told apart too."""
+    top = min(100.0, max(10.0, 1.1 * max(values)))
+    axes.set_ylim(-0.03 * top, 1.03 * top)
 
 
 def _labels(by_task: dict[str, dict[str, Result]]) -> list[str]:

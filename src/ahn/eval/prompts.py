@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,15 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """`ids`, and the evidence: tokens `evidence[0]` to `evidence[1]` - 1 of them, None where it is not known."""
+    """`ids`, 4 bytes each, and the evidence: tokens `evidence[0]` to `evidence[1]` - 1 of them, None where it is not
+    known."""
 
-    ids: list[int]
+    ids: array[int]
     evidence: tuple[int, int] | None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identifies the ids, so that no answer is taken for that of another prompt."""
-        return hashlib.sha256(str(self.ids).encode()).hexdigest()[:12]
+        return hashlib.sha256(str(self.ids.tolist()).encode()).hexdigest()[:12]
 
 
 def exact_tokens(evidence: tuple[int, int], tokens: int, window: int, sinks: int) -> int:
@@ -47,4 +50,4 @@ def encode(tokenizer: Any, example: Example) -> Prompt:
         start, end = (place + shift for place in example.evidence)
         inside = [i for i, (a, b) in enumerate(encoded.offset_mapping) if a < end and b > start and b > a]
         evidence = (inside[0], inside[-1] + 1) if inside else None
-    return Prompt(list(encoded.input_ids), evidence)
+    return Prompt(array("i", encoded.input_ids), evidence)

@@ -49,18 +49,30 @@ class Table:
 
 @dataclass(frozen=True)
 class Group:
-    """Results that can be compared: `results[length][task][label]`."""
+    """Results that can be compared: `results[length][task][label]`.
+
+    share: 1/share of each length is lossless; None: always as much. exact: window and sinks, by length.
+    """
 
     base: str
-    exact: Exact | None
+    share: int | None
+    exact: dict[int | None, Exact]
     results: dict[int | None, dict[str, dict[str, Result]]]
 
     @property
     def title(self) -> str:
-        if self.exact is None:
+        if self.share:
+            return f"{self.base}, 1/{self.share} of the tokens lossless"
+        if not self.exact:
             return self.base
-        window, sinks = self.exact
+        window, sinks = next(iter(self.exact.values()))
         return f"{self.base}, {window + sinks:,} lossless tokens ({sinks} sinks + {window:,} window)"
+
+    def place(self, label: str) -> tuple[float, int, str]:
+        """To sort labels by: as the paper orders its rows."""
+        tasks = (found for by_task in self.results.values() for found in by_task.values())
+        result = next(found[label] for found in tasks if label in found)
+        return (0, *_place(result)[1:])
 
     def blocks(self) -> Iterator[tuple[str, int | None, dict[str, dict[str, Result]]]]:
         """Suite, length, and the results of the suite's tasks of one kind, by task and label."""
@@ -71,25 +83,36 @@ class Group:
 
 
 def grouped(results: Sequence[Result]) -> list[Group]:
-    """Results that keep everything, as `full` does, are in all groups of their base."""
+    """By base and what is lossless: so many tokens, or such a share of each length. Results that keep everything, as
+    `full` does, are in all groups that have something to compare with them."""
 
     def base(result: Result) -> tuple[object, ...]:
         return tuple(result.config[key] for key in ("base", "base_config", "dtype", "seed"))
 
-    def exact(result: Result) -> Exact | None:
-        return None if result.config["window"] is None else (result.config["window"], result.config["sinks"])
+    def kept(result: Result) -> tuple[int | None, Exact | None] | None:
+        """Share, or window and sinks; None for everything."""
+        if result.config["window"] is None:
+            return None
+        share = result.config.get("share")
+        return (share, None) if share else (None, (result.config["window"], result.config["sinks"]))
+
+    def place(result: Result) -> tuple[str, int | None]:
+        return result.config["task"], result.config["length"]
 
     found = []
     for key in dict.fromkeys(map(base, results)):
         mine = [result for result in results if base(result) == key]
-        for size in sorted({exact(result) for result in mine} - {None}, key=str) or [None]:
-            here = [result for result in mine if exact(result) in (size, None)]
-            labels = _labels(here)
+        for size in sorted({kept(result) for result in mine} - {None}, key=str) or [None]:
+            there = {place(result) for result in mine if kept(result) == size}
+            here = [r for r in mine if kept(r) == size or (kept(r) is None and place(r) in there)]
+            labels, exacts = _labels(here), {}
             by_length: dict[int | None, dict[str, dict[str, Result]]] = {}
             for result in sorted(here, key=_place):
-                at = by_length.setdefault(result.config["length"], {})
-                at.setdefault(result.config["task"], {})[labels[id(result)]] = result
-            found.append(Group(str(mine[0].config["base"]), size, by_length))
+                config = result.config
+                by_length.setdefault(config["length"], {}).setdefault(config["task"], {})[labels[id(result)]] = result
+                if config["window"] is not None:
+                    exacts[config["length"]] = config["window"], config["sinks"]
+            found.append(Group(str(mine[0].config["base"]), size[0] if size else None, exacts, by_length))
     return found
 
 
@@ -117,13 +140,45 @@ def page(results: Sequence[Result]) -> str:
 
 
 def tables(group: Group) -> Iterator[Table]:
+    if summary := _summary(group):
+        yield summary
     for suite, length, by_task in group.blocks():
         at = f"{suite}, its own lengths" if length is None else f"{suite}, {length:,} tokens"
+        if split := _split(at, by_task, group.exact.get(length)):
+            yield split
         yield _scores(at, by_task)
         if compared := _against(at, by_task):
             yield compared
-        if split := _split(at, by_task, group.exact):
-            yield split
+
+
+def _summary(group: Group) -> Table | None:
+    """Wins and losses of everything in the group in one table, and those where only a memory can help."""
+    blocks = [(length, by_task) for _, length, by_task in group.blocks()]
+    labels = sorted({label for _, by_task in blocks for label in _all_labels(by_task)}, key=group.place)
+    rows = []
+    for label in labels:
+        every, outside = [], []
+        for length, by_task in blocks:
+            loss = is_loss(by_task)
+            for found in by_task.values():
+                if window := baseline(found, label):
+                    every.append((_difference([found], label), loss))
+                    if not loss:
+                        exact = group.exact.get(length)
+                        outside.append(statistics.differences(found[label], window, "outside", exact))
+        if every:
+            verdicts = [_verdict(value, loss) for value, loss in every if value is not None]
+            there = [gains for gains in outside if gains]
+            gained = _judged(statistics.interval(*there), False) if there else "-"
+            rows.append([label, _tally(verdicts), gained, f"{sum(map(len, there))} in {len(there)}"])
+    if not rows:
+        return None
+    head = ["policy", "all tasks: better / worse / unclear", "evidence outside the window", "examples in tasks"]
+    note = (
+        "Against sinks and window on the same examples. First every task at every length, then only the examples whose "
+        "evidence has left the window when the question is asked, as the mean over tasks: only these measure memory."
+    )
+    return Table("Wins and losses", note, head, rows)
 
 
 def _scores(at: str, by_task: dict[str, dict[str, Result]]) -> Table:
@@ -167,7 +222,7 @@ def _against(at: str, by_task: dict[str, dict[str, Result]]) -> Table | None:
 
 
 def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) -> Table | None:
-    """By where the evidence is when the question is asked, all tasks together."""
+    """By where the evidence is when the question is asked, all examples of all tasks together."""
     if exact is None or is_loss(by_task):
         return None
     places = [
@@ -175,7 +230,7 @@ def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
         for where in statistics.WHERE
         if any(statistics.scores(result, where, exact) for found in by_task.values() for result in found.values())
     ]
-    if places == ["unknown"]:
+    if not {*places} - {"unknown"}:
         return None
     rows = []
     for label in _all_labels(by_task):
@@ -190,10 +245,11 @@ def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
         rows.append([label, *cells])
     head = [name for where in places for name in (f"evidence {where}", "to the window")]
     note = (
-        "Scores by where the evidence is when the question is asked: among sinks and window, or gone from them. Only "
-        "the second measures memory."
+        "Scores by where the evidence is when the question is asked: gone from sinks and window, which alone measures "
+        "memory, or among them"
     )
-    return Table(f"{at}: evidence inside and outside", note, ["policy", *head], rows)
+    note += "; cut: truncation has taken it out of the prompt." if "cut" in places else "."
+    return Table(f"{at}: evidence outside and inside", note, ["policy", *head], rows)
 
 
 def _laid_out(
@@ -246,7 +302,10 @@ def _verdict(value: Interval, loss: bool) -> int:
 
 
 def _count(values: list[Interval | None], loss: bool) -> str:
-    verdicts = [_verdict(value, loss) for value in values if value is not None]
+    return _tally([_verdict(value, loss) for value in values if value is not None])
+
+
+def _tally(verdicts: list[int]) -> str:
     return " / ".join(str(verdicts.count(kind)) for kind in (1, -1, 0))
 
 
@@ -281,12 +340,17 @@ def _made_with(group: Group) -> str:
 
 def _labels(results: Sequence[Result]) -> dict[int, str]:
     """Names of policies, by the identity of the result: with what differs where one policy is there with several
-    settings, which for a memory is its adapter."""
+    settings, which for a memory is its adapter. Window and sinks are the group's."""
     names: dict[int, str] = {}
     for result in results:
         config = result.config
         variants = [r.config for r in results if r.config["policy"] == config["policy"]]
-        keys = [key for key in config["settings"] if len({str(v["settings"].get(key)) for v in variants}) > 1]
+        keys = config["settings"].keys() - {"window", "sinks"}
+        keys = [
+            key
+            for key in config["settings"]
+            if key in keys and len({str(v["settings"].get(key)) for v in variants}) > 1
+        ]
         parts = [f"{key} {config['settings'][key]}" for key in keys]
         if "adapter_digest" in keys:
             alike = {v["settings"]["adapter_digest"] for v in variants if v["adapter"] == config["adapter"]}

@@ -13,6 +13,7 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@cache
 def environment() -> dict[str, Any]:
     """What produced the numbers: versions, commit, machine."""
     import torch

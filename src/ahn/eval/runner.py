@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import ahn
+from ahn.config import AHNConfig
 from ahn.cost import cost
 from ahn.errors import AHNError, ConfigError
 from ahn.eval import policies, results
@@ -23,6 +25,9 @@ from ahn.eval.prompts import Prompt, encode, exact_tokens
 from ahn.memory_file import fingerprint
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
     from ahn.eval.policies.base import Policy, Stored
     from ahn.eval.tasks.base import Example, Task
 
@@ -40,6 +45,8 @@ class Options:
         window, sinks: tokens kept exactly. adapter, store, dtype, device, yarn: see `policies.base.Policy`.
         data: a folder, or a file, with the benchmarks' data; None: from the hub, or generated.
         seed: of everything that is drawn. limit: examples of a task, at most.
+        batch: examples that are read at once, at most; of about the same length, from whatever task.
+        share: noted where window and sinks are 1/share of each length, so that a report has the lengths together.
     """
 
     base: str
@@ -53,6 +60,8 @@ class Options:
     data: Path | None = None
     seed: int = 0
     limit: int | None = None
+    batch: int = 1
+    share: int | None = None
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -67,18 +76,40 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """A task at a length."""
+    """A task at a length: examples, and what a model reads of them."""
 
     task: Task
     length: int | None
     examples: list[Example]
-    digests: list[str]  # of their prompts
-    longest: int  # tokens, prompt and answer
-    mean: int  # tokens of a prompt
+    prompts: list[Prompt]
+    data: str | None  # name of what the examples are from
 
     @property
     def ids(self) -> list[str]:
         return [example.id for example in self.examples]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its answer, at most."""
+        return max(
+            len(prompt.ids) + (example.max_new_tokens if self.task.kind == "generate" else 0)
+            for example, prompt in zip(self.examples, self.prompts, strict=True)
+        )
+
+    @property
+    def mean(self) -> int:
+        """Tokens of a prompt."""
+        return round(sum(len(prompt.ids) for prompt in self.prompts) / len(self.prompts))
+
+
+@dataclass(frozen=True)
+class Job:
+    """An example that is to be done."""
+
+    work: Work
+    example: Example
+    prompt: Prompt
+    folder: Path
 
 
 def run(
@@ -102,25 +133,58 @@ def run(
     Raises:
         AHNError: something that is asked for cannot be done; before any model is loaded, unless it is about weights.
     """
-    from ahn.bases import base_config, load_tokenizer
+    check(names, options)
+    return run_prepared(prepare(tasks, lengths, options), names, options, output, say)
 
-    for name in names:
-        policies.check_name(name)
+
+def check(names: Sequence[str], options: Options, longest: int = 1) -> None:
+    """Whether these policies can read `longest` tokens. Raises ConfigError, AdapterError, BaseModelError."""
+    from ahn.bases import base_config, torch_device, torch_dtype
+
+    classes = [policies.get(name) for name in names]
+    torch_dtype(options.dtype, torch_device(options.device))
+    config = base_config(options.base)
+    for cls in classes:
+        cls.check(config, longest, **options.memory)
+
+
+def prepare(tasks: Sequence[Task], lengths: Sequence[int | None], options: Options) -> list[Work]:
+    """The prompts of every task at every length; no model is needed. Raises EvalError, ConfigError."""
+    from ahn.bases import load_tokenizer
+
+    tokenizer = load_tokenizer(options.base)
+    return [_prepare(task, length, tokenizer, options) for task in tasks for length in dict.fromkeys(lengths)]
+
+
+def run_prepared(
+    work: Sequence[Work],
+    names: Sequence[str],
+    options: Options,
+    output: Path,
+    say: Say = lambda line: None,
+    stop: Callable[[], bool] = lambda: False,
+    model: PreTrainedModel | None = None,
+) -> list[Path]:
+    """`run` on what `prepare` returned.
+
+    Args:
+        stop: asked before each batch; true leaves the rest for another time.
+        model: the plain base, if it is loaded already; it is plain again at the end.
+    """
+    from ahn.bases import base_config
+
+    config, classes = base_config(options.base), [policies.get(name) for name in dict.fromkeys(names)]
+    for one in work:
+        for cls in classes:
+            try:
+                cls.check(config, one.longest, **options.memory)
+            except ConfigError as error:
+                raise ConfigError(f"{one.task.name}: {error}") from error
     team = Team()
     try:
-        config, tokenizer = base_config(options.base), load_tokenizer(options.base)
-        classes = [policies.get(name) for name in dict.fromkeys(names)]
-        for cls in classes:
-            cls.check(config, 1, **options.memory)
-        work = [_prepare(task, length, tokenizer, options) for task in tasks for length in dict.fromkeys(lengths)]
-        for cls in classes:
-            for one in work:
-                try:
-                    cls.check(config, one.longest, **options.memory)
-                except ConfigError as error:
-                    raise ConfigError(f"{one.task.name}: {error}") from error
+        about = _about(options, config)
         say = say if team.first else lambda line: None
-        return list(_run_all(classes, work, tokenizer, _about(options, config), options, output, team, say))
+        return list(_run_all(classes, work, about, options, output, team, say, stop, model))
     finally:
         team.close()
 
@@ -134,18 +198,13 @@ def _prepare(task: Task, length: int | None, tokenizer: Any, options: Options) -
         raise ConfigError(f"{task.name}: two examples have the same id")
     if task.kind == "generate":
         task.score(examples[0], "")  # a library or a field that is missing is missed now
-    digests, sizes, longest = [], [], 0
-    for example in examples:
-        prompt = _encode(task, length, tokenizer, example)
-        digests.append(prompt.digest)
-        sizes.append(len(prompt.ids))
-        longest = max(longest, len(prompt.ids) + (example.max_new_tokens if task.kind == "generate" else 0))
-    return Work(task, length, examples, digests, longest, round(sum(sizes) / len(sizes)))
-
-
-def _encode(task: Task, length: int | None, tokenizer: Any, example: Example) -> Prompt:
-    prompt = encode(tokenizer, example)
-    return prompt if task.kind == "generate" else Prompt(prompt.ids[:length], None)
+    prompts = [encode(tokenizer, example) for example in examples]
+    if task.kind == "loss":
+        prompts = [Prompt(prompt.ids[:length], None) for prompt in prompts]
+        for example, prompt in zip(examples, prompts, strict=True):
+            if len(prompt.ids) < 2:
+                raise ConfigError(f"{task.name}, {example.id}: {len(prompt.ids)} tokens: expected at least 2")
+    return Work(task, length, examples, prompts, None if options.data is None else options.data.name)
 
 
 def _about(options: Options, config: Any) -> dict[str, Any]:
@@ -167,13 +226,14 @@ def _about(options: Options, config: Any) -> dict[str, Any]:
 
 def _run_all(
     classes: list[type[Policy]],
-    work: list[Work],
-    tokenizer: Any,
+    work: Sequence[Work],
     about: dict[str, Any],
     options: Options,
     output: Path,
     team: Team,
     say: Say,
+    stop: Callable[[], bool],
+    model: PreTrainedModel | None,
 ) -> Iterator[Path]:
     held: dict[tuple[str, int | None], dict[str, int]] = {}
     for cls in classes:
@@ -185,51 +245,94 @@ def _run_all(
             if team.first:
                 folder.mkdir(parents=True, exist_ok=True)
                 results.merge(folder, one.ids)
-            team.wait()
-            todo.append((one, identifying, folder, _pending(one, folder)))
-        count = sum(len(pending) for *_, pending in todo)
-        mine = sum(len(team.mine(pending)) for *_, pending in todo)
-        policy: Policy | None = None
-        if mine:
-            say(f"{cls.name}: loading {about['base']} for {count} examples")
-            policy = cls(options.base, dtype=about["dtype"], device=options.device or team.device, **options.memory)
-        for one, identifying, folder, pending in todo if team.first else ():
-            if policy is not None and pending:
-                _describe(policy, one, identifying, folder, options)
-            cost = results.load(folder).config["cost"]
-            held.setdefault((one.task.name, one.length), {})[cls.name] = cost["cache_bytes"]
-            check_budgets(held[one.task.name, one.length])
-            say(
-                f"{cls.name}: {one.task.name}: {len(one.examples)} examples, {len(pending)} to do, "
-                f"cache {cost['cache_bytes']:,} bytes after {cost['tokens']:,} tokens"
-            )
-        with tqdm(total=mine, unit="example", desc=cls.name, disable=None if team.first else True) as bar:
-            for one, _, folder, pending in todo:
-                for example in team.mine(pending):
-                    assert policy is not None
-                    results.append(folder, team.rank, _do(policy, one, example, options))
-                    bar.update()
+            todo.append((one, identifying, folder))
         team.wait()
-        for one, _, folder, _ in todo:
+        jobs = [_pending(one, folder) for one, _, folder in todo]
+        mine = team.mine([job for pending in jobs for job in pending])
+        policy: Policy | None = None
+        if mine and not stop():
+            say(f"{cls.name}: {'loading' if model is None else 'on'} {about['base']}, {sum(map(len, jobs))} examples")
+            device = options.device or team.device
+            policy = cls(options.base, dtype=about["dtype"], device=device, model=model, **options.memory)
+        try:
+            _run_policy(policy, mine, todo, jobs, options, team, say, stop, held)
+        finally:
+            model = model if policy is None else policy.release()
+        team.wait()
+        for one, _, folder in todo:
             if team.first:
                 results.merge(folder, one.ids)
-            yield folder
-        del policy
+            if (folder / results.CONFIG).is_file():
+                yield folder
 
 
-def _pending(work: Work, folder: Path) -> list[Example]:
+def _run_policy(
+    policy: Policy | None,
+    mine: list[Job],
+    todo: list[tuple[Work, dict[str, Any], Path]],
+    jobs: list[list[Job]],
+    options: Options,
+    team: Team,
+    say: Say,
+    stop: Callable[[], bool],
+    held: dict[tuple[str, int | None], dict[str, int]],
+) -> None:
+    """Do this process's share of what one policy has to do. Without a `policy` there is nothing to do."""
+    weights = "" if policy is None else fingerprint(policy.model)
+    for (one, identifying, folder), pending in zip(todo, jobs, strict=True) if team.first else ():
+        if policy is not None and pending:
+            _describe(policy, one, identifying, folder, options, weights)
+        if not (folder / results.CONFIG).is_file():  # stopped before it was begun
+            continue
+        cost = results.load(folder).config["cost"]
+        held.setdefault((one.task.name, one.length), {})[identifying["policy"]] = cost["cache_bytes"]
+        check_budgets(held[one.task.name, one.length])
+        say(
+            f"{identifying['policy']}: {one.task.name}: {len(one.examples)} examples, {len(pending)} to do, "
+            f"cache {cost['cache_bytes']:,} bytes after {cost['tokens']:,} tokens"
+        )
+    if policy is None:
+        return
+    with tqdm(total=len(mine), unit="example", desc=policy.name, disable=None if team.first else True) as bar:
+        for batch in batches(mine, options.batch):
+            if stop():
+                return
+            for job, row in zip(batch, _do(policy, batch, options), strict=True):
+                results.append(job.folder, team.rank, row)
+            bar.update(len(batch))
+
+
+def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    """At most `size` jobs in each: of one kind, of lengths that differ by less than a fifth, since padding is read
+    too, and with answers of about the same length. One by one they keep their order."""
+    if size == 1:
+        return [[job] for job in jobs]
+
+    def alike(job: Job) -> tuple[str, int]:
+        return job.work.task.kind, round(4 * math.log2(len(job.prompt.ids)))
+
+    found: list[list[Job]] = []
+    for job in sorted(jobs, key=lambda job: (alike(job), job.example.max_new_tokens, len(job.prompt.ids))):
+        if not found or len(found[-1]) == size or alike(found[-1][0]) != alike(job):
+            found.append([])
+        found[-1].append(job)
+    return found
+
+
+def _pending(work: Work, folder: Path) -> list[Job]:
     """The examples that are not done, or were done with another prompt."""
     done = {id: row["prompt"] for id, row in results.read_rows(folder).items()}
-    return [
-        example for example, digest in zip(work.examples, work.digests, strict=True) if done.get(example.id) != digest
-    ]
+    every = zip(work.examples, work.prompts, strict=True)
+    return [Job(work, example, prompt, folder) for example, prompt in every if done.get(example.id) != prompt.digest]
 
 
-def _describe(policy: Policy, work: Work, identifying: dict[str, Any], folder: Path, options: Options) -> None:
+def _describe(
+    policy: Policy, work: Work, identifying: dict[str, Any], folder: Path, options: Options, weights: str
+) -> None:
     """Write the config, or check that the one there is of the same weights and note what goes on with it."""
     tokens = work.length or work.mean
     mixing, model = policy.flops(tokens)
-    full = cost(policy.shape, tokens, cell=None)
+    full = cost(policy.shape, tokens, AHNConfig(None))
     made_with = {"package": ahn.__version__, **results.environment()}
     config = {
         "version": results.VERSION,
@@ -238,10 +341,11 @@ def _describe(policy: Policy, work: Work, identifying: dict[str, Any], folder: P
         "kind": work.task.kind,
         "window": policy.window if policy.uses_window else None,
         "sinks": policy.sinks if policy.uses_window else None,
+        "share": options.share if policy.uses_window else None,
         "adapter": None if options.adapter is None else Path(options.adapter).name,
-        "data": None if options.data is None else options.data.name,
+        "data": work.data,
         "limit": options.limit,
-        "fingerprint": fingerprint(policy.model),
+        "fingerprint": weights,
         "cost": {
             "tokens": tokens,
             "cache_bytes": policy.cache_bytes(tokens),
@@ -262,19 +366,33 @@ def _describe(policy: Policy, work: Work, identifying: dict[str, Any], folder: P
     results.write_config(folder, config)
 
 
-def _do(policy: Policy, work: Work, example: Example, options: Options) -> results.Row:
-    prompt = _encode(work.task, work.length, policy.tokenizer, example)
-    row: results.Row = {"id": example.id, "prompt": prompt.digest, "prompt_tokens": len(prompt.ids)}
-    if work.task.kind == "loss":
-        losses = policy.losses(prompt.ids)
-        if not len(losses):
-            raise ConfigError(f"{work.task.name}, {example.id}: {len(prompt.ids)} tokens: expected at least 2")
-        by_position = [round(part.mean().item(), 6) for part in losses.split(BIN)]
-        return row | {"score": round(losses.mean().item(), 6), "losses": by_position}
-    ids = policy.generate(prompt.ids, example.max_new_tokens)
-    prediction = policy.tokenizer.decode(ids, skip_special_tokens=True)
-    row |= {"prediction": prediction, "score": work.task.score(example, prediction)}
+def _do(policy: Policy, batch: Sequence[Job], options: Options) -> list[results.Row]:
+    """Lines of the results for jobs of one kind."""
+    ids = [job.prompt.ids for job in batch]
+    if batch[0].work.task.kind == "loss":
+        return [_measured(job, losses) for job, losses in zip(batch, policy.losses(ids), strict=True)]
+    said = policy.answers(ids, [job.example.max_new_tokens for job in batch])
+    return [
+        _answered(policy, job, policy.tokenizer.decode(answer, skip_special_tokens=True), options)
+        for job, answer in zip(batch, said, strict=True)
+    ]
+
+
+def _row(job: Job) -> results.Row:
+    return {"id": job.example.id, "prompt": job.prompt.digest, "prompt_tokens": len(job.prompt.ids)}
+
+
+def _measured(job: Job, losses: Tensor) -> results.Row:
+    by_position = [round(part.mean().item(), 6) for part in losses.split(BIN)]
+    return _row(job) | {"score": round(losses.mean().item(), 6), "losses": by_position}
+
+
+def _answered(policy: Policy, job: Job, prediction: str, options: Options) -> results.Row:
+    example, prompt = job.example, job.prompt
+    row = _row(job) | {"prediction": prediction, "score": job.work.task.score(example, prediction)}
     row |= {"evidence": prompt.evidence, "depth": example.depth}
+    if example.extra.get("evidence_cut"):
+        row["evidence_cut"] = True
     if prompt.evidence is not None and policy.uses_window:
         exact = exact_tokens(prompt.evidence, len(prompt.ids), options.window, options.sinks)
         row |= {"inside": exact, "outside": prompt.evidence[1] - prompt.evidence[0] - exact}

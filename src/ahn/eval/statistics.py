@@ -18,7 +18,7 @@ from ahn.eval.results import Result, Row
 
 RESAMPLES = 10_000
 BLOCK = 4_000_000  # numbers drawn at once
-WHERE = ("inside", "partly", "outside", "unknown")
+WHERE = ("outside", "inside", "partly", "cut", "unknown")  # the first is what memory is for
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,13 @@ def differences(
 
 def place(row: Row, exact: tuple[int, int] | None) -> str:
     """Where the evidence of an example is when the answer begins: inside or outside of the window (sinks count as
-    inside), partly, or unknown.
+    inside), partly, cut away when the prompt was truncated, or unknown.
 
     Args:
         exact: window and sinks.
     """
+    if row.get("evidence_cut"):
+        return "cut"
     if row.get("evidence") is None or exact is None:
         return "unknown"
     start, end = row["evidence"]

@@ -1,64 +1,167 @@
-"""Which implementation computes what, and why: chosen here and nowhere else."""
+"""Which implementation computes what, and why: chosen here and nowhere else.
+
+The environment variable AHN_KERNEL restricts the choice: a comma-separated list of the kernels that may be used where
+they can (`KERNELS`), or "torch" for plain torch everywhere. Not set, or "auto": all may. What may not be used, or
+cannot, is computed by plain torch, and `ahn info` says why.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
+
+from ahn.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+KERNELS = {
+    "fla": "flash-linear-attention: the cell over many tokens",
+    "cudnn": "cuDNN's fused attention: reading",
+    "flash": "torch's fused attention: reading",
+    "flex": "torch's FlexAttention: training",
+    "graph": "a CUDA graph of the whole step: one token",
+    "inductor": "torch.compile, for the elementwise work of the base in that graph",
+    "triton": "this package's own: attention and cell of one token",
+}
+FLEX_BLOCK = 128
+
 
 class Kernel(NamedTuple):
-    """`name`: "fla" or "torch"; `reason`: why this one."""
+    """`name`: one of KERNELS or "torch"; `reason`: why this one."""
 
     name: str
     reason: str
 
 
-def choose(operation: str | None, like: Tensor) -> Kernel:
-    """The kernel for a recurrence over many tokens, on the device and in the dtype of `like`."""
+def choose(operation: str | None, like: Tensor, gradients: bool = False) -> Kernel:
+    """The cell over many tokens, on the device and in the dtype of `like`."""
     import torch
 
     if operation is None:
         return Kernel("torch", "the cell names no operation of flash-linear-attention")
     if like.device.type != "cuda":
         return Kernel("torch", f"{like.device.type}: flash-linear-attention needs CUDA")
-    if not _has_fla():
+    if not _installed("fla"):
         return Kernel("torch", "flash-linear-attention is not installed (pip install ahn[gpu])")
     if like.dtype == torch.float32:
         return Kernel("torch", "float32: flash-linear-attention multiplies in TF32, off by 1e-3")
-    if like.requires_grad and torch.is_grad_enabled():
+    if gradients:
         from ahn.kernels import fla
 
         if broken := fla.backward_problem(operation):
             return Kernel("torch", broken)
-    return Kernel("fla", "CUDA, half precision, flash-linear-attention installed")
+    return _allowed("fla", "CUDA, half precision, flash-linear-attention installed")
+
+
+def whole_sequence(device: str, head_size: int, tokens: int) -> Kernel:
+    """Sinks and window of a sequence without a cache, with gradients."""
+    if device != "cuda":
+        return Kernel("torch", f"{device}: FlexAttention needs CUDA")
+    if head_size < 16 or tokens % FLEX_BLOCK:
+        # each other length would be compiled anew
+        return Kernel("torch", f"heads of {head_size}, {tokens} tokens: FlexAttention has blocks of {FLEX_BLOCK}")
+    return _allowed("flex", "CUDA, a whole sequence: FlexAttention, compiled once")
+
+
+def attention(like: Tensor, gradients: bool = False) -> Kernel:
+    """Softmax attention of many queries with its normaliser; `like`: the queries [..., H]."""
+    device, size = like.device.type, like.shape[-1]
+    if gradients:
+        return Kernel("torch", "gradients: plain torch on blocks of queries")
+    if device == "cpu":
+        return _allowed("flash", "cpu: torch's fused kernel, which also returns the normaliser")
+    if device != "cuda":
+        return Kernel("torch", f"{device}: plain torch on blocks of queries")
+    if like.dtype.itemsize != 2 or size % 8 or size > 256:
+        return Kernel("torch", f"{like.dtype}, heads of {size}: fused kernels are for half precision and up to 256")
+    kernel = _allowed("cudnn", "Hopper or later: cuDNN's is the fastest there")
+    if kernel.name == "cudnn" and size <= 128 and (reason := _cudnn_problem()) is None:
+        return kernel
+    return _allowed("flash", f"FlashAttention; cuDNN: {reason if kernel.name == 'cudnn' and size <= 128 else 'no'}")
+
+
+def one_token(device: str) -> Kernel:
+    """Attention and cell of one new token a row."""
+    if not _installed("triton"):
+        return Kernel("torch", "triton is not installed")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device != "cuda" and not interpreted:
+        return Kernel("torch", f"{device}: Triton kernels need CUDA")
+    return _allowed("triton", f"{device}{', interpreted' if interpreted else ''}: one kernel each")
+
+
+def decoding(device: str) -> Kernel:
+    """All layers for one new token a row."""
+    if device != "cuda":
+        return Kernel("torch", f"{device}: graphs need CUDA")
+    return _allowed("graph", "CUDA: captured once, replayed for each token")
+
+
+def between(device: str) -> Kernel:
+    """Norms, rotations and gates of the base for one new token a row: what lies between its matrix products."""
+    if decoding(device).name != "graph":
+        return Kernel("torch", "only in a graph is it worth compiling")
+    return _allowed("inductor", "CUDA: compiled once, one kernel each")
 
 
 def report() -> list[tuple[str, str, str]]:
-    """(operation, kernel, reason) of every choice on this machine, for `ahn info`."""
+    """(operation, kernel, reason) of every choice on this machine, for `ahn info`. Raises ConfigError, see `_names`."""
     import torch
 
     from ahn import cells
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    like = torch.empty(0, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    rows = [("reading: sinks and window", *attention(device)), ("training: sinks and window", *attention(device, True))]
+    like = torch.empty(0, 64, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = [
+        ("reading: sinks and window", *attention(like)),
+        ("training: sinks and window", *whole_sequence(device, 64, 4096)),
+    ]
     rows += [(f"{name}, many tokens", *choose(cells.get(name).fla_operation, like)) for name in cells.names()]
-    return [*rows, ("one token", "torch", "every cell: in place, one step")]
+    return [
+        *rows,
+        ("one token: attention, cell", *one_token(device)),
+        ("one token: all layers", *decoding(device)),
+        ("one token: between products", *between(device)),
+    ]
 
 
-def attention(device: str, gradients: bool = False) -> Kernel:
-    """The kernel for sinks and window; `gradients`: of a whole sequence without a cache."""
-    if device == "cuda" and gradients:
-        return Kernel("torch flex", "CUDA, a whole sequence: FlexAttention, compiled once")
-    if device == "cpu" and not gradients:
-        return Kernel("torch flash", "CPU: torch's fused kernel, which also returns the normaliser")
-    return Kernel("torch", f"{device}: plain torch on blocks of queries")
+def _allowed(name: str, reason: str) -> Kernel:
+    setting = os.environ.get("AHN_KERNEL", "auto")
+    return Kernel(name, reason) if name in _names(setting) else Kernel("torch", f"AHN_KERNEL={setting}")
 
 
 @cache
-def _has_fla() -> bool:
-    return importlib.util.find_spec("fla") is not None
+def _names(setting: str) -> frozenset[str]:
+    """The kernels that AHN_KERNEL names. Raises ConfigError for one that does not exist."""
+    names = {name.strip() for name in setting.split(",")} - {""}
+    if not names or names == {"auto"}:
+        return frozenset(KERNELS)
+    if unknown := sorted(names - {*KERNELS, "torch"}):
+        raise ConfigError(
+            f"AHN_KERNEL={setting}: unknown {', '.join(unknown)}; expected auto, torch, or some of {', '.join(KERNELS)}"
+        )
+    return frozenset(names)
+
+
+@cache
+def _cudnn_problem() -> str | None:
+    """Why cuDNN's attention cannot be used, or None: tried once on a small case, its normaliser included."""
+    import torch
+
+    if torch.cuda.get_device_capability()[0] < 9:
+        return "slower than FlashAttention before Hopper"
+    q, k, v = torch.randn(3, 1, 1, 128, 64, device="cuda", dtype=torch.bfloat16).unbind()
+    try:
+        norm = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, scale=0.125)[1]
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    expected = (q.float() @ k.float().transpose(-1, -2) * 0.125).logsumexp(-1)
+    return None if torch.allclose(norm.reshape(1, 1, 128), expected, atol=1e-2) else "its normaliser is another"
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,10 +1,10 @@
 """Linear recurrences over many tokens as matrix products on blocks of tokens: plain torch, any device, differentiable.
 
-Letters: B batch, N heads, T tokens, H head size, C tokens in a block, L blocks.
+Letters: B batch, N heads, T tokens, H head size, C tokens in a block, L blocks, K features of a key (H without maps).
 
-Within a block the recurrence is solved in closed form, between blocks the state is carried: T / C small steps instead
-of T. With g_i the sum of log-decays up to token i of its block (all <= 0), the influence of token j on token i >= j is
-exp(g_i - g_j), never above 1.
+Within a block the recurrence is solved in closed form, between blocks the state is carried, in groups of blocks side by
+side: a few dozen small steps instead of T. With g_i the sum of log-decays up to token i of its block (all <= 0), the
+influence of token j on token i >= j is exp(g_i - g_j), never above 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 BLOCK = 64
 BLOCKS = 64  # whose states are summed in one product
+GROUP = 8  # blocks that are carried through one after the other
 
 
 def gated_delta_rule(
@@ -40,7 +41,8 @@ def gated_delta_rule(
     solved = torch.linalg.solve_triangular(decay.pairs(scores).tril(-1), right, upper=False, unitriangular=True)
     writes, keys = solved[..., :size], solved[..., size:]
     ends = decay.until_end(k).transpose(-1, -2)
-    states, state = _carry(-(ends @ keys), decay.whole(), ends @ writes, state)
+    one = torch.eye(keys.shape[-1], dtype=keys.dtype, device=keys.device)
+    states, state = _carry(decay.whole() * one - ends @ keys, ends @ writes, state)
     reads = decay.pairs(q @ k.transpose(-1, -2)).tril()
     out = decay.since_start(q) @ states + reads @ (writes - keys @ states)
     return out.flatten(2, 3)[:, :, :tokens] * scale, state
@@ -70,22 +72,30 @@ def _faded_sums(log_decay: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor
     return torch.cat(before, 2), state
 
 
-def _carry(mixing: Tensor, decay: Tensor | None, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States before each block [B, N, L, H, H] and after the last: S <- (decay I + mixing) S + added.
+def _carry(mixing: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each block [B, N, L, K, H] and after the last: S <- mixing S + added.
 
-    The only loop over blocks, one matrix product a step.
+    Many blocks are folded into groups that go side by side, from the identity and zero, because a block's state is
+    linear in the state before its group; then the same from group to group.
     """
-    shape = state.shape
-    state = state.flatten(0, 1)
-    adds = added.flatten(0, 1).unbind(1)
-    mixes = mixing.flatten(0, 1).unbind(1)
-    fades = decay.flatten(0, 1)[..., None, None].unbind(1) if decay is not None else [None] * len(adds)
-    before = []
-    for mix, fade, new in zip(mixes, fades, adds, strict=True):
-        before.append(state)
-        kept = new + state if fade is None else torch.addcmul(new, state, fade)
-        state = torch.baddbmm(kept, mix, state)
-    return torch.stack(before, 1).unflatten(0, shape[:2]), state.view(shape)
+    blocks, keys = mixing.shape[2:4]
+    if blocks <= GROUP:
+        before = []
+        flat = state.flatten(0, 1)
+        for mix, new in zip(mixing.flatten(0, 1).unbind(1), added.flatten(0, 1).unbind(1), strict=True):
+            before.append(flat)
+            flat = torch.baddbmm(new, mix, flat)
+        return torch.stack(before, 1).unflatten(0, state.shape[:2]), flat.view(state.shape)
+    one = torch.eye(keys, dtype=state.dtype, device=state.device)
+    missing = -blocks % GROUP
+    mixing = torch.cat([mixing, one.expand(*mixing.shape[:2], missing, keys, keys)], 2).unflatten(2, (-1, GROUP))
+    added = F.pad(added, (keys, 0, 0, 0, 0, missing)).unflatten(2, (-1, GROUP))
+    start = torch.cat([one, torch.zeros_like(state[0, 0])], -1).expand(*state.shape[:2], mixing.shape[2], -1, -1)
+    inner, whole = _carry(mixing.flatten(1, 2), added.flatten(1, 2), start.flatten(1, 2))
+    inner, whole = inner.unflatten(1, mixing.shape[1:3]), whole.unflatten(1, mixing.shape[1:3])
+    groups, state = _carry(whole[..., :keys], whole[..., keys:], state)
+    before_each = inner[..., :keys] @ groups[:, :, :, None] + inner[..., keys:]
+    return before_each.flatten(2, 3)[:, :, :blocks], state
 
 
 class _Decay:
@@ -106,9 +116,9 @@ class _Decay:
     def until_end(self, x: Tensor) -> Tensor:
         return x if self.total is None else x * (self.total[..., -1:] - self.total).exp()[..., None]
 
-    def whole(self) -> Tensor | None:
-        """[B, N, L], over each block."""
-        return None if self.total is None else self.total[..., -1].exp()
+    def whole(self) -> Tensor | float:
+        """[B, N, L, 1, 1], over each block."""
+        return 1.0 if self.total is None else self.total[..., -1, None, None].exp()
 
 
 def _blocks(x: Tensor) -> Tensor:

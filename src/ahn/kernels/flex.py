@@ -14,14 +14,6 @@ from torch import Tensor
 
 from ahn.attention import Softmax, merge
 
-BLOCK = 128
-
-
-def fits(q: Tensor) -> bool:
-    """Whether `attend_sequence` is for queries [B, N, T, H]: CUDA, heads it can tile, and rows of whole blocks, as
-    training has them; each other length would be compiled anew."""
-    return q.is_cuda and q.shape[-1] >= 16 and q.shape[2] % BLOCK == 0
-
 
 def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Softmax:
     """q [B, N, T, H], as the window and as the sinks meet it, k, v [B, M, T, H], one sequence from its start."""

@@ -34,7 +34,7 @@ from ahn.errors import AHNError, BaseModelError, DocumentError
 QUESTIONS = 24  # of a document, at most, in one chat
 CHARACTERS_AT_ONCE = 1 << 20  # go to the tokenizer together, which works on several texts at a time
 WORTH_KEEPING_S = 1.0  # rows that took less time than this are made again rather than kept
-VERSION = "1"  # of the kept rows; raise it when the same source gives other rows
+VERSION = "2"  # of the kept rows; raise it when the same source gives other rows
 HUB = "hub:"
 EXPECTED = f"expected .txt, .md, .jsonl (or one of these with .xz), .parquet, or {HUB}OWNER/NAME[/CONFIG][:SPLIT]"
 
@@ -50,6 +50,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def where(self, wanted: Tensor) -> Rows:
+        """The rows for which `wanted` [rows] is true."""
+        return Rows(self.ids[wanted], self.counts[wanted])
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         return {"input_ids": self.ids[row].long(), "counts": self.counts[row]}
@@ -74,7 +78,7 @@ def rows(
 
     Args:
         sources: paths or hub datasets. tokenizer: of the base. length: T of a row.
-        limit: tokens of each source, at most, rounded up to whole texts.
+        limit: tokens of each source, at most, rounded up to whole rows.
         cache: folder where rows that took long are kept; the same source, tokenizer and settings find them there.
 
     Raises:
@@ -108,8 +112,12 @@ def _pack(source: str, tokenizer: Any, length: int, limit: int | None, seed: int
         if limit is not None and seen >= limit:
             break
     if not seen:
-        raise DocumentError(f"{source}: fewer than {length} tokens, not one row")
-    return Rows(torch.cat(ids), torch.cat(counts))
+        raise DocumentError(
+            f"{source}: {len(packed)} tokens to train on: expected at least the {length} of one row"
+            + ("" if packed else "; records need a text, or a chat an answer")
+        )
+    most = None if limit is None else -(-limit // length)
+    return Rows(torch.cat(ids)[:most], torch.cat(counts)[:most])
 
 
 def _tokens(texts: Iterable[_Text], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ahn.augmentation import full_attention
-from ahn.train.recipe import LOSSES
+from ahn.cache import Span
+
+CROSS_ENTROPY = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # its share in the loss
 
 TOKENS_AT_ONCE = 2048  # logits of so many tokens exist at a time
 
@@ -25,18 +27,47 @@ def loss(model: Any, ids_BT: Tensor, counts_BT: Tensor, kind: str = "kl") -> Ten
         ids_BT: whole sequences, no padding in front.
         counts_BT: bool, whether the token that FOLLOWS is to be predicted (false: a prompt, or padding).
         kind: "kl", KL(teacher || student) of the next token (paper); "ce", cross-entropy with the text itself;
-            "kl+ce", the mean of the two.
+            "kl+ce", the mean of the two; "attention", see `transfer`.
     """
+    if kind == "attention":
+        return transfer(model, ids_BT, counts_BT)
+    share = CROSS_ENTROPY[kind]
     decoder, head = model.get_decoder(), model.get_output_embeddings().weight
     counts = counts_BT.clone()
     counts[:, : model.ahn_config.lossless] = False
     student = decoder(ids_BT, use_cache=False).last_hidden_state[counts]
     following = F.pad(ids_BT[:, 1:], (0, 1))[counts]
     teacher = None
-    if LOSSES[kind] < 1:
+    if share < 1:
         with torch.no_grad(), full_attention(model):
             teacher = decoder(ids_BT, use_cache=False).last_hidden_state[counts]
-    return _HeadLoss.apply(student, teacher, following, head, LOSSES[kind])
+    return _HeadLoss.apply(student, teacher, following, head, share)
+
+
+def transfer(model: Any, ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
+    """How far each layer's attention and memory are from full attention, given the teacher's own input to that layer
+    (attention transfer; Hedgehog, arXiv 2402.04347): squared error behind o_proj over the square of what is wanted,
+    the mean over layers. Arguments as of `loss`.
+
+    Every layer learns by itself, so the base runs forward once and never backward.
+    """
+    counts = counts_BT.clone()
+    counts[:, : model.ahn_config.lossless] = False
+    weights, span = counts.float(), Span.of([0], ids_BT.shape[1], None)
+    errors: list[Tensor] = []
+
+    def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
+        if attention.ahn.cell is None:
+            return
+        wanted = attention.o_proj(full.flatten(2)).float()
+        with torch.enable_grad():
+            given = attention.o_proj(attention.ahn(q, k, v, x, span, None, scale).flatten(2)).float()
+            missed, whole = ((y.square().sum(-1) * weights).sum() for y in (given - wanted, wanted))
+            errors.append(missed / whole.clamp(min=1e-9))
+
+    with torch.no_grad(), torch.autocast(ids_BT.device.type, enabled=False), full_attention(model, observe):
+        model.get_decoder()(ids_BT, use_cache=False)
+    return torch.stack(errors).mean()
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import json
 import math
+import os
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.train import windows
 
+LOSSES = ("kl", "ce", "kl+ce", "attention")
 GATE_LABELS = ("max", "mean")  # of the attention that a token gets from far away
-LOSSES = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # share of the cross-entropy in the loss
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,16 @@ class Recipe:
         length: tokens of a row. batch: rows a step and device. steps: optimiser steps.
         lr, warmup, weight_decay, clip: AdamW's rate, the share of steps it rises over before it falls as a cosine,
             decay (none on the cells' decay parameters), largest norm of the gradient.
-        loss: "kl" (paper), "ce", or "kl+ce", the mean of both.
+        loss: "kl" (paper), "ce", "kl+ce", the mean of both, or "attention": each layer learns what full attention gives
+            (`ahn.train.distill.transfer`), which is fast and a good start for "kl".
+        start: an adapter to start from, of the same form; with gate_steps it may be one without gates. None: a new
+            memory.
         lossless, sinks: sizes drawn from, one of each for fixed ones.
         window, kept_sinks: what the finished adapter suggests to use.
         sink_positions, memory_positions, key_maps, make_room, store, store_size, store_span: see AHNConfig. In
             training the store has the share of each lossless size, sinks apart, that it has of window + store_size.
         gate_steps, gate_lr, gate_label: of a store that is trained (`ahn.train.retention`), before the cells are;
             with steps: 0 that is all.
-        start: an adapter whose weights to start from, such as cells that are trained already.
         checkpointing: recompute activations. compile: compile the frozen layers.
         fsdp: shard the base over the processes of `torchrun` (FSDP2), for bases that do not fit one GPU.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
@@ -54,6 +61,7 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     loss: str = "kl"
+    start: str | None = None
     lossless: tuple[int, ...] = windows.LOSSLESS
     sinks: tuple[int, ...] = windows.SINKS
     window: int = 1920
@@ -68,19 +76,18 @@ class Recipe:
     gate_steps: int = 0
     gate_lr: float = 1e-3
     gate_label: str = "max"
-    start: str | None = None
     checkpointing: bool = False
     compile: bool = True
     fsdp: bool = False
     save_every: int = 100
     log_every: int = 10
     seed: int = 0
-    report_to: tuple[str, ...] = field(default=("tensorboard",))
+    report_to: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
             _check_type(key.name, str(key.type), getattr(self, key.name))
-        for name in ("length", "batch", "save_every", "log_every", "window"):
+        for name in ("length", "batch", "save_every", "log_every"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         least = 0 if self.gate_steps else 1
         _expect("steps", self.steps, self.steps >= least, f"an integer of at least {least}")
@@ -94,13 +101,45 @@ class Recipe:
         _expect("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number of at least 0")
         _expect("limit", self.limit, self.limit is None or self.limit >= 1, "an integer of at least 1, or null")
         _expect("kept_sinks", self.kept_sinks, self.kept_sinks >= 0, "an integer of at least 0")
+        _expect("seed", self.seed, 0 <= self.seed < 2**32, "an integer of 0 to 2**32 - 1")
         _expect("sinks", list(self.sinks), min(self.sinks, default=-1) >= 0, "integers of at least 0")
         if self.loss not in LOSSES:
             raise ConfigError(f"loss={self.loss!r}: expected one of {', '.join(LOSSES)}")
+        if self.loss == "attention" and self.fsdp:
+            raise ConfigError("loss='attention' with fsdp=True: its layers learn apart from each other: expected DDP")
         if not self.data:
             raise ConfigError("data=[]: expected at least one source")
         if not any(self.length / 8 <= size < self.length for size in self.lossless):
             raise ConfigError(f"lossless={list(self.lossless)}: none is in {self.length}/8 .. {self.length - 1}")
+        self.memory()
+
+    def memory(self) -> AHNConfig:
+        """What is put on the base. Raises ConfigError."""
+        return AHNConfig(
+            self.cell,
+            self.window,
+            self.kept_sinks,
+            sink_positions=self.sink_positions,
+            memory_positions=self.memory_positions,
+            key_maps=self.key_maps,
+            make_room=self.make_room,
+            store=self.store,
+            store_size=self.store_size,
+            store_span=self.store_span,
+        )
+
+
+def describe() -> str:
+    """The keys of a recipe and their defaults, for `--help`."""
+    meanings = inspect.cleandoc(Recipe.__doc__ or "").partition("Args:\n")[2]
+    required = ("base", "output", "data")
+    defaults = [
+        f"{key.name}={json.dumps(key.default)}" for key in dataclasses.fields(Recipe) if key.name not in required
+    ]
+    lines = textwrap.wrap(
+        "  ".join(defaults), 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False
+    )
+    return "\n".join(["keys of a recipe:", meanings, "", "defaults:", *lines])
 
 
 _TYPES: dict[str, tuple[type, str]] = {
@@ -162,10 +201,14 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 
 def _typed(field: Any, value: Any) -> Any:
     if field.type.startswith("tuple"):
-        return tuple(value) if isinstance(value, list) else (value,)
+        return tuple(_at_home(item) for item in (value if isinstance(value, list) else [value]))
     if field.type == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text
         except ValueError as error:
             raise ConfigError(f"{field.name}={value!r}: expected a number") from error
-    return value
+    return _at_home(value)
+
+
+def _at_home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) else value

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from ahn.augmentation import full_attention
 from ahn.errors import ConfigError
-from ahn.storing import StoringLayer
 from ahn.train.data import Rows
 from ahn.train.recipe import GATE_LABELS
 
@@ -69,22 +67,6 @@ def received(q: Tensor, k: Tensor, counts: Tensor, window: int, scale: float, la
 def future(labels: Tensor) -> Tensor:
     """From labels of blocks those of all blocks from each on: [B, M, Q, T]."""
     return labels.flip(2).cummax(2).values.flip(2)
-
-
-@contextmanager
-def watching(model: Any, look: Any) -> Iterator[None]:
-    """Within, full attention shows `look(layer, q, k, x, scale)` what each layer with a store is given."""
-    from ahn.augmentation import layers_of
-
-    layers = [layer for layer in layers_of(model) if isinstance(layer, StoringLayer)]
-    for layer in layers:
-        layer.look = look
-    try:
-        with full_attention(model):
-            yield
-    finally:
-        for layer in layers:
-            layer.look = None
 
 
 def gate_loss(layer: Any, x: Tensor, labels: Tensor, window: int) -> Tensor:
@@ -146,7 +128,10 @@ def fit(
             ids, counts = _batch(rows, chosen, model.device)
             values: list[Tensor] = []
 
-            def look(layer: Any, q: Tensor, k: Tensor, x: Tensor, scale: float) -> None:
+            def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
+                layer = attention.ahn
+                if layer.store is None:
+                    return
                 labels = future(received(q, k, counts, layer.reach, scale, label))  # noqa: B023 - called at once
                 with torch.enable_grad():
                     value = gate_loss(layer, x.detach(), labels, layer.reach)
@@ -155,7 +140,7 @@ def fit(
                 values.append(value.detach())  # noqa: B023
 
             optimizer.zero_grad()
-            with torch.no_grad(), watching(model, look):
+            with torch.no_grad(), full_attention(model, observe):
                 model.get_decoder()(ids, use_cache=False)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -183,7 +168,10 @@ def measure(model: Any, rows: Rows, places: int, batch: int = 4, label: str = "m
     for low in range(0, len(rows), batch):
         ids, counts = _batch(rows, list(range(low, min(low + batch, len(rows)))), model.device)
 
-        def look(layer: Any, q: Tensor, k: Tensor, x: Tensor, scale: float) -> None:
+        def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
+            layer = attention.ahn
+            if layer.store is None:
+                return
             labels = future(received(q, k, counts, layer.reach, scale, label))  # noqa: B023 - called at once
             scores = _scores(layer, x).expand(*labels.shape[:2], -1)
             for behind, wanted in _choices(labels, layer.reach):
@@ -193,7 +181,7 @@ def measure(model: Any, rows: Rows, places: int, batch: int = 4, label: str = "m
                 row = _spearman(mine, wanted), hit.float().mean().item(), few / behind
                 found.setdefault(layer.store.layer, []).append(row)
 
-        with watching(model, look):
+        with full_attention(model, observe):
             model.get_decoder()(ids, use_cache=False)
     means = (torch.tensor(found[layer]).mean(0).tolist() for layer in sorted(found))
     return [Found(*row) for row in means]

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import DistributedType, save_fsdp_optimizer
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 import ahn
-from ahn.adapter import adapter_of, apply, base_shape, read_adapter, write_adapter
+from ahn.adapter import Adapter, adapter_of, apply, base_shape, read_adapter, write_adapter
 from ahn.augmentation import augment, layers_of, set_window
 from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
-from ahn.config import AHNConfig
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError
 from ahn.memory_file import atomic
 from ahn.train import checkpoints, data, distill, retention, windows
 from ahn.train.check import Difference, check
+from ahn.train.progress import Progress
 from ahn.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class MemoryTrainer(Trainer):
     def __init__(self, recipe: Recipe, **options: Any) -> None:
         super().__init__(**options)
         self.recipe = recipe
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Progress(recipe.batch * recipe.length * self.args.world_size))
 
     @property
     def augmented(self) -> Any:
@@ -109,7 +113,8 @@ class MemoryTrainer(Trainer):
                 raise
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # gives the disk its space back
-            raise TrainingError(f"{folder}: cannot be written: {error}; {self.last_good()}") from error
+            free = f"{shutil.disk_usage(self.args.output_dir).free / 2**20:,.0f} MiB of the disk are free"
+            raise TrainingError(f"{folder}: cannot be written: {error} ({free}); {self.last_good()}") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `train` has loaded the adapter, before the weights were sharded."""
@@ -123,45 +128,50 @@ class MemoryTrainer(Trainer):
 def build(recipe: Recipe) -> MemoryTrainer:
     """Model, data and trainer of a recipe. Raises BaseModelError, ConfigError, DocumentError."""
     machine = PartialState(cpu=not torch.cuda.is_available())  # of the process's own GPU, if torchrun started several
-    on_cuda = machine.device.type == "cuda"
     if recipe.fsdp and machine.num_processes == 1:
         raise ConfigError("fsdp=True: one process has nobody to share with: expected torchrun --nproc-per-node N ...")
+    if recipe.fsdp and machine.distributed_type == DistributedType.MULTI_CPU:
+        raise ConfigError("fsdp=True: accelerate shards over GPUs only, and these processes have none")
     torch.manual_seed(recipe.seed)
+    model = _model(recipe, machine.device)
+    tokenizer, kept = load_tokenizer(recipe.base), cache_folder() / "rows"
+    rows = data.rows(list(recipe.data), tokenizer, recipe.length, recipe.limit, recipe.seed, kept)
+    found, least = len(rows), min(windows.allowed(recipe.length, recipe.lossless))
+    rows = rows.where(rows.counts[:, least:].any(1))  # in a long document with few questions many teach nothing
+    _check_rows(rows, recipe, model, machine.num_processes)
+    if machine.is_main_process:
+        print(_plan(recipe, rows, found - len(rows), model, machine), file=sys.stderr)
+    if recipe.compile and machine.device.type == "cuda":
+        compile_layers(model)
+    if recipe.checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+        model.train()  # checkpointing is off in eval mode; there is no dropout to turn on
+    arguments = _arguments(recipe, type(model.get_decoder().layers[0]).__name__)
+    return MemoryTrainer(recipe, model=Distiller(model, recipe.loss), args=arguments, train_dataset=rows)
+
+
+def _model(recipe: Recipe, device: torch.device) -> Any:
+    """The base with new cells."""
     if recipe.fsdp:  # from the memory of the host each layer goes to the GPUs in shards
-        model = load_base(recipe.base, torch.bfloat16 if on_cuda else None, "cpu")
+        model = load_base(recipe.base, torch.bfloat16 if device.type == "cuda" else None, "cpu")
     else:
-        model = load_base(recipe.base, device=machine.device)
-    config = AHNConfig(
-        recipe.cell,
-        recipe.window,
-        recipe.kept_sinks,
-        sink_positions=recipe.sink_positions,
-        memory_positions=recipe.memory_positions,
-        key_maps=recipe.key_maps,
-        make_room=recipe.make_room,
-        store=recipe.store,
-        store_size=recipe.store_size,
-        store_span=recipe.store_span,
-    )
-    augment(model, config)
-    if recipe.start is not None:
-        apply(read_adapter(recipe.start), model, new_store=True)
+        model = load_base(recipe.base, device=device)
+    augment(model, recipe.memory())
     model.ahn_names["base"] = recipe.base
     for layer in layers_of(model):
         if layer.cell is not None:
             layer.cell.float()  # the weights that are trained; the base stays in its dtype
         if layer.store is not None:
             layer.store.requires_grad_(False)  # its gates are fitted on their own
-    tokenizer, kept = load_tokenizer(recipe.base), cache_folder() / "rows"
-    rows = data.rows(list(recipe.data), tokenizer, recipe.length, recipe.limit, recipe.seed, kept)
-    _check_rows(rows, recipe, model, machine.num_processes)
-    logger.info("%s rows of %s tokens", len(rows), recipe.length)
-    if recipe.compile and on_cuda:
-        compile_layers(model)
-    if recipe.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
-        model.train()  # checkpointing is off in eval mode; there is no dropout to turn on
+    return model
+
+
+def _arguments(recipe: Recipe, layer_class: str) -> TrainingArguments:
+    """The recipe in the Trainer's words. `layer_class`: what FSDP shards one by one."""
+    loggers = set(recipe.report_to) & set(get_available_reporting_integrations())
+    for name in sorted(set(recipe.report_to) - loggers):
+        logger.warning("report_to: nothing is written for %s, which is not installed here", name)
     arguments = TrainingArguments(
         output_dir=recipe.output,
         per_device_train_batch_size=recipe.batch,
@@ -172,27 +182,47 @@ def build(recipe: Recipe) -> MemoryTrainer:
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         logging_steps=recipe.log_every,
+        disable_tqdm=True,  # Progress has a bar
         save_steps=recipe.save_every,
         save_total_limit=2,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        report_to=[name for name in recipe.report_to if importlib.util.find_spec(name)],
+        report_to=sorted(loggers),
         remove_unused_columns=False,
-        use_cpu=not on_cuda,
+        use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=0,
         dataloader_drop_last=True,  # a step is always of the same rows, however many processes share them
         ddp_find_unused_parameters=False,
         fsdp=recipe.fsdp,
-        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": [type(model.get_decoder().layers[0]).__name__]},
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": [layer_class]},
     )
     if arguments.n_gpu > 1:  # the Trainer would copy the model to all of them in every step (DataParallel)
         arguments._n_gpu = 1
         logger.warning("training on one of %s GPUs; docs/training.md says how to use more", torch.cuda.device_count())
-    return MemoryTrainer(recipe, model=Distiller(model, recipe.loss), args=arguments, train_dataset=rows)
+    return arguments
+
+
+def _plan(recipe: Recipe, rows: data.Rows, idle: int, model: Any, machine: PartialState) -> str:
+    """What is about to happen, for people."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    processes = f" x {machine.num_processes}" if machine.num_processes > 1 else ""
+    counting = rows.counts[:, min(windows.allowed(recipe.length, recipe.lossless)) :]
+    taken = recipe.batch * machine.num_processes
+    gates = (
+        f"{recipe.gate_steps:,} steps of {recipe.batch} rows for the store's gates, then " if recipe.gate_steps else ""
+    )
+    return (
+        f"{recipe.base} with {recipe.cell}: {trained:,} weights to train, on {machine.device.type}{processes}\n"
+        f"{len(rows):,} rows of {recipe.length:,} tokens; of those behind the lossless ones "
+        f"{counting.float().mean().item():.1%} are to be predicted"
+        f"{f' ({idle:,} rows without any are left out)' if idle else ''}\n"
+        f"{gates}{recipe.steps:,} steps of {taken:,} rows: {recipe.steps * taken / len(rows):.2g} passes over the data"
+    )
 
 
 def compile_layers(model: Any) -> None:
     """Compile the frozen layers and what is around the memory's kernels."""
+    torch.set_float32_matmul_precision("high")  # of the cells' recurrences; the base is in bfloat16 anyhow
     model.enable_input_require_grads()  # so that the first layer is compiled as the others are
     for layer in model.get_decoder().layers:
         layer.forward = torch.compile(layer.forward)
@@ -202,6 +232,12 @@ def compile_layers(model: Any) -> None:
 
 def _check_rows(rows: data.Rows, recipe: Recipe, model: Any, processes: int) -> None:
     """What cannot be trained is said before the first step."""
+    if not len(rows):
+        least = min(windows.allowed(recipe.length, recipe.lossless))
+        raise DocumentError(
+            f"no token is to be predicted behind the first {least} of {recipe.length}: expected answers further back, "
+            "longer rows, or a smaller lossless size"
+        )
     top, size = int(rows.ids.max()), model.get_input_embeddings().weight.shape[0]
     if top >= size:
         raise BaseModelError(
@@ -212,12 +248,6 @@ def _check_rows(rows: data.Rows, recipe: Recipe, model: Any, processes: int) -> 
         raise DocumentError(
             f"the data fill {len(rows)} rows of {recipe.length} tokens: expected at least the {recipe.batch} x "
             f"{processes} rows of one step (batch x processes); a smaller batch or length may do"
-        )
-    least = min(windows.allowed(recipe.length, recipe.lossless))
-    if not rows.counts[:, least:].any():
-        raise DocumentError(
-            f"no token is to be predicted behind the first {least} of {recipe.length}: expected answers further back, "
-            "longer rows, or a smaller lossless size"
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or recipe.length
     if recipe.loss != "ce" and recipe.length > context:
@@ -262,27 +292,40 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         _note_recipe(recipe, output, changed=start is not None)
     if start is not None:
         apply(read_adapter(start), trainer.augmented)
-    elif recipe.gate_steps:
-        retention.fit(
-            trainer.augmented,
-            trainer.train_dataset,
-            recipe.gate_steps,
-            recipe.batch,
-            recipe.gate_lr,
-            recipe.gate_label,
-            recipe.seed,
-        )
+    elif recipe.start is not None:
+        apply(_first_weights(recipe), trainer.augmented, new_store=recipe.gate_steps > 0)
+    if start is None and recipe.gate_steps:
+        rows, label = trainer.train_dataset, recipe.gate_label
+        retention.fit(trainer.augmented, rows, recipe.gate_steps, recipe.batch, recipe.gate_lr, label, recipe.seed)
+    reached = TrainerState() if start is None else TrainerState.load_from_json(str(start / TRAINER_STATE_NAME))
     try:
-        if recipe.steps:
+        if reached.global_step >= recipe.steps:  # the Trainer would take one step more
+            trainer.state = reached
+        else:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    except RuntimeError as error:
-        if not (reason := _lost(error)):
+    except (OSError, RuntimeError) as error:
+        if not (reason := str(error) if isinstance(error, OSError) else _lost(error)):
             raise
         raise TrainingError(f"step {trainer.state.global_step + 1}: {reason}; {trainer.last_good()}") from error
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(
+            f"interrupted at step {trainer.state.global_step + 1}; {trainer.last_good()}"
+        ) from interrupt
     trainer.save_model(str(output / "adapter"))
     if first:
         _write(output / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     return output / "adapter"
+
+
+def _first_weights(recipe: Recipe) -> Adapter:
+    """The adapter that a recipe starts from. Raises AdapterError, ConfigError if it is of another form."""
+    assert recipe.start is not None
+    adapter, config = read_adapter(recipe.start), recipe.memory()
+    for key in ("cell", "sink_positions", "memory_positions", "key_maps", "make_room"):
+        theirs, ours = getattr(adapter.config, key), getattr(config, key)
+        if theirs != ours:
+            raise ConfigError(f"start={recipe.start!r}: it has {key}={theirs!r}: expected {ours!r} as in the recipe")
+    return adapter
 
 
 def _note_recipe(recipe: Recipe, output: Path, changed: bool) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 
 from ahn.adapter import apply
 from ahn.augmentation import augment
-from ahn.cost import cost
-from ahn.eval.policies.base import Policy, Stored, digest, trained
+from ahn.eval.policies.base import Policy, Stored, digest, memory_part, trained
 
 
 class Ahn(Policy):
@@ -33,18 +32,10 @@ class Ahn(Policy):
 
     def prepare(self) -> None:
         assert self.adapter is not None
-        adapter = trained(self.adapter)
-        exact = {"window": self.window, "sinks": self.sinks, "store": None, "store_size": 0, "store_span": 1}
-        config = adapter.config.replace(**exact)
+        config = memory_part(self.window, self.sinks, self.adapter)
         augment(self.model, config if self.store is None else self.store.fill(config))
-        apply(adapter, self.model)
+        apply(trained(self.adapter), self.model)
         self.model.eval()
-
-    def flops(self, tokens: int) -> tuple[int, int]:
-        config = self.model.ahn_config
-        store = config.store, config.store_size, config.store_span
-        found = cost(self.shape, tokens, config.window, config.sinks, config.cell, 4, *store)
-        return found.mixing.memory, found.flops.memory
 
     @property
     def parameters_added(self) -> int:

@@ -7,7 +7,8 @@ All are read in chunks through a cache, so that memory use is the cache's, and a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -15,15 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ahn import cells
 from ahn.adapter import Adapter, base_shape, check_shape, default_config, read_adapter
-from ahn.augmentation import CHUNK, check_fits, layers_of
+from ahn.augmentation import CHUNK, check_fits, detach
 from ahn.bases import load_base, load_tokenizer
 from ahn.cache import AHNCache
 from ahn.config import AHNConfig
-from ahn.cost import Shape
+from ahn.cost import Shape, cost, held_bytes
 from ahn.errors import ConfigError
-from ahn.generation import read_chunks
+from ahn.generation import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,9 @@ class Stored(NamedTuple):
 
 
 class Policy:
-    """A base model with one way to remember; the model is loaded here.
+    """A base model with one way to remember. Several texts can be read at once, as rows of a batch of any lengths.
+
+    Letters: B rows, T tokens, D hidden size.
 
     Args:
         base: hub id, folder, GGUF file, or "smollm2-135m".
@@ -55,6 +57,7 @@ class Policy:
         dtype: default float32 on a CPU, bfloat16 on CUDA. device: default CUDA if there is one.
         yarn: factor by which `full` extends the base's positions; the others ignore it.
         store: of the policies that have one; its places are part of `window`, so that all keep as many tokens.
+        model: the plain base, if it is loaded already; it is changed in place until `release`.
 
     Attributes:
         tokenizer: the base's.
@@ -68,6 +71,7 @@ class Policy:
     name: ClassVar[str]
     needs_adapter: ClassVar[bool] = False
     uses_window: ClassVar[bool] = True
+    keeps_padding: ClassVar[bool] = False  # in its cache, so that it must be masked for ever
 
     def __init__(
         self,
@@ -80,16 +84,15 @@ class Policy:
         device: Any = None,
         yarn: float | None = None,
         store: Stored | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
         self.window, self.sinks, self.adapter, self.yarn, self.store = window, sinks, adapter, yarn, store
-        self.tokenizer: Any = load_tokenizer(base)
-        self.model: PreTrainedModel = load_base(base, dtype=dtype, device=device)
+        self.tokenizer: Any = _tokenizer(base)
+        self.model: PreTrainedModel = load_base(base, dtype=dtype, device=device) if model is None else model
         self.check(self.model.config, 1, window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
         self.prepare()
         self.shape = Shape.from_config(self.model.config)
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = {end for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
+        self.ends = end_tokens(self.model, self.tokenizer)
 
     @property
     def context(self) -> int | None:
@@ -119,6 +122,8 @@ class Policy:
         """
         if cls.needs_adapter and adapter is None:
             raise ConfigError(f"policy {cls.name} needs an adapter: the memory itself, or the one whose size it takes")
+        if yarn is not None and not 1 <= yarn < math.inf:
+            raise ConfigError(f"yarn={yarn:g}: expected a factor of at least 1")
         if adapter is not None:
             check_shape(trained(adapter), base_shape(base))
         if cls.uses_window:
@@ -150,6 +155,10 @@ class Policy:
         """Make of the plain `self.model` what this policy needs."""
         raise NotImplementedError
 
+    def release(self) -> PreTrainedModel:
+        """The plain base again, for the next policy; this one is of no more use."""
+        return detach(self.model)
+
     def cache(self) -> Any:
         """An empty cache."""
         return AHNCache(self.model)
@@ -158,76 +167,111 @@ class Policy:
         """An independent copy."""
         return cache.fork()
 
-    @torch.no_grad()
     def generate(
-        self, ids: list[int], max_new_tokens: int, stop: Callable[[list[int]], bool] | None = None
+        self, ids: Sequence[int], max_new_tokens: int, stop: Callable[[list[int]], bool] | None = None
     ) -> list[int]:
-        """The likeliest tokens after `ids`, without the one that ends them: plain argmax, whatever sampling, penalties
-        or temperature the base's own generation settings ask for.
+        """`answers` to one prompt."""
+        return self.answers([ids], [max_new_tokens], stop)[0]
+
+    @torch.no_grad()
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        stop: Callable[[list[int]], bool] | None = None,
+    ) -> list[list[int]]:
+        """The likeliest tokens after each prompt, at most as many as its limit, without the one that ends them: plain
+        argmax, whatever sampling, penalties or temperature the base's own generation settings ask for.
 
         Args:
-            stop: given the answer so far after each token; true ends it.
+            stop: given an answer so far after each token; true ends it.
         """
-        model, cache = self.model, self.cache()
-        hidden = read_chunks(model.get_decoder(), self._tensor(ids), cache, CHUNK)
-        answer: list[int] = []
+        head, cache = self.model.get_output_embeddings(), self.cache()
+        ids, padding = self._rows(prompts)
+        for piece in ids.split(CHUNK, 1):
+            hidden = self._next(piece, cache, padding)
+        found: list[list[int]] = [[] for _ in prompts]
+        going = set(range(len(found)))
         while True:
-            token = int(model.get_output_embeddings()(hidden).argmax(-1))
-            if token in self.ends:
-                return answer
-            answer.append(token)
-            if len(answer) >= max_new_tokens or (stop is not None and stop(answer)):
-                return answer
-            hidden = read_chunks(model.get_decoder(), self._tensor([token]), cache, 1)
+            tokens = head(hidden[:, -1]).argmax(-1)
+            for row, token in enumerate(tokens.tolist()):
+                if row not in going:
+                    continue
+                if token not in self.ends:
+                    found[row].append(token)
+                if token in self.ends or len(found[row]) >= limits[row] or (stop is not None and stop(found[row])):
+                    going.remove(row)
+            if not going:
+                return found
+            hidden = self._next(tokens[:, None], cache, padding)
 
-    def losses(self, ids: list[int]) -> Tensor:
-        """Next-token loss in nats at each position but the last, float32 [T - 1] on the CPU."""
-        return self.scored(ids, self.cache())[0]
+    def losses(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Of each text, the next-token loss in nats at each position but the last, float32 [T - 1] on the CPU."""
+        return [losses for losses, _ in self.scored(texts, self.cache())]
 
     @torch.no_grad()
-    def scored(self, ids: list[int], cache: Any) -> tuple[Tensor, Tensor]:
+    def scored(self, texts: Sequence[Sequence[int]], cache: Any) -> list[tuple[Tensor, Tensor]]:
         """`losses` after what `cache` has seen, which is changed, and whether each token was the likeliest, bool
         [T - 1]. The last token is not read."""
-        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
-        tokens = self._tensor(ids)
-        losses, likeliest = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
-        for low in range(0, len(ids) - 1, CHUNK):
-            wanted = tokens[0, low + 1 : low + CHUNK + 1]
-            piece = tokens[:, low : low + len(wanted)]
-            logits = head(decoder(piece, past_key_values=cache, use_cache=True).last_hidden_state[0]).float()
-            losses.append(cross_entropy(logits, wanted, reduction="none").cpu())
-            likeliest.append((logits.argmax(-1) == wanted).cpu())
-        return torch.cat(losses), torch.cat(likeliest)
+        head = self.model.get_output_embeddings()
+        ids, padding = self._rows(texts)
+        parts: list[list[tuple[Tensor, Tensor]]] = [[(torch.zeros(0), torch.zeros(0, dtype=torch.bool))] for _ in texts]
+        wanted = ids[:, 1:].split(CHUNK, 1) if ids.shape[1] > 1 else ()
+        for piece, targets in zip(ids[:, :-1].split(CHUNK, 1), wanted, strict=False):
+            for row, hidden in enumerate(self._next(piece, cache, padding)):
+                logits = head(hidden).float()  # row by row: those of a batch may be larger than the model
+                losses = cross_entropy(logits, targets[row], reduction="none")
+                parts[row].append((losses.cpu(), (logits.argmax(-1) == targets[row]).cpu()))
+        whole = [tuple(torch.cat(column) for column in zip(*row, strict=True)) for row in parts]
+        free = padding or [0] * len(whole)
+        return [(losses[n:], likeliest[n:]) for (losses, likeliest), n in zip(whole, free, strict=True)]
 
-    def read(self, ids: list[int]) -> Any:
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> Any:
         """A cache that has seen `ids`, which may be none."""
         cache = self.cache()
-        if ids:
-            read_chunks(self.model.get_decoder(), self._tensor(ids), cache, CHUNK)
+        for piece in self._rows([ids])[0].split(CHUNK, 1) if ids else ():
+            self._next(piece, cache, None)
         return cache
+
+    def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
+        """Ids [B, T], and how many of a row's first are padding: None where none are."""
+        if not texts or not all(texts):
+            raise ConfigError("no tokens: expected at least one")
+        longest = max(map(len, texts))
+        padding = [longest - len(text) for text in texts]
+        filled = [[text[0]] * free + list(text) for text, free in zip(texts, padding, strict=True)]
+        return torch.tensor(filled, device=self.model.device), padding if any(padding) else None
+
+    def _next(self, ids: Tensor, cache: Any, padding: list[int] | None) -> Tensor:
+        """Last hidden states [B, T, D] of the next tokens ids [B, T]."""
+        options: dict[str, Tensor] = {}
+        if padding is not None:
+            seen = cache.get_seq_length()
+            free = torch.tensor(padding, device=ids.device)[:, None]
+            places = torch.arange(seen + ids.shape[1], device=ids.device)
+            options["position_ids"] = (places[seen:] - free).clamp(min=0)
+            if self.keeps_padding or seen < max(padding):
+                options["attention_mask"] = (places >= free).long()
+        return self.model.get_decoder()(ids, past_key_values=cache, use_cache=True, **options).last_hidden_state
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes held after reading `tokens` tokens of one sequence."""
-        size, element = self.shape, self.model.dtype.itemsize
-        found = 0
-        for layer in layers_of(self.model):
-            kept = min(tokens, layer.lossless)
-            found += kept * (2 * size.M * size.H + layer.gate_width) * element + layer.store_bytes
-            found += 4 * size.N * size.H**2 if layer.cell is not None else 0  # the state is float32
-        return found
+        return held_bytes(self.shape, self.model.ahn_config, tokens, self.model.dtype.itemsize)
 
     def flops(self, tokens: int) -> tuple[int, int]:
         """FLOPs of reading `tokens` tokens: of token mixing, and of the whole model (`ahn.cost`)."""
-        raise NotImplementedError
+        found = cost(self.shape, tokens, self.model.ahn_config)
+        return found.mixing.memory, found.flops.memory
 
     @property
     def parameters_added(self) -> int:
         return 0
 
-    def _tensor(self, ids: list[int]) -> Tensor:
-        if not ids:
-            raise ConfigError("no tokens: expected at least one")
-        return torch.tensor([ids], device=self.model.device)
+
+@lru_cache(maxsize=2)
+def _tokenizer(base: str) -> Any:
+    return load_tokenizer(base)
 
 
 @lru_cache
@@ -254,9 +298,9 @@ def exact_part(window: int, sinks: int, adapter: str | None) -> AHNConfig:
     return AHNConfig(None, window, sinks, layers=config.layers, sink_positions=config.sink_positions)
 
 
-def memory_bytes(cell: str, shape: Shape, lossless: int, element: int) -> int:
-    """What a cell holds of one layer besides keys and values: its state, and the gates of the lossless tokens."""
-    return 4 * shape.N * shape.H**2 + cells.get(cell).num_gates * shape.N * lossless * element
+def memory_part(window: int, sinks: int, adapter: str) -> AHNConfig:
+    """The memory of `adapter` behind other sinks and window, and without a store."""
+    return trained(adapter).config.replace(window=window, sinks=sinks, store=None, store_size=0, store_span=1)
 
 
 def exact_sizes(base: Any, adapter: str | None, lossless: int | None, sinks: int | None) -> tuple[int, int]:

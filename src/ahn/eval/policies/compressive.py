@@ -1,7 +1,7 @@
 """Compressive Transformer (arXiv 1911.05507), the paper's other baseline: evicted keys and values are pooled.
 
 Letters: B batch, N query heads, M key/value heads, H head size, T tokens, E of them that push another one out,
-C slots of the buffer.
+C slots of the buffer; R rows of positions: 1 where all of the batch are at the same position, else B.
 
 Tokens that leave the window are pooled four at a time, keys and values alike and after their rotary positions, into a
 first-in-first-out buffer that is attended like the rest. Evicted token e belongs to group e // 4, which lies in slot
@@ -20,9 +20,9 @@ from torch import Tensor
 from ahn.attention import attend, merge
 from ahn.augmentation import augment, layers_of
 from ahn.cache import AHNCache, LayerMemory, Span
-from ahn.cost import Shape, cost
+from ahn.cost import Shape, cell_bytes, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
-from ahn.eval.policies.base import Policy, Stored, exact_part, memory_bytes, trained
+from ahn.eval.policies.base import Policy, Stored, exact_part, memory_part, trained
 from ahn.layer import AHNLayer
 
 RATE = 4  # tokens in one slot, as in the paper
@@ -46,17 +46,18 @@ class Compressive(Policy):
     ) -> dict[str, Any]:
         assert adapter is not None
         found = super().settings(window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
-        return found | {"rate": RATE, "sized_like": trained(adapter).config.cell}
+        config = trained(adapter).config
+        like = f"{config.cell}, key_maps {config.key_maps}" if config.key_maps > 1 else config.cell
+        return found | {"rate": RATE, "sized_like": like}
 
     def prepare(self) -> None:
         assert self.adapter is not None
-        cell = trained(self.adapter).config.cell
-        assert cell is not None
+        config = memory_part(self.window, self.sinks, self.adapter)
         shape, element = Shape.from_config(self.model.config), self.model.dtype.itemsize
-        budget = memory_bytes(cell, shape, self.window + self.sinks, element)
+        budget = cell_bytes(shape, config, config.lossless, element)
         self.slots = budget // (2 * shape.M * shape.H * element)
         if not self.slots:
-            raise ConfigError(f"the {cell} cell holds {budget} bytes a layer, less than one slot of pooled keys")
+            raise ConfigError(f"the {config.cell} cell holds {budget} bytes a layer, less than one slot of pooled keys")
         augment(self.model, exact_part(self.window, self.sinks, self.adapter))
         for layer in layers_of(self.model):
             if layer.window is not None:
@@ -79,39 +80,42 @@ class Compressive(Policy):
         return exact + pooled * self.slots * 2 * self.shape.M * self.shape.H * self.model.dtype.itemsize
 
     def flops(self, tokens: int) -> tuple[int, int]:
-        found = cost(self.shape, tokens, self.window, self.sinks, None)
+        found = cost(self.shape, tokens, self.model.ahn_config)
         pooled = self.shape.layers * 4 * found.written * min(self.slots, -(-found.written // RATE))
         pooled *= self.shape.H * self.shape.N
         return found.mixing.memory + pooled, found.flops.memory + pooled
 
 
 class CompressiveLayer(AHNLayer):
-    """Sinks and window as in AHNLayer, merged with softmax attention over the pooled rest. One text, with a cache."""
+    """Sinks and window as in AHNLayer, merged with softmax attention over the pooled rest. With a cache only."""
 
+    steps_on_device = False
     slots: int
     maximum: bool  # else the mean is taken
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory | None, scale: float
     ) -> Tensor:
-        if not isinstance(memory, CompressiveMemory) or span.padded or len(span.counts) > 1:
-            raise UnsupportedOperationError("the compressive baseline reads texts of one length through its own cache")
+        if not isinstance(memory, CompressiveMemory):
+            raise UnsupportedOperationError("the compressive baseline reads texts through its own cache")
         assert self.window is not None
         memory.reserve(max(span.after()), k, self.state_shape)
         lossless = self.sinks + self.window
-        pushing = max(0, span.first + span.length - max(span.first, lossless))
-        seen = span.first + span.length - pushing - lossless  # evicted before
-        if span.length == 1:
-            exact, leaving = self._attend_one(q, k, v, None, span, memory, scale, bool(pushing))
+        first = min(max(0, lossless - span.first), span.length)  # that pushes a token out, in any row
+        if span.length == 1 and not span.padded:
+            exact, leaving = self._attend_one(q, k, v, None, span, memory, scale, not first)
         else:
+            q, k, v = (span.compact(t, 2) for t in (q, k, v))
             exact, window = self._attend_many(q, k, v, None, span, memory, scale)
-            oldest = window[0].shape[2] - pushing - self.window
-            leaving = tuple(t[:, :, oldest : oldest + pushing] for t in window)
-        if pushing:
-            pooled = attend(q[:, :, -pushing:], *memory.absorb(leaving[0], leaving[1], seen), scale)
-            old, late = (tuple(t[:, :, part] for t in exact) for part in (slice(-pushing), slice(-pushing, None)))
-            exact = torch.cat([old[0], merge((late[0], late[1]), pooled)[0]], 2), exact[1]
-        return exact[0].transpose(1, 2)
+            oldest = window[0].shape[2] - span.length + first - self.window
+            leaving = tuple(t[:, :, oldest : oldest + span.length - first] for t in window)
+        if first < span.length:
+            numbers = span.positions()[:, first:] - lossless
+            leaves = (numbers >= 0) & span.real()[:, first:]
+            pooled = attend(q[:, :, first:], *memory.absorb(leaving[0], leaving[1], numbers, leaves), scale)
+            late = merge((exact[0][:, :, first:], exact[1][:, :, first:]), pooled)[0]
+            exact = torch.cat([exact[0][:, :, :first], late], 2), exact[1]
+        return span.restore(exact[0].transpose(1, 2), 1)
 
 
 class CompressiveMemory(LayerMemory):
@@ -135,42 +139,50 @@ class CompressiveMemory(LayerMemory):
             shape = (k.shape[0], k.shape[1], self.room, k.shape[3])
             self.pooled_keys, self.pooled_values = k.new_zeros(shape), k.new_zeros(shape)
 
-    def absorb(self, k: Tensor, v: Tensor, seen: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pool tokens k, v [B, M, E, H] that leave one after the other, after `seen` that left before.
+    def absorb(self, k: Tensor, v: Tensor, numbers: Tensor, leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pool tokens k, v [B, M, E, H] that leave one after the other.
+
+        Args:
+            numbers: [R, E] on the CPU, how many left before each. leaves: bool [R, E], false for those that do not.
 
         Returns:
-            keys and values [B, M, K, H], and which of them the query sees that pushes out the i-th, bool [1, E, K].
+            keys and values [B, M, C + E, H], and which of them the query sees that pushes out the i-th, bool
+            [R, E, C + E]: of the buffer as it was before, and of the groups that these tokens complete or begin.
         """
         room, device = self.room, k.device
-        numbers = torch.arange(seen, seen + k.shape[2], device=device)
-        groups = numbers // RATE
-        first = seen // RATE
-        before = torch.arange(max(0, first - room), first, device=device)  # complete, as far as they are still there
+        first, last = numbers[:, :1].clamp(min=0) // RATE, numbers.where(leaves, -1).amax(1, keepdim=True)
+        ends = leaves & ((numbers % RATE == RATE - 1) | (numbers == last)) & (numbers // RATE > last // RATE - room)
+        rows, tokens = (index.to(device) for index in ends.nonzero(as_tuple=True))
+        begun, slots = (first[:, 0] % room).to(device), (numbers[ends] // RATE % room).to(device)
+        numbers, leaves, first = (t.to(device) for t in (numbers, leaves, first))
+        every = torch.arange(len(k), device=device)
         parts = []
         for buffer, new in ((self.pooled_keys, k), (self.pooled_values, v)):
             assert buffer is not None
-            running = _running(new, buffer[:, :, first % room], seen % RATE, self.maximum)
-            parts.append(torch.cat([buffer.index_select(2, before % room), running], 2))
-            last = (groups[1:] != groups[:-1]).nonzero()[:, 0]  # where a group ends, and where the tokens do
-            last = torch.cat([last, last.new_tensor([len(groups) - 1])])[-room:]
-            buffer.index_copy_(2, groups[last] % room, running[:, :, last])
-        mine = groups[:, None]
-        whole = (numbers % RATE == RATE - 1) & (groups < mine) & (groups > mine - room)
-        itself = torch.eye(len(numbers), dtype=torch.bool, device=device)
-        mask = torch.cat([(before > mine - room).expand(len(numbers), -1), whole | itself], 1)
-        return parts[0], parts[1], mask[None]
+            running = _running(new, buffer[every, :, begun], numbers % RATE, self.maximum)
+            parts.append(torch.cat([buffer, running], 2))
+            if len(numbers) == 1:
+                buffer.index_copy_(2, slots, running[:, :, tokens])
+            else:
+                buffer[rows, :, slots] = running[rows, :, tokens]
+        groups = numbers // RATE
+        mine = groups[..., None]
+        held = first - 1 - (first - 1 - torch.arange(room, device=device)) % room  # group in each slot, [R, C]
+        before = ((held >= 0)[:, None] & (held[:, None] > mine - room)).expand(-1, k.shape[2], -1)
+        whole = (numbers % RATE == RATE - 1)[:, None] & (groups[:, None] < mine) & (groups[:, None] > mine - room)
+        itself = torch.eye(k.shape[2], dtype=torch.bool, device=device)
+        mask = torch.cat([before, (whole & leaves[:, None]) | itself], 2) & leaves[..., None]
+        return parts[0], parts[1], mask
 
 
-def _running(x: Tensor, begun: Tensor, count: int, maximum: bool) -> Tensor:
-    """x [B, M, E, H] pooled from the beginning of each group of RATE up to each token; the first group goes on from
-    `begun` [B, M, H], the pool of `count` tokens."""
-    front = begun[:, :, None].expand(-1, -1, count, -1)  # as many copies of a pool are pooled to itself
-    tokens = count + x.shape[2]
-    padded = torch.cat([front, x, x[:, :, -1:].expand(-1, -1, -tokens % RATE, -1)], 2)
-    grouped = padded.unflatten(2, (-1, RATE))
-    if maximum:
-        pooled = grouped.cummax(3).values
-    else:
-        sizes = torch.arange(1, RATE + 1, device=x.device)[:, None]
-        pooled = (grouped.float().cumsum(3) / sizes).to(x.dtype)
-    return pooled.flatten(2, 3)[:, :, count:tokens]
+def _running(x: Tensor, begun: Tensor, places: Tensor, maximum: bool) -> Tensor:
+    """x [B, M, E, H] pooled from the beginning of each group of RATE up to each token, whose places in their groups are
+    `places` [R, E]; the first group goes on from `begun` [B, M, H], the pool of its tokens so far."""
+    front = begun[:, :, None].expand(-1, -1, RATE - 1, -1)  # as many copies of a pool as it has are pooled to itself
+    padded = torch.cat([front, x], 2)
+    pooled = x if maximum else x.float()
+    for back in range(1, RATE):
+        mine = (places >= back)[:, None, :, None]
+        other = padded[:, :, RATE - 1 - back : padded.shape[2] - back]
+        pooled = torch.where(mine, pooled.maximum(other) if maximum else pooled + other, pooled)
+    return pooled if maximum else (pooled / (places + 1)[:, None, :, None]).to(x.dtype)

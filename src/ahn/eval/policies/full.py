@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache
 
 from ahn.augmentation import CHANGING
+from ahn.config import AHNConfig
 from ahn.cost import cost
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Policy, Stored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Full(Policy):
@@ -22,6 +26,7 @@ class Full(Policy):
 
     name = "full"
     uses_window = False
+    keeps_padding = True
 
     @classmethod
     def check(
@@ -38,8 +43,6 @@ class Full(Policy):
         super().check(base, longest, window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
         if yarn is not None:
             kind = _rope(base).get("rope_type", "default")
-            if yarn < 1:
-                raise ConfigError(f"yarn={yarn:g}: expected a factor of at least 1")
             if kind != "default":
                 raise ConfigError(f"yarn={yarn:g}: this base already scales its positions ({kind})")
         short = _rope(base).get("original_max_position_embeddings")
@@ -74,14 +77,20 @@ class Full(Policy):
 
     def prepare(self) -> None:
         self.model.requires_grad_(False)
-        if self.yarn is None:
-            return
         config, decoder = self.model.config.get_text_config(), self.model.get_decoder()
         positions = config.max_position_embeddings
+        self.plain = positions, config.rope_parameters, decoder.rotary_emb
+        if self.yarn is None:
+            return
         scaling = {"rope_type": "yarn", "factor": self.yarn, "original_max_position_embeddings": positions}
         config.rope_parameters = _rope(config) | scaling
         config.max_position_embeddings = int(positions * self.yarn)
         decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(self.model.device)
+
+    def release(self) -> PreTrainedModel:
+        config, decoder = self.model.config.get_text_config(), self.model.get_decoder()
+        config.max_position_embeddings, config.rope_parameters, decoder.rotary_emb = self.plain
+        return self.model
 
     def cache(self) -> Any:
         return DynamicCache(config=self.model.config)
@@ -93,7 +102,7 @@ class Full(Policy):
         return self.shape.kv_elements(tokens) * self.model.dtype.itemsize
 
     def flops(self, tokens: int) -> tuple[int, int]:
-        found = cost(self.shape, tokens, cell=None)
+        found = cost(self.shape, tokens, AHNConfig(None))
         return found.mixing.full, found.flops.full
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ahn.augmentation import augment
-from ahn.cost import cost
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Policy, Stored, exact_part
 
@@ -49,7 +48,3 @@ class StoreAlone(Policy):
     def prepare(self) -> None:
         assert self.store is not None
         augment(self.model, self.store.fill(exact_part(self.window, self.sinks, self.adapter)))
-
-    def flops(self, tokens: int) -> tuple[int, int]:
-        found = cost(self.shape, tokens, self.window, self.sinks, None)
-        return found.mixing.memory, found.flops.memory

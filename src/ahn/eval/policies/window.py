@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ahn.augmentation import augment
-from ahn.cost import cost
 from ahn.eval.policies.base import Policy, exact_part
 
 
@@ -17,7 +16,3 @@ class Window(Policy):
 
     def prepare(self) -> None:
         augment(self.model, exact_part(self.window, self.sinks, self.adapter))
-
-    def flops(self, tokens: int) -> tuple[int, int]:
-        found = cost(self.shape, tokens, self.window, self.sinks, None)
-        return found.mixing.memory, found.flops.memory

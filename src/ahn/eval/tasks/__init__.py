@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ahn.errors import EvalError
-from ahn.registry import Registry, did_you_mean
+from ahn.registry import Registry, nearest
 
 if TYPE_CHECKING:
     from ahn.eval.tasks.base import Task
@@ -36,7 +36,9 @@ def get(name: str) -> "Task":
     """The task of that name. Raises EvalError with the nearest one if there is none."""
     suite, _, set_name = name.partition("/")
     if suite not in _registry.names() or not set_name:
-        raise EvalError(f"unknown task {name!r}: {did_you_mean(name, [*names(), *groups()])}")
+        suites = ", ".join(_registry.names())
+        hint = nearest(name, [*names(), *groups()])
+        raise EvalError(f"unknown task {name!r}: expected a suite ({suites}) or SUITE/SET, see `ahn eval --list`{hint}")
     return _registry.get(suite)(set_name)
 
 

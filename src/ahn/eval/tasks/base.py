@@ -163,7 +163,7 @@ class FixedTask(Task):
 
     def files(self, length: int | None) -> list[str]:
         """Names that the set's file may have in a folder, without their endings."""
-        return [self.set, f"{self.suite}-{self.set}", f"{self.suite}-{self.set}-{length}"]
+        return [self.set, f"{self.suite}-{self.set}", *([f"{self.suite}-{self.set}-{length}"] if length else [])]
 
     def hub(self, length: int | None) -> str:
         """Where on the hub the lines of JSON are: OWNER/NAME/FILE, or OWNER/NAME/ARCHIVE.zip::FILE, anywhere in it."""

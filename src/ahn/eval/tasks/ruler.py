@@ -171,7 +171,12 @@ class Ruler(Task):
 
     def _ready(self, data: Path, length: int | None) -> Path | None:
         """RULER's own file of this set, if that is what `data` is or holds."""
-        names = [f"{self.set}/validation", self.set, f"ruler-{self.set}", f"ruler-{self.set}-{length}"]
+        names = [
+            f"{self.set}/validation",
+            self.set,
+            f"ruler-{self.set}",
+            *([f"ruler-{self.set}-{length}"] if length else []),
+        ]
         if data.is_file():
             if not data.name.endswith(SUFFIXES):
                 return None

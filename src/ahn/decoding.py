@@ -1,0 +1,272 @@
+"""One token a row for a whole model, as one CUDA graph that is captured once and replayed for each token.
+
+Letters: B batch, T tokens, D hidden size; R rows of positions: 1 where all of the batch are at the same position,
+else B.
+
+A step of a 36-layer model is a thousand small kernels, which Python cannot launch as fast as a GPU runs them. Captured
+in a graph they need one launch, but then nothing may depend on what the host knows: a `Step` is a span whose
+positions are a tensor on the device, and the layers do the same with it as with any other (`AHNLayer._one`), where
+nothing leaves the window with gates of zero.
+
+A graph reads and writes fixed addresses. So the tensors of a cache *lie in* the graph's buffers while it is being
+decoded from: the first cache's tensors become the buffers, another one is copied into them when its turn comes, after
+the one before it, if it still exists, got copies of its own. A cache is read, saved and forked there as anywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ahn import kernels
+from ahn.cache import AHNCache, LayerMemory, Span
+from ahn.layer import FOREVER, AHNLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROOM = 4096  # slots there are at least: a buffer that grows is another buffer, and needs another graph
+
+logger = logging.getLogger("ahn")
+
+
+class Step(Span):
+    """One token a row at positions `start` [R] that only the device knows. Everything that asks whether something has
+    happened yet is told that it has; what has not is masked by `start`."""
+
+    on_device = True
+    first = FOREVER
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__(start, 1, [1] * len(start))
+
+    def positions(self) -> Tensor:
+        return self.start[:, None]
+
+    def real(self) -> Tensor:
+        return torch.ones_like(self.start, dtype=torch.bool)[:, None]
+
+    def after(self) -> list[int]:
+        return [0]  # there is room
+
+
+class Graph:
+    """The decoder of a model for one token a row, and the buffers of the one cache that is being decoded from.
+
+    Without CUDA nothing is captured and a replay is the step itself.
+
+    Args:
+        cache: its tensors become the buffers. rows: R.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: AHNCache, rows: int) -> None:
+        self.decoder, self.weights = model.get_decoder(), _addresses(model.get_decoder())
+        device = model.device
+        with torch.inference_mode(False):
+            self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=device)
+            self.position_ids = torch.zeros_like(self.ids)
+            self.start = torch.zeros(rows, dtype=torch.long, device=device)
+        self.layers: list[LayerMemory] = [copy.copy(layer) for layer in cache.layers]
+        self._lent_to = weakref.ref(cache)
+        self._next: list[int] | None = None  # what `start` holds
+        self._hidden: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self._capture(cache, device)
+
+    def __call__(self, cache: AHNCache, ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Last hidden states [B, 1, D] of tokens `ids` [B, 1], the next of `cache`, whose span is open. `position_ids`:
+        rotary positions [B or 1, 1], or None where they count the tokens seen."""
+        self._lend(cache)
+        start = cache.span.start.tolist()
+        if start != self._next:
+            self.start.copy_(cache.span.start)
+        self._next = [position + 1 for position in start]
+        self.ids.copy_(ids)
+        if position_ids is None:
+            self.position_ids.fill_(cache.tokens_seen)
+        else:
+            self.position_ids.copy_(position_ids)
+        cache.span.written = True
+        if self._graph is None:
+            return self._run(self._shell(cache, self.layers))
+        self._graph.replay()
+        assert self._hidden is not None
+        return self._hidden.clone()
+
+    def fits(self, cache: AHNCache, rows: int) -> bool:
+        """Whether it is for caches of this shape, with rows at `rows` positions, and the weights lie where they lay."""
+        if rows != len(self.start) or self.weights != _addresses(self.decoder):
+            return False
+        return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]
+
+    def _run(self, cache: AHNCache) -> Tensor:
+        cache._span = Step(self.start)
+        out = type(self.decoder).forward(
+            self.decoder, input_ids=self.ids, position_ids=self.position_ids, past_key_values=cache, use_cache=True
+        )
+        self.start.add_(1)
+        return out.last_hidden_state
+
+    def _shell(self, cache: AHNCache, layers: list[LayerMemory]) -> AHNCache:
+        """A cache to run with: what is done to its counters does not matter."""
+        shell = copy.copy(cache)
+        shell.layers = layers
+        return shell
+
+    def _capture(self, cache: AHNCache, device: torch.device) -> None:
+        # Warmed up on buffers of its own, for a step cannot be taken back; all layers share them.
+        scratch: dict[str, LayerMemory] = {}
+        for layer in self.layers:
+            if _form(layer) not in scratch:
+                scratch[_form(layer)] = spare = copy.copy(layer)
+                for name, tensor in layer.tensors.items():
+                    setattr(spare, name, torch.zeros_like(tensor))
+        with _compiled(self.decoder) if kernels.between(device.type).name == "inductor" else nullcontext():
+            self._record([scratch[_form(layer)] for layer in self.layers], cache, device)
+
+    def _record(self, scratch: list[LayerMemory], cache: AHNCache, device: torch.device) -> None:
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._run(self._shell(cache, scratch))
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._hidden = self._run(self._shell(cache, self.layers))
+        self._graph = graph
+
+    def _lend(self, cache: AHNCache) -> None:
+        """Make the tensors of `cache` the buffers."""
+        if _lies_in(cache, self.layers):
+            return
+        before = self._lent_to()
+        if before is not None and before is not cache:
+            for theirs, ours in zip(before.layers, self.layers, strict=True):
+                for name, buffer in ours.tensors.items():
+                    if getattr(theirs, name) is buffer:
+                        setattr(theirs, name, buffer.clone())
+        for theirs, ours in zip(cache.layers, self.layers, strict=True):
+            for name, buffer in ours.tensors.items():
+                buffer.copy_(getattr(theirs, name))
+                setattr(theirs, name, buffer)
+        self._lent_to = weakref.ref(cache)
+
+
+def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
+    """What an augmented model's decoder does when it is called: one token a row by replaying a graph where that can be
+    done, else what its class does."""
+    if not torch.compiler.is_compiling() and (graph := _graph(decoder, args, kwargs)):
+        cache = kwargs["past_key_values"]
+        hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"))
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+    before = getattr(decoder, "ahn_forward", None)
+    return type(decoder).forward(decoder, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+
+def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph | None:
+    """The graph for this call, made now if there is none of its shape; None where the call needs more than one."""
+    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    if args or ids is None or not isinstance(cache, AHNCache) or cache._span is None:
+        return None
+    span = cache.span
+    if span.length != 1 or span.padded or not cache.tokens_seen:
+        return None
+    (model,) = decoder.ahn_owner
+    frame = model._ahn_frame
+    if frame.no_graph is None:
+        frame.no_graph = _obstacle(model)
+    if frame.no_graph or kernels.decoding(ids.device.type).name != "graph":
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
+        return None
+    understood = ("input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict")
+    if any(value for name, value in kwargs.items() if name not in understood and value is not None):
+        return None
+    config = decoder.config
+    wanted = ("output_hidden_states", "output_attentions")
+    if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
+        return None
+    for layer in cache.layers:
+        assert layer.keys is not None
+        layer.reserve(max(span.first + 1, ROOM), layer.keys, None if layer.state is None else layer.state.shape[1:])
+    if frame.graph is None or not frame.graph.fits(cache, len(span.start)):
+        frame.graph = None  # its buffers go before others come
+        try:
+            frame.graph = Graph(model, cache, len(span.start))
+        except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
+            frame.no_graph = str(error).splitlines()[0]
+            logger.warning("decoding without a CUDA graph: %s", frame.no_graph)
+    return frame.graph
+
+
+@contextmanager
+def _compiled(decoder: Any) -> Iterator[None]:
+    """Within, norms, MLPs and rotations of the base are compiled, each class once: their dozens of elementwise
+    operations take longer to start than to run."""
+    attention = decoder.layers[0].self_attn
+    compiled: dict[type, Any] = {}
+    changed = [module for module in decoder.modules() if _is_norm(module)]
+    changed += [layer.mlp for layer in decoder.layers if hasattr(layer, "mlp")]
+    with ExitStack() as undo:
+        for module in changed:
+            kind = type(module)
+            if "forward" in vars(module):
+                continue
+            if kind not in compiled:
+                compiled[kind] = torch.compile(kind.forward, dynamic=False)
+            module.forward = MethodType(compiled[kind], module)
+            undo.callback(delattr, module, "forward")
+        family = sys.modules[type(attention).__module__]
+        if turn := getattr(family, "apply_rotary_pos_emb", None):
+            fast = torch.compile(turn, dynamic=False)
+            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast))
+        (rotary,) = attention.ahn.rotary
+        if rotary is not None:
+            rotary.turn = torch.compile(rotary.turn, dynamic=False)
+            undo.callback(delattr, rotary, "turn")
+        yield
+
+
+def _is_norm(module: Any) -> bool:
+    """A module of nothing but one vector of weights."""
+    parameters = list(module.parameters())
+    return len(parameters) == 1 and parameters[0].dim() == 1 and not list(module.children())
+
+
+def _obstacle(model: PreTrainedModel) -> str:
+    """Why this model cannot be one graph, or nothing."""
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the weights are on several devices"
+    layers = [layer for layer in model.modules() if isinstance(layer, AHNLayer)]
+    kinds = {type(layer).__name__ for layer in layers if not layer.steps_on_device}
+    return f"{', '.join(sorted(kinds))} decides on the host" if kinds else ""
+
+
+def _addresses(decoder: Any) -> list[int]:
+    """Where weights are: of a sample, for it is looked at with every token."""
+    return [weight.data_ptr() for weight in decoder.layers[-1].self_attn.parameters()]
+
+
+def _form(layer: LayerMemory) -> str:
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layer.tensors.items()}
+    return f"{layer.window} {layer.sinks} {shapes}"
+
+
+def _lies_in(cache: AHNCache, layers: list[LayerMemory]) -> bool:
+    return all(
+        theirs.keys is ours.keys and theirs.state is ours.state
+        for theirs, ours in zip(cache.layers, layers, strict=True)
+    )

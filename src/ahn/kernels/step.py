@@ -1,0 +1,357 @@
+"""One new token a row, in Triton: attention over the ring where it lies, and the cell's step. No gradients.
+
+Letters: B batch, N query heads, M key/value heads, G = N / M, H head size, K features of a key, C slots, S sinks,
+P parts; R rows of positions: 1 where all of the batch are at the same position, else B.
+
+Each function does what plain torch does elsewhere and is tested against it: `attend` is `ahn.attention.attend_one`,
+`recur` is `Cell.step` after `Cell.ready`, `add_read` is `Cell.combine` without room. A step moves few bytes and many
+of them, so the work is cut until it fills the device: attention into parts of the slots, the state into columns
+(values do not mix), the projection into columns of its output.
+
+Under TRITON_INTERPRET=1 they run on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
+PARTS = 128  # combined at once
+COLUMNS = 32  # of state and projection by one program
+EPSILON = 1e-6  # on the squared length of queries and keys (`ahn.cells.base.unit`)
+NORM_EPSILON = 1e-5
+
+
+class Form(NamedTuple):
+    """A cell as the kernels know it: S <- a S + w k (v - [delta] a S^T k)^T, read scale * S^T q.
+
+    With `decay`, dt = softplus(last gate input + dt_bias) and log a = -exp(A_log) dt. The strength w of a write is the
+    sigmoid of the first gate input, or dt without `delta`.
+    """
+
+    delta: bool
+    decay: tuple[Tensor, Tensor] | None  # A_log, dt_bias [N]
+    scale: float
+    gate: Any  # x [B, 1, D] -> [B, 1, N], times silu of which goes what was read
+    norm: Tensor  # weight [H]: RMSNorm per head, then the gate; [N * H]: the gate, then RMSNorm over all heads
+
+
+def attend(
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over sinks and ring; arguments and result as `ahn.attention.attend_one`."""
+    batch, heads, _, size = q.shape
+    kv_heads, slots = k.shape[1:3]
+    groups = heads // kv_heads
+    split = min(1024, max(64, triton.next_power_of_2(triton.cdiv(batch * kv_heads * slots, PROGRAMS))))
+    sink_parts = triton.cdiv(min(sinks, slots), split)
+    parts = sink_parts + triton.cdiv(max(0, slots - sinks), split)
+    partial = q.new_empty(batch, heads, parts, size, dtype=torch.float32)
+    norms = q.new_empty(batch, heads, parts, dtype=torch.float32)
+    width = max(16, triton.next_power_of_2(size))
+    _attend[(batch * kv_heads, parts)](
+        q, q_sinks, k, v, partial, norms, last, scale, slots, sinks, sink_parts, parts,
+        q.stride(0), q.stride(1), q_sinks.stride(0), q_sinks.stride(1), *k.stride()[:3], *v.stride()[:3],
+        KV_HEADS=kv_heads, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), SIZE=size, WIDTH=width,
+        SPLIT=split, BLOCK=64, LAST=last is not None, BY_ROW=last is not None and len(last) > 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_stages=3,
+    )  # fmt: skip
+    out = q.new_empty(batch, heads, 1, size)
+    norm = q.new_empty(batch, heads, 1, dtype=torch.float32)
+    _merge[(batch * heads,)](partial, norms, out, norm, parts, SIZE=size, WIDTH=width, PARTS=PARTS)
+    return out, norm
+
+
+def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Put one token a row, at positions `start` [R] on the device, into its slot of a `LayerMemory`; returns keys,
+    values [B, M, 1, H] and gate inputs [B, 1, gates * N] of what was there."""
+    batch, kv_heads, _, size = k.shape
+    old_k, old_v = (torch.empty_like(k, memory_format=torch.contiguous_format) for _ in range(2))
+    gated = inputs is not None and memory.inputs is not None
+    new = inputs.contiguous() if inputs is not None else None
+    old_inputs = torch.empty_like(new) if new is not None else None
+    gates = new.shape[-1] if new is not None else 1
+    forever = 1 << 60
+    _exchange[(batch, kv_heads + (1 if gated else 0))](
+        memory.keys, memory.values, memory.inputs, k, v, new, old_k, old_v, old_inputs, start,
+        memory.sinks, forever if memory.window is None else memory.window, memory.capacity,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates,
+        GATE_WIDTH=triton.next_power_of_2(gates), GATED=gated, BY_ROW=len(start) > 1,
+    )  # fmt: skip
+    return (old_k, old_v, old_inputs) if old_inputs is not None else (old_k, old_v)
+
+
+def recur(
+    form: Form, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, writes: Tensor | None, state: Tensor, unit: bool
+) -> Tensor:
+    """One write into `state` [B, N, K, H] float32, in place, then the read [B, N, H] float32.
+
+    Args:
+        q: [B, N, 1, K]. k: [B, N or M, 1, K], v: [B, M, 1, H] and inputs [B, 1, gates * N]: of the token that leaves.
+        writes: bool [R, 1], whether one leaves, or None: in all rows. unit: give q and k unit length first.
+    """
+    batch, heads, features, size = state.shape
+    q, k, v, inputs = (t.contiguous() for t in (q, k, v, inputs))
+    rates, biases = form.decay if form.decay is not None else (None, None)
+    read = q.new_empty(batch, heads, size, dtype=torch.float32)
+    columns = min(COLUMNS, triton.next_power_of_2(size))
+    _recur[(batch * heads, triton.cdiv(size, columns))](
+        q, k, v, inputs, writes, rates, biases, state, read, form.scale, inputs.shape[-1],
+        HEADS=heads, K_GROUPS=heads // k.shape[1], V_GROUPS=heads // v.shape[1], FEATURES=features, SIZE=size,
+        BLOCK=min(64, triton.next_power_of_2(features)), COLUMNS=columns, DELTA=form.delta,
+        DECAY=form.decay is not None, WRITES=writes is not None, BY_ROW=writes is not None and len(writes) > 1,
+        UNIT=unit, EPSILON=EPSILON,
+    )  # fmt: skip
+    return read
+
+
+def add_read(form: Form, out: Tensor, read: Tensor, gate: Tensor, projection: Tensor, writes: Tensor | None) -> Tensor:
+    """out [B, 1, N, H] with what was read, [B, N, H], normalised, gated by `gate` [B, 1, N], and projected by
+    `projection` [N, H, H]; where nothing leaves, `out` as it is."""
+    batch, heads, size = read.shape
+    out, gate = out.contiguous(), gate.contiguous()
+    both = torch.empty_like(out)
+    columns = min(COLUMNS, triton.next_power_of_2(size))
+    _add_read[(batch * heads, triton.cdiv(size, columns))](
+        out, read, gate, form.norm, projection, writes, both,
+        HEADS=heads, SIZE=size, WIDTH=triton.next_power_of_2(size), COLUMNS=columns,
+        ACROSS=form.norm.numel() != size, WRITES=writes is not None,
+        BY_ROW=writes is not None and len(writes) > 1, EPSILON=NORM_EPSILON,
+    )  # fmt: skip
+    return both
+
+
+@triton.jit
+def _exchange(
+    keys, values, inputs, k, v, new, old_k, old_v, old, start, sinks, window, slots, k_batch, k_head, v_batch, v_head,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, GATE_WIDTH: tl.constexpr,
+    GATED: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """One key/value head of one row, or its gate inputs."""
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    position = tl.load(start + (batch if BY_ROW else 0))
+    slot = tl.where(position < sinks, position, sinks + (position - sinks) % window)
+    channel = tl.arange(0, WIDTH)
+    if head < HEADS:
+        inside = channel < SIZE
+        place = ((batch * HEADS + head) * slots + slot) * SIZE + channel
+        out = (batch * HEADS + head) * SIZE + channel
+        tl.store(old_k + out, tl.load(keys + place, mask=inside), mask=inside)
+        tl.store(old_v + out, tl.load(values + place, mask=inside), mask=inside)
+        tl.store(keys + place, tl.load(k + batch * k_batch + head * k_head + channel, mask=inside), mask=inside)
+        tl.store(values + place, tl.load(v + batch * v_batch + head * v_head + channel, mask=inside), mask=inside)
+    elif GATED:
+        gate = tl.arange(0, GATE_WIDTH)
+        place = (batch * slots + slot) * GATES + gate
+        tl.store(old + batch * GATES + gate, tl.load(inputs + place, mask=gate < GATES), mask=gate < GATES)
+        tl.store(inputs + place, tl.load(new + batch * GATES + gate, mask=gate < GATES), mask=gate < GATES)
+
+
+@triton.jit
+def _attend(
+    q, q_sinks, k, v, partial, norms, last, scale, slots, sinks, sink_parts, parts,
+    q_batch, q_head, s_batch, s_head, k_batch, k_head, k_slot, v_batch, v_head, v_slot,
+    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of the slots for the query heads of one key/value head: its softmax and the log of its normaliser."""
+    batch = (tl.program_id(0) // KV_HEADS).to(tl.int64)
+    head = tl.program_id(0) % KV_HEADS
+    part = tl.program_id(1)
+    rows = tl.arange(0, ROWS)
+    channels = tl.arange(0, WIDTH)
+    real = (rows < GROUPS)[:, None] & (channels < SIZE)[None, :]
+    # sinks and ring meet different queries, so no part has slots of both
+    if part < sink_parts:
+        low = part * SPLIT
+        high = tl.minimum(low + SPLIT, sinks)
+        source = q_sinks + batch * s_batch + (head * GROUPS + rows)[:, None] * s_head + channels[None, :]
+    else:
+        low = sinks + (part - sink_parts) * SPLIT
+        high = low + SPLIT
+        source = q + batch * q_batch + (head * GROUPS + rows)[:, None] * q_head + channels[None, :]
+    high = tl.minimum(high, slots)
+    if LAST:
+        newest = tl.load(last + (batch if BY_ROW else 0))
+        high = tl.minimum(high, newest + 1).to(tl.int32)
+    query = tl.load(source, mask=real, other=0.0)
+    keys = k + batch * k_batch + head * k_head
+    values = v + batch * v_batch + head * v_head
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in range(low, high, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        filled = slot < high
+        at = slot.to(tl.int64)
+        key = tl.load(
+            keys + at[None, :] * k_slot + channels[:, None],
+            mask=filled[None, :] & (channels < SIZE)[:, None],
+            other=0.0,
+        )
+        value = tl.load(
+            values + at[:, None] * v_slot + channels[None, :],
+            mask=filled[:, None] & (channels < SIZE)[None, :],
+            other=0.0,
+        )
+        scores = tl.dot(query, key, input_precision=PRECISION) * (scale * 1.4426950408889634)
+        scores = tl.where(filled[None, :], scores, float("-inf"))
+        above = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - above[:, None])
+        fade = tl.exp2(highest - above)
+        total = total * fade + tl.sum(weights, 1)
+        out = out * fade[:, None]
+        out += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+        highest = above
+    seen = total > 0
+    out = out / tl.where(seen, total, 1.0)[:, None]
+    norm = tl.where(seen, (highest + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    place = (batch * KV_HEADS * GROUPS + head * GROUPS + rows) * parts + part
+    tl.store(partial + place[:, None] * SIZE + channels[None, :], out, mask=real)
+    tl.store(norms + place, norm, mask=rows < GROUPS)
+
+
+@triton.jit
+def _merge(
+    partial, norms, out, norm, parts, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """The parts of one query head by their normalisers; a part that has seen nothing has a weight of zero."""
+    head = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, WIDTH)
+    highest = float("-inf")
+    total = 0.0
+    sums = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = head * parts + part
+        log = tl.load(norms + place, mask=part < parts, other=float("-inf"))
+        above = tl.maximum(highest, tl.max(log, 0))
+        safe = tl.where(above == float("-inf"), 0.0, above)
+        weight = tl.exp(log - safe)
+        fade = tl.exp(highest - safe)
+        tile = tl.load(
+            partial + place[:, None] * SIZE + channels[None, :],
+            mask=(part < parts)[:, None] & (channels < SIZE)[None, :],
+            other=0.0,
+        )
+        sums = sums * fade + tl.sum(weight[:, None] * tile, 0)
+        total = total * fade + tl.sum(weight, 0)
+        highest = above
+    tl.store(out + head * SIZE + channels, (sums / total).to(out.dtype.element_ty), mask=channels < SIZE)
+    tl.store(norm + head, highest + tl.log(total))
+
+
+@triton.jit
+def _recur(
+    q, k, v, inputs, writes, rates, biases, state, read, scale, gate_width,
+    HEADS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, FEATURES: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
+    BY_ROW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    """Some columns of the state of one head. What is read after the write follows from products with the state before
+    it, so one pass finds both and a second writes."""
+    batch = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < SIZE
+    query = q + (batch * HEADS + head) * FEATURES
+    key = k + (batch * (HEADS // K_GROUPS) + head // K_GROUPS) * FEATURES
+    new = tl.load(v + (batch * (HEADS // V_GROUPS) + head // V_GROUPS) * SIZE + column, mask=inside, other=0.0)
+    new = new.to(tl.float32)
+    fade = 1.0
+    strength = tl.sigmoid(tl.load(inputs + batch * gate_width + head).to(tl.float32))
+    if DECAY:
+        step = tl.load(inputs + batch * gate_width + gate_width - HEADS + head).to(tl.float32)
+        step += tl.load(biases + head).to(tl.float32)
+        step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
+        fade = tl.exp(-tl.exp(tl.load(rates + head).to(tl.float32)) * step)
+        if not DELTA:
+            strength = step
+    if WRITES:
+        leaves = tl.load(writes + (batch if BY_ROW else 0)) != 0
+        fade = tl.where(leaves, fade, 1.0)
+        strength = tl.where(leaves, strength, 0.0)
+
+    tile = state + (batch * HEADS + head) * FEATURES * SIZE
+    query_length = 0.0
+    key_length = 0.0
+    both = 0.0
+    at_key = tl.zeros([COLUMNS], tl.float32)
+    at_query = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, FEATURES, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        some_q = tl.load(query + row, mask=row < FEATURES, other=0.0).to(tl.float32)
+        some_k = tl.load(key + row, mask=row < FEATURES, other=0.0).to(tl.float32)
+        held = (row < FEATURES)[:, None] & inside[None, :]
+        old = tl.load(tile + row[:, None] * SIZE + column[None, :], mask=held, other=0.0)
+        query_length += tl.sum(some_q * some_q, 0)
+        key_length += tl.sum(some_k * some_k, 0)
+        both += tl.sum(some_q * some_k, 0)
+        at_key += tl.sum(some_k[:, None] * old, 0)
+        at_query += tl.sum(some_q[:, None] * old, 0)
+    by_query = 1.0
+    by_key = 1.0
+    if UNIT:
+        by_query = tl.rsqrt(query_length + EPSILON)
+        by_key = tl.rsqrt(key_length + EPSILON)
+    if DELTA:
+        new -= fade * by_key * at_key
+    new *= strength
+    found = (fade * by_query * at_query + both * by_query * by_key * new) * scale
+    tl.store(read + (batch * HEADS + head) * SIZE + column, found, mask=inside)
+    for start in range(0, FEATURES, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        some_k = tl.load(key + row, mask=row < FEATURES, other=0.0).to(tl.float32) * by_key
+        held = (row < FEATURES)[:, None] & inside[None, :]
+        place = tile + row[:, None] * SIZE + column[None, :]
+        old = tl.load(place, mask=held, other=0.0)
+        tl.store(place, fade * old + some_k[:, None] * new[None, :], mask=held)
+
+
+@triton.jit
+def _add_read(
+    out, read, gate, norm, projection, writes, both,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr,
+    WRITES: tl.constexpr, BY_ROW: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    """Some columns of the output of one head. ACROSS: the norm is over all heads, after the gate."""
+    batch = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    channel = tl.arange(0, WIDTH)
+    inside = channel < SIZE
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = (batch * HEADS + head) * SIZE
+    found = tl.load(read + place + channel, mask=inside, other=0.0)
+    opening = tl.load(gate + batch * HEADS + head).to(tl.float32)
+    opening = opening * tl.sigmoid(opening)
+    if ACROSS:
+        squares = 0.0
+        for other in range(0, HEADS):
+            theirs = tl.load(gate + batch * HEADS + other).to(tl.float32)
+            theirs = theirs * tl.sigmoid(theirs)
+            part = tl.load(read + (batch * HEADS + other) * SIZE + channel, mask=inside, other=0.0) * theirs
+            squares += tl.sum(part * part, 0)
+        weight = tl.load(norm + head * SIZE + channel, mask=inside, other=0.0).to(tl.float32)
+        found = found * opening * tl.rsqrt(squares / (HEADS * SIZE) + EPSILON) * weight
+    else:
+        weight = tl.load(norm + channel, mask=inside, other=0.0).to(tl.float32)
+        found = found * tl.rsqrt(tl.sum(found * found, 0) / SIZE + EPSILON) * weight * opening
+    found = found.to(out.dtype.element_ty).to(tl.float32)
+    matrix = tl.load(
+        projection + (head * SIZE + channel)[:, None] * SIZE + column[None, :],
+        mask=inside[:, None] & (column < SIZE)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    added = tl.sum(found[:, None] * matrix, 0)
+    if WRITES:
+        leaves = tl.load(writes + (batch if BY_ROW else 0)) != 0
+        added = tl.where(leaves, added, 0.0)
+    total = tl.load(out + place + column, mask=column < SIZE, other=0.0).to(tl.float32) + added
+    tl.store(both + place + column, total.to(both.dtype.element_ty), mask=column < SIZE)

@@ -1,0 +1,125 @@
+"""Reading many tokens into a memory whose buffer is used where it lies: dense attention, merged by normalisers.
+
+Letters: B batch, N query heads, M key/value heads, T tokens, H head size, S sinks, W window.
+
+What a piece of at most W tokens sees, once the window is full, are four sets of keys, and none needs a mask that
+fused kernels do not have:
+
+    sinks      all of them, for every query
+    old        the tokens that the piece pushes out: query i still sees those after the i-th. Backwards, that is causal
+    between    what stays in the window for the whole piece: all of it, for every query
+    new        the piece itself: causal
+
+Attention does not care about order, so `between` is read from the ring as it lies, in one slice or two; only `old`,
+which the cell is given too, is copied. While the window is not full there are no old ones, and what is in the buffer
+is seen by every query. Pieces are cut where the sinks and the first window end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ahn.attention import Softmax, attend, merge
+from ahn.cache import LayerMemory, Span
+
+if TYPE_CHECKING:
+    from ahn.layer import AHNLayer
+
+
+def read(
+    layer: AHNLayer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    inputs: Tensor | None,
+    span: Span,
+    memory: LayerMemory,
+    scale: float,
+) -> Tensor:
+    """The next tokens of rows that are all at one position, none of them padding. Arguments as `AHNLayer.forward`,
+    `inputs` the gate inputs [B, T, gates * N]. Returns [B, T, N, H]."""
+    q_sinks = layer._seen_by_sinks(q, span)
+    outs, low = [], 0
+    for piece in pieces(span, layer.sinks, layer.window):
+        part = slice(low, low + piece.length)
+        new = tuple(t[:, :, part] for t in (k, v)) + ((inputs[:, part],) if inputs is not None else ())
+        queries = q[:, :, part]
+        (out, norm), old = _attend(queries, q_sinks[:, :, part], new, memory, piece, scale)
+        out = out.transpose(1, 2)
+        if old is not None and layer.cell is not None:
+            leaving = layer._leaving(piece, q.device)
+            fla = layer.cell.uses_fla(q)
+            ready = layer._prepare(queries, old[0], old[1], old[2], leaving, fla)
+            found, state = layer.cell.run(*ready, memory.compressed, fla)
+            memory.compressed.copy_(state)
+            out = layer._combine(out, norm, found, x[:, part], leaving)
+        outs.append(out)
+        low += piece.length
+    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+
+def pieces(span: Span, sinks: int, window: int | None) -> list[Span]:
+    """`span` cut where sinks and first window end, and into at most `window` tokens; made once for all layers."""
+    if window is None:
+        return [span]
+    if span.pieces is None:
+        start, end = span.first, span.first + span.length
+        cuts = [start, *(cut for cut in (sinks, sinks + window) if start < cut < end)]
+        while end - cuts[-1] > window:
+            cuts.append(cuts[-1] + window)
+        lengths = [high - low for low, high in zip(cuts, [*cuts[1:], end], strict=True)]
+        span.pieces = [Span(torch.tensor([cut]), n, [n]) for cut, n in zip(cuts, lengths, strict=True)]
+    found: list[Span] = span.pieces
+    return found
+
+
+def _attend(
+    q: Tensor, q_sinks: Tensor, new: tuple[Tensor, ...], memory: LayerMemory, piece: Span, scale: float
+) -> tuple[Softmax, tuple[Tensor, ...] | None]:
+    """Attend to sinks and window and put the piece into the buffer; also returns keys, values and gate inputs of the
+    tokens it pushes out, in order."""
+    start, count, sinks = piece.first, piece.length, memory.sinks
+    buffers = tuple(t for t in (memory.keys, memory.values, memory.inputs) if t is not None)
+    out = attend(q, new[0], new[1], None, scale, causal=True)
+    if memory.window is None or start < sinks + memory.window:
+        for buffer, tokens in zip(buffers, new, strict=True):
+            _slots(buffer, start, count).copy_(tokens)
+        if start:
+            out = merge(attend(q, _slots(buffers[0], 0, start), _slots(buffers[1], 0, start), None, scale), out)
+        return out, None
+    window = memory.window
+    first = (start - sinks) % window  # of the oldest token, behind the sinks
+    wrapped = max(0, first + count - window)
+    taken = [(first, count - wrapped), (0, wrapped)]
+    staying = [(wrapped, first - wrapped), (first + count, window - first - count)]
+    old = tuple(
+        torch.cat([_slots(buffer, sinks + at, length) for at, length in taken], 1 if buffer.dim() == 3 else 2)
+        for buffer in buffers
+    )
+    for buffer, tokens in zip(buffers, new, strict=True):
+        low = 0
+        for at, length in taken:
+            _slots(buffer, sinks + at, length).copy_(_slots(tokens, low, length))
+            low += length
+    keys, values = buffers[:2]
+    for at, length in staying:
+        if length > 0:
+            part = attend(q, _slots(keys, sinks + at, length), _slots(values, sinks + at, length), None, scale)
+            out = merge(part, out)
+    if sinks:
+        out = merge(attend(q_sinks, keys[:, :, :sinks], values[:, :, :sinks], None, scale), out)
+    if count > 1:
+        query, key, value = (t.flip(2) for t in (q[:, :, :-1], old[0][:, :, 1:], old[1][:, :, 1:]))
+        part = attend(query, key, value, None, scale, causal=True)
+        early = merge((part[0].flip(2), part[1].flip(2)), (out[0][:, :, :-1], out[1][:, :, :-1]))
+        out = torch.cat([early[0], out[0][:, :, -1:]], 2), torch.cat([early[1], out[1][:, :, -1:]], 2)
+    return out, old
+
+
+def _slots(buffer: Tensor, first: int, count: int) -> Tensor:
+    """A view of consecutive slots, or tokens: [B, M, T, H] or [B, T, G]."""
+    return buffer.narrow(1 if buffer.dim() == 3 else 2, first, max(0, count))

@@ -1,0 +1,265 @@
+"""One step of the whole model without the host: the same logits, and caches that are as if nothing had happened."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ahn
+from ahn import decoding, kernels
+from ahn.kernels import Kernel
+from conftest import FORMS, in_pieces, tiny, token_ids, with_memory
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+
+class NoHost(TorchDispatchMode):
+    """Fails on operations that a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(WAITING), name
+        if name == "index":
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Steps as on CUDA, but for the capture; counts the replays, in which nothing may wait for the device."""
+    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    monkeypatch.setattr(decoding, "ROOM", 8)
+    counts = {"made": 0, "replayed": 0}
+    run, make = decoding.Graph._run, decoding.Graph.__init__
+
+    def counted_run(self, cache):
+        counts["replayed"] += 1
+        with NoHost():
+            return run(self, cache)
+
+    def counted_make(self, *args):
+        counts["made"] += 1
+        make(self, *args)
+
+    monkeypatch.setattr(decoding.Graph, "_run", counted_run)
+    monkeypatch.setattr(decoding.Graph, "__init__", counted_make)
+    return counts
+
+
+def largest(a, b):
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("positions", ["clipped", "absolute"])
+@pytest.mark.parametrize("cell", ["gated_deltanet", "deltanet", "mamba2", None])
+def test_every_step_from_the_first_token_on(replays, cell, sinks, positions):
+    """Before, at and after the first token that leaves, and several times around the ring."""
+    model = with_memory(tiny(), cell, window=16, sinks=sinks, sink_positions=positions)
+    ids = token_ids(90, batch=2)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert largest(in_pieces(model, ids, [1] * 90), whole) < 1e-4
+    assert replays["replayed"] == 89  # all but the first, which finds no buffers
+    assert largest(in_pieces(model, ids, [30, 1, 1, 20, *[1] * 38]), whole) < 1e-4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form(replays, form):
+    model = with_memory(tiny(), window=16, sinks=4, **FORMS[form])
+    ids = token_ids(60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert largest(in_pieces(model, ids, [25, *[1] * 35]), whole) < 1e-4
+    assert replays == {"made": 1, "replayed": 35}
+
+
+def test_steps_are_those_without_a_graph(replays, cell, monkeypatch):
+    """float32, 200 steps: logits within 1e-5 and the same cache."""
+    model = with_memory(tiny(), cell, window=16, sinks=4)
+    ids = token_ids(230)
+    fast, plain = (ahn.read(model, ids[:, :30]) for _ in range(2))
+    for t in range(30, 230):
+        one = ids[:, t : t + 1]
+        with torch.no_grad():
+            a = model(one, past_key_values=fast).logits
+            with monkeypatch.context() as without:
+                without.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+                b = model(one, past_key_values=plain).logits
+        assert largest(a, b) < 1e-5
+    assert replays["replayed"] == 200
+    assert (fast.tokens_seen, fast.tokens_per_row) == (plain.tokens_seen, plain.tokens_per_row) == (230, [230])
+    for ours, theirs in zip(fast.layers, plain.layers, strict=True):
+        for name, tensor in theirs.tensors.items():
+            assert largest(ours.tensors[name], tensor) < 1e-5, name
+
+
+def test_rows_at_different_positions(replays):
+    model = with_memory(tiny(), window=8, sinks=2)
+    ids, other = token_ids(40), token_ids(25, seed=5)
+    both = torch.cat([ids, torch.cat([torch.zeros(1, 15, dtype=torch.long), other], 1)])
+    mask = torch.ones_like(both)
+    mask[1, :15] = 0
+    with torch.no_grad():
+        expected = [model(row, use_cache=False).logits for row in (ids, other)]
+    out = in_pieces(model, both, [20, *[1] * 20], mask)
+    assert replays["replayed"] == 20
+    assert largest(out[:1], expected[0]) < 1e-4
+    assert largest(out[1:, 15:], expected[1]) < 1e-4
+
+
+def test_caches_take_turns(replays, tmp_path):
+    """Two texts decoded alternately, forked, saved and read on: each as if it were alone."""
+    model = with_memory(tiny(), window=16, sinks=4)
+    texts = token_ids(70, batch=2)
+    with torch.no_grad():
+        whole = model(texts, use_cache=False).logits
+    caches = [ahn.read(model, text[:30]) for text in texts]
+    forks = []
+    for t in range(30, 50):
+        for row, cache in enumerate(caches):
+            with torch.no_grad():
+                logits = model(texts[row : row + 1, t : t + 1], past_key_values=cache).logits
+            assert largest(logits[0, 0], whole[row, t]) < 1e-4
+            if t == 40:
+                forks.append(cache.fork())
+    assert replays == {"made": 1, "replayed": 40}
+    for row, cache in enumerate(caches):
+        cache.save(tmp_path / f"{row}.ahn")
+        loaded = ahn.AHNCache.load(tmp_path / f"{row}.ahn", model)
+        for start, one in ((50, cache), (41, forks[row]), (50, loaded)):
+            rest = texts[row : row + 1, start:]
+            with torch.no_grad():
+                assert largest(model(rest[:, :1], past_key_values=one).logits, whole[row, start]) < 1e-4
+                assert largest(model(rest[:, 1:], past_key_values=one).logits, whole[row, start + 1 :]) < 1e-4
+
+
+def test_a_cache_that_is_gone_is_not_kept(replays):
+    model = with_memory(tiny())
+    first = ahn.read(model, token_ids(30))
+    with torch.no_grad():
+        model(token_ids(1), past_key_values=first)
+    graph = model._ahn_frame.graph
+    assert graph._lent_to() is first
+    del first
+    gc.collect()
+    assert graph._lent_to() is None
+    second = ahn.read(model, token_ids(30, seed=9))
+    with torch.no_grad():
+        model(token_ids(1), past_key_values=second)
+    assert model._ahn_frame.graph is graph and second.layers[0].keys is graph.layers[0].keys
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5}, {"num_beams": 3}], ids=str)
+def test_generate(replays, options, monkeypatch):
+    model = with_memory(tiny(), window=16, sinks=4)
+    ids = token_ids(40)
+    cache = ahn.read(model, ids)
+
+    def generated(cache):
+        torch.manual_seed(0)
+        return ahn.generate(model, ids[:, :2], cache, max_new_tokens=30, eos_token_id=None, **options)
+
+    fast = generated(cache.fork())
+    assert replays["replayed"] == 29
+    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+    assert torch.equal(fast, generated(cache))
+
+
+def test_what_a_graph_cannot_do_is_done_without(replays):
+    model = with_memory(tiny())
+    cache = ahn.read(model, token_ids(30))
+    one = token_ids(1)
+    model(one, past_key_values=cache)  # with gradients enabled
+    with torch.no_grad():
+        out = model(one, past_key_values=cache, output_hidden_states=True)
+        model(inputs_embeds=model.get_input_embeddings()(one), past_key_values=cache)
+    assert len(out.hidden_states) == 3
+    assert cache.tokens_seen == 33
+    assert replays["replayed"] == 0
+
+
+def test_a_store_is_decoded_without(replays):
+    """Who loses is found on the host, and its ring does not begin behind the sinks."""
+    model = with_memory(tiny(), window=16, sinks=4, store="recency", store_size=8)
+    ids = token_ids(40)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert largest(in_pieces(model, ids, [5] + [1] * 35), whole) < 1e-4
+    assert replays["made"] == 0 and "StoringLayer" in model._ahn_frame.no_graph
+
+
+def test_weights_that_moved_need_another_graph(replays):
+    model = with_memory(tiny())
+    cache = ahn.read(model, token_ids(30))
+    with torch.no_grad():
+        model(token_ids(1), past_key_values=cache)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        model(token_ids(1), past_key_values=cache)
+    assert replays["made"] == 2
+
+
+def test_a_failed_capture_says_so_and_goes_on(replays, monkeypatch, caplog):
+    model = with_memory(tiny())
+    cache = ahn.read(model, token_ids(30))
+
+    def fails(self, *args):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(decoding.Graph, "__init__", fails)
+    with torch.no_grad():
+        for _ in range(2):
+            model(token_ids(1), past_key_values=cache)
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding without a CUDA graph: operation not permitted when stream is capturing"
+    ]
+    assert cache.tokens_seen == 32
+
+
+def test_a_copy_of_a_model_decodes_by_itself(replays):
+    model = with_memory(tiny())
+    twin = copy.deepcopy(model)
+    twin.model.ahn_owner = [twin]
+    assert twin.model.forward.__self__ is twin.model
+    ahn.detach(model)
+    assert "forward" not in vars(model.model)
+
+
+def test_the_choice_can_be_restricted(monkeypatch):
+    monkeypatch.setenv("AHN_KERNEL", "torch")
+    assert {kernel for _, kernel, _ in kernels.report()} == {"torch"}
+    assert kernels.decoding("cuda") == ("torch", "AHN_KERNEL=torch")
+    monkeypatch.setenv("AHN_KERNEL", "graph, flash")
+    assert kernels.decoding("cuda").name == "graph"
+    assert kernels.attention(torch.empty(1, 64)).name == "flash"
+    assert kernels.whole_sequence("cuda", 64, 128).name == "torch"
+    monkeypatch.setenv("AHN_KERNEL", "tritn")
+    with pytest.raises(ahn.errors.ConfigError, match="AHN_KERNEL=tritn: unknown tritn; expected auto, torch, or some"):
+        kernels.report()
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Phi3"])
+def test_the_base_is_compiled_once_for_all_layers(monkeypatch, family):
+    """Without breaks, and undone afterwards."""
+    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    compiled, compile = [], torch.compile
+
+    def counted(function, **options):
+        compiled.append(function)
+        return compile(function, backend="eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    model = with_memory(tiny(family, num_hidden_layers=6), window=16, sinks=4)
+    ids = token_ids(40)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    before = dict(vars(model.model.layers[0].mlp))
+    with decoding._compiled(model.model):
+        assert largest(in_pieces(model, ids, [1] * 40), whole) < 1e-4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(compiled)  # norms on heads differ in shape
+    assert vars(model.model.layers[0].mlp) == before

@@ -1,0 +1,139 @@
+"""The Triton kernels of one token against plain torch: on CUDA, or interpreted on a CPU (TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+
+import ahn
+from ahn.attention import attend_one
+from ahn.cells.base import unit
+from ahn.layer import Leaving
+from conftest import FORMS, in_pieces, tiny, token_ids, with_memory
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
+from ahn.kernels import step  # noqa: E402 - Triton looks at its environment when the kernels are defined
+
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter multiplies no bfloat16
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """AHN_KERNEL for the references."""
+    monkeypatch.setenv("AHN_KERNEL", "torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (14, 2, 64), (3, 3, 80)])
+@pytest.mark.parametrize(
+    ("slots", "sinks", "last"), [(1, 0, 0), (7, 3, 1), (200, 5, 150), (333, 130, 400), (333, 0, None), (129, 128, 127)]
+)
+def test_attention(plain, slots, sinks, last, heads, kv_heads, size, dtype):
+    torch.manual_seed(slots)
+    batch = 2
+    q, q_sinks = torch.randn(2, batch, 1, heads, size, device=DEVICE).to(dtype).transpose(2, 3)
+    k, v = torch.randn(2, batch, kv_heads, slots + 5, size, device=DEVICE).to(dtype)[..., :slots, :]  # of a larger one
+    for positions in ([last], [last, max(0, (last or 0) - 3)]):
+        at = None if last is None else torch.tensor(positions, device=DEVICE)
+        filled = at.new_tensor([slots - 1]) if at is not None else None
+        out, norm = step.attend(q, q_sinks, k, v, sinks, at, size**-0.5)
+        at = None if at is None else at.minimum(filled)
+        expected = attend_one(q.float(), q_sinks.float(), k.float(), v.float(), sinks, at, size**-0.5)
+        assert relative(out, expected[0]) < LIMIT[dtype]
+        assert relative(norm, expected[1]) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (3, 3, 80)])
+@pytest.mark.parametrize("writes", [None, [False], [True, False, True]], ids=str)
+def test_cell(plain, cell, heads, kv_heads, size, writes, dtype):
+    """Steps in a row, so that an error of the state would add up."""
+    torch.manual_seed(size)
+    batch, hidden = 3, 24
+    module = ahn.cells.get(cell)(hidden, heads, size, dtype, DEVICE)
+    torch.nn.init.normal_(module.o_proj.weight, std=size**-0.5)
+    form = module.step_form()
+    able = None if writes is None else torch.tensor(writes, device=DEVICE)[:, None]
+    leaving = Leaving(able, torch.ones(1, 1, device=DEVICE), torch.tensor(1), None)
+    state = torch.randn(batch, heads, size, size, device=DEVICE) / 4
+    expected_state = state.clone()
+    for _ in range(50 if CUDA else 2):
+        x = torch.randn(2, batch, 1, hidden, device=DEVICE).to(dtype)
+        q = torch.randn(batch, heads, 1, size, device=DEVICE).to(dtype)
+        k, v = torch.randn(2, batch, kv_heads, 1, size, device=DEVICE).to(dtype)
+        out = torch.randn(batch, 1, heads, size, device=DEVICE).to(dtype)
+        with torch.no_grad():
+            inputs = module.gate_inputs(x[0])
+            read = step.recur(form, q, k, v, inputs, able, state, unit=True)
+            added = step.add_read(form, out, read, module.g_proj(x[1]), module.o_proj.weight, able)
+            gates = module.gates(inputs)
+            gates = gates if able is None else tuple(gate * able[:, None] for gate in gates)
+            groups = heads // kv_heads
+            keys, values = (t.repeat_interleave(groups, 1) for t in (k, v))
+            expected_read = module.step(unit(q), unit(keys), values.float(), gates, expected_state)
+            expected = module.combine(out, out, expected_read, x[1], leaving.evicted)
+            expected = expected if able is None else torch.where(able[..., None, None], expected, out)
+        assert relative(state, expected_state) < 1e-5
+        assert relative(read, expected_read[:, :, 0]) < 1e-5
+        assert relative(added, expected) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("features", [16, 40])
+def test_more_features_than_channels(plain, features):
+    """Queries and keys as learned maps give them."""
+    torch.manual_seed(0)
+    module = ahn.cells.get("gated_deltanet")(24, 4, 8, device=DEVICE)
+    x = torch.randn(2, 1, 24, device=DEVICE)
+    q, k = torch.randn(2, 2, 4, 1, features, device=DEVICE)
+    v = torch.randn(2, 2, 1, 8, device=DEVICE)
+    state = torch.randn(2, 4, features, 8, device=DEVICE)
+    expected_state = state.clone()
+    with torch.no_grad():
+        inputs = module.gate_inputs(x)
+        read = step.recur(module.step_form(), q, k, v, inputs, None, state, unit=False)
+        values = v.repeat_interleave(2, 1)
+        expected = module.step(q, k, values, module.gates(inputs), expected_state)
+    assert relative(read, expected[:, :, 0]) < 1e-5
+    assert relative(state, expected_state) < 1e-5
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("form", [{}, FORMS["maps"]], ids=str)
+def test_whole_model(cell, form, sinks):
+    """Token by token, before and after the first one leaves, two rows of one length."""
+    model = with_memory(tiny(), cell, window=9, sinks=sinks, **form).to(DEVICE)
+    ids = token_ids(24, batch=2).to(DEVICE)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert (in_pieces(model, ids, [6, *[1] * 18]) - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("positions", [[0], [2], [3], [11], [40, 5]], ids=str)
+@pytest.mark.parametrize(("cell_name", "window"), [("gated_deltanet", 9), (None, 9), ("deltanet", None)], ids=str)
+def test_exchange(cell_name, window, positions):
+    """The same buffers and the same old token as by plain torch."""
+    torch.manual_seed(0)
+    model = with_memory(tiny(), cell_name, window=9, sinks=3, layers=[1] if window is None else None).to(DEVICE)
+    plain, fused = (ahn.AHNCache(model).layers[0] for _ in range(2))
+    k, v = torch.randn(2, 2, 1, 2, 8, device=DEVICE).transpose(2, 3)
+    width = plain.gate_width
+    inputs = torch.randn(2, 1, width, device=DEVICE) if width else None
+    for memory in (plain, fused):
+        memory.reserve(50, k, (4, 8, 8) if width else None)
+        for number, tensor in enumerate(memory.tensors.values()):
+            tensor.copy_(torch.arange(tensor.numel(), device=DEVICE).view_as(tensor) + number)
+    start = torch.tensor(positions, device=DEVICE)
+    expected = plain.exchange(plain.slots(start), k, v, inputs, old=True)
+    found = step.exchange(fused, start, k, v, inputs)
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())
