@@ -1,7 +1,8 @@
 """How much of what has left the window is recalled, by store, budget and depth of the needle.
 
     python benchmarks/recall.py [--base smollm2-135m] [--adapter A] [--tasks ruler/niah_single_2 ...] [--length 8192]
-        [--lossless 512 1024 2048] [--stores attention surprise:8 learned:8] [--share 0.7] [--limit 200] [--seed 1]
+        [--lossless 512 1024 2048] [--stores attention surprise:8 learned:8] [--share 0.7] [--limit 200] [--batch 1]
+        [--seed 1]
 
 Every row keeps as many tokens exactly: a store has the `--share` of them, the window the rest. `surprise:8` judges
 spans of 8 tokens. Without an adapter stores are measured alone, without a memory. Rows: full attention (`--no-full`
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--stores", nargs="*", default=["recency", "random", "attention:8"])
     parser.add_argument("--share", type=float, default=0.7)
     parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-full", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("recall-runs"))
@@ -68,7 +70,7 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for names, stored in ways:
             what = runner.Options(
                 base=options.base, window=window, sinks=sinks, adapter=options.adapter, store=stored,
-                data=options.data, seed=options.seed, limit=options.limit,
+                data=options.data, seed=options.seed, limit=options.limit, batch=options.batch,
             )  # fmt: skip
             for folder in runner.run(work, names, [options.length], what, options.output, print):
                 found = results.load(folder)
