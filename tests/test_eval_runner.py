@@ -12,7 +12,7 @@ import pytest
 import stand_in
 from ahn import bases, cli
 from ahn.eval import policies, results, runner
-from ahn.eval.policies.base import Policy
+from ahn.eval.policies.base import Policy, Stored
 from ahn.eval.prompts import encode, exact_tokens
 from tiny_base import SINKS, WINDOW, write_base
 from tiny_tokenizer import tiny_tokenizer
@@ -104,7 +104,7 @@ def test_batches_say_what_examples_alone_say(options, tmp_path, monkeypatch, bat
     from dataclasses import replace
 
     tasks, names = stand_in.module().expand(["standin"]), policies.names()
-    options = replace(options, limit=7)
+    options = replace(options, limit=7, store=Stored("attention", 10, 3))
     runner.run(tasks, names, [60, 130, 160], options, tmp_path / "alone")
     calls, answer = [], Policy.answers
     monkeypatch.setattr(
@@ -138,6 +138,9 @@ def test_batches_are_of_about_the_same_length(options):
 
 
 def test_a_base_is_loaded_once(options, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    options = replace(options, store=Stored("recency", 10))
     loaded, load = [], bases.load_base
     monkeypatch.setattr("ahn.eval.policies.base.load_base", lambda *a, **k: loaded.append(a) or load(*a, **k))
     runner.run(stand_in.module().expand(["standin/needle"]), policies.names(), [120], options, tmp_path)

@@ -617,12 +617,9 @@ def test_a_tokenizer_of_another_base(run, base, tmp_path, capsys):
 def test_nothing_to_predict(run):
     from ahn.train.trainer import _check_rows
 
-    rows = data.Rows(torch.zeros(8, 64, dtype=torch.int32), torch.zeros(8, 64, dtype=torch.bool))
-    rows.counts[:, :16] = True
+    rows = data.Rows(torch.zeros(0, 64, dtype=torch.int32), torch.zeros(0, 64, dtype=torch.bool))  # all left out
     with pytest.raises(DocumentError, match="no token is to be predicted behind the first 16 of 64"):
         _check_rows(rows, recipe.load(run("r")), tiny(), 1)
-    rows.counts[3, 16] = True
-    _check_rows(rows, recipe.load(run("r")), tiny(), 1)
 
 
 def test_an_empty_recipe(tmp_path):
