@@ -17,6 +17,7 @@ from typing import Any
 from ahn import zoo
 from ahn.train.recipe import Recipe, load
 from common import RESULTS
+from gap import CLIPPED, PAPER
 
 ROOT = RESULTS.parent.parent
 BASES = {
@@ -39,7 +40,7 @@ def card(name: str) -> str:
     log = [entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
     steps = log[-1]["step"]
     tokens = steps * recipe.batch * recipe.length / 1e6
-    stopped = "" if steps >= recipe.steps else f" of {recipe.steps}, where its time limit stopped it"
+    stopped = "" if steps >= recipe.steps else f" of {recipe.steps}, where its time limit stopped it,"
     numbers = (folder / "adapter.safetensors").stat().st_size / 2e6
     facts = {
         "base": BASES[about["base"]],
@@ -107,19 +108,18 @@ def gaps(name: str) -> list[str]:
         mine = [row for row in found["rows"] if row["memory"] == name]
         if not mine:
             continue
-        window = {row["lossless"]: row["loss"] for row in found["rows"] if row["memory"] is None}
-        sizes = [row["lossless"] for row in mine]
-        rows = [
-            ["sinks and window", *(f"{window[size]:.4f}" for size in sizes)],
+        windows = {key: [row["loss"] for row in found["rows"] if row["memory"] == key] for key in (PAPER, CLIPPED)}
+        rows = [[key, *(f"{loss:.4f}" for loss in losses)] for key, losses in windows.items()]
+        rows += [
             ["with this memory", *(f"{row['loss']:.4f}" for row in mine)],
-            ["of the gap closed", *(f"{row['closed']:.0%}" for row in mine)],
+            ["closed of the gap from the first", *(f"{row['closed']:.0%}" for row in mine)],
+            ["closed of the gap from the second", *(f"{row['closed_of_clipped']:.0%}" for row in mine)],
+            ["the same, control", *(f"{row['control_closed_of_clipped']:.0%}" for row in mine)],
         ]
-        if "control_closed" in mine[0]:
-            rows.append(["control: another book's memory", *(f"{row['control_closed']:.0%}" for row in mine)])
         parts += [
             f"Mean next-token loss (nats) at positions {found['tokens'] // 2:,} to {found['tokens'] - 1:,} of "
             f"{found['books']} held-out books, 64 sinks; full attention {found['full']:.4f} (`results/{path.name}`):",
-            table(["lossless tokens", *(f"{size:,}" for size in sizes)], rows),
+            table(["lossless tokens", *(f"{row['lossless']:,}" for row in mine)], rows),
         ]
     return parts
 
