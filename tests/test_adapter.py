@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ahn
+from ahn.adapter import read_adapter
 from ahn.errors import AdapterError, ConfigError
 from conftest import CELLS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 
@@ -67,19 +68,19 @@ def test_authors_checkpoint_loads_unchanged(tmp_path, cell, with_base):
 
 def test_authors_training_window_is_not_taken(tmp_path):
     checkpoint = authors_checkpoint(tmp_path / "authors", sliding_window=256, fa_layer_ids="0")
-    config = ahn.adapter.read_adapter(checkpoint).config
+    config = read_adapter(checkpoint).config
     assert (config.window, config.sinks, config.layers) == (32640, 128, (1,))
 
 
 @pytest.mark.parametrize("key", ["use_q_proj", "use_ahn_router"])
 def test_authors_unreleased_variants_are_refused(tmp_path, key):
     with pytest.raises(AdapterError, match=key):
-        ahn.adapter.read_adapter(authors_checkpoint(tmp_path / "authors", **{key: True}))
+        read_adapter(authors_checkpoint(tmp_path / "authors", **{key: True}))
 
 
 def test_authors_unknown_cell(tmp_path):
     with pytest.raises(AdapterError, match="'RWKV'.*GatedDeltaNet"):
-        ahn.adapter.read_adapter(authors_checkpoint(tmp_path / "authors", _ahn_implementation="RWKV"))
+        read_adapter(authors_checkpoint(tmp_path / "authors", _ahn_implementation="RWKV"))
 
 
 def test_convert_the_authors(tmp_path, cell):
@@ -206,7 +207,7 @@ def test_adapter_in_the_bases_folder_is_found(tmp_path):
 
 @pytest.mark.parametrize("name", ahn.zoo.names())
 def test_shipped_adapters_are_whole_and_documented(name):
-    shipped = ahn.adapter.read_adapter(name)
+    shipped = read_adapter(name)
     assert all(tensor.isfinite().all() for tensor in shipped.tensors.values())
     assert all(t.dtype == torch.bfloat16 for n, t in shipped.tensors.items() if t.dim() > 1)
     assert any(t.abs().max() > 0 for n, t in shipped.tensors.items() if n.endswith("o_proj.weight"))

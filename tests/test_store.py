@@ -7,6 +7,7 @@ import torch
 
 import ahn
 from ahn import retention, stores
+from ahn.adapter import read_adapter
 from ahn.augmentation import layers_of
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
 from ahn.stores.base import Store
@@ -652,14 +653,14 @@ def test_a_recipe_trains_gates_then_cells(tmp_path):
         "store": "learned", "store_size": 8, "gate_steps": 3, "gate_lr": 1e-2, "report_to": [],
     }  # fmt: skip
     folder = train(recipe.from_dict(plan))
-    tensors = ahn.adapter.read_adapter(folder).tensors
+    tensors = read_adapter(folder).tensors
     untrained = stores.get("learned")(32, 2, 0)
     assert tensors["layers.0.store.decay"].shape == untrained.decay.shape
     assert not torch.equal(tensors["layers.0.store.decay"], untrained.decay)
-    cells = ahn.adapter.read_adapter(adapter).tensors
+    cells = read_adapter(adapter).tensors
     assert not torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
     only = recipe.from_dict(plan | {"steps": 0, "output": str(tmp_path / "gates")})
-    tensors = ahn.adapter.read_adapter(train(only)).tensors
+    tensors = read_adapter(train(only)).tensors
     assert torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
     with pytest.raises(AdapterError, match="no weights for store='learned'"):
         train(recipe.from_dict(plan | {"gate_steps": 0, "output": str(tmp_path / "untrained")}))

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import ahn
+from ahn.adapter import read_adapter
 from ahn.augmentation import full_attention, layers_of, set_window
 from ahn.errors import ConfigError, DocumentError
 from ahn.train import data, distill, recipe, windows
@@ -218,7 +219,7 @@ def test_a_run_starts_from_another_adapter(settings, tmp_path):
     first = train(recipe.from_dict(settings | {"loss": "attention", "lr": 1e-2}))
     more = settings | {"start": str(first), "output": str(tmp_path / "more"), "steps": 1, "lr": 1e-9}
     second = train(recipe.from_dict(more))
-    weights = [ahn.adapter.read_adapter(folder).tensors for folder in (first, second)]
+    weights = [read_adapter(folder).tensors for folder in (first, second)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-6)
     with pytest.raises(ConfigError, match="key_maps=0: expected 1"):
