@@ -29,12 +29,12 @@ def loss(model: Any, ids_BT: Tensor, counts_BT: Tensor, kind: str = "kl") -> Ten
         kind: "kl", KL(teacher || student) of the next token (paper); "ce", cross-entropy with the text itself;
             "kl+ce", the mean of the two; "attention", see `transfer`.
     """
-    if kind == "attention":
-        return transfer(model, ids_BT, counts_BT)
-    share = CROSS_ENTROPY[kind]
-    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
     counts = counts_BT.clone()
     counts[:, : model.ahn_config.lossless] = False
+    if kind == "attention":
+        return transfer(model, ids_BT, counts)
+    share = CROSS_ENTROPY[kind]
+    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
     student = decoder(ids_BT, use_cache=False).last_hidden_state[counts]
     following = F.pad(ids_BT[:, 1:], (0, 1))[counts]
     teacher = None
@@ -47,13 +47,11 @@ def loss(model: Any, ids_BT: Tensor, counts_BT: Tensor, kind: str = "kl") -> Ten
 def transfer(model: Any, ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
     """How far each layer's attention and memory are from full attention, given the teacher's own input to that layer
     (attention transfer; Hedgehog, arXiv 2402.04347): squared error behind o_proj over the square of what is wanted,
-    the mean over layers. Arguments as of `loss`.
+    the mean over layers. Arguments as of `loss`, which leaves out the lossless tokens.
 
     Every layer learns by itself, so the base runs forward once and never backward.
     """
-    counts = counts_BT.clone()
-    counts[:, : model.ahn_config.lossless] = False
-    weights, span = counts.float(), Span.of([0], ids_BT.shape[1], None)
+    weights, span = counts_BT.float(), Span.of([0], ids_BT.shape[1], None)
     errors: list[Tensor] = []
 
     def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ahn.adapter import apply
 from ahn.augmentation import augment
-from ahn.eval.policies.base import Policy, Stored, digest, memory_part, trained
+from ahn.eval.policies.base import Kept, Policy, digest, memory_part, trained
 
 
 class Ahn(Policy):
@@ -16,19 +16,11 @@ class Ahn(Policy):
     needs_adapter = True
 
     @classmethod
-    def settings(
-        cls,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-    ) -> dict[str, Any]:
-        assert adapter is not None
-        found = super().settings(window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
-        found |= {"cell": trained(adapter).config.cell, "adapter_digest": digest(adapter)}
-        return found if store is None else found | {"store": store._asdict()}
+    def _settings(cls, kept: Kept) -> dict[str, Any]:
+        assert kept.adapter is not None
+        found = super()._settings(kept)
+        found |= {"cell": trained(kept.adapter).config.cell, "adapter_digest": digest(kept.adapter)}
+        return found if kept.store is None else found | {"store": kept.store._asdict()}
 
     def prepare(self) -> None:
         assert self.adapter is not None

@@ -44,6 +44,16 @@ class Stored(NamedTuple):
         return config.replace(window=window, store=self.name, store_size=self.size, store_span=self.span)
 
 
+class Kept(NamedTuple):
+    """What a policy is asked to keep, as `Policy` takes it: what its own `_check` and `_settings` are given."""
+
+    window: int
+    sinks: int
+    adapter: str | None
+    yarn: float | None
+    store: Stored | None
+
+
 class Policy:
     """A base model with one way to remember. Several texts can be read at once, as rows of a batch of any lengths.
 
@@ -120,15 +130,19 @@ class Policy:
             ConfigError: it cannot, or `adapter` is missing.
             AdapterError: `adapter` cannot be read, or was trained on another base.
         """
-        if cls.needs_adapter and adapter is None:
+        cls._check(base, longest, Kept(window, sinks, adapter, yarn, store))
+
+    @classmethod
+    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
+        if cls.needs_adapter and kept.adapter is None:
             raise ConfigError(f"policy {cls.name} needs an adapter: the memory itself, or the one whose size it takes")
-        if yarn is not None and not 1 <= yarn < math.inf:
-            raise ConfigError(f"yarn={yarn:g}: expected a factor of at least 1")
-        if adapter is not None:
-            check_shape(trained(adapter), base_shape(base))
+        if kept.yarn is not None and not 1 <= kept.yarn < math.inf:
+            raise ConfigError(f"yarn={kept.yarn:g}: expected a factor of at least 1")
+        if kept.adapter is not None:
+            check_shape(trained(kept.adapter), base_shape(base))
         if cls.uses_window:
             text = base.get_text_config()
-            check_fits(exact_part(window, sinks, adapter), text, text.num_hidden_layers)
+            check_fits(exact_part(kept.window, kept.sinks, kept.adapter), text, text.num_hidden_layers)
 
     @classmethod
     def settings(
@@ -141,12 +155,16 @@ class Policy:
         store: Stored | None = None,
     ) -> dict[str, Any]:
         """What its numbers depend on besides the base: results are kept apart by these."""
+        return cls._settings(Kept(window, sinks, adapter, yarn, store))
+
+    @classmethod
+    def _settings(cls, kept: Kept) -> dict[str, Any]:
         if not cls.uses_window:
             return {}
-        exact = exact_part(window, sinks, adapter)
+        exact = exact_part(kept.window, kept.sinks, kept.adapter)
         return {
-            "window": window,
-            "sinks": sinks,
+            "window": kept.window,
+            "sinks": kept.sinks,
             "sink_positions": exact.sink_positions,
             "layers": None if exact.layers is None else list(exact.layers),
         }

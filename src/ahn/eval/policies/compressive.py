@@ -22,7 +22,7 @@ from ahn.augmentation import augment, layers_of
 from ahn.cache import AHNCache, LayerMemory, Span
 from ahn.cost import Shape, cell_bytes, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
-from ahn.eval.policies.base import Policy, Stored, exact_part, memory_part, trained
+from ahn.eval.policies.base import Kept, Policy, exact_part, memory_part, trained
 from ahn.layer import AHNLayer
 
 RATE = 4  # tokens in one slot, as in the paper
@@ -35,18 +35,10 @@ class Compressive(Policy):
     maximum: ClassVar[bool]
 
     @classmethod
-    def settings(
-        cls,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-    ) -> dict[str, Any]:
-        assert adapter is not None
-        found = super().settings(window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
-        config = trained(adapter).config
+    def _settings(cls, kept: Kept) -> dict[str, Any]:
+        assert kept.adapter is not None
+        found = super()._settings(kept)
+        config = trained(kept.adapter).config
         like = f"{config.cell}, key_maps {config.key_maps}" if config.key_maps > 1 else config.cell
         return found | {"rate": RATE, "sized_like": like}
 

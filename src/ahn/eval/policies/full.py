@@ -11,7 +11,7 @@ from ahn.augmentation import CHANGING
 from ahn.config import AHNConfig
 from ahn.cost import cost
 from ahn.errors import ConfigError
-from ahn.eval.policies.base import Policy, Stored
+from ahn.eval.policies.base import Kept, Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,18 +29,9 @@ class Full(Policy):
     keeps_padding = True
 
     @classmethod
-    def check(
-        cls,
-        base: Any,
-        longest: int,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-    ) -> None:
-        super().check(base, longest, window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
+    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
+        super()._check(base, longest, kept)
+        yarn = kept.yarn
         if yarn is not None:
             kind = _rope(base).get("rope_type", "default")
             if kind != "default":
@@ -60,16 +51,8 @@ class Full(Policy):
             )
 
     @classmethod
-    def settings(
-        cls,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-    ) -> dict[str, Any]:
-        return {} if yarn is None else {"yarn": yarn}
+    def _settings(cls, kept: Kept) -> dict[str, Any]:
+        return {} if kept.yarn is None else {"yarn": kept.yarn}
 
     @property
     def context(self) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ahn.augmentation import augment
 from ahn.errors import ConfigError
-from ahn.eval.policies.base import Policy, Stored, exact_part
+from ahn.eval.policies.base import Kept, Policy, exact_part
 
 
 class StoreAlone(Policy):
@@ -15,35 +15,16 @@ class StoreAlone(Policy):
     name = "store"
 
     @classmethod
-    def check(
-        cls,
-        base: Any,
-        longest: int,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-    ) -> None:
-        super().check(base, longest, window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
-        if store is None:
+    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
+        super()._check(base, longest, kept)
+        if kept.store is None:
             raise ConfigError("policy store: expected the name and size of a store (--store, --store-size)")
-        store.fill(exact_part(window, sinks, adapter))
+        kept.store.fill(exact_part(kept.window, kept.sinks, kept.adapter))
 
     @classmethod
-    def settings(
-        cls,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-    ) -> dict[str, Any]:
-        assert store is not None
-        found = super().settings(window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
-        return found | {"store": store._asdict()}
+    def _settings(cls, kept: Kept) -> dict[str, Any]:
+        assert kept.store is not None
+        return super()._settings(kept) | {"store": kept.store._asdict()}
 
     def prepare(self) -> None:
         assert self.store is not None
