@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ahn.cache import PAST
 from common import now, write
 from train import matmul_rate, random_model
 
@@ -134,7 +135,7 @@ def decode(model: Any, cache: Any, batch: int, steps: int, device: Any) -> dict[
         nonlocal ids
         start = now(device)
         for _ in range(count):
-            ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            ids = model(ids, **{PAST: cache}, use_cache=True, logits_to_keep=1).logits.argmax(-1)
         return now(device) - start
 
     first = run(2)
@@ -169,7 +170,7 @@ def read(model: Any, cell: str, batch: int, length: int, repeats: int) -> tuple[
         cache = None
         start = now(model.device)
         if cell == "full":
-            cache = model(ids, logits_to_keep=1, use_cache=True).past_key_values
+            cache = model(ids, logits_to_keep=1, use_cache=True)[PAST]
         else:
             cache = ahn.read(model, ids, ahn.AHNCache(model))
         times.append(now(model.device) - start)
@@ -284,7 +285,7 @@ class Bench:
                 row["gib_a_step"] = self.floors.decode_bytes(cell, batch, length) / 2**30
             if self.options.profile and cuda:
                 ids = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
-                one = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+                one = {PAST: cache, "use_cache": True, "logits_to_keep": 1}
                 if what == "read":
                     profiled(lambda: read(self.model, cell, batch, min(length, 64 * K), 1))
                 else:
