@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import write
+from common import BOOK, write
 
-BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
 DECODED = 32
 SINKS = 64
 
