@@ -9,13 +9,16 @@ import resource
 import subprocess
 import time
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
 
 
+@cache
 def environment() -> dict[str, Any]:
     import torch
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ahn.cache import PAST
-from common import write
+from common import BOOK, write
 
-BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
 DECODED = 32
 SINKS = 64
 

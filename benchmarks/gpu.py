@@ -1,39 +1,74 @@
 """Reading and decoding on a GPU, each number beside its floor; transformers' full attention as the baseline.
 
-    python benchmarks/gpu.py [--seconds 540] [--only qwen2.5-3b ...] [--authors SCRIPT] [--profile]
+    python benchmarks/gpu.py [--seconds 540] [--only decode:1 qwen2.5-3b:full ...] [--authors SCRIPT] [--profile]
+    python benchmarks/gpu.py --base FILE.gguf            # real weights: what `ahn read` and `ahn ask` take
     python benchmarks/gpu.py --tiny          # a tiny shape with tiny lengths, on any device: does it run at all?
 
 The base has the shape of a real one and random weights, bfloat16. The cells of the table are measured in order of
-importance until `--seconds` have passed, and the file in results/ is written after each.
+importance until `--seconds` have passed, and the file in results/ is written after each. One that fails is noted with
+its error, and with what it measured until then; only an error that CUDA does not recover from ends the run.
 
 Floors: what the method has to move or multiply, over what this device does in the best case. Reading: the matrix
 products (`ahn cost`, logits of the last token only) over the measured rate of one of 8,192 x 8,192 x 8,192. Decoding:
 the weights once a step and, for each row, keys, values, gate inputs and twice the state (read and written), over the
 measured bandwidth of a large copy, or the products of the step over the rate, whichever is longer.
 
-Caches that are only decoded from are filled with random numbers instead of being read. `--authors SCRIPT` measures
-their code beside ours: `python SCRIPT LENGTH` prints one JSON line with prefill_s, peak_gib and decode_ms.
+Caches that are only decoded from are filled with random numbers instead of being read. Full attention is decoded with
+transformers' default cache, which copies all keys and values for each token. "load" saves a memory and times reading
+the file, which the system still holds in its own cache, and the first token after a question.
+
+`--authors SCRIPT` measures their code beside ours: `python SCRIPT LENGTH` prints one JSON line with prefill_s, peak_gib
+and decode_ms.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import gc
+import io
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ahn.cache import PAST
-from common import now, write
+from common import BOOK, now, write
 from train import matmul_rate, random_model
 
 WINDOW, SINKS = 32640, 128
 STEPS = 64  # decoded for one time of decoding
+QUESTION, ANSWER = 16, 128  # tokens
+HANGS = 60  # seconds after its time at which a run is ended wherever it is
 K = 1024
+
+
+class Cell(NamedTuple):
+    """Of the table. `cell` "full" is full attention; `what` is decode, read, load or ask; `length` tokens are read, or
+    lie behind."""
+
+    shape: str
+    cell: str
+    what: str
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return ":".join(map(str, self))
+
+
+class Ceilings(NamedTuple):
+    """What a device does in the best case, a second: FLOPs of a large product, bytes of a large copy."""
+
+    matmul: float
+    copy: float
 
 
 def coder() -> Any:
@@ -58,11 +93,11 @@ def copy_rate(device: Any, repeats: int = 20) -> float:
 
 
 class Floors:
-    """Seconds below which the method cannot be on this device. `cell` "full" is full attention."""
+    """Seconds below which the method cannot be on a device of these ceilings."""
 
-    def __init__(self, shape: Any, device: Any, itemsize: int, lossless: tuple[int, int]) -> None:
-        self.shape, self.itemsize, (self.window, self.sinks) = shape, itemsize, lossless
-        self.matmul, self.copy = matmul_rate(device), copy_rate(device)
+    def __init__(self, shape: Any, itemsize: int, window: int, sinks: int, ceilings: Ceilings) -> None:
+        self.shape, self.itemsize, self.window, self.sinks = shape, itemsize, window, sinks
+        self.ceilings = ceilings
 
     def cost(self, cell: str, length: int) -> Any:
         from ahn.config import AHNConfig
@@ -78,13 +113,13 @@ class Floors:
         return batch * (flops + mlp + 2 * self.shape.V * self.shape.D)
 
     def read(self, cell: str, batch: int, length: int) -> float:
-        return self.read_flops(cell, batch, length) / self.matmul
+        return self.read_flops(cell, batch, length) / self.ceilings.matmul
 
     def decode_bytes(self, cell: str, batch: int, length: int) -> int:
         table, shape = self.cost(cell, length), self.shape
         parameters = table.parameters.full if cell == "full" else table.parameters.memory
         weights = parameters - (0 if shape.tied else shape.V * shape.D)  # of the embedding one row is read
-        state = 0 if cell == "full" else 2 * 4 * shape.layers * shape.N * shape.H**2
+        state = 0 if cell in ("full", None) else 2 * 4 * shape.layers * shape.N * shape.H**2
         kept = 2 * shape.layers * shape.M * shape.H * (length if cell == "full" else min(length, self.lossless))
         return self.itemsize * (weights + batch * kept) + batch * state
 
@@ -96,7 +131,7 @@ class Floors:
         """Of one step of `batch` rows behind `length` tokens."""
         step = self.read_flops(cell, batch, length + 1) - self.read_flops(cell, batch, length)
         step += batch * 2 * self.shape.V * self.shape.D
-        return max(self.decode_bytes(cell, batch, length) / self.copy, step / self.matmul)
+        return max(self.decode_bytes(cell, batch, length) / self.ceilings.copy, step / self.ceilings.matmul)
 
 
 def fill(model: Any, cell: str, batch: int, length: int) -> Any:
@@ -140,7 +175,7 @@ def decode(model: Any, cache: Any, batch: int, steps: int, device: Any) -> dict[
 
     first = run(2)
     times = [run(steps) / steps for _ in range(5)]
-    return {"decode_ms": 1000 * statistics.median(times), "decode_first_s": first}
+    return {"decode_ms": 1000 * statistics.median(times), "first_s": first}
 
 
 def generate(model: Any, cache: Any, steps: int) -> dict[str, float]:
@@ -177,27 +212,96 @@ def read(model: Any, cell: str, batch: int, length: int, repeats: int) -> tuple[
     return {"prefill_s": statistics.median(times)}, cache
 
 
-def cells_of_table(options: argparse.Namespace) -> list[tuple[str, str, str, int, int]]:
-    """(shape, cell, what, batch, length), the most important first."""
-    if options.tiny:
-        return [
-            ("tiny", cell, what, batch, length)
-            for cell in ("gated_deltanet", "full", "deltanet", "mamba2")
-            for what, batch, length in (("decode", 1, 300), ("decode", 2, 300), ("read", 1, 500))
-        ]
-    main, gdn = "qwen2.5-3b", "gated_deltanet"
-    table = [(main, gdn, "decode", 1, 128 * K), (main, gdn, "read", 1, 64 * K), (main, gdn, "read", 1, 128 * K)]
-    table += [(main, "full", "read", 1, 64 * K), (main, "full", "read", 1, 128 * K)]
-    table += [(main, gdn, "decode", batch, 128 * K) for batch in (8, 32)]
-    table += [(main, gdn, "decode", 1, length) for length in (16 * K, 1024 * K)]
-    table += [(main, gdn, "read", 1, 1024 * K)]
-    table += [(main, cell, "decode", 1, 128 * K) for cell in ("deltanet", "mamba2")]
-    table += [(main, cell, "read", 1, 128 * K) for cell in ("deltanet", "mamba2")]
-    table += [("qwen2.5-coder-0.5b", gdn, what, 1, 128 * K) for what in ("decode", "read")]
-    for shape in ("qwen2.5-7b", "qwen2.5-14b"):
-        table += [(shape, cell, what, 1, 128 * K) for cell in (gdn, "full") for what in ("decode", "read")]
-        table += [(shape, gdn, "decode", 8, 128 * K)]
-    return [cell for cell in table if not options.only or cell[0] in options.only]
+def load(model: Any, cache: Any, repeats: int = 3) -> dict[str, float]:
+    """Seconds from the file of a memory to a cache, and to the first token of an answer (medians; the first time)."""
+    import torch
+
+    import ahn
+
+    question = torch.zeros(1, QUESTION, dtype=torch.long, device=model.device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "memory.ahn"
+        start = now(model.device)
+        cache.save(path)
+        save = now(model.device) - start
+
+        def run() -> tuple[float, float]:
+            start = now(model.device)
+            loaded = ahn.AHNCache.load(path, model)
+            load = now(model.device) - start
+            model(question, **{PAST: loaded}, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
+            return load, now(model.device) - start
+
+        _, first = run()
+        loads, tokens = zip(*(run() for _ in range(repeats)), strict=True)
+        row = {"load_s": statistics.median(loads), "first_token_s": statistics.median(tokens), "first_s": first}
+        return row | {"save_s": save, "file_mb": path.stat().st_size / 1e6}
+
+
+def ask(model: Any, tokenizer: Any, ids: Any) -> dict[str, float]:
+    """What `ahn read` and `ahn ask` do with a text `ids` [1, T], the answer being as long as it may: seconds and tokens
+    a second."""
+    from transformers import TextStreamer
+
+    import ahn
+
+    device = model.device
+    start = now(device)
+    cache = ahn.read(model, ids, ahn.AHNCache(model))
+    read = now(device) - start
+
+    def answer(count: int) -> float:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id, "eos_token_id": -1}
+        start = now(device)
+        with contextlib.redirect_stdout(io.StringIO()):
+            ahn.generate(model, ids[:, :QUESTION], cache, max_new_tokens=count, streamer=streamer, **options)
+        return now(device) - start
+
+    first, seconds = answer(4), answer(ANSWER)
+    row = {"prefill_s": read, "tokens_per_s": ids.shape[1] / read}
+    return row | {"answer_tokens_per_s": ANSWER / seconds, "answer_s": seconds, "answer_first_s": first}
+
+
+def cells_of_table(options: argparse.Namespace) -> list[Cell]:
+    """The most important first."""
+    main, gdn, full = "qwen2.5-3b", "gated_deltanet", "full"
+    if options.base:
+        name, lengths = Path(options.base).name, (300, 500) if options.tiny else (16 * K, 128 * K)
+        table = [Cell(name, options.cell or "default", "ask", 1, length) for length in lengths]
+    elif options.tiny:
+        whats = ("decode", 1, 300), ("decode", 2, 300), ("read", 1, 500)
+        table = [Cell("tiny", cell, *what) for cell in (gdn, full, "deltanet", "mamba2") for what in whats]
+        table.append(Cell("tiny", gdn, "load", 1, 500))
+    else:
+        table = [Cell(main, gdn, "decode", 1, 128 * K)]
+        table += [Cell(main, gdn, "read", 1, length) for length in (64 * K, 128 * K)]
+        table += [Cell(main, full, "decode", 1, length) for length in (64 * K, 128 * K)]
+        table += [Cell(main, full, "read", 1, length) for length in (64 * K, 128 * K)]
+        table += [Cell(main, gdn, "load", 1, 1024 * K), Cell(main, gdn, "read", 1, 1024 * K)]
+        table += [Cell(main, gdn, "decode", batch, 128 * K) for batch in (8, 32)]
+        table += [Cell(main, gdn, "decode", 1, length) for length in (16 * K, 1024 * K)]
+        table += [Cell(main, cell, what, 1, 128 * K) for what in ("decode", "read") for cell in ("deltanet", "mamba2")]
+        table += [Cell("qwen2.5-coder-0.5b", gdn, what, 1, 128 * K) for what in ("decode", "read")]
+        for shape in ("qwen2.5-7b", "qwen2.5-14b"):
+            table += [Cell(shape, cell, what, 1, 128 * K) for cell in (gdn, full) for what in ("decode", "read")]
+            table += [Cell(shape, gdn, "decode", 8, 128 * K)]
+    wanted = [set(words.split(":")) for words in options.only or [""]]
+    return [cell for cell in table if any(words - {""} <= set(map(str, cell)) for words in wanted)]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row to look at."""
+
+    def shown(value: Any) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    cell = [row.get(name, "") for name in Cell._fields]
+    head = "{:<20}{:<16}{:<8}{:>3}{:>10}".format(*cell)
+    rest = (f"{name} {shown(value):<8}" for name, value in row.items() if name not in Cell._fields)
+    return f"{head}  {' '.join(rest)}".rstrip()
 
 
 def profiled(call: Any) -> None:
@@ -212,9 +316,13 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
+        import ahn
+
         self.options, self.began = options, time.monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.lossless = (40, 8) if options.tiny else (WINDOW, SINKS)
+        self.window, self.sinks = (40, 8) if options.tiny else (WINDOW, SINKS)
+        self.ceilings = Ceilings(matmul_rate(self.device), copy_rate(self.device))
+        self.kernels = [list(row) for row in ahn.kernels.report()]
         self.model: Any = None
         self.loaded = ""
         self.floors: Floors
@@ -226,92 +334,186 @@ class Bench:
 
     def put(self, name: str, cell: str) -> None:
         """The base of this shape, with the memory of this cell or with none."""
+        import torch
+
         import ahn
         from ahn.cost import PAPER, Shape
 
         if name != self.loaded:
-            self.model = None
+            self.model, self.loaded = None, ""
             gc.collect()
+            if self.device.type == "cuda":
+                torch.compiler.reset()  # it compiles no function for more than eight shapes
             tiny = Shape(2, 64, 4, 2, 16, 96, 128, tied=True)
             shape = {**PAPER, "tiny": tiny, "qwen2.5-coder-0.5b": coder()}[name]
             self.model, self.loaded = random_model(shape, self.device), name
-            self.floors = Floors(shape, self.device, self.model.dtype.itemsize, self.lossless)
+            self.floors = Floors(shape, self.model.dtype.itemsize, self.window, self.sinks, self.ceilings)
         if hasattr(self.model, "ahn_config"):
             ahn.detach(self.model)
+            gc.collect()  # the graph of the cell before, and its buffers
         if cell == "full":
             self.model.set_attn_implementation("sdpa")
         else:
-            window, sinks = self.lossless
-            ahn.augment(self.model, ahn.AHNConfig(cell, window, sinks))
+            ahn.augment(self.model, ahn.AHNConfig(cell, self.window, self.sinks))
             for parameter in self.model.parameters():
                 if parameter.dim() == 3 and not parameter.any():
                     parameter.data.normal_(std=0.02)  # as if it were trained
 
-    def measure(self, name: str, cell: str, what: str, batch: int, length: int) -> dict[str, Any]:
+    def put_real(self) -> Any:
+        """The base with real weights and its own memory, else an untrained one, which costs the same; the tokenizer."""
+        import ahn
+        from ahn.cost import Shape
+        from ahn.zoo import default_for
+
+        base = self.options.base
+        if not self.loaded:
+            cell = self.options.cell or (None if default_for(base) else "gated_deltanet")
+            small = {"window": self.window, "sinks": self.sinks} if self.options.tiny else {}
+            self.model, self.loaded = ahn.from_pretrained(base, cell=cell, **small), base
+            config = self.model.ahn_config
+            self.window, self.sinks = config.window, config.sinks
+            shape = Shape.from_config(self.model.config)
+            self.floors = Floors(shape, self.model.dtype.itemsize, self.window, self.sinks, self.ceilings)
+        return ahn.load_tokenizer(base)
+
+    def measure(self, row: dict[str, Any]) -> None:
+        """Fill in a row, so that what was measured before an error stays."""
+        import torch
+
+        with torch.no_grad():
+            getattr(self, "_" + row["what"])(row, *(row[name] for name in ("shape", "cell", "batch", "length")))
+
+    def _read(self, row: dict[str, Any], name: str, cell: str, batch: int, length: int) -> None:
+        self.put(name, cell)
+        start = now(self.device)
+        read(self.model, cell, batch, min(length, 2 * (self.window + self.sinks)), 1)  # builds kernels
+        row["first_s"] = now(self.device) - start
+        self._reset_peak()
+        found, cache = read(self.model, cell, batch, length, 1 if length > 256 * K else 3)
+        row |= found
+        self._note_peak(row)
+        row["tokens_per_s"] = batch * length / found["prefill_s"]
+        row["floor_s"] = self.floors.read(cell, batch, length)
+        row["of_floor"] = row["floor_s"] / found["prefill_s"]
+        if cell != "full":
+            self._note_cache(row, cache)
+        if self.options.profile:
+            cache = None
+            profiled(lambda: read(self.model, cell, batch, min(length, 64 * K), 1))
+
+    def _decode(self, row: dict[str, Any], name: str, cell: str, batch: int, length: int) -> None:
         import torch
 
         self.put(name, cell)
-        row = {"shape": name, "cell": cell, "what": what, "batch": batch, "length": length}
-        cuda = self.device.type == "cuda"
-        cache: Any = None
-        with torch.no_grad():
-            if what == "read":
-                warm = min(length, 2 * sum(self.lossless))
-                start = now(self.device)
-                _, cache = read(self.model, cell, batch, warm, 1)  # builds kernels
-                row["first_s"] = now(self.device) - start
-                cache = None
-                if cuda:
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                found, cache = read(self.model, cell, batch, length, 1 if length > 256 * K else 3)
-                row |= found
-                if cuda:
-                    row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                row["tokens_per_s"] = batch * length / found["prefill_s"]
-                row["floor_s"] = self.floors.read(cell, batch, length)
-                row["of_floor"] = row["floor_s"] / found["prefill_s"]
-                if hasattr(cache, "nbytes"):
-                    held = self.floors.cost(cell, length).held_bytes
-                    row |= {"cache_gib": cache.nbytes / 2**30, "cache_over_model": cache.nbytes / held - 1}
-            else:
-                cache = fill(self.model, cell, batch, length)
-                steps = 8 if self.options.tiny else STEPS
-                row |= decode(self.model, cache, batch, steps, self.device)
-                if batch == 1 and cell != "full":
-                    row |= generate(self.model, cache, steps)
-                row["floor_ms"] = 1000 * self.floors.decode(cell, batch, length)
-                row["of_floor"] = row["floor_ms"] / row["decode_ms"]
-                row["gib_a_step"] = self.floors.decode_bytes(cell, batch, length) / 2**30
-            if self.options.profile and cuda:
-                ids = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
-                one = {PAST: cache, "use_cache": True, "logits_to_keep": 1}
-                if what == "read":
-                    profiled(lambda: read(self.model, cell, batch, min(length, 64 * K), 1))
-                else:
-                    profiled(lambda: [self.model(ids, **one) for _ in range(4)])
-        return row
+        cache = fill(self.model, cell, batch, length)
+        steps = 8 if self.options.tiny else STEPS
+        self._reset_peak()
+        row |= decode(self.model, cache, batch, steps, self.device)
+        self._note_peak(row)
+        row["floor_ms"] = 1000 * self.floors.decode(cell, batch, length)
+        row["of_floor"] = row["floor_ms"] / row["decode_ms"]
+        row["gib_a_step"] = self.floors.decode_bytes(cell, batch, length) / 2**30
+        if cell != "full":
+            frame = self.model._ahn_frame
+            row["graph"] = "no" if frame.graph is None else "yes"
+            if frame.no_graph:
+                row["no_graph"] = frame.no_graph
+            if batch == 1:
+                row |= generate(self.model, cache, steps)
+        if self.options.profile:
+            ids = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+            one = {PAST: cache, "use_cache": True, "logits_to_keep": 1}
+            profiled(lambda: [self.model(ids, **one) for _ in range(4)])
 
-    def run(self) -> None:
-        longest = 0.0
-        for cell in cells_of_table(self.options):
-            if self.left() < longest:
-                self.skipped.append(f"{' '.join(map(str, cell))}: {self.left():.0f} s are left")
+    def _load(self, row: dict[str, Any], name: str, cell: str, batch: int, length: int) -> None:
+        self.put(name, cell)
+        row |= load(self.model, fill(self.model, cell, batch, length))
+
+    def _ask(self, row: dict[str, Any], name: str, cell: str, batch: int, length: int) -> None:
+        import torch
+
+        from ahn.documents import read_document
+
+        tokenizer = self.put_real()
+        config = self.model.ahn_config
+        row |= {"memory": config.cell, "window": config.window, "sinks": config.sinks}
+        words = tokenizer(read_document(BOOK), verbose=False).input_ids
+        ids = torch.tensor([(words * (length // len(words) + 1))[:length]])
+        start = now(self.device)
+        read(self.model, config.cell, 1, min(length, 2 * config.lossless), 1)  # builds kernels
+        row["first_s"] = now(self.device) - start
+        self._reset_peak()
+        row |= ask(self.model, tokenizer, ids)
+        self._note_peak(row)
+        row["floor_s"] = self.floors.read(config.cell, 1, length)
+        row["of_floor"] = row["floor_s"] / row["prefill_s"]
+        row["answer_floor_s"] = ANSWER * self.floors.decode(config.cell, 1, length)
+
+    def _reset_peak(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _note_peak(self, row: dict[str, Any]) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+
+    def _note_cache(self, row: dict[str, Any], cache: Any) -> None:
+        held = row["batch"] * self.floors.cost(row["cell"], row["length"]).held_bytes
+        row |= {"cache_gib": cache.nbytes / 2**30, "cache_over_model": cache.nbytes / held - 1}
+        if not cache.nbytes:
+            raise RuntimeError("the cache is empty: the model read past its memory")
+
+    def recovers(self) -> bool:
+        """Whether the device still works. After an illegal access to its memory it does not, in this process."""
+        import torch
+
+        try:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    def run(self) -> bool:
+        """Measure the table; False if it had to end early."""
+        self.save()  # what the device says of itself is asked for while it works
+        cells, spent = cells_of_table(self.options), {"": 0.0}
+        for number, cell in enumerate(cells):
+            if self.left() < spent.get(cell.what, max(spent.values())):
+                self.skipped.append(f"{cell}: {self.left():.0f} s are left")
                 continue
-            start = time.monotonic()
+            start, row, works = time.monotonic(), dict(cell._asdict()), True
             try:
-                row = self.measure(*cell)
+                self.measure(row)
             except Exception as error:  # one that does not fit, or breaks, must not cost the others
-                row = {**dict(zip(("shape", "cell", "what", "batch", "length"), cell, strict=True))}
-                row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 if self.options.raises:
                     raise
-            gc.collect()
-            longest = max(longest, time.monotonic() - start)
-            self.rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
-            print(" ".join(f"{k}={v}" for k, v in self.rows[-1].items()), flush=True)
-            self.save()
-        self.authors()
+                row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+                print(traceback.format_exc(limit=-4)[-3000:], file=sys.stderr)
+            if "error" in row:
+                self.model, self.loaded = None, ""  # who knows in what state it is
+                works = self.recovers()
+            spent[cell.what] = max(spent.get(cell.what, 0), time.monotonic() - start)
+            self.note(row)
+            if not works:
+                self.skipped += [f"{left}: the device does not recover from that error" for left in cells[number + 1 :]]
+                self.save()
+                return False
+        if not self.options.base:
+            self.authors()
+        self.save()
+        return True
+
+    def note(self, row: dict[str, Any]) -> None:
+        self.rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
+        print(line(self.rows[-1]), flush=True)
         self.save()
 
     def authors(self) -> None:
@@ -319,24 +521,21 @@ class Bench:
             self.skipped.append("the authors' code: no --authors script was given")
             return
         self.model = None
+        gc.collect()
+        self._reset_peak()
         for length in (64 * K, 128 * K):
             command = [sys.executable, self.options.authors, str(length)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 self.skipped.append(f"the authors' code: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
                 return
-            self.rows.append({"shape": "authors", "length": length, **json.loads(done.stdout.splitlines()[-1])})
-            print(self.rows[-1], flush=True)
+            self.note({"shape": "authors", "length": length, **json.loads(done.stdout.splitlines()[-1])})
 
     def save(self) -> Path:
-        import ahn
-
-        window, sinks = self.lossless
-        ceilings = {"copy_tb_per_s": self.floors.copy / 1e12, "matmul_tflops": self.floors.matmul / 1e12}
-        kernels = [list(row) for row in ahn.kernels.report()]
+        ceilings = {"copy_tb_per_s": self.ceilings.copy / 1e12, "matmul_tflops": self.ceilings.matmul / 1e12}
         return write(
-            self.options.name, window=window, sinks=sinks, ceilings=ceilings, kernels=kernels, rows=self.rows,
-            skipped=self.skipped,
+            self.options.name, window=self.window, sinks=self.sinks, ceilings=ceilings, kernels=self.kernels,
+            rows=self.rows, skipped=self.skipped,
         )  # fmt: skip
 
 
@@ -345,16 +544,23 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=540, help="no new cell is begun that may not fit (%(default)s)"
     )
-    parser.add_argument("--only", nargs="+", help="shapes")
+    words = "only cells with all of these words: shape, cell, what, batch, length"
+    parser.add_argument("--only", nargs="+", metavar="WORD:WORD", help=words)
+    parser.add_argument("--base", help="real weights: a name, folder or GGUF file that `ahn read --base` takes")
+    parser.add_argument("--cell", help="with --base: an untrained memory instead of the base's own")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--authors", metavar="SCRIPT")
     parser.add_argument("--profile", action="store_true", help="print the 25 kernels that take the most time")
     parser.add_argument("--raises", action="store_true", help="stop at the first error instead of noting it")
-    parser.add_argument("--name", default="gpu")
-    bench = Bench(parser.parse_args())
-    bench.run()
+    parser.add_argument("--name", default="gpu", help="of the file in results/ (%(default)s)")
+    options = parser.parse_args()
+    faulthandler.dump_traceback_later(options.seconds + HANGS, exit=True)  # the file is written after each row
+    bench = Bench(options)
+    whole = bench.run()
     print("\n".join(f"skipped {line}" for line in bench.skipped))
-    print(bench.save())
+    print(bench.save(), flush=True)
+    if not whole:
+        os._exit(1)  # destructors would ask the broken device, and abort
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Parts of the benchmarks that could be wrong without anyone seeing it."""
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -115,9 +117,7 @@ def test_floors_of_a_gpu():
     import gpu
     from ahn.cost import PAPER
 
-    floors = gpu.Floors.__new__(gpu.Floors)  # nothing is measured
-    floors.shape, floors.itemsize, floors.window, floors.sinks = PAPER["qwen2.5-3b"], 2, 32640, 128
-    floors.copy, floors.matmul = 1e12, 1e15
+    floors = gpu.Floors(PAPER["qwen2.5-3b"], 2, 32640, 128, gpu.Ceilings(matmul=1e15, copy=1e12))
     linear = 36 * (2 * 2048 * 128 * (16 + 2) + 3 * 2048 * 11008)
     cell = 36 * (3 * 2048 * 16 + 16 * 128 * 128 + 3 * 16 + 128)
     head = 151936 * 2048
@@ -129,3 +129,62 @@ def test_floors_of_a_gpu():
     assert floors.decode_bytes("full", 1, 65536) == full
     reading = 2 * linear * 32768 + 36 * 2 * 2048 * 32768**2 + 2 * head
     assert floors.read("gated_deltanet", 1, 32768) == pytest.approx(reading / 1e15)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Runs benchmarks/gpu.py on tiny shapes; returns whether it ran to its end, its rows and what it skipped."""
+    import common
+    import gpu
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "matmul_rate", lambda device: 1e12)
+    monkeypatch.setattr(gpu, "copy_rate", lambda device: 1e11)
+
+    def run(**changes):
+        options = {"seconds": 600, "only": None, "base": None, "cell": None, "tiny": True, "authors": None}
+        options |= {"profile": False, "raises": False, "name": "gpu"} | changes
+        whole = gpu.Bench(argparse.Namespace(**options)).run()
+        written = json.loads((tmp_path / "gpu.json").read_text())
+        return whole, written["rows"], written["skipped"]
+
+    return run
+
+
+def test_a_table_of_a_gpu(table):
+    whole, rows, skipped = table(only=["gated_deltanet", "full:decode"], raises=True)
+    assert whole and len(skipped) == 1
+    kinds = [(row["cell"], row["what"]) for row in rows]
+    assert kinds == [*2 * [("gated_deltanet", "decode")], ("gated_deltanet", "read"), *2 * [("full", "decode")],
+                     ("gated_deltanet", "load")]  # fmt: skip
+    assert rows[2]["cache_over_model"] == 0
+    assert rows[-1]["file_mb"] > 0.02 and rows[-1]["load_s"] < rows[-1]["first_token_s"]
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_cell_that_fails_costs_no_other(table, monkeypatch, recovers):
+    import gpu
+
+    def broken(*args):
+        raise RuntimeError("no memory\nof it")
+
+    monkeypatch.setattr(gpu, "generate", broken)
+    monkeypatch.setattr(gpu.Bench, "recovers", lambda bench: recovers)
+    whole, rows, skipped = table(only=["gated_deltanet:decode", "read:full"])
+    assert whole == recovers
+    assert rows[0]["error"] == "RuntimeError: no memory" and rows[0]["decode_ms"] > 0
+    assert len(rows) == (3 if recovers else 1) and not any("error" in row for row in rows[1:])
+    assert recovers or [text.partition(": ")[0] for text in skipped] == [
+        "tiny:gated_deltanet:decode:2:300", "tiny:full:read:1:500",
+    ]  # fmt: skip
+
+
+def test_real_weights_on_a_gpu(table, tmp_path, monkeypatch):
+    import gpu
+    from tiny_base import write_base
+
+    base, _ = write_base(tmp_path)
+    monkeypatch.setattr(gpu, "ANSWER", 8)
+    whole, rows, _ = table(base=base, raises=True)
+    assert whole and [row["length"] for row in rows] == [300, 500]
+    assert all(row["memory"] == "gated_deltanet" and row["answer_tokens_per_s"] > 0 for row in rows)
