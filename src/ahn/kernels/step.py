@@ -149,9 +149,9 @@ def _exchange(
         tl.store(values + place, tl.load(v + batch * v_batch + head * v_head + channel, mask=inside), mask=inside)
     elif GATED:
         gate = tl.arange(0, GATE_WIDTH)
-        place = (batch * slots + slot) * GATES + gate
-        tl.store(old + batch * GATES + gate, tl.load(inputs + place, mask=gate < GATES), mask=gate < GATES)
-        tl.store(inputs + place, tl.load(new + batch * GATES + gate, mask=gate < GATES), mask=gate < GATES)
+        there = (batch * slots + slot) * GATES + gate
+        tl.store(old + batch * GATES + gate, tl.load(inputs + there, mask=gate < GATES), mask=gate < GATES)
+        tl.store(inputs + there, tl.load(new + batch * GATES + gate, mask=gate < GATES), mask=gate < GATES)
 
 
 @triton.jit
