@@ -298,7 +298,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
     cell = [row.get(name, "") for name in Cell._fields]
-    head = "{:<20}{:<16}{:<8}{:>3}{:>10}".format(*cell)
+    head = "{:<20} {:<15} {:<7} {:>2} {:>9}".format(*cell)
     rest = (f"{name} {shown(value):<8}" for name, value in row.items() if name not in Cell._fields)
     return f"{head}  {' '.join(rest)}".rstrip()
 
