@@ -57,9 +57,10 @@ def position_losses(model: Any, ids: list[int], chunk: int = 512, whole: bool | 
             pieces = decoder(tokens[:, :-1], use_cache=False).last_hidden_state[0].split(chunk)
         else:
             import ahn
+            from ahn.cache import PAST
 
             cache = ahn.AHNCache(model)
-            pieces = (decoder(t, past_key_values=cache).last_hidden_state[0] for t in tokens[:, :-1].split(chunk, 1))
+            pieces = (decoder(t, **{PAST: cache}).last_hidden_state[0] for t in tokens[:, :-1].split(chunk, 1))
         targets = tokens[0, 1:].split(chunk)
         losses = [
             cross_entropy(head(piece).float(), wanted, reduction="none")

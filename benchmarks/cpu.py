@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ahn.cache import PAST
 from common import BOOK, write
 
 DECODED = 32
@@ -44,12 +45,12 @@ def measure(kind: str, base: str, text: str, length: int, lossless: int) -> dict
         start_rss = resident()
         start = time.perf_counter()
         full = kind == "full"
-        cache = model(ids, logits_to_keep=1, use_cache=True).past_key_values if full else ahn.read(model, ids)
+        cache = model(ids, logits_to_keep=1, use_cache=True)[PAST] if full else ahn.read(model, ids)
         read = time.perf_counter() - start
         steps = []
         for _ in range(DECODED):
             start = time.perf_counter()
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{PAST: cache})
             steps.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {

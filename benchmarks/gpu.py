@@ -39,6 +39,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ahn.cache import PAST
 from common import BOOK, now, write
 from train import matmul_rate, random_model
 
@@ -169,7 +170,7 @@ def decode(model: Any, cache: Any, batch: int, steps: int, device: Any) -> dict[
         nonlocal ids
         start = now(device)
         for _ in range(count):
-            ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            ids = model(ids, **{PAST: cache}, use_cache=True, logits_to_keep=1).logits.argmax(-1)
         return now(device) - start
 
     first = run(2)
@@ -204,7 +205,7 @@ def read(model: Any, cell: str, batch: int, length: int, repeats: int) -> tuple[
         cache = None
         start = now(model.device)
         if cell == "full":
-            cache = model(ids, logits_to_keep=1, use_cache=True).past_key_values
+            cache = model(ids, logits_to_keep=1, use_cache=True)[PAST]
         else:
             cache = ahn.read(model, ids, ahn.AHNCache(model))
         times.append(now(model.device) - start)
@@ -228,7 +229,7 @@ def load(model: Any, cache: Any, repeats: int = 3) -> dict[str, float]:
             start = now(model.device)
             loaded = ahn.AHNCache.load(path, model)
             load = now(model.device) - start
-            model(question, past_key_values=loaded, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
+            model(question, **{PAST: loaded}, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
             return load, now(model.device) - start
 
         _, first = run()
@@ -421,7 +422,7 @@ class Bench:
                 row |= generate(self.model, cache, steps)
         if self.options.profile:
             ids = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
-            one = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            one = {PAST: cache, "use_cache": True, "logits_to_keep": 1}
             profiled(lambda: [self.model(ids, **one) for _ in range(4)])
 
     def _load(self, row: dict[str, Any], name: str, cell: str, batch: int, length: int) -> None:

@@ -17,6 +17,7 @@ import torch
 
 import ahn
 from ahn.bases import load_base
+from ahn.cache import PAST
 from ahn.cost import shape_of
 from common import now, peak_bytes, write
 from train import random_model
@@ -32,7 +33,7 @@ def measure(model: Any, length: int, batch: int, steps: int) -> dict[str, Any]:
     full = not hasattr(model, "ahn_config")
 
     def read() -> Any:
-        return model(ids, logits_to_keep=1, use_cache=True).past_key_values if full else ahn.read(model, ids)
+        return model(ids, logits_to_keep=1, use_cache=True)[PAST] if full else ahn.read(model, ids)
 
     if device.type == "cuda":
         read()  # kernels are chosen and compiled at first sight of a length
@@ -43,7 +44,7 @@ def measure(model: Any, length: int, batch: int, steps: int) -> dict[str, Any]:
     times = []
     for _ in range(steps):
         start = now(device)
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{PAST: cache})
         times.append(now(device) - start)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) if full else cache.nbytes
     return {

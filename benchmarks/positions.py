@@ -21,6 +21,7 @@ from transformers import DynamicCache
 import ahn
 from ahn.augmentation import set_window
 from ahn.bases import load_base
+from ahn.cache import PAST
 from common import now, peak_bytes, put_on, records, write
 
 SINKS = 64
@@ -43,7 +44,7 @@ def losses(model: Any, ids: Tensor, chunk: int) -> Tensor:
     ids = ids.to(model.device)
     found = []
     for piece, following in zip(ids[:, :-1].split(chunk, 1), ids[:, 1:].split(chunk, 1), strict=True):
-        hidden = decoder(piece, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = decoder(piece, **{PAST: cache}, use_cache=True).last_hidden_state
         logits = head(hidden).float().flatten(0, 1)
         found.append(cross_entropy(logits, following.flatten(), reduction="none").view_as(following))
     return torch.cat(found, 1).cpu()

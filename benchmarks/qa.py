@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import ahn
 from ahn.augmentation import set_window
+from ahn.cache import PAST
 from ahn.dialogue import Dialogue
 from ahn.eval.metrics import exact_match, f1
 from ahn.eval.squad import Context, Question, contexts
@@ -91,7 +92,7 @@ def answer_losses(model: Any, cache: ahn.AHNCache, asked: list[Asked]) -> list[f
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     ids, real = padded([torch.cat([one.prompt, one.answer]) for one in asked], cache.tokens_seen, model.device)
     longest = max(len(one.answer) for one in asked)
-    hidden = decoder(ids, attention_mask=real, past_key_values=cache).last_hidden_state[:, -longest - 1 : -1]
+    hidden = decoder(ids, attention_mask=real, **{PAST: cache}).last_hidden_state[:, -longest - 1 : -1]
     targets = ids[:, -longest:].clone()
     lengths = torch.tensor([len(one.answer) for one in asked], device=ids.device)
     targets[torch.arange(longest, device=ids.device) < longest - lengths[:, None]] = -100
@@ -106,7 +107,7 @@ def greedy(model: Any, cache: ahn.AHNCache, asked: list[Asked], limit: int, ends
     ids, real = padded([one.prompt for one in asked], past, model.device)
     places = torch.tensor([[past + len(one.prompt)] for one in asked], device=ids.device)
     stops = torch.tensor(ends, device=ids.device)
-    hidden = decoder(ids, attention_mask=real, past_key_values=cache).last_hidden_state
+    hidden = decoder(ids, attention_mask=real, **{PAST: cache}).last_hidden_state
     tokens: list[Tensor] = []
     while True:
         tokens.append(head(hidden[:, -1]).argmax(-1, keepdim=True))
@@ -115,7 +116,7 @@ def greedy(model: Any, cache: ahn.AHNCache, asked: list[Asked], limit: int, ends
             len(tokens) % 8 == 0 and torch.isin(torch.cat(tokens, 1), stops).any(1).all().item()
         ):
             break
-        hidden = decoder(tokens[-1], position_ids=places + len(tokens) - 1, past_key_values=cache).last_hidden_state
+        hidden = decoder(tokens[-1], position_ids=places + len(tokens) - 1, **{PAST: cache}).last_hidden_state
     rows = torch.cat(tokens, 1).tolist()
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 

@@ -8,6 +8,7 @@ import torch
 
 import ahn
 from ahn.augmentation import layers_of
+from ahn.cache import PAST
 
 torch.set_num_threads(1)  # tiny products gain nothing from more, and parallel test processes lose
 
@@ -78,7 +79,7 @@ def in_pieces(model, ids, sizes, mask=None):
     with torch.no_grad():
         for size in sizes:
             seen = None if mask is None else mask[:, : low + size]
-            out.append(model(ids[:, low : low + size], attention_mask=seen, past_key_values=cache).logits)
+            out.append(model(ids[:, low : low + size], attention_mask=seen, **{PAST: cache}).logits)
             low += size
     assert low == ids.shape[1]
     return torch.cat(out, 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ahn
+from ahn.cache import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError
 from conftest import in_pieces, tiny, token_ids, with_memory
 
@@ -216,7 +217,7 @@ def test_torch_compile():
     cache, out = ahn.AHNCache(model), []
     with torch.no_grad():
         for piece in ids.split([40, 1, 19], 1):
-            out.append(compiled(piece, past_key_values=cache).logits)
+            out.append(compiled(piece, **{PAST: cache}).logits)
     torch.testing.assert_close(torch.cat(out, 1), expected, atol=1e-4, rtol=0)
     torch._dynamo.reset()
 

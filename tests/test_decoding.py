@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ahn
 from ahn import decoding, kernels
+from ahn.cache import PAST
 from ahn.kernels import Kernel
 from conftest import FORMS, in_pieces, tiny, token_ids, with_memory
 
@@ -84,10 +85,10 @@ def test_steps_are_those_without_a_graph(replays, cell, monkeypatch):
     for t in range(30, 230):
         one = ids[:, t : t + 1]
         with torch.no_grad():
-            a = model(one, past_key_values=fast).logits
+            a = model(one, **{PAST: fast}).logits
             with monkeypatch.context() as without:
                 without.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
-                b = model(one, past_key_values=plain).logits
+                b = model(one, **{PAST: plain}).logits
         assert largest(a, b) < 1e-5
     assert replays["replayed"] == 200
     assert (fast.tokens_seen, fast.tokens_per_row) == (plain.tokens_seen, plain.tokens_per_row) == (230, [230])
@@ -121,7 +122,7 @@ def test_caches_take_turns(replays, tmp_path):
     for t in range(30, 50):
         for row, cache in enumerate(caches):
             with torch.no_grad():
-                logits = model(texts[row : row + 1, t : t + 1], past_key_values=cache).logits
+                logits = model(texts[row : row + 1, t : t + 1], **{PAST: cache}).logits
             assert largest(logits[0, 0], whole[row, t]) < 1e-4
             if t == 40:
                 forks.append(cache.fork())
@@ -132,15 +133,15 @@ def test_caches_take_turns(replays, tmp_path):
         for start, one in ((50, cache), (41, forks[row]), (50, loaded)):
             rest = texts[row : row + 1, start:]
             with torch.no_grad():
-                assert largest(model(rest[:, :1], past_key_values=one).logits, whole[row, start]) < 1e-4
-                assert largest(model(rest[:, 1:], past_key_values=one).logits, whole[row, start + 1 :]) < 1e-4
+                assert largest(model(rest[:, :1], **{PAST: one}).logits, whole[row, start]) < 1e-4
+                assert largest(model(rest[:, 1:], **{PAST: one}).logits, whole[row, start + 1 :]) < 1e-4
 
 
 def test_a_cache_that_is_gone_is_not_kept(replays):
     model = with_memory(tiny())
     first = ahn.read(model, token_ids(30))
     with torch.no_grad():
-        model(token_ids(1), past_key_values=first)
+        model(token_ids(1), **{PAST: first})
     graph = model._ahn_frame.graph
     assert graph._lent_to() is first
     del first
@@ -148,7 +149,7 @@ def test_a_cache_that_is_gone_is_not_kept(replays):
     assert graph._lent_to() is None
     second = ahn.read(model, token_ids(30, seed=9))
     with torch.no_grad():
-        model(token_ids(1), past_key_values=second)
+        model(token_ids(1), **{PAST: second})
     assert model._ahn_frame.graph is graph and second.layers[0].keys is graph.layers[0].keys
 
 
@@ -172,10 +173,10 @@ def test_what_a_graph_cannot_do_is_done_without(replays):
     model = with_memory(tiny())
     cache = ahn.read(model, token_ids(30))
     one = token_ids(1)
-    model(one, past_key_values=cache)  # with gradients enabled
+    model(one, **{PAST: cache})  # with gradients enabled
     with torch.no_grad():
-        out = model(one, past_key_values=cache, output_hidden_states=True)
-        model(inputs_embeds=model.get_input_embeddings()(one), past_key_values=cache)
+        out = model(one, **{PAST: cache}, output_hidden_states=True)
+        model(inputs_embeds=model.get_input_embeddings()(one), **{PAST: cache})
     assert len(out.hidden_states) == 3
     assert cache.tokens_seen == 33
     assert replays["replayed"] == 0
@@ -195,10 +196,10 @@ def test_weights_that_moved_need_another_graph(replays):
     model = with_memory(tiny())
     cache = ahn.read(model, token_ids(30))
     with torch.no_grad():
-        model(token_ids(1), past_key_values=cache)
+        model(token_ids(1), **{PAST: cache})
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-        model(token_ids(1), past_key_values=cache)
+        model(token_ids(1), **{PAST: cache})
     assert replays["made"] == 2
 
 
@@ -212,7 +213,7 @@ def test_a_failed_capture_says_so_and_goes_on(replays, monkeypatch, caplog):
     monkeypatch.setattr(decoding.Graph, "__init__", fails)
     with torch.no_grad():
         for _ in range(2):
-            model(token_ids(1), past_key_values=cache)
+            model(token_ids(1), **{PAST: cache})
     assert [record.getMessage() for record in caplog.records] == [
         "decoding without a CUDA graph: operation not permitted when stream is capturing"
     ]

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 import ahn
 from ahn import bases, stores
 from ahn.attention import attend
+from ahn.cache import PAST
 from ahn.cost import cost
 from ahn.errors import AdapterError, ConfigError
 from ahn.eval import policies
@@ -44,7 +45,7 @@ def logits(policy, ids, sizes):
     while ids.shape[1]:
         size = next(sizes, size)
         with torch.no_grad():
-            found.append(policy.model(ids[:, :size], past_key_values=cache, use_cache=True).logits[0])
+            found.append(policy.model(ids[:, :size], **{PAST: cache}, use_cache=True).logits[0])
         ids = ids[:, size:]
     return torch.cat(found), cache
 

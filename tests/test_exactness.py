@@ -5,6 +5,7 @@ import torch
 
 import ahn
 from ahn.augmentation import layers_of, set_window
+from ahn.cache import PAST
 from conftest import FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 from test_cells import Toy
 
@@ -124,7 +125,7 @@ def test_without_positions_the_state_does_not_know_where_it_was_written():
             for layer in cache.layers:
                 layer.reserve(4, torch.zeros(1, 2, 1, 8), (4, 8, 8))
             with torch.no_grad():
-                model(ids, past_key_values=cache)
+                model(ids, **{PAST: cache})
             states.append(cache.layers[0].state)
         # the first tokens push out what was never there, at both starts or at one: compare what followed
         assert (largest(*states) < 1e-5) == same
@@ -245,7 +246,7 @@ def test_two_caches_open_at_once():
     with torch.no_grad():
         for low in range(0, 60, 10):
             for i, ids in enumerate((one, two)):
-                out[i].append(model(ids[:, low : low + 10], past_key_values=caches[i]).logits)
+                out[i].append(model(ids[:, low : low + 10], **{PAST: caches[i]}).logits)
     for i in range(2):
         assert largest(torch.cat(out[i], 1), expected[i]) < 1e-4
 
@@ -277,10 +278,10 @@ def test_fork_diverges_without_copying_back():
     ids = token_ids(60)
     with torch.no_grad():
         cache = ahn.AHNCache(model)
-        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, :40], **{PAST: cache})
         fork = cache.fork()
-        model(token_ids(15, seed=9), past_key_values=fork)
-        out = model(ids[:, 40:], past_key_values=cache).logits
+        model(token_ids(15, seed=9), **{PAST: fork})
+        out = model(ids[:, 40:], **{PAST: cache}).logits
     assert fork.tokens_seen == 55
     assert largest(out, in_pieces(model, ids, [40, 20])[:, 40:]) == 0
 
@@ -338,7 +339,7 @@ def test_gradients_under_checkpointing_and_padding():
 
 def test_a_cache_refuses_to_lose_gradients():
     model = with_memory(tiny())
-    loss = model(token_ids(60), past_key_values=ahn.AHNCache(model), labels=token_ids(60)).loss
+    loss = model(token_ids(60), **{PAST: ahn.AHNCache(model)}, labels=token_ids(60)).loss
     with pytest.raises(ahn.errors.UnsupportedOperationError, match="use_cache=False"):
         loss.backward()
 

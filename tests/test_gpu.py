@@ -7,6 +7,7 @@ import ahn
 from ahn import kernels
 from ahn.attention import attend
 from ahn.augmentation import layers_of, set_window
+from ahn.cache import PAST
 from ahn.cells.base import unit
 from ahn.train import distill
 from ahn.train.trainer import compile_layers
@@ -245,13 +246,13 @@ def test_caches_take_turns_in_the_graph(tmp_path):
     for t in range(30, 60):
         for row, cache in enumerate(caches):
             with torch.no_grad():
-                logits = model(texts[row : row + 1, t : t + 1], past_key_values=cache).logits
+                logits = model(texts[row : row + 1, t : t + 1], **{PAST: cache}).logits
             assert (logits[0, 0] - whole[row, t]).abs().max() < 1e-3
     for row, cache in enumerate(caches):
         cache.save(tmp_path / f"{row}.ahn")
         for one in (ahn.AHNCache.load(tmp_path / f"{row}.ahn", model), cache.fork(), cache):
             with torch.no_grad():
-                rest = model(texts[row : row + 1, 60:], past_key_values=one).logits
+                rest = model(texts[row : row + 1, 60:], **{PAST: one}).logits
             assert (rest - whole[row, 60:]).abs().max() < 1e-3
 
 

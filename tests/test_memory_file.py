@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import ahn
 from ahn import memory_file
+from ahn.cache import PAST
 from ahn.errors import AHNError, MemoryFileError
 from conftest import tiny, token_ids, with_memory
 
@@ -37,9 +38,7 @@ def test_loaded_equals_never_saved_bitwise(cell, tmp_path, tokens):
     assert (loaded.tokens_seen, loaded.nbytes, loaded.config) == (tokens, cache.nbytes, cache.config)
     assert torch.equal(loaded.last_logits, cache.last_logits)
     with torch.no_grad():
-        assert torch.equal(
-            model(question, past_key_values=loaded).logits, model(question, past_key_values=cache).logits
-        )
+        assert torch.equal(model(question, **{PAST: loaded}).logits, model(question, **{PAST: cache}).logits)
     assert torch.equal(ahn.generate(model, question, loaded, **GREEDY), ahn.generate(model, question, cache, **GREEDY))
 
 
@@ -52,7 +51,7 @@ def test_padded_batches_are_saved_too(model, tmp_path):
     assert loaded.tokens_per_row == [29, 40]
     new = token_ids(5, batch=2)
     with torch.no_grad():
-        assert torch.equal(model(new, past_key_values=loaded).logits, model(new, past_key_values=cache).logits)
+        assert torch.equal(model(new, **{PAST: loaded}).logits, model(new, **{PAST: cache}).logits)
 
 
 def test_half_precision(tmp_path):
@@ -164,6 +163,6 @@ def test_a_half_written_memory(model, tmp_path, monkeypatch):
     cache = ahn.read(model, token_ids(30))
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError), torch.no_grad():
-        model(token_ids(3), past_key_values=cache)
+        model(token_ids(3), **{PAST: cache})
     with pytest.raises(AHNError, match="half-written"):
         cache.save(tmp_path / "book.ahn")

@@ -9,6 +9,7 @@ import ahn
 from ahn import retention, stores
 from ahn.adapter import read_adapter
 from ahn.augmentation import layers_of
+from ahn.cache import PAST
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
 from ahn.stores.base import Store
 from conftest import FORMS, in_pieces, tiny, token_ids, with_memory
@@ -235,7 +236,7 @@ def written(model, ids, sizes, monkeypatch):
     cache, low = ahn.AHNCache(model), 0
     with torch.no_grad():
         for size in sizes:
-            model(ids[:, low : low + size], past_key_values=cache)
+            model(ids[:, low : low + size], **{PAST: cache})
             low += size
     lost = torch.cat(seen[id(layer)], -1)
     return lost, cache.layers[0].ranks
@@ -327,7 +328,7 @@ def test_spans_keep_neighbours(monkeypatch):
         cache, low = ahn.AHNCache(model), 0
         with torch.no_grad():
             for size in sizes:
-                model(token_ids(60)[:, low : low + size], past_key_values=cache)
+                model(token_ids(60)[:, low : low + size], **{PAST: cache})
                 low += size
         assert sorted(retention.position(cache.layers[0].ranks)[0, 0].tolist()) == [16, 17, 18, 19]
 
@@ -412,10 +413,10 @@ def test_cache_operations(store, tmp_path):
     swapped = cache.fork()
     swapped.reorder_cache(torch.tensor([1, 0]))
     with torch.no_grad():
-        out = model(new, past_key_values=cache).logits
-        assert torch.equal(model(new, past_key_values=fork).logits, out)
-        assert torch.equal(model(new, past_key_values=loaded).logits, out)
-        assert largest(model(new.flip(0), past_key_values=swapped).logits.flip(0), out) < 1e-4
+        out = model(new, **{PAST: cache}).logits
+        assert torch.equal(model(new, **{PAST: fork}).logits, out)
+        assert torch.equal(model(new, **{PAST: loaded}).logits, out)
+        assert largest(model(new.flip(0), **{PAST: swapped}).logits.flip(0), out) < 1e-4
     assert largest(out, in_pieces(model, torch.cat([ids, new], 1), [80])[:, 60:]) < 1e-4
     assert loaded.nbytes == cache.nbytes
     cache.reset()

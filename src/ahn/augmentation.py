@@ -28,7 +28,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ahn import decoding
 from ahn.attention import Rotary, heads_of
-from ahn.cache import AHNCache, Span
+from ahn.cache import OTHER_PAST, PAST, AHNCache, Span
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
 from ahn.layer import AHNLayer
@@ -287,7 +287,7 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
 @torch.compiler.disable
 def _keep_call(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     x = args[0] if args else kwargs["hidden_states"]
-    attention.ahn.call = x, kwargs.get("past_key_values")
+    attention.ahn.call = x, kwargs.get(PAST)
 
 
 @torch.compiler.disable
@@ -364,7 +364,7 @@ def _open(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     """Before the decoder: the cache is an AHNCache, and knows what is coming."""
     kwargs = _by_name(decoder, args, kwargs)
     (model,) = decoder.ahn_owner
-    cache = kwargs["past_key_values"] = _own_cache(model, kwargs.get("past_key_values"), kwargs.get("use_cache"))
+    cache = kwargs[PAST] = _own_cache(model, kwargs.get(PAST), kwargs.get("use_cache"))
     if cache is None:
         kwargs["use_cache"] = False
     mask = kwargs.get("attention_mask")
@@ -396,7 +396,7 @@ def _own_cache(model: PreTrainedModel, cache: Any, use_cache: bool | None) -> AH
     if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
         return AHNCache(model)  # generate's default
     if cache is not None:
-        raise UnsupportedOperationError(f"past_key_values is a {type(cache).__name__}: expected an ahn.AHNCache")
+        raise UnsupportedOperationError(f"{PAST} is a {type(cache).__name__}: expected an ahn.AHNCache")
     if use_cache is None:
         use_cache = model.config.use_cache and not torch.is_grad_enabled()
     return AHNCache(model) if use_cache else None
@@ -404,7 +404,7 @@ def _own_cache(model: PreTrainedModel, cache: Any, use_cache: bool | None) -> AH
 
 @torch.compiler.disable
 def _close(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(PAST)
     if isinstance(cache, AHNCache):
         cache.close_span()
 
@@ -416,10 +416,10 @@ def _read_in_chunks(
     """Before the model: of a long prompt whose last logits alone are wanted, read all but the last chunk."""
     kwargs = _by_name(model, args, kwargs)
     ids = kwargs.get("input_ids")
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = kwargs.get(PAST)
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
         return None
-    cache = kwargs["past_key_values"] = _own_cache(model, cache, kwargs.get("use_cache"))
+    cache = kwargs[PAST] = _own_cache(model, cache, kwargs.get("use_cache"))
     first, chunk = chunks(model, ids.shape[0], cache.tokens_seen)
     if ids.shape[1] <= first:
         return None
@@ -449,8 +449,9 @@ def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
+    """All arguments of a call by name, the cache by the one that this transformers has for it."""
+    kwargs = {PAST if name == OTHER_PAST else name: value for name, value in kwargs.items()}
     if not args:  # as transformers itself calls, once a token: no look at the signature
-        return dict(kwargs)
+        return kwargs
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs

@@ -11,6 +11,7 @@ is not full yet is simply shorter.
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import create_causal_mask
 
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.transcript import Transcript
 
 TEXT = "text"  # name of the ids in a memory file
+# what a cache is called among the arguments and results of a model: transformers 5.24 renamed it
+PAST, OTHER_PAST = "cache", "past_key_values"
+if PAST not in inspect.signature(create_causal_mask).parameters:
+    PAST, OTHER_PAST = OTHER_PAST, PAST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -249,8 +255,8 @@ class LayerMemory(CacheLayerMixin):
 class AHNCache(Cache):
     """The memory of one batch of sequences, for a model from `ahn.augment` or `ahn.from_pretrained`.
 
-    A transformers cache: `model(ids, past_key_values=cache)`, `model.generate(..., past_key_values=cache)`. Any number
-    can be open on one model. Gradients do not flow through it.
+    A transformers cache: `model(ids, cache=cache)`, `model.generate(..., cache=cache)`; before transformers 5.24 the
+    argument is `past_key_values`. Any number can be open on one model. Gradients do not flow through it.
 
     Attributes:
         tokens_seen: tokens read so far, padding included.

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ahn import kernels
-from ahn.cache import AHNCache, LayerMemory, Span
+from ahn.cache import PAST, AHNCache, LayerMemory, Span
 from ahn.layer import FOREVER, AHNLayer
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Graph:
     def _run(self, cache: AHNCache) -> Tensor:
         cache._span = Step(self.start)
         out = type(self.decoder).forward(
-            self.decoder, input_ids=self.ids, position_ids=self.position_ids, past_key_values=cache, use_cache=True
+            self.decoder, input_ids=self.ids, position_ids=self.position_ids, use_cache=True, **{PAST: cache}
         )
         self.start.add_(1)
         return out.last_hidden_state
@@ -169,16 +169,16 @@ def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     """What an augmented model's decoder does when it is called: one token a row by replaying a graph where that can be
     done, else what its class does."""
     if not torch.compiler.is_compiling() and (graph := _graph(decoder, args, kwargs)):
-        cache = kwargs["past_key_values"]
+        cache = kwargs[PAST]
         hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"))
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{PAST: cache})
     before = getattr(decoder, "ahn_forward", None)
     return type(decoder).forward(decoder, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
 def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph | None:
     """The graph for this call, made now if there is none of its shape; None where the call needs more than one."""
-    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    cache, ids = kwargs.get(PAST), kwargs.get("input_ids")
     if args or ids is None or not isinstance(cache, AHNCache) or cache._span is None:
         return None
     span = cache.span
@@ -192,7 +192,7 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
         return None
-    understood = ("input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict")
+    understood = ("input_ids", "position_ids", "attention_mask", PAST, "use_cache", "return_dict")
     if any(value for name, value in kwargs.items() if name not in understood and value is not None):
         return None
     config = decoder.config

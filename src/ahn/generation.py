@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ahn.augmentation import chunks
-from ahn.cache import AHNCache
+from ahn.cache import PAST, AHNCache
 from ahn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def read_chunks(
         while low < total:
             piece = ids[:, low : low + (chunk if low or first is None else first)]
             seen = None if mask is None else mask[:, : past + low + piece.shape[1]].to(piece.device)
-            states = decoder(piece, attention_mask=seen, past_key_values=cache, use_cache=True).last_hidden_state
+            states = decoder(piece, attention_mask=seen, **{PAST: cache}, use_cache=True).last_hidden_state
             hidden = _last_real(states, None if seen is None else seen[:, -piece.shape[1] :], hidden)
             low += piece.shape[1]
             if progress is not None:
@@ -118,7 +118,7 @@ def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCach
     ids = torch.as_tensor(ids)
     ids = (ids[None] if ids.dim() == 1 else ids).to(model.device)
     seen = torch.cat([_past(cache, ids.shape[0]).to(ids.device), torch.ones_like(ids)], 1)
-    out = model.generate(ids, attention_mask=seen, past_key_values=cache, **options)
+    out = model.generate(ids, attention_mask=seen, **{PAST: cache}, **options)
     return getattr(out, "sequences", out)[:, ids.shape[1] :]
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from ahn.adapter import Adapter, base_shape, check_shape, default_config, read_adapter
 from ahn.augmentation import CHUNK, check_fits, detach
 from ahn.bases import load_base, load_tokenizer
-from ahn.cache import AHNCache
+from ahn.cache import PAST, AHNCache
 from ahn.config import AHNConfig
 from ahn.cost import Shape, cost, held_bytes
 from ahn.errors import ConfigError
@@ -271,7 +271,7 @@ class Policy:
             options["position_ids"] = (places[seen:] - free).clamp(min=0)
             if self.keeps_padding or seen < max(padding):
                 options["attention_mask"] = (places >= free).long()
-        return self.model.get_decoder()(ids, past_key_values=cache, use_cache=True, **options).last_hidden_state
+        return self.model.get_decoder()(ids, **{PAST: cache}, use_cache=True, **options).last_hidden_state
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes held after reading `tokens` tokens of one sequence."""
