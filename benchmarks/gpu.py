@@ -10,8 +10,8 @@ its error, and with what it measured until then; only an error that CUDA does no
 
 Floors: what the method has to move or multiply, over what this device does in the best case. Reading: the matrix
 products (`ahn cost`, logits of the last token only) over the measured rate of one of 8,192 x 8,192 x 8,192. Decoding:
-the weights once a step and, for each row, keys, values, gate inputs and twice the state (read and written), over the
-measured bandwidth of a large copy, or the products of the step over the rate, whichever is longer.
+the weights once a step and, for each row, keys, values and twice the state (read and written), over the measured
+bandwidth of a large copy, or the products of the step over the rate, whichever is longer.
 
 Caches that are only decoded from are filled with random numbers instead of being read. Full attention is decoded with
 transformers' default cache, which copies all keys and values for each token. "load" saves a memory and times reading
@@ -299,7 +299,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
     cell = [row.get(name, "") for name in Cell._fields]
-    head = "{:<20}{:<16}{:<8}{:>3}{:>10}".format(*cell)
+    head = "{:<20} {:<15} {:<7} {:>2} {:>9}".format(*cell)
     rest = (f"{name} {shown(value):<8}" for name, value in row.items() if name not in Cell._fields)
     return f"{head}  {' '.join(rest)}".rstrip()
 

@@ -129,6 +129,9 @@ def test_floors_of_a_gpu():
     assert floors.decode_bytes("full", 1, 65536) == full
     reading = 2 * linear * 32768 + 36 * 2 * 2048 * 32768**2 + 2 * head
     assert floors.read("gated_deltanet", 1, 32768) == pytest.approx(reading / 1e15)
+    gb = [round(floors.decode_bytes("gated_deltanet", batch, 131072) / 1e9, 1) for batch in (1, 8, 32)]
+    pflop = [round(floors.read_flops("gated_deltanet", 1, length) / 1e15, 2) for length in (65536, 131072, 2**20)]
+    assert gb == [7.5, 16.5, 47.3] and pflop == [0.84, 1.84, 15.84]  # as in docs/performance.md
 
 
 @pytest.fixture
@@ -188,3 +191,18 @@ def test_real_weights_on_a_gpu(table, tmp_path, monkeypatch):
     whole, rows, _ = table(base=base, raises=True)
     assert whole and [row["length"] for row in rows] == [300, 500]
     assert all(row["memory"] == "gated_deltanet" and row["answer_tokens_per_s"] > 0 for row in rows)
+
+
+def test_loading_a_memory(tmp_path, monkeypatch, capsys):
+    import common
+    import load
+    from tiny_base import write_base
+
+    base, _ = write_base(tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["load.py", "--base", base, "--lossless", "80", "96", "--repeats", "1"])
+    load.main()
+    rows = json.loads((tmp_path / "results" / "load-cpu.json").read_text())["rows"]
+    assert [row["lossless"] for row in rows] == [80, 96] and rows[0]["file_mb"] < rows[1]["file_mb"]
+    assert all(row["length"] == 2**20 and row["cell"] == "gated_deltanet" for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 3

@@ -1,0 +1,46 @@
+"""How soon a saved memory answers: seconds from its file to the first token, the model being loaded already.
+
+    python benchmarks/load.py [--base smollm2-135m] [--lossless 512 2048] [--seen 1048576]
+
+The memory is as after `--seen` tokens, of random numbers: neither its size nor the time depends on what was read. The
+file was just written, so the system still holds it in its own cache. The question has 16 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import ahn
+from ahn.zoo import default_for
+from common import write
+from gpu import fill, line, load
+
+SINKS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--cell", help="an untrained memory instead of the base's own")
+    parser.add_argument("--lossless", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--seen", type=int, default=2**20, help="tokens read before (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--name", default="load-cpu", help="of the file in results/ (%(default)s)")
+    options = parser.parse_args()
+    cell = options.cell or (None if default_for(options.base) else "gated_deltanet")
+    rows = []
+    for lossless in options.lossless:
+        model = ahn.from_pretrained(options.base, cell=cell, window=lossless - SINKS, sinks=SINKS)
+        with torch.no_grad():
+            found = load(model, fill(model, "memory", 1, options.seen), options.repeats)
+        cell_of = {"shape": options.base, "cell": model.ahn_config.cell, "what": "load", "batch": 1}
+        row = {**cell_of, "length": options.seen, "lossless": lossless}
+        rows.append(row | {name: float(f"{value:.4g}") for name, value in found.items()})
+        print(line(rows[-1]), flush=True)
+    print(write(options.name, base=options.base, sinks=SINKS, rows=rows))
+
+
+if __name__ == "__main__":
+    main()
