@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ahn
+from ahn import stores
 from ahn.augmentation import layers_of
 from ahn.cache import PAST
 
@@ -19,6 +20,7 @@ FORMS = {  # of the memory, beside the paper's
     "maps": {"memory_positions": "none", "key_maps": 1, "make_room": True},
     "wide": {"key_maps": 4, "make_room": True},
 }
+STORES = ["attention", "learned", "random", "recency", "surprise"]
 CELLS = {"gated_deltanet": "GatedDeltaNet", "deltanet": "DeltaNet", "mamba2": "Mamba2"}
 
 SHAPE = {
@@ -69,6 +71,16 @@ def with_memory(model, cell="gated_deltanet", window=16, sinks=4, seed=1, **chan
     return model
 
 
+def storing(store, cell="gated_deltanet", base=None, **changes):
+    changes = {"window": 16, "sinks": 4, "store_size": 8} | changes
+    model = with_memory(base or tiny(), cell, store=store, **changes)
+    for layer in layers_of(model):
+        for parameter in () if layer.store is None else layer.store.parameters():
+            generator = torch.Generator().manual_seed(layer.store.layer)
+            parameter.data = torch.empty(parameter.shape).normal_(std=0.5, generator=generator).to(parameter)
+    return model
+
+
 def token_ids(length, batch=1, seed=3):
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -112,3 +124,16 @@ def golden_base(tensors, metadata):
 @pytest.fixture(params=sorted(CELLS))
 def cell(request):
     return request.param
+
+
+@pytest.fixture(params=STORES)
+def store(request):
+    return request.param
+
+
+@pytest.fixture
+def small_grids(monkeypatch):
+    """So that short texts cross several."""
+    monkeypatch.setattr(stores.get("surprise"), "grid", 16)
+    monkeypatch.setattr(stores.get("attention"), "grid", 24)
+    monkeypatch.setattr(stores.get("attention"), "every", 8)

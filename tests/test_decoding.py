@@ -11,7 +11,7 @@ import ahn
 from ahn import decoding, kernels
 from ahn.cache import PAST
 from ahn.kernels import Kernel
-from conftest import FORMS, in_pieces, tiny, token_ids, with_memory
+from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
 
@@ -35,10 +35,10 @@ def replays(monkeypatch):
     counts = {"made": 0, "replayed": 0}
     run, make = decoding.Graph._run, decoding.Graph.__init__
 
-    def counted_run(self, cache):
+    def counted_run(self, cache, due):
         counts["replayed"] += 1
         with NoHost():
-            return run(self, cache)
+            return run(self, cache, due)
 
     def counted_make(self, *args):
         counts["made"] += 1
@@ -182,14 +182,104 @@ def test_what_a_graph_cannot_do_is_done_without(replays):
     assert replays["replayed"] == 0
 
 
-def test_a_store_is_decoded_without(replays):
-    """Who loses is found on the host, and its ring does not begin behind the sinks."""
-    model = with_memory(tiny(), window=16, sinks=4, store="recency", store_size=8)
-    ids = token_ids(40)
+@pytest.mark.usefixtures("small_grids")
+@pytest.mark.parametrize(
+    ("cell", "positions", "sinks", "span"),
+    [("gated_deltanet", "clipped", 4, 1), ("mamba2", "absolute", 0, 5), (None, "clipped", 4, 5)],
+)
+def test_a_store_from_where_it_is_full_on(replays, store, cell, positions, sinks, span):
+    """Several times around the ring; before that, who is still nobody is looked up on the host."""
+    if store == "surprise" and cell is None:
+        pytest.skip("needs a cell")
+    model = storing(store, cell, sinks=sinks, sink_positions=positions, store_span=span)
+    ids, full = token_ids(90, batch=2), sinks + 8 + 16
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    assert largest(in_pieces(model, ids, [5] + [1] * 35), whole) < 1e-4
-    assert replays["made"] == 0 and "StoringLayer" in model._ahn_frame.no_graph
+    assert largest(in_pieces(model, ids, [10, *[1] * 80]), whole) < 1e-4
+    assert replays == {"made": 1, "replayed": 90 - full}
+    assert largest(in_pieces(model, ids, [40, *[1] * 5, 10, *[1] * 35]), whole) < 1e-4
+    assert replays == {"made": 1, "replayed": 90 - full + 40}
+
+
+@pytest.mark.usefixtures("small_grids")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_store_with_every_form(replays, store, form):
+    model, ids = storing(store, "deltanet", **FORMS[form]), token_ids(60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert largest(in_pieces(model, ids, [31, *[1] * 29]), whole) < 1e-4
+    assert replays == {"made": 1, "replayed": 29}
+
+
+@pytest.mark.usefixtures("small_grids")
+def test_steps_with_a_store_are_those_without_a_graph(replays, store, monkeypatch):
+    """float32, 100 steps: logits within 1e-5 and the same cache, in every tensor."""
+    model, ids = storing(store, store_span=3), token_ids(130, batch=2)
+    fast, plain = (ahn.read(model, ids[:, :30]) for _ in range(2))
+    for t in range(30, 130):
+        one = ids[:, t : t + 1]
+        with torch.no_grad():
+            a = model(one, past_key_values=fast).logits
+            with monkeypatch.context() as without:
+                without.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+                b = model(one, past_key_values=plain).logits
+        assert largest(a, b) < 1e-5
+    assert replays["replayed"] == 100
+    for ours, theirs in zip(fast.layers, plain.layers, strict=True):
+        for name, tensor in theirs.tensors.items():
+            assert largest(ours.tensors[name], tensor) < 1e-5, name
+
+
+@pytest.mark.usefixtures("small_grids")
+def test_rows_at_different_positions_with_a_store(replays, store):
+    """What is due at some positions is done in the rows that are there."""
+    model = storing(store, window=8, sinks=2, store_span=3)
+    ids, other = token_ids(60), token_ids(45, seed=5)
+    both = torch.cat([ids, torch.cat([torch.zeros(1, 15, dtype=torch.long), other], 1)])
+    mask = torch.ones_like(both)
+    mask[1, :15] = 0
+    with torch.no_grad():
+        expected = [model(row, use_cache=False).logits for row in (ids, other)]
+    out = in_pieces(model, both, [20, *[1] * 40], mask)
+    assert replays == {"made": 1, "replayed": 60 - 15 - 2 - 8 - 8}  # since the shorter row's store is full
+    assert largest(out[:1], expected[0]) < 1e-4
+    assert largest(out[1:, 15:], expected[1]) < 1e-4
+
+
+@pytest.mark.usefixtures("small_grids")
+def test_caches_with_a_store_take_turns(replays, store, tmp_path):
+    """Alternately in the graph and, for several tokens at once, out of it: each as if it were alone."""
+    model, texts = storing(store), token_ids(90, batch=2)
+    with torch.no_grad():
+        whole = model(texts, use_cache=False).logits
+    caches = [ahn.read(model, text[:30]) for text in texts]
+    low, forks = 30, []
+    for size in [*[1] * 11, 5, *[1] * 9, 3, *[1] * 4]:
+        for row, cache in enumerate(caches):
+            with torch.no_grad():
+                logits = model(texts[row : row + 1, low : low + size], past_key_values=cache).logits
+            assert largest(logits[0], whole[row, low : low + size]) < 1e-4
+            if low == 40:
+                forks.append(cache.fork())
+        low += size
+    assert replays == {"made": 1, "replayed": 48}
+    for row, cache in enumerate(caches):
+        cache.save(tmp_path / f"{row}.ahn")
+        loaded = ahn.AHNCache.load(tmp_path / f"{row}.ahn", model)
+        for start, one in ((low, cache), (41, forks[row]), (low, loaded)):
+            rest = texts[row : row + 1, start:]
+            with torch.no_grad():
+                for t in range(5):
+                    logits = model(rest[:, t : t + 1], past_key_values=one).logits
+                    assert largest(logits[0, 0], whole[row, start + t]) < 1e-4
+
+
+def test_only_some_layers_have_a_store(replays, store):
+    model, ids = storing(store, base=tiny(num_hidden_layers=3), layers=(1,)), token_ids(60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert largest(in_pieces(model, ids, [30, *[1] * 30]), whole) < 1e-4
+    assert replays["replayed"] == 30
 
 
 def test_weights_that_moved_need_another_graph(replays):

@@ -12,10 +12,11 @@ from ahn.augmentation import layers_of
 from ahn.cache import PAST
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
 from ahn.stores.base import Store
-from conftest import FORMS, in_pieces, tiny, token_ids, with_memory
+from conftest import FORMS, STORES, in_pieces, storing, tiny, token_ids, with_memory
 
 SPLITS = ([60], [7, 13, 1, 1, 30, 8], [1] * 60, [20, 1, 19, 20], [59, 1], [33, 27])
-SHIPPED = ["attention", "learned", "random", "recency", "surprise"]
+
+pytestmark = pytest.mark.usefixtures("small_grids")
 
 
 class Marked(Store):
@@ -34,35 +35,13 @@ class Marked(Store):
 stores.register("marked", Marked)
 
 
-@pytest.fixture(autouse=True)
-def small_grids(monkeypatch):
-    """So that short texts cross several."""
-    monkeypatch.setattr(stores.get("surprise"), "grid", 16)
-    monkeypatch.setattr(stores.get("attention"), "grid", 24)
-    monkeypatch.setattr(stores.get("attention"), "every", 8)
-
-
-@pytest.fixture(params=SHIPPED)
-def store(request):
-    return request.param
-
-
 def largest(a, b):
     return (a - b).abs().max().item()
 
 
-def storing(store, cell="gated_deltanet", base=None, **changes):
-    changes = {"window": 16, "sinks": 4, "store_size": 8} | changes
-    model = with_memory(base or tiny(), cell, store=store, **changes)
-    for layer in layers_of(model):
-        for parameter in () if layer.store is None else layer.store.parameters():
-            parameter.data.normal_(std=0.5, generator=torch.Generator().manual_seed(layer.store.layer))
-    return model
-
-
 def test_the_registry_has_the_stores_that_are_tested():
     shipped = {name for name in stores.names() if stores.get(name).__module__.startswith("ahn.")}
-    assert shipped == set(SHIPPED)
+    assert shipped == set(STORES)
 
 
 # Who loses, against a heap.

@@ -56,6 +56,7 @@ class Span:
     pieces: list[Span] | None = None  # of which each is attended at once, likewise (`ahn.reading`)
     parts: list[tuple[slice, Span]] | None = None  # between multiples of a store's grid, likewise (`on_grid`)
     on_device = False  # whether only the device knows the positions, see `ahn.decoding.Step`
+    due = False  # of such a step: whether it does what only some positions do
 
     @classmethod
     def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:
@@ -106,8 +107,13 @@ class Span:
     def restore(self, x: Tensor, dim: int) -> Tensor:
         return x if self.back is None else gather(x, self.back, dim)
 
+    @property
+    def ends(self) -> Tensor:
+        """Positions [R] of what comes after it."""
+        return self.start + torch.tensor(self.counts)
+
     def after(self) -> list[int]:
-        return [start + count for start, count in zip(self.start.tolist(), self.counts, strict=True)]
+        return self.ends.tolist()
 
 
 class LayerMemory(CacheLayerMixin):

@@ -6,7 +6,8 @@ else B.
 A step of a 36-layer model is a thousand small kernels, which Python cannot launch as fast as a GPU runs them. Captured
 in a graph they need one launch, but then nothing may depend on what the host knows: a `Step` is a span whose
 positions are a tensor on the device, and the layers do the same with it as with any other (`AHNLayer._one`), where
-nothing leaves the window with gates of zero.
+nothing leaves the window with gates of zero. What only some positions do (`AHNLayer.due`) is in a second graph of the
+same step, which also does that in the rows that are there; the host, which counts, says which of the two.
 
 A graph reads and writes fixed addresses. So the tensors of a cache *lie in* the graph's buffers while it is being
 decoded from: the first cache's tensors become the buffers, another one is copied into them when its turn comes, after
@@ -31,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ahn import kernels
 from ahn.cache import PAST, AHNCache, LayerMemory, Span
-from ahn.layer import FOREVER, AHNLayer
+from ahn.layer import FOREVER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,19 +44,24 @@ logger = logging.getLogger("ahn")
 
 class Step(Span):
     """One token a row at positions `start` [R] that only the device knows. Everything that asks whether something has
-    happened yet is told that it has; what has not is masked by `start`."""
+    happened yet is told that it has; what has not is masked by `start`. `due`: with what only some positions do."""
 
     on_device = True
     first = FOREVER
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, due: bool) -> None:
         super().__init__(start, 1, [1] * len(start))
+        self.due = due
 
     def positions(self) -> Tensor:
         return self.start[:, None]
 
     def real(self) -> Tensor:
         return torch.ones_like(self.start, dtype=torch.bool)[:, None]
+
+    @property
+    def ends(self) -> Tensor:
+        return self.start + 1
 
     def after(self) -> list[int]:
         return [0]  # there is room
@@ -80,14 +86,12 @@ class Graph:
         self.layers: list[LayerMemory] = [copy.copy(layer) for layer in cache.layers]
         self._lent_to = weakref.ref(cache)
         self._next: list[int] | None = None  # what `start` holds
-        self._hidden: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
-            self._capture(cache, device)
+        self._captured: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by what is due; and its output
 
-    def __call__(self, cache: AHNCache, ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    def __call__(self, cache: AHNCache, ids: Tensor, position_ids: Tensor | None, due: bool) -> Tensor:
         """Last hidden states [B, 1, D] of tokens `ids` [B, 1], the next of `cache`, whose span is open. `position_ids`:
-        rotary positions [B or 1, 1], or None where they count the tokens seen."""
+        rotary positions [B or 1, 1], or None where they count the tokens seen. `due`: of the layers at these
+        positions, for which `prepare` was called."""
         self._lend(cache)
         start = cache.span.start.tolist()
         if start != self._next:
@@ -99,11 +103,17 @@ class Graph:
         else:
             self.position_ids.copy_(position_ids)
         cache.span.written = True
-        if self._graph is None:
-            return self._run(self._shell(cache, self.layers))
-        self._graph.replay()
-        assert self._hidden is not None
-        return self._hidden.clone()
+        if due not in self._captured:
+            return self._run(self._shell(cache, self.layers), due)
+        graph, hidden = self._captured[due]
+        graph.replay()
+        return hidden.clone()
+
+    def prepare(self, cache: AHNCache, due: bool) -> None:
+        """Capture a step of this kind, if it is to be captured and has not been yet."""
+        if self.start.device.type == "cuda" and due not in self._captured:
+            self._capture(cache, due)
+            self._next = None  # the warm-up has counted too
 
     def fits(self, cache: AHNCache, rows: int) -> bool:
         """Whether it is for caches of this shape, with rows at `rows` positions, and the weights lie where they lay."""
@@ -111,8 +121,8 @@ class Graph:
             return False
         return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]
 
-    def _run(self, cache: AHNCache) -> Tensor:
-        cache._span = Step(self.start)
+    def _run(self, cache: AHNCache, due: bool) -> Tensor:
+        cache._span = Step(self.start, due)
         out = type(self.decoder).forward(
             self.decoder, input_ids=self.ids, position_ids=self.position_ids, use_cache=True, **{PAST: cache}
         )
@@ -125,7 +135,7 @@ class Graph:
         shell.layers = layers
         return shell
 
-    def _capture(self, cache: AHNCache, device: torch.device) -> None:
+    def _capture(self, cache: AHNCache, due: bool) -> None:
         # Warmed up on buffers of its own, for a step cannot be taken back; all layers share them.
         scratch: dict[str, LayerMemory] = {}
         for layer in self.layers:
@@ -133,20 +143,24 @@ class Graph:
                 scratch[_form(layer)] = spare = copy.copy(layer)
                 for name, tensor in layer.tensors.items():
                     setattr(spare, name, torch.zeros_like(tensor))
-        with _compiled(self.decoder) if kernels.between(device.type).name == "inductor" else nullcontext():
-            self._record([scratch[_form(layer)] for layer in self.layers], cache, device)
+        compiles = kernels.between(self.start.device.type).name == "inductor"
+        with _compiled(self.decoder) if compiles else nullcontext():
+            self._record([scratch[_form(layer)] for layer in self.layers], cache, due)
 
-    def _record(self, scratch: list[LayerMemory], cache: AHNCache, device: torch.device) -> None:
+    def _record(self, scratch: list[LayerMemory], cache: AHNCache, due: bool) -> None:
+        device = self.start.device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._run(self._shell(cache, scratch))
+                self._run(self._shell(cache, scratch), due)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._hidden = self._run(self._shell(cache, self.layers))
-        self._graph = graph
+        # one pool is enough for all: they are replayed one after the other
+        pool = next((captured.pool() for captured, _ in self._captured.values()), None)
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            hidden = self._run(self._shell(cache, self.layers), due)
+        self._captured[due] = graph, hidden
 
     def _lend(self, cache: AHNCache) -> None:
         """Make the tensors of `cache` the buffers."""
@@ -168,16 +182,17 @@ class Graph:
 def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     """What an augmented model's decoder does when it is called: one token a row by replaying a graph where that can be
     done, else what its class does."""
-    if not torch.compiler.is_compiling() and (graph := _graph(decoder, args, kwargs)):
-        cache = kwargs[PAST]
-        hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"))
+    if not torch.compiler.is_compiling() and (found := _graph(decoder, args, kwargs)):
+        (graph, due), cache = found, kwargs[PAST]
+        hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), due)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{PAST: cache})
     before = getattr(decoder, "ahn_forward", None)
     return type(decoder).forward(decoder, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
-def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph | None:
-    """The graph for this call, made now if there is none of its shape; None where the call needs more than one."""
+def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
+    """The graph for this call, made now if there is none of its shape, and what is due; None where the call needs more
+    than one."""
     cache, ids = kwargs.get(PAST), kwargs.get("input_ids")
     if args or ids is None or not isinstance(cache, AHNCache) or cache._span is None:
         return None
@@ -199,17 +214,24 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
-    for layer in cache.layers:
-        assert layer.keys is not None
-        layer.reserve(max(span.first + 1, ROOM), layer.keys, None if layer.state is None else layer.state.shape[1:])
-    if frame.graph is None or not frame.graph.fits(cache, len(span.start)):
-        frame.graph = None  # its buffers go before others come
-        try:
+    layers = [layer.self_attn.ahn for layer in decoder.layers]
+    if not all(layer.steps_on_device(span) for layer in layers):
+        return None
+    due = any(layer.due(span) for layer in layers)
+    for memory in cache.layers:
+        assert memory.keys is not None
+        state = None if memory.state is None else memory.state.shape[1:]
+        memory.reserve(max(span.first + 1, ROOM), memory.keys, state)
+    try:
+        if frame.graph is None or not frame.graph.fits(cache, len(span.start)):
+            frame.graph = None  # its buffers go before others come
             frame.graph = Graph(model, cache, len(span.start))
-        except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
-            frame.no_graph = str(error).splitlines()[0]
-            logger.warning("decoding without a CUDA graph: %s", frame.no_graph)
-    return frame.graph
+        frame.graph.prepare(cache, due)
+    except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
+        frame.graph, frame.no_graph = None, str(error).splitlines()[0]
+        logger.warning("decoding without a CUDA graph: %s", frame.no_graph)
+        return None
+    return frame.graph, due
 
 
 @contextmanager
@@ -248,11 +270,8 @@ def _is_norm(module: Any) -> bool:
 
 def _obstacle(model: PreTrainedModel) -> str:
     """Why this model cannot be one graph, or nothing."""
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return "the weights are on several devices"
-    layers = [layer for layer in model.modules() if isinstance(layer, AHNLayer)]
-    kinds = {type(layer).__name__ for layer in layers if not layer.steps_on_device}
-    return f"{', '.join(sorted(kinds))} decides on the host" if kinds else ""
+    devices = {parameter.device for parameter in model.parameters()}
+    return "the weights are on several devices" if len(devices) > 1 else ""
 
 
 def _addresses(decoder: Any) -> list[int]:

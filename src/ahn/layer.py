@@ -51,8 +51,6 @@ class AHNLayer(nn.Module):
     `cell` None: sinks and window only. `window` None: full attention.
     """
 
-    steps_on_device = True  # whether one token can do without the host (`ahn.decoding`)
-
     def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
         super().__init__()
         kept = config.layers is None or attention.layer_idx in config.layers
@@ -87,6 +85,14 @@ class AHNLayer(nn.Module):
     def memory(self) -> LayerMemory:
         """An empty memory for a new cache."""
         return LayerMemory(self)
+
+    def steps_on_device(self, span: Span) -> bool:
+        """Whether the one token a row of `span` can do without the host (`ahn.decoding`)."""
+        return True
+
+    def due(self, span: Span) -> bool:
+        """Whether it does what only some positions do: such steps are a graph of their own."""
+        return False
 
     @property
     def gate_width(self) -> int:
@@ -205,10 +211,9 @@ class AHNLayer(nn.Module):
     def _one(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory, scale: float) -> Tensor:
         """One token a row, none of them padding: the ring is read where it lies."""
         inputs = None if self.cell is None else self.cell.gate_inputs(x)
-        leaves = self.cell is not None and self.window is not None and span.first >= self.sinks + self.window
-        (out, norm), old = self._attend_one(q, k, v, inputs, span, memory, scale, leaves)
+        (out, norm), old = self._attend_one(q, k, v, x, inputs, span, memory, scale)
         out = out.transpose(1, 2)
-        if not leaves or self.cell is None:
+        if self.cell is None or span.first < self.lossless:
             return out
         leaving = self._leaving(span, q.device)
         if kernels.one_token(q.device.type).name == "triton" and (form := self.cell.step_form()):
@@ -248,23 +253,30 @@ class AHNLayer(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        x: Tensor,
         inputs: Tensor | None,
         span: Span,
         memory: LayerMemory,
         scale: float,
-        leaves: bool,
     ) -> tuple[Softmax, tuple[Tensor, ...]]:
-        """`_attend_many` for one token a row; also returns what it pushes out, if one `leaves`."""
-        if span.on_device and kernels.one_token(q.device.type).name == "triton":
-            from ahn.kernels import step
-
-            old = step.exchange(memory, span.start, k, v, inputs)
-        else:
-            old = memory.exchange(memory.slots(span.start), k, v, inputs, old=leaves)
+        """`_attend_many` for one token a row; also returns what it pushes out, if it does."""
+        old = self._exchange(k, v, inputs, span, memory)
         filled = min(span.first + 1, memory.capacity)
         last = span.start.to(q.device) if len(span.start) > 1 or span.on_device else None
         keys, values = (t[:, :, :filled] for t in memory.kept)
         return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, last, scale), old
+
+    def _exchange(
+        self, k: Tensor, v: Tensor, inputs: Tensor | None, span: Span, memory: LayerMemory
+    ) -> tuple[Tensor, ...]:
+        """Put one token a row into the ring, in the place of the one that it pushes out: returns that if there is one,
+        keys, values [B, M, 1, H] and gate inputs [B, 1, G * N]."""
+        if span.on_device and kernels.one_token(k.device.type).name == "triton":
+            from ahn.kernels import step
+
+            return step.exchange(memory, span.start, k, v, inputs)
+        pushes = self.window is not None and span.first >= self.sinks + self.window
+        return memory.exchange(memory.slots(span.start), k, v, inputs, old=pushes)
 
     def _leaving(self, span: Span, device: torch.device, first: int = 0) -> Leaving:
         if span.leaving is None:

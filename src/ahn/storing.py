@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ahn import retention, stores
-from ahn.attention import Far, Rotary, Softmax, attend_slots, attend_window, visible
+from ahn.attention import Far, Rotary, Softmax, attend_one, attend_slots, attend_window, visible
 from ahn.cache import LayerMemory, Span, gather
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
@@ -48,7 +48,6 @@ class Arrivals(NamedTuple):
 class StoringLayer(AHNLayer):
     """`AHNLayer` whose lossless tokens are sinks, store and window."""
 
-    steps_on_device = False
     store: Store
 
     def __init__(self, attention: Any, config: AHNConfig, rotary: Rotary | None) -> None:
@@ -69,6 +68,13 @@ class StoringLayer(AHNLayer):
     @property
     def lossless(self) -> int:
         return super().lossless + self.size
+
+    def steps_on_device(self, span: Span) -> bool:
+        """Once the store is full: which places are still empty is looked up on the host."""
+        return int(span.start.min()) >= self.lossless
+
+    def due(self, span: Span) -> bool:
+        return span.due if span.on_device else any(map(self.store.due, span.start.tolist()))
 
     @property
     def reach(self) -> int:
@@ -157,32 +163,41 @@ class StoringLayer(AHNLayer):
         return torch.cat([out[:, :first], combined], 1) if first else combined
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: Any, scale: float) -> Tensor:
-        inputs = None if self.cell is None else self.cell.gate_inputs(x)
-        if self.store.every and any(at % self.store.every == 0 for at in span.start.tolist()):
-            return self._many(q, k, v, x, inputs, span, memory, scale)  # an observed query
-        pushes = span.first >= self.sinks + self.reach
-        old = memory.exchange(memory.slots(span.start), k, v, inputs, old=pushes)
-        lost: list[Tensor] = []
-        if pushes:
+        out = super()._one(q, k, v, x, span, memory, scale)
+        if self.due(span):
+            if self.store.every and span.first >= self.sinks:
+                memory.add_scores(span, self._received_once(q, span, memory, scale), self.store.every)
+            memory.keep_state(span, self.store.grid)
+        return out
+
+    def _attend_one(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        inputs: Tensor | None,
+        span: Span,
+        memory: Any,
+        scale: float,
+    ) -> tuple[Softmax, tuple[Tensor, ...]]:
+        """As in AHNLayer, but for who leaves: what each head loses."""
+        lost = self._exchange(k, v, inputs, span, memory)
+        if span.first >= self.sinks + self.reach:
             near = memory.trail_of_one(span, self.span)
             priority = retention.pool(lambda at: gather(near, at, 2), self._back(span, 0, q.device), self.span)
             new = retention.rank(priority, *self._pushed(span, 0, q.device))
-            tokens = [self._turn_in(old[0], span), old[1], *map(self._heads, old[2:])]
-            lost, ranks = memory.swap(tokens, new, self._heads)
+            tokens = [self._turn_in(lost[0], span), lost[1], *map(self._heads, lost[2:])]
+            (key, *rest), ranks = memory.swap(tokens, new, self._heads)
+            lost = self._turn_out(key, ranks), rest[0], *map(_joined, rest[1:])
         memory.put_score(span, self._score(k, v, x, inputs, span, memory.snapshot))
         keys, values = memory.kept
-        filled = memory.shift + min(span.first + 1, self.sinks + self.reach)
-        mask = memory.filled(span, filled) if int(span.start.min()) < self.lossless else None
-        keys, values, far = keys[:, :, :filled], values[:, :, :filled], self.sinks + memory.shift
-        out, norm = attend_slots(q, self._seen_by_sinks(q, span), keys, values, far, mask, scale)
-        out = out.transpose(1, 2)
-        if self.cell is None or span.first < self.lossless:
-            return out
-        turns = self._leaving(span, q.device)
-        ready = self._prepare(q, self._turn_out(lost[0], ranks), lost[1], _joined(lost[2]), turns, fla=False)
-        read = self.cell.step(*ready, memory.compressed)
-        memory.keep_state(span, self.store.grid)
-        return self._combine(out, norm, read, x, turns)
+        q_far, far = self._seen_by_sinks(q, span), self.sinks + memory.shift
+        if span.on_device or self.steps_on_device(span):
+            return attend_one(q, q_far, keys, values, far, None, scale), lost
+        slots = memory.shift + min(span.first + 1, self.sinks + self.reach)
+        filled = memory.filled(span, slots)
+        return attend_slots(q, q_far, keys[:, :, :slots], values[:, :, :slots], far, filled, scale), lost
 
     def _whole(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, scale: float
@@ -323,16 +338,18 @@ class StoringLayer(AHNLayer):
             torch.arange(new.sinks.shape[2], device=device) <= positions,
             visible(positions, keys[:, None], self.sinks, self.reach),
         ]
-        groups = q.shape[1] // new.k.shape[1]
-        scores = [
-            (_grouped(query, groups) @ key[:, :, None].transpose(-1, -2)).float() * new.scale
-            for query, key in ((q_far, new.sinks), (q, new.near))
-        ]
-        masked = torch.cat(scores, -1).masked_fill(~torch.cat(seen, -1)[:, None, None], -torch.inf)
-        given = masked.softmax(-1).mean(2)[..., -count:]
+        given = _weights([(q_far, new.sinks), (q, new.near)], torch.cat(seen, -1), new.scale)[..., -count:]
         given = (given * real[:, None, :, None]).cumsum(2)
         given = F.pad(given, (self.scores_kept + span.length - count, 0, 1, 0))
         return given, before.clamp(max=index.shape[1]).to(device)
+
+    def _received_once(self, q: Tensor, span: Span, memory: StoringMemory, scale: float) -> Tensor:
+        """What the tokens of the ring, slot by slot [B, M, W or fewer], get from the one query a row of `span`."""
+        keys, _ = memory.kept
+        far = self.sinks + memory.shift
+        pairs = [(self._seen_by_sinks(q, span), keys[:, :, : self.sinks]), (q, keys[:, :, far:])]
+        filled = torch.arange(keys.shape[2] - memory.shift, device=q.device) <= span.start.to(q.device)[:, None]
+        return _weights(pairs, filled[:, None], scale)[:, :, 0, self.sinks :]
 
     # Where keys are seen from, and how the cell is given them.
     @property
@@ -449,7 +466,8 @@ class StoringMemory(LayerMemory):
             buffers.append(heads(self.inputs[:, self.places]))
         for buffer, tokens in zip(buffers, rivals, strict=True):
             buffer.copy_(by_head(tokens, outcome.kept))
-        self.ranks = outcome.ranks
+        assert self.ranks is not None
+        self.ranks.copy_(outcome.ranks)  # in place: a graph may have been captured with it
 
     def swap(self, tokens: list[Tensor], new: Tensor, heads: Any) -> tuple[list[Tensor], Tensor]:
         """`contest` and `settle` for one newcomer in each row: keys, values, gate inputs, and its ranks [B, M, 1].
@@ -490,7 +508,7 @@ class StoringMemory(LayerMemory):
 
     def keep_trail(self, span: Span, trail: Tensor) -> None:
         assert self.scores is not None
-        at = self._turned(torch.tensor(span.after())).to(trail.device)
+        at = self._turned(span.ends).to(trail.device)
         self.scores.scatter_(2, at[:, None].expand_as(trail), trail)
 
     def trail_of_one(self, span: Span, length: int) -> Tensor:
@@ -503,16 +521,26 @@ class StoringMemory(LayerMemory):
         at = (span.start % self.scores_kept).to(score.device)[:, None, None]
         self.scores.scatter_(2, at.expand_as(score), score)
 
+    def add_scores(self, span: Span, given: Tensor, every: int) -> None:
+        """Add what the ring's slots are given [B, M, W or fewer] by the one query of `span`, in rows where it is at a
+        multiple of `every`."""
+        assert self.scores is not None and self.window is not None
+        last = span.start.to(given.device)[:, None]
+        at = last - (last - torch.arange(self.scores_kept, device=given.device)) % self.scores_kept  # by score
+        seen = (last % every == 0) & (at >= self.sinks) & (at > last - self.window)
+        slots = ((at - self.sinks) % self.window).clamp(max=given.shape[2] - 1)
+        self.scores += gather(given, slots, 2) * seen[:, None]
+
     def _turned(self, position: Tensor) -> Tensor:
         """Slots [R, L] of the scores before `position` [R], oldest first."""
-        return (position[:, None] + torch.arange(self.scores_kept)) % self.scores_kept
+        return (position[:, None] + torch.arange(self.scores_kept, device=position.device)) % self.scores_kept
 
     def keep_state(self, span: Span, grid: int) -> None:
         """Copy the state of rows that are at a multiple of the grid after `span`."""
         if self.snapshot is None:
             return
-        rows = torch.tensor([at % grid == 0 for at in span.after()])
-        if bool(rows.any()):
+        rows = span.ends % grid == 0
+        if span.on_device or bool(rows.any()):
             rows = rows.to(self.compressed.device)[:, None, None, None]
             torch.where(rows, self.compressed, self.snapshot, out=self.snapshot)
 
@@ -526,9 +554,15 @@ def _joined(held: Tensor) -> Tensor:
     return held.permute(0, 2, 3, 1, 4).flatten(2)
 
 
-def _grouped(q: Tensor, groups: int) -> Tensor:
-    """[B, N, O, H] -> [B, M, groups, O, H]"""
-    return q.unflatten(1, (-1, groups))
+def _weights(pairs: list[tuple[Tensor, Tensor]], seen: Tensor, scale: float) -> Tensor:
+    """Softmax of queries [B, N, O, H], each over the keys [B, M, K, H] of all pairs that are `seen` [R, O, K]: the mean
+    over the heads of a group, [B, M, O, K]."""
+    scores = []
+    for q, k in pairs:
+        q = q.unflatten(1, (k.shape[1], -1))  # heads that share keys become more queries
+        scores.append((q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, q.shape[2:4]).float() * scale)
+    masked = torch.cat(scores, -1).masked_fill(~seen[:, None, None], -torch.inf)
+    return masked.softmax(-1).mean(2)
 
 
 def _turned(rotary: Rotary, k: Tensor, delta: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | 
     forever = 1 << 60
     _exchange[(batch, kv_heads + (1 if gated else 0))](
         memory.keys, memory.values, memory.inputs, k, v, new, old_k, old_v, old_inputs, start,
-        memory.sinks, forever if memory.window is None else memory.window, memory.capacity,
+        memory.sinks, memory.shift, forever if memory.window is None else memory.window, memory.keys.shape[2],
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates,
         GATE_WIDTH=triton.next_power_of_2(gates), GATED=gated, BY_ROW=len(start) > 1,
@@ -129,7 +129,8 @@ def add_read(form: Form, out: Tensor, read: Tensor, gate: Tensor, projection: Te
 
 @triton.jit
 def _exchange(
-    keys, values, inputs, k, v, new, old_k, old_v, old, start, sinks, window, slots, k_batch, k_head, v_batch, v_head,
+    keys, values, inputs, k, v, new, old_k, old_v, old, start, sinks, shift, window, slots,
+    k_batch, k_head, v_batch, v_head,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, GATE_WIDTH: tl.constexpr,
     GATED: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +138,7 @@ def _exchange(
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     position = tl.load(start + (batch if BY_ROW else 0))
-    slot = tl.where(position < sinks, position, sinks + (position - sinks) % window)
+    slot = tl.where(position < sinks, position, sinks + shift + (position - sinks) % window)
     channel = tl.arange(0, WIDTH)
     if head < HEADS:
         inside = channel < SIZE

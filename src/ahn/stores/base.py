@@ -45,6 +45,11 @@ class Store(nn.Module):
         super().__init__()
         self.kv_heads, self.layer = kv_heads, layer
 
+    def due(self, position: int) -> bool:
+        """Whether the token at `position` has an observed query, or the state is copied after it."""
+        observed = self.every > 0 and position % self.every == 0
+        return observed or (self.reads_state and (position + 1) % self.grid == 0)
+
     def score(self, x_BTD: Tensor, positions_RT: Tensor, error: Callable[[], Tensor]) -> Tensor:
         """The scores of tokens that arrive, [B, M, T] or what broadcasts to it; higher is kept longer.
 

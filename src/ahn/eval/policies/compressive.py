@@ -81,9 +81,11 @@ class Compressive(Policy):
 class CompressiveLayer(AHNLayer):
     """Sinks and window as in AHNLayer, merged with softmax attention over the pooled rest. With a cache only."""
 
-    steps_on_device = False
     slots: int
     maximum: bool  # else the mean is taken
+
+    def steps_on_device(self, span: Span) -> bool:
+        return False
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory | None, scale: float
@@ -95,7 +97,7 @@ class CompressiveLayer(AHNLayer):
         lossless = self.sinks + self.window
         first = min(max(0, lossless - span.first), span.length)  # that pushes a token out, in any row
         if span.length == 1 and not span.padded:
-            exact, leaving = self._attend_one(q, k, v, None, span, memory, scale, not first)
+            exact, leaving = self._attend_one(q, k, v, x, None, span, memory, scale)
         else:
             q, k, v = (span.compact(t, 2) for t in (q, k, v))
             exact, window = self._attend_many(q, k, v, None, span, memory, scale)
