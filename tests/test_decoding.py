@@ -219,10 +219,10 @@ def test_steps_with_a_store_are_those_without_a_graph(replays, store, monkeypatc
     for t in range(30, 130):
         one = ids[:, t : t + 1]
         with torch.no_grad():
-            a = model(one, past_key_values=fast).logits
+            a = model(one, **{PAST: fast}).logits
             with monkeypatch.context() as without:
                 without.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
-                b = model(one, past_key_values=plain).logits
+                b = model(one, **{PAST: plain}).logits
         assert largest(a, b) < 1e-5
     assert replays["replayed"] == 100
     for ours, theirs in zip(fast.layers, plain.layers, strict=True):
@@ -257,7 +257,7 @@ def test_caches_with_a_store_take_turns(replays, store, tmp_path):
     for size in [*[1] * 11, 5, *[1] * 9, 3, *[1] * 4]:
         for row, cache in enumerate(caches):
             with torch.no_grad():
-                logits = model(texts[row : row + 1, low : low + size], past_key_values=cache).logits
+                logits = model(texts[row : row + 1, low : low + size], **{PAST: cache}).logits
             assert largest(logits[0], whole[row, low : low + size]) < 1e-4
             if low == 40:
                 forks.append(cache.fork())
@@ -270,7 +270,7 @@ def test_caches_with_a_store_take_turns(replays, store, tmp_path):
             rest = texts[row : row + 1, start:]
             with torch.no_grad():
                 for t in range(5):
-                    logits = model(rest[:, t : t + 1], past_key_values=one).logits
+                    logits = model(rest[:, t : t + 1], **{PAST: one}).logits
                     assert largest(logits[0, 0], whole[row, start + t]) < 1e-4
 
 

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 import ahn
+from ahn import kernels
 from ahn.attention import attend_one
+from ahn.augmentation import layers_of
+from ahn.cache import Span
 from ahn.cells.base import unit
+from ahn.kernels import Kernel
 from ahn.layer import Leaving
-from conftest import FORMS, in_pieces, tiny, token_ids, with_memory
+from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -137,3 +141,41 @@ def test_exchange(cell_name, window, positions):
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())
+
+
+@pytest.mark.parametrize("positions", [[0], [11], [29], [40, 33]], ids=str)
+@pytest.mark.parametrize(("cell_name", "span", "size"), [("gated_deltanet", 1, 5), ("mamba2", 4, 70), (None, 3, 1)])
+def test_displace(cell_name, span, size, positions):
+    """Several tokens one after the other, with priorities that tie: the same losers and the same store."""
+    torch.manual_seed(0)
+    model = storing("recency", cell_name, window=9, sinks=3, store_size=size, store_span=span).to(DEVICE)
+    layer, *_ = layers_of(model)
+    plain, fused = (ahn.AHNCache(model).layers[0] for _ in range(2))
+    width = plain.gate_width
+    for memory in (plain, fused):
+        memory.reserve(50, torch.zeros(2, 2, 1, 8, device=DEVICE), (4, 8, 8) if width else None)
+    for step_number in range(6):
+        start = torch.tensor(positions, device=DEVICE) + step_number
+        scores = torch.randint(-2, 3, plain.scores.shape, device=DEVICE) / -2  # both zeros among them
+        k, v = torch.randn(2, 2, 1, 2, 8, device=DEVICE).transpose(2, 3)
+        rest = (v, torch.randn(2, 1, width, device=DEVICE)) if width else (v,)
+        for memory in (plain, fused):
+            memory.scores.copy_(scores)
+        expected, expected_ranks = layer._displace(k, rest, Span(start.cpu(), 1, [1] * len(start)), plain)
+        found, ranks = step.displace(fused, start, span, k, *rest)
+        assert torch.equal(ranks, expected_ranks)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())
+
+
+@pytest.mark.usefixtures("small_grids")
+@pytest.mark.parametrize("form", [{}, FORMS["maps"]], ids=str)
+def test_whole_model_with_a_store(monkeypatch, store, form):
+    """Token by token as in a graph, from where the store is full on."""
+    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("graph", "here as well"))
+    model = storing(store, window=9, sinks=3, store_size=4, store_span=2, **form).to(DEVICE)
+    ids = token_ids(30, batch=2).to(DEVICE)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert (in_pieces(model, ids, [14, *[1] * 16]) - whole).abs().max() < 1e-4
+    assert model._ahn_frame.graph is not None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ahn import retention, stores
+from ahn import kernels, retention, stores
 from ahn.attention import Far, Rotary, Softmax, attend_one, attend_slots, attend_window, visible
 from ahn.cache import LayerMemory, Span, gather
 from ahn.config import AHNConfig
@@ -184,12 +184,8 @@ class StoringLayer(AHNLayer):
         """As in AHNLayer, but for who leaves: what each head loses."""
         lost = self._exchange(k, v, inputs, span, memory)
         if span.first >= self.sinks + self.reach:
-            near = memory.trail_of_one(span, self.span)
-            priority = retention.pool(lambda at: gather(near, at, 2), self._back(span, 0, q.device), self.span)
-            new = retention.rank(priority, *self._pushed(span, 0, q.device))
-            tokens = [self._turn_in(lost[0], span), lost[1], *map(self._heads, lost[2:])]
-            (key, *rest), ranks = memory.swap(tokens, new, self._heads)
-            lost = self._turn_out(key, ranks), rest[0], *map(_joined, rest[1:])
+            (key, *rest), ranks = self._displace(self._turn_in(lost[0], span), lost[1:], span, memory)
+            lost = self._turn_out(key, ranks), *rest
         memory.put_score(span, self._score(k, v, x, inputs, span, memory.snapshot))
         keys, values = memory.kept
         q_far, far = self._seen_by_sinks(q, span), self.sinks + memory.shift
@@ -198,6 +194,25 @@ class StoringLayer(AHNLayer):
         slots = memory.shift + min(span.first + 1, self.sinks + self.reach)
         filled = memory.filled(span, slots)
         return attend_slots(q, q_far, keys[:, :, :slots], values[:, :, :slots], far, filled, scale), lost
+
+    def _displace(
+        self, k: Tensor, rest: tuple[Tensor, ...], span: Span, memory: StoringMemory
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What the ring has pushed out, one token a row, against the places of each head: returns what each head loses,
+        and its ranks [B, M, 1].
+
+        Args:
+            k: keys as they are stored [B, M, 1, H]. rest: values, and gate inputs [B, 1, G * N].
+        """
+        if span.on_device and kernels.one_token(k.device.type).name == "triton":
+            from ahn.kernels import step
+
+            return step.displace(memory, span.start, self.span, k, *rest)
+        near = memory.trail_of_one(span, self.span)
+        priority = retention.pool(lambda at: gather(near, at, 2), self._back(span, 0, k.device), self.span)
+        new = retention.rank(priority, *self._pushed(span, 0, k.device))
+        lost, ranks = memory.swap([k, rest[0], *map(self._heads, rest[1:])], new, self._heads)
+        return (lost[0], lost[1], *map(_joined, lost[2:])), ranks
 
     def _whole(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, scale: float

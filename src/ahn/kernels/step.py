@@ -4,9 +4,10 @@ Letters: B batch, N query heads, M key/value heads, G = N / M, H head size, K fe
 P parts; R rows of positions: 1 where all of the batch are at the same position, else B.
 
 Each function does what plain torch does elsewhere and is tested against it: `attend` is `ahn.attention.attend_one`,
-`recur` is `Cell.step` after `Cell.ready`, `add_read` is `Cell.combine` without room. A step moves few bytes and many
-of them, so the work is cut until it fills the device: attention into parts of the slots, the state into columns
-(values do not mix), the projection into columns of its output.
+`exchange` is `LayerMemory.exchange`, `displace` is `ahn.retention.rank` and `StoringMemory.swap`, `recur` is
+`Cell.step` after `Cell.ready`, `add_read` is `Cell.combine` without room. A step moves few bytes and many of them, so
+the work is cut until it fills the device: attention into parts of the slots, the state into columns (values do not
+mix), the projection into columns of its output.
 
 Under TRITON_INTERPRET=1 they run on a CPU.
 """
@@ -19,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ahn.retention import NOBODY
 
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
 PARTS = 128  # combined at once
@@ -87,6 +90,33 @@ def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | 
     return (old_k, old_v, old_inputs) if old_inputs is not None else (old_k, old_v)
 
 
+def displace(
+    memory: Any, start: Tensor, span: int, k: Tensor, v: Tensor, inputs: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Put what tokens at positions `start` [R] on the device push out of the window into the places of a
+    `StoringMemory`, or not: returns what each head loses, and its ranks [B, M, 1].
+
+    Args:
+        span: tokens of one. k, v: [B, M, 1, H] of what is pushed out; inputs: [B, 1, gates * N].
+    """
+    batch, kv_heads, _, size = k.shape
+    k, v, new = k.contiguous(), v.contiguous(), None if inputs is None else inputs.contiguous()
+    lost_k, lost_v, lost = torch.empty_like(k), torch.empty_like(v), None if new is None else torch.empty_like(new)
+    ranks = k.new_empty(batch, kv_heads, 1, dtype=torch.int64)
+    group = 1 if new is None else memory.state.shape[1] // kv_heads
+    gates = 1 if new is None else new.shape[-1] // (group * kv_heads)
+    places = memory.ranks.shape[2]
+    _displace[(batch, kv_heads)](
+        memory.keys, memory.values, memory.inputs, memory.ranks, memory.scores, k, v, new,
+        lost_k, lost_v, lost, ranks, start,
+        memory.sinks, memory.window, memory.keys.shape[2], places, memory.scores.shape[2], span,
+        HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates, GROUP=group,
+        GATE_WIDTH=triton.next_power_of_2(gates * group), GATED=new is not None, BY_ROW=len(start) > 1,
+        BLOCK=min(1024, triton.next_power_of_2(places)), NOBODY=NOBODY, HIGHEST=-1 - NOBODY,
+    )  # fmt: skip
+    return (lost_k, lost_v, *(() if lost is None else (lost,))), ranks
+
+
 def recur(
     form: Form, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, writes: Tensor | None, state: Tensor, unit: bool
 ) -> Tensor:
@@ -153,6 +183,65 @@ def _exchange(
         there = (batch * slots + slot) * GATES + gate
         tl.store(old + batch * GATES + gate, tl.load(inputs + there, mask=gate < GATES), mask=gate < GATES)
         tl.store(inputs + there, tl.load(new + batch * GATES + gate, mask=gate < GATES), mask=gate < GATES)
+
+
+@triton.jit
+def _displace(
+    keys, values, inputs, ranks, scores, k, v, new, lost_k, lost_v, lost, lost_ranks, start,
+    sinks, window, slots, places, kept, span,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, GROUP: tl.constexpr,
+    GATE_WIDTH: tl.constexpr, GATED: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr, NOBODY: tl.constexpr,
+    HIGHEST: tl.constexpr,
+):  # fmt: skip
+    """One key/value head of one row."""
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    row = batch * HEADS + head
+    now = tl.load(start + (batch if BY_ROW else 0))
+    position = now - window
+    first = now + span - 1 - (position - sinks) % span  # the oldest score of its span, L positions later
+    best = float("-inf")
+    for i in range(0, span):
+        best = tl.maximum(best, tl.load(scores + row * kept + (first + i) % kept))
+    best = tl.where(best == 0.0, 0.0, best)  # one zero
+    bits = (best.to(tl.int32, bitcast=True).to(tl.int64) + 0x400) & -0x800
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    rank = tl.where(position >= sinks, (ordered << 32) | position, NOBODY)
+
+    lowest = tl.full([BLOCK], HIGHEST, tl.int64)
+    where = tl.zeros([BLOCK], tl.int32)
+    for low in range(0, places, BLOCK):
+        at = low + tl.arange(0, BLOCK)
+        held = tl.load(ranks + row * places + at, mask=at < places, other=HIGHEST)
+        where = tl.where(held < lowest, at, where)
+        lowest = tl.minimum(lowest, held)
+    least = tl.min(lowest, 0)
+    place = tl.min(tl.where(lowest == least, where, places), 0)
+    wins = rank > least
+    tl.store(ranks + row * places + place, tl.where(wins, rank, least))
+    tl.store(lost_ranks + row, tl.where(wins, least, rank))
+
+    channel = tl.arange(0, WIDTH)
+    inside = channel < SIZE
+    source = (row * slots + sinks + place) * SIZE + channel
+    old = tl.load(keys + source, mask=inside)
+    mine = tl.load(k + row * SIZE + channel, mask=inside)
+    tl.store(lost_k + row * SIZE + channel, tl.where(wins, old, mine), mask=inside)
+    tl.store(keys + source, tl.where(wins, mine, old), mask=inside)
+    old = tl.load(values + source, mask=inside)
+    mine = tl.load(v + row * SIZE + channel, mask=inside)
+    tl.store(lost_v + row * SIZE + channel, tl.where(wins, old, mine), mask=inside)
+    tl.store(values + source, tl.where(wins, mine, old), mask=inside)
+    if GATED:
+        number = tl.arange(0, GATE_WIDTH)
+        inside = number < GATES * GROUP
+        gate = number // GROUP * (HEADS * GROUP) + head * GROUP + number % GROUP
+        source = (batch * slots + sinks + place) * (GATES * HEADS * GROUP) + gate
+        target = batch * (GATES * HEADS * GROUP) + gate
+        old = tl.load(inputs + source, mask=inside)
+        mine = tl.load(new + target, mask=inside)
+        tl.store(lost + target, tl.where(wins, old, mine), mask=inside)
+        tl.store(inputs + source, tl.where(wins, mine, old), mask=inside)
 
 
 @triton.jit
