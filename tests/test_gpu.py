@@ -11,7 +11,7 @@ from ahn.cache import PAST
 from ahn.cells.base import unit
 from ahn.train import distill
 from ahn.train.trainer import compile_layers
-from conftest import FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
+from conftest import FORMS, golden_base, golden_tensors, in_pieces, storing, tiny, token_ids, with_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -254,6 +254,93 @@ def test_caches_take_turns_in_the_graph(tmp_path):
             with torch.no_grad():
                 rest = model(texts[row : row + 1, 60:], **{PAST: one}).logits
             assert (rest - whole[row, 60:]).abs().max() < 1e-3
+
+
+@pytest.mark.usefixtures("small_grids")
+@pytest.mark.parametrize("allowed", ["graph", "graph,triton", "triton"])
+@pytest.mark.parametrize(("positions", "span"), [("clipped", 1), ("absolute", 5)])
+def test_decoding_with_a_store_is_the_whole_sequence(monkeypatch, store, allowed, positions, span):
+    """float32, from before the store is full on, several times around the ring, with every set of kernels."""
+    monkeypatch.setenv("AHN_KERNEL", allowed)
+    base = tiny(head_dim=16).cuda()
+    model = storing(store, base=base, window=37, sinks=5, store_size=20, sink_positions=positions, store_span=span)
+    ids = token_ids(180, batch=3).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert (in_pieces(model, ids, [50, *[1] * 130]) - whole).abs().max() < 1e-3
+    assert kernels_used(model) == ("graph" in allowed)
+    if "graph" in allowed:
+        due = {False, True} if store in ("attention", "surprise") else {False}
+        assert set(model._ahn_frame.graph._captured) == due
+
+
+@pytest.mark.usefixtures("small_grids")
+@pytest.mark.parametrize("form", FORMS)
+def test_decoding_with_a_store_of_every_form(store, form):
+    model = storing(store, "deltanet", tiny(head_dim=16).cuda(), **FORMS[form])
+    ids = token_ids(90, batch=2).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert (in_pieces(model, ids, [31, *[1] * 59]) - whole).abs().max() < 1e-3
+    assert kernels_used(model)
+
+
+@pytest.mark.parametrize("store", ["recency", "random"])
+def test_a_store_in_half_precision_with_grouped_heads(store):
+    """Those whose scores do not depend on rounding. Places that are several blocks of the kernel."""
+    shape = {"hidden_size": 256, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}
+    base = tiny("Qwen2", **shape, max_position_embeddings=4096).cuda().bfloat16()
+    model = storing(store, base=base, window=150, sinks=3, store_size=1472, store_span=8)
+    ids = token_ids(1900, batch=2).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    assert relative(in_pieces(model, ids, [1700, *[1] * 200]), whole) < 0.05
+    assert kernels_used(model)
+
+
+@pytest.mark.usefixtures("small_grids")
+def test_rows_at_different_positions_with_a_store(store):
+    model = storing(store, base=tiny(head_dim=16).cuda(), window=8, sinks=2, store_span=3)
+    ids, other = token_ids(60), token_ids(45, seed=5)
+    both = torch.cat([ids, torch.cat([torch.zeros(1, 15, dtype=torch.long), other], 1)]).cuda()
+    mask = torch.ones_like(both)
+    mask[1, :15] = 0
+    with torch.no_grad():
+        expected = [model(row.cuda(), use_cache=False).logits for row in (ids, other)]
+    out = in_pieces(model, both, [20, *[1] * 40], mask)
+    assert kernels_used(model)
+    assert (out[:1] - expected[0]).abs().max() < 1e-3
+    assert (out[1:, 15:] - expected[1]).abs().max() < 1e-3
+
+
+@pytest.mark.usefixtures("small_grids")
+def test_caches_with_a_store_take_turns_in_the_graph(store):
+    """In the graph and, for several tokens at once, out of it."""
+    model = storing(store, base=tiny(head_dim=16).cuda())
+    texts = token_ids(90, batch=2).cuda()
+    with torch.no_grad():
+        whole = model(texts, use_cache=False).logits
+    caches, low = [ahn.read(model, text[:30]) for text in texts], 30
+    for size in [*[1] * 11, 5, *[1] * 20, 3, *[1] * 10]:
+        for row, cache in enumerate(caches):
+            with torch.no_grad():
+                logits = model(texts[row : row + 1, low : low + size], **{PAST: cache}).logits
+            assert (logits[0] - whole[row, low : low + size]).abs().max() < 1e-3
+        low += size
+    assert kernels_used(model)
+
+
+def test_generate_with_a_store(monkeypatch):
+    model = storing("attention", base=tiny(head_dim=16).cuda())
+    cache = ahn.read(model, token_ids(50).cuda())
+
+    def generated():
+        return ahn.generate(model, token_ids(2).cuda(), cache.fork(), max_new_tokens=60, eos_token_id=None)
+
+    fast = generated()
+    assert kernels_used(model)
+    monkeypatch.setenv("AHN_KERNEL", "torch")
+    assert torch.equal(fast, generated())
 
 
 def test_the_state_does_not_drift(cell):
