@@ -56,7 +56,7 @@ class Span:
     pieces: list[Span] | None = None  # of which each is attended at once, likewise (`ahn.reading`)
     parts: list[tuple[slice, Span]] | None = None  # between multiples of a store's grid, likewise (`on_grid`)
     on_device = False  # whether only the device knows the positions, see `ahn.decoding.Step`
-    due = False  # of such a step: whether it does what only some positions do
+    due = False  # of such a step: whether it does what few positions ask for
 
     @classmethod
     def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:

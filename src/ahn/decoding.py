@@ -6,8 +6,8 @@ else B.
 A step of a 36-layer model is a thousand small kernels, which Python cannot launch as fast as a GPU runs them. Captured
 in a graph they need one launch, but then nothing may depend on what the host knows: a `Step` is a span whose
 positions are a tensor on the device, and the layers do the same with it as with any other (`AHNLayer._one`), where
-nothing leaves the window with gates of zero. What only some positions do (`AHNLayer.due`) is in a second graph of the
-same step, which also does that in the rows that are there; the host, which counts, says which of the two.
+nothing leaves the window with gates of zero. What few positions ask for (`AHNLayer.due`) is in a second graph of the
+same step, which does that too, in the rows that are there; the host, which counts, says which of the two.
 
 A graph reads and writes fixed addresses. So the tensors of a cache *lie in* the graph's buffers while it is being
 decoded from: the first cache's tensors become the buffers, another one is copied into them when its turn comes, after
@@ -44,7 +44,7 @@ logger = logging.getLogger("ahn")
 
 class Step(Span):
     """One token a row at positions `start` [R] that only the device knows. Everything that asks whether something has
-    happened yet is told that it has; what has not is masked by `start`. `due`: with what only some positions do."""
+    happened yet is told that it has; what has not is masked by `start`. `due`: with what few positions ask for."""
 
     on_device = True
     first = FOREVER
@@ -214,7 +214,7 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
-    layers = [layer.self_attn.ahn for layer in decoder.layers]
+    layers = {type(layer.self_attn.ahn): layer.self_attn.ahn for layer in decoder.layers}.values()  # one of a kind
     if not all(layer.steps_on_device(span) for layer in layers):
         return None
     due = any(layer.due(span) for layer in layers)

@@ -91,7 +91,7 @@ class AHNLayer(nn.Module):
         return True
 
     def due(self, span: Span) -> bool:
-        """Whether it does what only some positions do: such steps are a graph of their own."""
+        """Whether the layer does something after it that few positions ask for: such steps are a graph of their own."""
         return False
 
     @property
