@@ -29,6 +29,7 @@ SOURCES = {
     "squad": "SQuAD 1.1 train (CC BY-SA 4.0)",
     "fairytaleqa": "FairytaleQA train (Apache-2.0)",
     "qmsum": "QMSum train (MIT)",
+    "facts": "facts hidden in public-domain books (`benchmarks/facts.py`)",
 }
 GROUPS = {"behind": "behind the window", "within": "in the window"}
 
