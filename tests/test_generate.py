@@ -5,7 +5,7 @@ import torch
 
 import ahn
 from ahn import augmentation
-from ahn.cache import PAST
+from ahn.cache import OTHER_PAST, PAST
 from ahn.errors import ConfigError, UnsupportedOperationError
 from conftest import in_pieces, tiny, token_ids, with_memory
 
@@ -164,6 +164,17 @@ def test_nothing_to_read(model, ids):
 def test_bad_chunk(model, chunk):
     with pytest.raises(ConfigError, match="chunk="):
         ahn.read(model, [5, 6], chunk=chunk)
+
+
+@pytest.mark.parametrize("name", [PAST, OTHER_PAST])
+def test_a_cache_by_either_name(name):
+    """transformers 5.24 renamed the argument; models with a memory take both, before and after."""
+    model = with_memory(tiny())
+    ids, cache = token_ids(50), ahn.AHNCache(model)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        model(ids[:, :30], **{name: cache})
+        assert (model(ids[:, 30:], **{name: cache}).logits - whole[:, 30:]).abs().max() < 1e-4
 
 
 def test_what_cannot_work_says_so(model):

@@ -413,16 +413,19 @@ def _close(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
 def _read_in_chunks(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the model: of a long prompt whose last logits alone are wanted, read all but the last chunk."""
+    """Before the model: of a long prompt whose last logits alone are wanted, read all but the last chunk. The cache may
+    have either of its names."""
+    renamed = OTHER_PAST in kwargs
     kwargs = _by_name(model, args, kwargs)
+    as_called = ((), kwargs) if renamed else None
     ids = kwargs.get("input_ids")
     cache: Any = kwargs.get(PAST)
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
-        return None
+        return as_called
     cache = kwargs[PAST] = _own_cache(model, cache, kwargs.get("use_cache"))
     first, chunk = chunks(model, ids.shape[0], cache.tokens_seen)
     if ids.shape[1] <= first:
-        return None
+        return as_called
     head = first + (ids.shape[1] - first - 1) // chunk * chunk
     mask = kwargs.get("attention_mask")
     seen = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head]
