@@ -607,6 +607,76 @@ def test_labels_are_the_attention_from_far_away(label):
         torch.testing.assert_close(found[row, head, block], expected.log().clamp(min=FLOOR), atol=1e-4, rtol=1e-4)
 
 
+def soft_inputs(device="cpu", dtype=torch.float32, size=8, tokens=96):
+    """q, k, v, scores, and the score needed for one of 10 places, of a window of 16 and 4 sinks."""
+    from ahn.train import soft_store
+
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, tokens, size).to(device, dtype)
+    k, v = torch.randn(2, 2, 2, tokens, size).to(device, dtype)
+    scores = torch.randn(2, 2, tokens, device=device)
+    return q, k, v, scores, soft_store.least_kept(scores, 10, 4, 16, 1e-5)
+
+
+def test_soft_places_become_those_of_the_store():
+    """Nearly without warmth, a block's first query sees sinks, window and the 10 best of what is behind the window."""
+    from ahn.train import soft_store
+
+    q, k, v, scores, least = soft_inputs()
+    out = soft_store.attend(q, k, v, scores, least, 1e-5, 4, 16, 0.5)
+    for t in (0, 18, 24, 60, 90):
+        for head in range(4):
+            behind = range(4, max(4, t - 16 + 1))
+            best = sorted(behind, key=lambda j, h=head // 2: -scores[1, h, j])[:10]
+            seen = sorted({*range(min(4, t + 1)), *best, *range(max(0, t - 15), t + 1)})
+            weights = (k[1, head // 2, seen] @ q[1, head, t] * 0.5).softmax(0)
+            torch.testing.assert_close(out[1, t, head], weights @ v[1, head // 2, seen], atol=1e-4, rtol=1e-4)
+
+
+def test_soft_places_with_much_warmth_are_full_attention_less_a_constant():
+    from ahn.train import soft_store
+
+    q, k, v, scores, _ = soft_inputs()
+    free = torch.full((2, 2, 16), soft_store.ALWAYS)
+    full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
+    out = soft_store.attend(q, k, v, scores, free, 1.0, 4, 16, 0.5)
+    torch.testing.assert_close(out, full.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_the_weights_of_soft_places_add_up_to_them():
+    from ahn.train import soft_store
+
+    _, _, _, scores, _ = soft_inputs()
+    for warmth in (0.05, 1.0, 20.0):
+        least = soft_store.least_kept(scores, 10, 4, 16, warmth)
+        for block in range(16):
+            behind = scores[..., 4 : max(4, 6 * block - 16 + 1)]
+            if behind.shape[-1] <= 10:
+                assert (least[..., block] == soft_store.ALWAYS).all()
+            else:
+                total = torch.sigmoid((behind - least[..., block, None]) / warmth).sum(-1)
+                torch.testing.assert_close(total, torch.full_like(total, 10), atol=0.05, rtol=0)
+
+
+def test_gates_learn_from_the_loss_itself():
+    """Less is lost with the places given as learned than with the gates as they began, nearly yes or no."""
+    from ahn.train import soft_store
+    from ahn.train.data import Rows
+
+    model = with_memory(tiny(), "deltanet", window=16, sinks=4, store="learned", store_size=8)
+    for layer in layers_of(model):
+        layer.store.requires_grad_(False)
+    rows = Rows(token_ids(96, batch=4, seed=1).int(), torch.ones(4, 96, dtype=torch.bool))
+    before = [p.clone() for layer in layers_of(model) for p in layer.store.parameters()]
+    (first,) = soft_store.tune(model, rows, steps=1, batch=4, lr=1e-9, warmth=(1e-3, 1e-3))
+    soft_store.tune(model, rows, steps=60, batch=4, lr=1e-2)
+    (last,) = soft_store.tune(model, rows, steps=1, batch=4, lr=1e-9, warmth=(1e-3, 1e-3))
+    assert last < 0.8 * first
+    after = [p for layer in layers_of(model) for p in layer.store.parameters()]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(p.requires_grad or p.grad is not None for p in after)
+
+
 def test_attention_transfer_through_a_store(store):
     """Each layer learns from full attention, with the losers as what it writes; gates have another loss."""
     from ahn.train import distill
@@ -642,6 +712,10 @@ def test_a_recipe_trains_gates_then_cells(tmp_path):
     only = recipe.from_dict(plan | {"steps": 0, "output": str(tmp_path / "gates")})
     tensors = read_adapter(train(only)).tensors
     assert torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
+    softly = recipe.from_dict(plan | {"steps": 0, "soft_steps": 2, "output": str(tmp_path / "soft")})
+    tuned = read_adapter(train(softly)).tensors
+    assert not torch.equal(tuned["layers.0.store.outer.weight"], tensors["layers.0.store.outer.weight"])
+    assert torch.equal(tuned["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
     with pytest.raises(AdapterError, match="no weights for store='learned'"):
         train(recipe.from_dict(plan | {"gate_steps": 0, "output": str(tmp_path / "untrained")}))
     with pytest.raises(ConfigError, match="gate_steps=3 without a store"):

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
 Observer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 GPU_CHUNK = 8192  # tokens of all rows: a GPU takes longer for them than Python for its part
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
@@ -184,20 +185,23 @@ def layers_of(model: PreTrainedModel) -> list[AHNLayer]:
 
 
 @contextmanager
-def full_attention(model: PreTrainedModel, observe: Observer | None = None) -> Iterator[None]:
+def full_attention(
+    model: PreTrainedModel, observe: Observer | None = None, attend: Attend | None = None
+) -> Iterator[None]:
     """Within, an augmented model without a cache and without padding is its base: the teacher of the distillation.
 
     `observe` is called in each layer with its attention module, q [B, N, T, H], k, v [B, M, T, H], x [B, T, D], the
-    scale of the scores, and what full attention gives, [B, T, N, H].
+    scale of the scores, and what full attention gives, [B, T, N, H]. `attend` gives that, from the same arguments,
+    in place of full attention, in layers that do not keep everything.
     """
     layers = layers_of(model)
     for layer in layers:
-        layer.full, layer.observe = True, observe
+        layer.full, layer.observe, layer.attend = True, observe, attend if layer.window is not None else None
     try:
         yield
     finally:
         for layer in layers:
-            layer.full, layer.observe = False, None
+            layer.full, layer.observe, layer.attend = False, None, None
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int | None = None) -> None:
@@ -320,9 +324,12 @@ def _attention(
             out = _NoGradient.apply(layer.cell.o_proj.weight, out)
         return out, None
     if layer.full:
-        groups = query.shape[1] != key.shape[1]
-        full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
-        full = full.transpose(1, 2)
+        if layer.attend is not None:
+            full = layer.attend(module, query, key, value, x, scale)
+        else:
+            groups = query.shape[1] != key.shape[1]
+            full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
+            full = full.transpose(1, 2)
         if layer.observe is not None:
             layer.observe(module, query, key, value, x, scale, full)
         return full, None

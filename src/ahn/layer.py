@@ -71,6 +71,7 @@ class AHNLayer(nn.Module):
         self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
         self.full = False  # within `full_attention`
         self.observe: Any = None
+        self.attend: Any = None
 
     @property
     def has_far(self) -> bool:

@@ -36,12 +36,28 @@ def loss(model: Any, ids_BT: Tensor, counts_BT: Tensor, kind: str = "kl") -> Ten
     share = CROSS_ENTROPY[kind]
     decoder, head = model.get_decoder(), model.get_output_embeddings().weight
     student = decoder(ids_BT, use_cache=False).last_hidden_state[counts]
-    following = F.pad(ids_BT[:, 1:], (0, 1))[counts]
     teacher = None
     if share < 1:
         with torch.no_grad(), full_attention(model):
             teacher = decoder(ids_BT, use_cache=False).last_hidden_state[counts]
-    return _HeadLoss.apply(student, teacher, following, head, share)
+    return head_loss(student, teacher, ids_BT, counts, head, share)
+
+
+def head_loss(
+    student_CD: Tensor,
+    teacher_CD: Tensor | None,
+    ids_BT: Tensor,
+    counts_BT: Tensor,
+    head_VD: Tensor,
+    share: float = 0.0,
+) -> Tensor:
+    """(1 - share) KL(teacher || student) + share CE of the next tokens, the mean over those that count.
+
+    Args:
+        student_CD, teacher_CD: last hidden states of the C tokens that count; no teacher with share 1.
+    """
+    following = F.pad(ids_BT[:, 1:], (0, 1))[counts_BT]
+    return _HeadLoss.apply(student_CD, teacher_CD, following, head_VD, share)
 
 
 def transfer(model: Any, ids_BT: Tensor, counts_BT: Tensor) -> Tensor:

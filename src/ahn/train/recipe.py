@@ -42,6 +42,8 @@ class Recipe:
             training the store has the share of each lossless size, sinks apart, that it has of window + store_size.
         gate_steps, gate_lr, gate_label: of a store that is trained (`ahn.train.retention`), before the cells are;
             with steps: 0 that is all.
+        soft_steps: behind those, steps in which the gates are trained by the loss of the distillation
+            (`ahn.train.soft_store`), at a third of gate_lr.
         checkpointing: recompute activations. compile: compile the frozen layers.
         fsdp: shard the base over the processes of `torchrun` (FSDP2), for bases that do not fit one GPU.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
@@ -76,6 +78,7 @@ class Recipe:
     gate_steps: int = 0
     gate_lr: float = 1e-3
     gate_label: str = "max"
+    soft_steps: int = 0
     checkpointing: bool = False
     compile: bool = True
     fsdp: bool = False
@@ -89,12 +92,13 @@ class Recipe:
             _check_type(key.name, str(key.type), getattr(self, key.name))
         for name in ("length", "batch", "save_every", "log_every"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
-        least = 0 if self.gate_steps else 1
+        least = 0 if self.gate_steps or self.soft_steps else 1
         _expect("steps", self.steps, self.steps >= least, f"an integer of at least {least}")
-        _expect("gate_steps", self.gate_steps, self.gate_steps >= 0, "an integer of at least 0")
+        for name in ("gate_steps", "soft_steps"):
+            _expect(name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
+            if getattr(self, name) and self.store is None:
+                raise ConfigError(f"{name}={getattr(self, name)} without a store: expected the name of a store, or 0")
         _expect("gate_label", self.gate_label, self.gate_label in GATE_LABELS, f"one of {', '.join(GATE_LABELS)}")
-        if self.gate_steps and self.store is None:
-            raise ConfigError(f"gate_steps={self.gate_steps} without a store: expected the name of a store, or 0")
         for name in ("lr", "clip", "gate_lr"):
             _expect(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
         _expect("warmup", self.warmup, 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")

@@ -76,7 +76,7 @@ def gate_loss(layer: Any, x: Tensor, labels: Tensor, window: int) -> Tensor:
         x: [B, T, D]. labels: of `future`.
     """
     total, count = x.new_zeros((), dtype=torch.float32), 0
-    scores = _scores(layer, x)
+    scores = scores_of(layer, x)
     for time, wanted in _choices(labels, window):
         mine = scores[..., :time]
         difference = (mine - mine.mean(-1, keepdim=True)) - (wanted - wanted.mean(-1, keepdim=True))
@@ -84,7 +84,8 @@ def gate_loss(layer: Any, x: Tensor, labels: Tensor, window: int) -> Tensor:
     return total / max(count, 1)
 
 
-def _scores(layer: Any, x: Tensor) -> Tensor:
+def scores_of(layer: Any, x: Tensor) -> Tensor:
+    """What the store of a layer gives the tokens of whole sequences x [B, T, D], [B, M, T]."""
     positions = torch.arange(x.shape[1], device=x.device)[None]
     return layer.store.score(x, positions, _no_state)
 
@@ -124,8 +125,8 @@ def fit(
         parameter.requires_grad_(True)
     losses: list[float] = []
     try:
-        for chosen in _draw(len(rows), batch, steps, seed):
-            ids, counts = _batch(rows, chosen, model.device)
+        for chosen in draw(len(rows), batch, steps, seed):
+            ids, counts = batch_of(rows, chosen, model.device)
             values: list[Tensor] = []
 
             def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
@@ -166,14 +167,14 @@ def measure(model: Any, rows: Rows, places: int, batch: int = 4, label: str = "m
     """
     found: dict[int, list[tuple[float, float, float]]] = {}
     for low in range(0, len(rows), batch):
-        ids, counts = _batch(rows, list(range(low, min(low + batch, len(rows)))), model.device)
+        ids, counts = batch_of(rows, list(range(low, min(low + batch, len(rows)))), model.device)
 
         def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
             layer = attention.ahn
             if layer.store is None:
                 return
             labels = future(received(q, k, counts, layer.reach, scale, label))  # noqa: B023 - called at once
-            scores = _scores(layer, x).expand(*labels.shape[:2], -1)
+            scores = scores_of(layer, x).expand(*labels.shape[:2], -1)
             for behind, wanted in _choices(labels, layer.reach):
                 mine, few = scores[..., :behind], min(places, behind // 2)
                 best, true = mine.topk(few).indices, wanted.topk(few).indices
@@ -203,7 +204,8 @@ def _spearman(a: Tensor, b: Tensor) -> float:
     return ((x * y).mean(-1) / (x.square().mean(-1) * y.square().mean(-1)).sqrt().clamp(min=1e-9)).mean().item()
 
 
-def _draw(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
+def draw(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """The rows of each step: all of them in some order before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
@@ -213,6 +215,7 @@ def _draw(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
         order = order[batch:]
 
 
-def _batch(rows: Rows, chosen: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def batch_of(rows: Rows, chosen: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [B, T] and which tokens count."""
     items = [rows[i] for i in chosen]
     return tuple(torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "counts"))  # type: ignore[return-value]

@@ -25,7 +25,7 @@ from ahn.augmentation import augment, layers_of, set_window
 from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError
 from ahn.memory_file import atomic
-from ahn.train import checkpoints, data, distill, retention, windows
+from ahn.train import checkpoints, data, distill, retention, soft_store, windows
 from ahn.train.check import Difference, check
 from ahn.train.progress import Progress
 from ahn.train.recipe import Recipe
@@ -208,9 +208,8 @@ def _plan(recipe: Recipe, rows: data.Rows, idle: int, model: Any, machine: Parti
     processes = f" x {machine.num_processes}" if machine.num_processes > 1 else ""
     counting = rows.counts[:, min(windows.allowed(recipe.length, recipe.lossless)) :]
     taken = recipe.batch * machine.num_processes
-    gates = (
-        f"{recipe.gate_steps:,} steps of {recipe.batch} rows for the store's gates, then " if recipe.gate_steps else ""
-    )
+    gate_steps = recipe.gate_steps + recipe.soft_steps
+    gates = f"{gate_steps:,} steps of {recipe.batch} rows for the store's gates, then " if gate_steps else ""
     return (
         f"{recipe.base} with {recipe.cell}: {trained:,} weights to train, on {machine.device.type}{processes}\n"
         f"{len(rows):,} rows of {recipe.length:,} tokens; of those behind the lossless ones "
@@ -293,10 +292,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if start is not None:
         apply(read_adapter(start), trainer.augmented)
     elif recipe.start is not None:
-        apply(_first_weights(recipe), trainer.augmented, new_store=recipe.gate_steps > 0)
+        apply(_first_weights(recipe), trainer.augmented, new_store=recipe.gate_steps + recipe.soft_steps > 0)
+    rows, label = trainer.train_dataset, recipe.gate_label
     if start is None and recipe.gate_steps:
-        rows, label = trainer.train_dataset, recipe.gate_label
         retention.fit(trainer.augmented, rows, recipe.gate_steps, recipe.batch, recipe.gate_lr, label, recipe.seed)
+    if start is None and recipe.soft_steps:
+        soft_store.tune(trainer.augmented, rows, recipe.soft_steps, recipe.batch, recipe.gate_lr / 3, recipe.seed)
     reached = TrainerState() if start is None else TrainerState.load_from_json(str(start / TRAINER_STATE_NAME))
     try:
         if reached.global_step >= recipe.steps:  # the Trainer would take one step more

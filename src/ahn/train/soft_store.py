@@ -1,0 +1,148 @@
+"""Trains the gates of a store by the loss of the distillation itself (the idea of TRIM-KV, arXiv 2512.03324).
+
+Letters: B rows, T tokens, D hidden size, N query heads, M key/value heads, H head size, P places, Q blocks of queries.
+
+Who is kept is a yes or no without a gradient. So the student keeps everything, but what is behind the window counts
+less the further its score is from a place: its weight in the softmax is sigmoid((score - least) / warmth), where
+`least` is such that the weights of all tokens that are behind the window by then add up to P. That is the budget: a
+token can only gain what others lose. `warmth` falls while it trains, until weights are nearly yes or no.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ahn import kernels
+from ahn.augmentation import full_attention
+from ahn.train import distill
+from ahn.train.data import Rows
+from ahn.train.retention import BLOCKS, batch_of, draw, gates, scores_of
+
+WARMTH = (1.0, 0.1)  # at first and at last
+ALWAYS = -1e4  # `least` while there are free places
+HALVINGS = 30  # of the interval that `least` is sought in
+
+logger = logging.getLogger(__name__)
+
+
+def tune(
+    model: Any, rows: Rows, steps: int, batch: int = 2, lr: float = 1e-3, seed: int = 0, warmth: tuple = WARMTH
+) -> list[float]:
+    """Train the gates of all layers; returns the loss of each step, KL(teacher || student) in nats.
+
+    The window, sinks and places are those the model has now. Base and cells stay as they are, and the cells are not in
+    it: what loses its place is gone. Rows are drawn with `seed`, each once before any again.
+
+    Raises:
+        ConfigError: the store of the model is not one that is trained.
+    """
+    parameters, decoder, head = gates(model), model.get_decoder(), model.get_output_embeddings().weight
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1)
+    wanted = [p.requires_grad for p in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    losses: list[float] = []
+    try:
+        for step, chosen in enumerate(draw(len(rows), batch, steps, seed)):
+            ids, counts = batch_of(rows, chosen, model.device)
+            counts[:, : model.ahn_config.lossless] = False
+            now = warmth[0] * (warmth[1] / warmth[0]) ** (step / max(steps - 1, 1))
+
+            def softly(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float) -> Tensor:
+                layer = attention.ahn
+                scores = scores_of(layer, x)
+                near = layer.sinks, layer.reach
+                least = least_kept(scores.detach(), layer.size, *near, now)  # noqa: B023 - called at once
+                scores = centred(scores, least, *near, now)  # noqa: B023
+                return attend(q, k, v, scores, least, now, *near, scale)  # noqa: B023
+
+            with torch.no_grad(), full_attention(model):
+                teacher = decoder(ids, use_cache=False).last_hidden_state[counts]
+            with full_attention(model, attend=softly):
+                student = decoder(ids, use_cache=False).last_hidden_state[counts]
+            loss = distill.head_loss(student, teacher, ids, counts, head)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if len(losses) % 10 == 0:
+                logger.info("gates: step %s of %s, loss %.4f", len(losses), steps, sum(losses[-10:]) / 10)
+    finally:
+        for parameter, before in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(before)
+            parameter.grad = None
+    return losses
+
+
+def least_kept(scores: Tensor, places: int, sinks: int, window: int, warmth: float) -> Tensor:
+    """[B, M, Q]: `least` when the first query of each block comes.
+
+    Args:
+        scores: [B, M, T].
+    """
+    behind = _behind(scores, sinks, window)
+    low, high = (
+        bound[..., None].expand(*scores.shape[:2], BLOCKS)
+        for bound in (scores.amin(-1) - 20 * warmth, scores.amax(-1) + 20 * warmth)
+    )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        fits = _weights(scores, middle, warmth, behind).sum(-1) <= places
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+    return torch.where(behind.sum(-1) > places, high, ALWAYS)
+
+
+def centred(scores: Tensor, least: Tensor, sinks: int, window: int, warmth: float) -> Tensor:
+    """Scores less what `least` would move by if they moved, at the last block: the same number, without the gradient
+    that would raise all of them alike."""
+    weights = _weights(scores, least, warmth, _behind(scores, sinks, window))[..., -1, :].detach()
+    share = weights * (1 - weights)
+    moved = (share * scores).sum(-1, keepdim=True) / share.sum(-1, keepdim=True).clamp(min=1e-9)
+    return scores - (moved - moved.detach())
+
+
+def _behind(scores: Tensor, sinks: int, window: int) -> Tensor:
+    """bool [Q, T]: the tokens behind the window when the first query of each block comes."""
+    tokens = scores.shape[-1]
+    first = torch.arange(BLOCKS, device=scores.device)[:, None] * -(-tokens // BLOCKS)
+    at = torch.arange(tokens, device=scores.device)
+    return (at >= sinks) & (at <= first - window)
+
+
+def _weights(scores: Tensor, least: Tensor, warmth: float, behind: Tensor) -> Tensor:
+    """[B, M, Q, T]"""
+    return torch.sigmoid((scores[..., None, :] - least[..., None]) / warmth) * behind
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, least: Tensor, warmth: float, sinks: int, window: int, scale: float
+) -> Tensor:
+    """Causal attention with the weights above for what is behind the window and no sink, [B, T, N, H].
+
+    Args:
+        q: [B, N, T, H]. k, v: [B, M, T, H]. scores: [B, M, T] float32. least: [B, M, Q].
+    """
+    if kernels.whole_sequence(q.device.type, q.shape[-1], q.shape[2]).name == "flex":
+        from ahn.kernels import flex
+
+        return flex.attend_softly(q, k, v, scores, least, warmth, sinks, window, scale).transpose(1, 2)
+    tokens, kv_heads = q.shape[2], k.shape[1]
+    size, out = -(-tokens // least.shape[-1]), []
+    for block, low in enumerate(range(0, tokens, size)):
+        high = min(low + size, tokens)
+        i, j = torch.arange(low, high, device=q.device)[:, None], torch.arange(high, device=q.device)
+        kept = torch.nn.functional.logsigmoid((scores[..., :high] - least[..., block, None]) / warmth)
+        far = (i - j >= window) & (j >= sinks)
+        queries = q[:, :, low:high].unflatten(1, (kv_heads, -1))
+        logits = (queries @ k[:, :, None, :high].transpose(-1, -2)).float() * scale
+        logits = logits + torch.where(far, kept[:, :, None, None], 0)
+        weights = logits.masked_fill(j > i, -torch.inf).softmax(-1).to(v.dtype)
+        out.append((weights @ v[:, :, None, :high]).flatten(1, 2))
+    return torch.cat(out, 2).transpose(1, 2)
