@@ -375,22 +375,22 @@ def test_the_state_does_not_drift(cell):
     assert relative(after.double().cpu(), exact) < module.tolerance[torch.bfloat16]
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(128, 64), (1024, 64), (640, 128)])
-def test_soft_places(monkeypatch, tokens, size):
-    """FlexAttention with the scores of a gate, and their gradients, against plain torch."""
+@pytest.mark.parametrize(("tokens", "size"), [(96, 64), (1000, 64), (640, 128)])
+def test_soft_places(tokens, size):
+    """Compiled, in bfloat16, against float32 as it is written, with the gradients by the gate's scores."""
     from ahn.train import soft_store
     from test_store import soft_inputs
 
     q, k, v, scores, least = soft_inputs("cuda", torch.bfloat16, size, tokens)
     outs, gradients = [], []
-    for allowed in ("flex", "torch"):
-        monkeypatch.setenv("AHN_KERNEL", allowed)
-        leaves = [t.float().requires_grad_() if allowed == "torch" else t.clone().requires_grad_() for t in (q, k, v)]
+    for plain in (False, True):
+        leaves = [t.to(torch.float32 if plain else t.dtype).requires_grad_() for t in (q.clone(), k.clone(), v.clone())]
         gate = scores.clone().requires_grad_()
-        out = soft_store.attend(*leaves, gate, least, 0.4, 4, 16, size**-0.5)
-        (out.float() * torch.arange(1, size + 1, device="cuda")).sum().backward()
+        with torch.compiler.set_stance("force_eager" if plain else "default"):
+            out = soft_store.attend(*leaves, gate, least, 0.4, 4, 16, size**-0.5)
+            (out.float() * torch.arange(1, size + 1, device="cuda")).sum().backward()
         outs.append(out)
         gradients.append([t.grad for t in (*leaves, gate)])
     assert relative(*outs) < 1e-2
-    for fast, plain in zip(*gradients, strict=True):
-        assert relative(fast, plain) < 2e-2
+    for fast, slow in zip(*gradients, strict=True):
+        assert relative(fast, slow) < 3e-2

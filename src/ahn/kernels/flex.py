@@ -24,37 +24,6 @@ def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int
     return _compiled(_apart)(q, q_sinks, k, v, masks.sinks_only, masks.window_only, scale)
 
 
-def attend_softly(
-    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, least: Tensor, warmth: float, sinks: int, window: int, scale: float
-) -> Tensor:
-    """See `ahn.train.soft_store.attend`: [B, N, T, H], with gradients for `scores` too."""
-    numbers = (torch.tensor(number, device=q.device) for number in (warmth, sinks, window))
-    return _compiled(_softly)(q, k, v, scores, least, *numbers, _causal(q.device, q.shape[2]), scale)
-
-
-def _softly(
-    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, least: Tensor, warmth: Tensor, sinks: Tensor, window: Tensor,
-    mask: Any, scale: float,
-) -> Tensor:  # fmt: skip
-    from torch.nn.attention.flex_attention import flex_attention
-
-    groups, size = q.shape[1] // k.shape[1], -(-q.shape[2] // least.shape[-1])
-
-    def kept(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        ahead = (scores[b, h // groups, j] - least[b, h // groups, i // size]) / warmth
-        weight = -torch.log1p(torch.exp(-ahead.clamp(min=-60, max=60)))
-        return score + torch.where((i - j >= window) & (j >= sinks), weight, 0.0)
-
-    return flex_attention(q, k, v, score_mod=kept, block_mask=mask, scale=scale, enable_gqa=True)
-
-
-@cache
-def _causal(device: torch.device, tokens: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask(lambda b, h, query, key: key <= query, None, None, tokens, tokens, device=device)
-
-
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ahn import kernels
 from ahn.augmentation import full_attention
 from ahn.train import distill
 from ahn.train.data import Rows
@@ -128,21 +128,30 @@ def attend(
 
     Args:
         q: [B, N, T, H]. k, v: [B, M, T, H]. scores: [B, M, T] float32. least: [B, M, Q].
-    """
-    if kernels.whole_sequence(q.device.type, q.shape[-1], q.shape[2]).name == "flex":
-        from ahn.kernels import flex
 
-        return flex.attend_softly(q, k, v, scores, least, warmth, sinks, window, scale).transpose(1, 2)
-    tokens, kv_heads = q.shape[2], k.shape[1]
+    Scores exist for one block of queries at a time, and are computed again in the backward.
+    """
+    tokens = q.shape[2]
     size, out = -(-tokens // least.shape[-1]), []
+    numbers = (torch.tensor(number, device=q.device) for number in (warmth, sinks, window))  # not compiled for each
+    warm, first, reach = numbers
     for block, low in enumerate(range(0, tokens, size)):
         high = min(low + size, tokens)
-        i, j = torch.arange(low, high, device=q.device)[:, None], torch.arange(high, device=q.device)
-        kept = torch.nn.functional.logsigmoid((scores[..., :high] - least[..., block, None]) / warmth)
-        far = (i - j >= window) & (j >= sinks)
-        queries = q[:, :, low:high].unflatten(1, (kv_heads, -1))
-        logits = (queries @ k[:, :, None, :high].transpose(-1, -2)).float() * scale
-        logits = logits + torch.where(far, kept[:, :, None, None], 0)
-        weights = logits.masked_fill(j > i, -torch.inf).softmax(-1).to(v.dtype)
-        out.append((weights @ v[:, :, None, :high]).flatten(1, 2))
+        part = q[:, :, low:high], k[:, :, :high], v[:, :, :high], scores[..., :high], least[..., block, None]
+        out.append(checkpoint(_attend, *part, warm, first, reach, scale, use_reentrant=False))
     return torch.cat(out, 2).transpose(1, 2)
+
+
+@torch.compile(dynamic=True, disable=not torch.cuda.is_available())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, least: Tensor, warmth: Tensor, sinks: Tensor, window: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """The last queries of k's tokens, [B, N, C, H]."""
+    j = torch.arange(k.shape[2], device=q.device)
+    i = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
+    kept = torch.nn.functional.logsigmoid((scores - least) / warmth)
+    logits = (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2)).float() * scale
+    logits = logits + torch.where((i - j >= window) & (j >= sinks), kept[:, :, None, None], 0)
+    weights = logits.masked_fill(j > i, -torch.inf).softmax(-1).to(v.dtype)
+    return (weights @ v[:, :, None]).flatten(1, 2)
