@@ -100,8 +100,8 @@ class Session:
         if not self.model.ahn_names["adapter"]:
             cell = self.model.ahn_config.cell
             what = f"an untrained {cell} memory, which adds nothing" if cell else "the window with sinks only"
-            shipped = " or ".join(zoo.made_for(base))
-            hint = f" (--adapter {shipped} is there to try)" if shipped else ""
+            shipped = ", ".join(zoo.made_for(base))
+            hint = f" (to try: --adapter {shipped})" if shipped else ""
             console.print(f"no trained memory for {base}: running {what}{hint}")
 
     @property
