@@ -24,9 +24,11 @@ KERNELS = {
     "flex": "torch's FlexAttention: training",
     "graph": "a CUDA graph of the whole step: one token",
     "inductor": "torch.compile, for the elementwise work of the base in that graph",
+    "gemv": "this package's own, for the linear layers of the base in that graph",
     "triton": "this package's own: attention and cell of one token",
 }
 FLEX_BLOCK = 128
+FEW_ROWS = 4
 
 
 class Kernel(NamedTuple):
@@ -85,12 +87,10 @@ def attention(like: Tensor, gradients: bool = False) -> Kernel:
 
 def one_token(device: str) -> Kernel:
     """Attention and cell of one new token a row."""
-    if not _installed("triton"):
-        return Kernel("torch", "triton is not installed")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device != "cuda" and not interpreted:
-        return Kernel("torch", f"{device}: Triton kernels need CUDA")
-    return _allowed("triton", f"{device}{', interpreted' if interpreted else ''}: one kernel each")
+    if reason := _no_triton(device):
+        return Kernel("torch", reason)
+    interpreted = ", interpreted" if device != "cuda" else ""
+    return _allowed("triton", f"{device}{interpreted}: one kernel each")
 
 
 def decoding(device: str) -> Kernel:
@@ -105,6 +105,17 @@ def between(device: str) -> Kernel:
     if decoding(device).name != "graph":
         return Kernel("torch", "only in a graph is it worth compiling")
     return _allowed("inductor", "CUDA: compiled once, one kernel each")
+
+
+def products(device: str, rows: int) -> Kernel:
+    """Linear layers of the base and of the cell for one new token in each of `rows` rows."""
+    if decoding(device).name != "graph":
+        return Kernel("torch", "only in a graph are they worth launching")
+    if reason := _no_triton(device):
+        return Kernel("torch", reason)
+    if rows > FEW_ROWS:
+        return Kernel("torch", f"{rows} rows: tensor cores are faster")
+    return _allowed("gemv", f"CUDA, up to {FEW_ROWS} rows: each weight is read once, those of one input by one kernel")
 
 
 def report() -> list[tuple[str, str, str]]:
@@ -124,6 +135,7 @@ def report() -> list[tuple[str, str, str]]:
         *rows,
         ("one token: attention, cell", *one_token(device)),
         ("one token: all layers", *decoding(device)),
+        ("one token: products", *products(device, 1)),
         ("one token: between products", *between(device)),
     ]
 
@@ -160,6 +172,15 @@ def _cudnn_problem() -> str | None:
         return str(error).splitlines()[0]
     expected = (q.float() @ k.float().transpose(-1, -2) * 0.125).logsumexp(-1)
     return None if torch.allclose(norm.reshape(1, 1, 128), expected, atol=1e-2) else "its normaliser is another"
+
+
+def _no_triton(device: str) -> str | None:
+    """Why this package's own kernels cannot run, or None."""
+    if not _installed("triton"):
+        return "triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"{device}: Triton kernels need CUDA"
+    return None
 
 
 @cache

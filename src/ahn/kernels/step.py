@@ -40,6 +40,7 @@ class Form(NamedTuple):
     delta: bool
     decay: tuple[Tensor, Tensor] | None  # A_log, dt_bias [N]
     scale: float
+    inputs: tuple[Any, ...]  # linear layers of x; side by side they are the gate inputs
     gate: Any  # x [B, 1, D] -> [B, 1, N], times silu of which goes what was read
     norm: Tensor  # weight [H]: RMSNorm per head, then the gate; [N * H]: the gate, then RMSNorm over all heads
 
