@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ahn
-from ahn import kernels
+from ahn import fused, kernels
 from ahn.attention import attend
 from ahn.augmentation import layers_of, set_window
 from ahn.cache import PAST
@@ -161,6 +161,32 @@ def test_reading_in_pieces_of_the_ring(cell, window, sinks):
         whole = model(ids, use_cache=False).logits
     for sizes in ([1100], [99, 400, 1, 600], [500, 13, 87, 500]):
         assert relative(in_pieces(model, ids, sizes), whole) < 0.05
+
+
+def test_cudnn_groups_heads():
+    """If not, reading copies keys for every query head: correct, but slower."""
+    if kernels.attention(torch.empty(1, 64, device="cuda", dtype=torch.bfloat16)).name == "cudnn":
+        assert kernels.groups_heads()
+
+
+def test_reading_compiled(monkeypatch, cell):
+    """Texts of several lengths by the same graphs; nothing that is compiled fails and is left plain."""
+    monkeypatch.delenv("AHN_KERNEL")
+    monkeypatch.setattr(kernels, "LONG", 100)
+    monkeypatch.setattr(fused, "MANY", 20)
+    shape = {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    base = tiny("Qwen3", **shape, max_position_embeddings=4096).cuda().bfloat16()
+    model = with_memory(base, cell, window=257, sinks=13)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for length, chunk in ((1300, 211), (901, 301), (777, 99)):
+        ids = token_ids(length).cuda()
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+        found = ahn.read(model, ids, chunk=chunk).last_logits
+        assert relative(found, whole[:, -1]) < 0.05
+    assert counters["stats"]["unique_graphs"] >= 5
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
 
 
 @pytest.mark.parametrize("allowed", ["graph", "graph,triton", "graph,gemv", "triton"])

@@ -1,15 +1,19 @@
-"""Faster forms of the base's own modules, for as long as a step is captured: nothing here knows a family.
+"""Faster forms of the base's own modules, for as long as a step is captured or a chunk is read: nothing here knows a
+family.
 
-`compiled`: what lies between matrix products, elementwise, is compiled. `products`: linear layers of few vectors are
-read by Triton kernels, those of one input by one. What does not look as expected (quantised weights, other names, other
-activations, hooks) is left as it is, module by module. Both change instances only, and undo it.
+`compiled`: what lies between matrix products, elementwise, is compiled. `compiled_for_reading`: so is what the memory
+does there, once for chunks of any length. `products`: linear layers of few vectors are read by Triton kernels, those of
+one input by one. What does not look as expected (quantised weights, other names, other activations, hooks) is left as
+it is, module by module. All is undone afterwards.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from types import MethodType
 from typing import Any
 from unittest import mock
@@ -17,35 +21,92 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from ahn import kernels
 from ahn.cells.base import Linear
 
+MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
+
+_changing = threading.RLock()
+
 
 @contextmanager
-def compiled(decoder: Any) -> Iterator[None]:
+def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
     """Within, norms, MLPs and rotations of the base are compiled, each class once: their dozens of elementwise
     operations take longer to start than to run."""
+    fast = of_any_length if any_length else of_one_length
     attention = decoder.layers[0].self_attn
     forms: dict[type, Any] = {}
     changed = [module for module in decoder.modules() if _is_norm(module)]
     changed += [layer.mlp for layer in decoder.layers if hasattr(layer, "mlp")]
-    with ExitStack() as undo:
+    with _changing, ExitStack() as undo:
         for module in changed:
             kind = type(module)
             if "forward" in vars(module):
                 continue
             if kind not in forms:
-                forms[kind] = torch.compile(kind.forward, dynamic=False)
+                forms[kind] = fast(kind.forward)
             _put(undo, module, "forward", MethodType(forms[kind], module))
         family = sys.modules[type(attention).__module__]
         if turn := getattr(family, "apply_rotary_pos_emb", None):
-            fast = torch.compile(turn, dynamic=False)
-            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast))
+            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast(turn)))
         (rotary,) = attention.ahn.rotary
         if rotary is not None:
-            _put(undo, rotary, "turn", torch.compile(rotary.turn, dynamic=False))
+            _put(undo, rotary, "turn", fast(rotary.turn))
         yield
+
+
+@contextmanager
+def compiled_for_reading(decoder: Any) -> Iterator[None]:
+    """Within, a chunk is read by what is compiled: base as by `compiled`, and what the memory does around attention and
+    recurrence. Where something cannot be compiled it is left. One chunk at a time: if another is being read so, this
+    one is not."""
+    if not _changing.acquire(blocking=False):
+        yield
+        return
+    from torch._dynamo import config
+
+    forms: dict[Any, Any] = {}
+    try:
+        with compiled(decoder, any_length=True), ExitStack() as undo, config.patch(suppress_errors=True):
+            for layer in decoder.layers:
+                memory = layer.self_attn.ahn
+                for name in ("_merge", "_prepare", "_combine"):
+                    function = getattr(type(memory), name)
+                    if name not in vars(memory):
+                        forms.setdefault(function, of_any_length(function))
+                        _put(undo, memory, name, MethodType(forms[function], memory))
+            yield
+    finally:
+        _changing.release()
+
+
+def of_one_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of tensors [B, T, D] or [B, N, T, H], compiled once for all T; as it is for few tokens."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    fast = torch.compile(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        length = max(tensors[0].shape[1 : max(2, tensors[0].dim() - 1)])
+        if length < MANY:
+            return function(*args, **kwargs)
+        for tensor in tensors:
+            for dim, size in enumerate(tensor.shape):
+                if size in (length, length - 1):
+                    maybe_mark_dynamic(tensor, dim)
+        return fast(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
@@ -147,11 +208,11 @@ def _is_gated(mlp: Any) -> bool:
 
 def _is_norm(module: Any) -> bool:
     """A module of nothing but one vector of weights."""
-    parameters = list(module.parameters())
+    parameters = list(module.parameters(recurse=False))
     return len(parameters) == 1 and parameters[0].dim() == 1 and not list(module.children())
 
 
 def _put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     """Set an attribute of an instance until `undo` closes."""
     setattr(owner, name, value)
-    undo.callback(delattr, owner, name)
+    undo.callback(vars(owner).pop, name, None)
