@@ -111,14 +111,17 @@ def merge_all(parts: list[Softmax], early: Softmax | None) -> Softmax:
     Args:
         early: one more, backwards, [B, N, C - 1, H]: of the queries from the last but one to the first.
     """
+    norms, last = [norm for _, norm in parts], None
     if early is not None:
-        out, norm = (t.flip(2) for t in early)
-        parts = [*parts, (F.pad(out, (0, 0, 0, 1)), F.pad(norm, (0, 1), value=float("-inf")))]
-    total = torch.stack([norm for _, norm in parts]).logsumexp(0)
-    weights = [(norm - total).exp()[..., None].to(parts[0][0].dtype) for _, norm in parts]
+        last = early[0].flip(2)
+        norms.append(F.pad(early[1].flip(2), (0, 1), value=float("-inf")))
+    total = torch.stack(norms).logsumexp(0)
+    weights = [(norm - total).exp()[..., None].to(parts[0][0].dtype) for norm in norms]
     merged = parts[0][0] * weights[0]
-    for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
-        merged = torch.addcmul(merged, out, weight)
+    for (out, _), weight in zip(parts[1:], weights[1:], strict=False):
+        merged.addcmul_(out, weight)
+    if last is not None:
+        merged[:, :, :-1].addcmul_(last, weights[-1][:, :, :-1])
     return merged, total
 
 
