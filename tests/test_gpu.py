@@ -1,5 +1,7 @@
 """What only a GPU can show: flash-linear-attention against the naive forms, and the whole model on CUDA."""
 
+import functools
+
 import pytest
 import torch
 
@@ -174,6 +176,7 @@ def test_reading_compiled(monkeypatch, cell):
     monkeypatch.delenv("AHN_KERNEL")
     monkeypatch.setattr(kernels, "LONG", 100)
     monkeypatch.setattr(fused, "MANY", 20)
+    monkeypatch.setattr(fused, "of_any_length", functools.cache(fused.of_any_length.__wrapped__))
     shape = {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
     base = tiny("Qwen3", **shape, max_position_embeddings=4096).cuda().bfloat16()
     model = with_memory(base, cell, window=257, sinks=13)

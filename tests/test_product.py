@@ -27,7 +27,9 @@ def relative(a, b):
 
 @pytest.fixture
 def multiplied(monkeypatch):
-    """Counts the launches, which are of few programs: those are interpreted one after the other."""
+    """Counts the launches, which are of few programs: those are interpreted one after the other. No graphs, no other
+    kernels."""
+    monkeypatch.setenv("AHN_KERNEL", "gemv")
     monkeypatch.setattr(product, "PROGRAMS", 8)
     counts = {"together": 0, "gated": 0}
     for name in counts:
@@ -69,9 +71,8 @@ def test_products(monkeypatch, length, rows, programs, vectors, dtype):
         ("Phi3", "gated_deltanet", 2, (2, 0)),
     ],
 )
-def test_whole_model(monkeypatch, multiplied, family, cell_name, batch, launches):
+def test_whole_model(multiplied, family, cell_name, batch, launches):
     """Token by token; as many launches a layer as expected. Phi3 has one matrix for gate and up, which stays."""
-    monkeypatch.setenv("AHN_KERNEL", "gemv")
     model = with_memory(tiny(family), cell_name, window=5, sinks=3).to(DEVICE)
     ids = token_ids(12, batch=batch).to(DEVICE)
     with torch.no_grad():
@@ -84,7 +85,9 @@ def test_whole_model(monkeypatch, multiplied, family, cell_name, batch, launches
     assert [dict(vars(module)) for module in model.modules()] == before
 
 
-def test_without_a_cell_and_with_a_store(multiplied):
+def test_without_a_cell_and_with_a_store(monkeypatch, multiplied):
+    """What the other kernels are given are views of one tensor."""
+    monkeypatch.setenv("AHN_KERNEL", "gemv,triton")
     ids = token_ids(24).to(DEVICE)
     for model in (with_memory(tiny(), None, window=9), storing("recency", window=9, store_size=4)):
         model.to(DEVICE)

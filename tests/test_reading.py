@@ -1,5 +1,7 @@
 """Dense attention on pieces of the ring: the same logits as a whole sequence, however it is cut."""
 
+import functools
+
 import pytest
 import torch
 
@@ -91,6 +93,7 @@ def test_what_is_compiled_is_compiled_once_for_all_lengths(monkeypatch, family, 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", fullgraph=True, **options))
     monkeypatch.setattr(fused, "MANY", 5)
+    monkeypatch.setattr(fused, "of_any_length", functools.cache(fused.of_any_length.__wrapped__))
     model = with_memory(tiny(family, num_hidden_layers=2), cell_name, window=16, sinks=4, **form)
     texts = {23: token_ids(150), 38: token_ids(133), 11: token_ids(98)}  # by chunk; no piece is as long as a head
     plain = [ahn.read(model, text, chunk=chunk) for chunk, text in texts.items()]

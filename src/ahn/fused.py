@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import cache, wraps
 from types import MethodType
 from typing import Any
 from unittest import mock
@@ -53,7 +53,7 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
             undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast(turn)))
         (rotary,) = attention.ahn.rotary
         if rotary is not None:
-            _put(undo, rotary, "turn", fast(rotary.turn))
+            _put(undo, rotary, "turn", MethodType(fast(type(rotary).turn), rotary))
         yield
 
 
@@ -67,16 +67,13 @@ def compiled_for_reading(decoder: Any) -> Iterator[None]:
         return
     from torch._dynamo import config
 
-    forms: dict[Any, Any] = {}
     try:
         with compiled(decoder, any_length=True), ExitStack() as undo, config.patch(suppress_errors=True):
             for layer in decoder.layers:
                 memory = layer.self_attn.ahn
                 for name in ("_merge", "_prepare", "_combine"):
-                    function = getattr(type(memory), name)
                     if name not in vars(memory):
-                        forms.setdefault(function, of_any_length(function))
-                        _put(undo, memory, name, MethodType(forms[function], memory))
+                        _put(undo, memory, name, MethodType(of_any_length(getattr(type(memory), name)), memory))
             yield
     finally:
         _changing.release()
@@ -86,8 +83,10 @@ def of_one_length(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+@cache
 def of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of tensors [B, T, D] or [B, N, T, H], compiled once for all T; as it is for few tokens."""
+    """`function` of tensors [B, T, D] or [B, N, T, H], compiled once for all T; as it is for few tokens. Not of an
+    instance: what it returns is kept, for torch.compile itself takes longer than a chunk may."""
     from torch._dynamo import maybe_mark_dynamic
 
     fast = torch.compile(function)
@@ -183,7 +182,9 @@ def _is_plain(module: Any) -> bool:
     if module._forward_hooks or module._forward_pre_hooks:
         return False
     weights = [weight for weight in (module.weight, module.bias) if weight is not None]
-    return all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() and w.is_contiguous() for w in weights)
+    if not all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() and w.is_contiguous() for w in weights):
+        return False
+    return len({weight.dtype for weight in weights}) == 1
 
 
 def _alike(modules: list[Any]) -> list[Any]:
