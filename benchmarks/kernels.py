@@ -110,7 +110,7 @@ def main() -> None:
     show("down", linear(HIDDEN, length=INNER), 2 * HIDDEN * INNER, product, **small)
     show("q, k, v, gates", linear(*readers), 2 * HIDDEN * sum(readers), product, **small)
     show("o", linear(HIDDEN), 2 * HIDDEN**2, product, **small)
-    ring = {"BLOCK": (32, 64, 128), "WARPS": (2, 4, 8), "STAGES": (2, 3, 4), "PROGRAMS": (132, 264, 528)}
+    ring = {"BLOCK": (32, 64, 128), "WARPS": (4, 8), "STAGES": (2, 3, 4), "PROGRAMS": (264, 528)}
     show("attention, merge", attend, 4 * KV_HEADS * SLOTS * SIZE, step, **ring)
     show("recurrence, output", cell, 10 * HEADS * SIZE**2, step, COLUMNS=(8, 16, 32))
 
