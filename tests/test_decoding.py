@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ahn
-from ahn import decoding, kernels
+from ahn import decoding, fused, kernels
 from ahn.cache import PAST
 from ahn.kernels import Kernel
 from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
@@ -350,7 +350,7 @@ def test_the_base_is_compiled_once_for_all_layers(monkeypatch, family):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     before = dict(vars(model.model.layers[0].mlp))
-    with decoding._compiled(model.model):
+    with fused.compiled(model.model):
         assert largest(in_pieces(model, ids, [1] * 40), whole) < 1e-4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(compiled)  # norms on heads differ in shape
     assert vars(model.model.layers[0].mlp) == before

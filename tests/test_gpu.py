@@ -1,10 +1,12 @@
 """What only a GPU can show: flash-linear-attention against the naive forms, and the whole model on CUDA."""
 
+import functools
+
 import pytest
 import torch
 
 import ahn
-from ahn import kernels
+from ahn import fused, kernels
 from ahn.attention import attend
 from ahn.augmentation import layers_of, set_window
 from ahn.cache import PAST
@@ -163,7 +165,34 @@ def test_reading_in_pieces_of_the_ring(cell, window, sinks):
         assert relative(in_pieces(model, ids, sizes), whole) < 0.05
 
 
-@pytest.mark.parametrize("allowed", ["graph", "graph,triton", "triton"])
+def test_cudnn_groups_heads():
+    """If not, reading copies keys for every query head: correct, but slower."""
+    if kernels.attention(torch.empty(1, 64, device="cuda", dtype=torch.bfloat16)).name == "cudnn":
+        assert kernels.groups_heads()
+
+
+def test_reading_compiled(monkeypatch, cell):
+    """Texts of several lengths by the same graphs; nothing that is compiled fails and is left plain."""
+    monkeypatch.delenv("AHN_KERNEL")
+    monkeypatch.setattr(kernels, "LONG", 100)
+    monkeypatch.setattr(fused, "MANY", 20)
+    monkeypatch.setattr(fused, "of_any_length", functools.cache(fused.of_any_length.__wrapped__))
+    shape = {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    base = tiny("Qwen3", **shape, max_position_embeddings=4096).cuda().bfloat16()
+    model = with_memory(base, cell, window=257, sinks=13)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for length, chunk in ((1300, 211), (901, 301), (777, 99)):
+        ids = token_ids(length).cuda()
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+        found = ahn.read(model, ids, chunk=chunk).last_logits
+        assert relative(found, whole[:, -1]) < 0.05
+    assert counters["stats"]["unique_graphs"] >= 5
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+@pytest.mark.parametrize("allowed", ["graph", "graph,triton", "graph,gemv", "triton"])
 @pytest.mark.parametrize("sinks", [0, 5])
 def test_decoding_is_the_whole_sequence(monkeypatch, cell, allowed, sinks):
     """float32, from before the first token leaves on, several times around the ring, with every set of kernels."""
@@ -200,10 +229,12 @@ def test_decoding_of_every_form(form):
 def test_decoding_in_half_precision_with_grouped_heads(cell):
     shape = {"hidden_size": 256, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}
     model = with_memory(tiny("Qwen2", **shape).cuda().bfloat16(), cell, window=150, sinks=3)
-    ids = token_ids(400, batch=2).cuda()
-    with torch.no_grad():
-        whole = model(ids, use_cache=False).logits
-    assert relative(in_pieces(model, ids, [100, *[1] * 300]), whole) < 0.05
+    for batch in (1, 2, 3, 5):  # the last one is too many rows for `gemv`
+        ids = token_ids(400, batch=batch).cuda()
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+        assert relative(in_pieces(model, ids, [100, *[1] * 300]), whole) < 0.05
+        assert kernels_used(model)
 
 
 def test_rows_at_different_positions_in_a_graph():

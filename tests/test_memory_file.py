@@ -119,9 +119,28 @@ def test_tampered_header(saved, model):
 
 
 def test_another_version(saved, model):
-    rewrite_header(saved, ahn=2)
-    with pytest.raises(MemoryFileError, match="version 2"):
+    rewrite_header(saved, ahn=3)
+    with pytest.raises(MemoryFileError, match="version 3: this ahn reads 1 to 2"):
         ahn.AHNCache.load(saved, model)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_version_is_read_and_checked(model, tmp_path, monkeypatch, version):
+    """With pieces so small that a tensor has several, the last one shorter."""
+    monkeypatch.setattr(memory_file, "PIECE", 1000)
+    path, cache = tmp_path / "book.ahn", ahn.read(model, token_ids(60))
+    with monkeypatch.context() as then:
+        then.setattr(memory_file, "VERSION", version)
+        cache.save(path)
+    assert memory_file.peek(path)["ahn"] == version
+    loaded = ahn.AHNCache.load(path, model)
+    for ours, theirs in zip(loaded.layers, cache.layers, strict=True):
+        assert all(torch.equal(ours.tensors[name], tensor) for name, tensor in theirs.tensors.items())
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(MemoryFileError, match="checksum"):
+        ahn.AHNCache.load(path, model)
 
 
 def test_not_a_memory_file(tmp_path, model):

@@ -1,10 +1,13 @@
 """Dense attention on pieces of the ring: the same logits as a whole sequence, however it is cut."""
 
+import functools
+
 import pytest
 import torch
 
 import ahn
-from ahn import augmentation, reading
+from ahn import augmentation, fused, kernels, reading
+from ahn.attention import merge, merge_all
 from ahn.cache import Span
 from conftest import in_pieces, tiny, token_ids, with_memory
 
@@ -60,3 +63,50 @@ def test_a_first_chunk_of_another_size(monkeypatch):
     assert done == [(20, 90), (36, 90), (52, 90), (68, 90), (84, 90), (90, 90)]
     with torch.no_grad():
         assert (cache.last_logits - model(ids, use_cache=False).logits[:, -1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_merging_several_parts_is_merging_them_one_by_one(early):
+    torch.manual_seed(0)
+    parts = [(torch.randn(2, 3, 7, 4), 5 * torch.randn(2, 3, 7)) for _ in range(3)]
+    last = (torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6)) if early else None
+    found = merge_all(parts, last)
+    expected = merge(merge(parts[0], parts[1]), parts[2])
+    if last is not None:
+        one = merge((last[0].flip(2), last[1].flip(2)), tuple(t[:, :, :-1] for t in expected))
+        expected = tuple(torch.cat([a, b[:, :, -1:]], 2) for a, b in zip(one, expected, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "cell_name", "form"),
+    [
+        ("Qwen2", "gated_deltanet", {}),
+        ("Qwen3", "mamba2", {"memory_positions": "none"}),
+        ("Phi3", "deltanet", {"layers": [1]}),
+        ("Llama", "gated_deltanet", {"store": "recency", "store_size": 8}),
+    ],
+    ids=str,
+)
+def test_what_is_compiled_is_compiled_once_for_all_lengths(monkeypatch, family, cell_name, form):
+    """Texts of several lengths, pieces that are plain because they are short; all is undone."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", fullgraph=True, **options))
+    monkeypatch.setattr(fused, "MANY", 5)
+    monkeypatch.setattr(fused, "of_any_length", functools.cache(fused.of_any_length.__wrapped__))
+    model = with_memory(tiny(family, num_hidden_layers=2), cell_name, window=16, sinks=4, **form)
+    texts = {23: token_ids(150), 38: token_ids(133), 11: token_ids(98)}  # by chunk; no piece is as long as a head
+    plain = [ahn.read(model, text, chunk=chunk) for chunk, text in texts.items()]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    before = [dict(vars(module)) for module in model.modules()]
+    monkeypatch.setattr(kernels, "between_many", lambda device, tokens: kernels.Kernel("inductor", "as on CUDA"))
+    graphs = []
+    for (chunk, text), expected in zip(texts.items(), plain, strict=True):
+        cache = ahn.read(model, text, chunk=chunk)
+        assert (cache.last_logits - expected.last_logits).abs().max() < 1e-4
+        for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+            assert all((ours.tensors[name] - t).abs().max() < 1e-4 for name, t in theirs.tensors.items())
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 5 <= graphs[0] <= graphs[-1] <= 12, graphs
+    assert [dict(vars(module)) for module in model.modules()] == before

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ahn import kernels
 from ahn.errors import ConfigError, UnsupportedModelError
@@ -61,6 +62,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     kernel = kernels.attention(q, gradients).name
     fused = kernel != "torch" and (mask is None or q.device.type == "cpu")
+    if fused and kernel == "cudnn" and (groups == 1 or kernels.groups_heads()):
+        out, norm = _fused(kernel, q, k, v, None, scale, causal)
+        return out, norm.reshape(batch, heads, queries)
     if causal and fused:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out, norm = _fused(kernel, q, k, v, None, scale, causal)
@@ -85,7 +89,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
 
 
 def _fused(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Softmax:
-    """Torch's fused kernels by name, which give the normaliser too; as many heads of keys as of queries."""
+    """Torch's fused kernels by name, which give the normaliser too; as many heads of keys as of queries, or for cuDNN
+    fewer."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
@@ -98,6 +103,26 @@ def merge(a: Softmax, b: Softmax) -> Softmax:
     """Attention over the union of two disjoint sets of keys."""
     weight = torch.sigmoid(a[1] - b[1])[..., None].to(a[0].dtype)
     return torch.lerp(b[0], a[0], weight), torch.logaddexp(a[1], b[1])
+
+
+def merge_all(parts: list[Softmax], early: Softmax | None) -> Softmax:
+    """As `merge`, of several at once.
+
+    Args:
+        early: one more, backwards, [B, N, C - 1, H]: of the queries from the last but one to the first.
+    """
+    norms, last = [norm for _, norm in parts], None
+    if early is not None:
+        last = early[0].flip(2)
+        norms.append(F.pad(early[1].flip(2), (0, 1), value=float("-inf")))
+    total = torch.stack(norms).logsumexp(0)
+    weights = [(norm - total).exp()[..., None].to(parts[0][0].dtype) for norm in norms]
+    merged = parts[0][0] * weights[0]
+    for (out, _), weight in zip(parts[1:], weights[1:], strict=False):
+        merged.addcmul_(out, weight)
+    if last is not None:
+        merged[:, :, :-1].addcmul_(last, weights[-1][:, :, :-1])
+    return merged, total
 
 
 def attend_one(

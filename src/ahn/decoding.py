@@ -18,19 +18,15 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from types import MethodType
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ahn import kernels
+from ahn import fused, kernels
 from ahn.cache import PAST, AHNCache, LayerMemory, Span
 from ahn.layer import FOREVER
 
@@ -143,8 +139,12 @@ class Graph:
                 scratch[_form(layer)] = spare = copy.copy(layer)
                 for name, tensor in layer.tensors.items():
                     setattr(spare, name, torch.zeros_like(tensor))
-        compiles = kernels.between(self.start.device.type).name == "inductor"
-        with _compiled(self.decoder) if compiles else nullcontext():
+        device = self.start.device.type
+        with ExitStack() as faster:
+            if kernels.products(device, len(self.ids)).name == "gemv":
+                faster.enter_context(fused.products(self.decoder))
+            if kernels.between(device).name == "inductor":
+                faster.enter_context(fused.compiled(self.decoder))
             self._record([scratch[_form(layer)] for layer in self.layers], cache, due)
 
     def _record(self, scratch: list[LayerMemory], cache: AHNCache, due: bool) -> None:
@@ -232,40 +232,6 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         logger.warning("decoding without a CUDA graph: %s", frame.no_graph)
         return None
     return frame.graph, due
-
-
-@contextmanager
-def _compiled(decoder: Any) -> Iterator[None]:
-    """Within, norms, MLPs and rotations of the base are compiled, each class once: their dozens of elementwise
-    operations take longer to start than to run."""
-    attention = decoder.layers[0].self_attn
-    compiled: dict[type, Any] = {}
-    changed = [module for module in decoder.modules() if _is_norm(module)]
-    changed += [layer.mlp for layer in decoder.layers if hasattr(layer, "mlp")]
-    with ExitStack() as undo:
-        for module in changed:
-            kind = type(module)
-            if "forward" in vars(module):
-                continue
-            if kind not in compiled:
-                compiled[kind] = torch.compile(kind.forward, dynamic=False)
-            module.forward = MethodType(compiled[kind], module)
-            undo.callback(delattr, module, "forward")
-        family = sys.modules[type(attention).__module__]
-        if turn := getattr(family, "apply_rotary_pos_emb", None):
-            fast = torch.compile(turn, dynamic=False)
-            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast))
-        (rotary,) = attention.ahn.rotary
-        if rotary is not None:
-            rotary.turn = torch.compile(rotary.turn, dynamic=False)
-            undo.callback(delattr, rotary, "turn")
-        yield
-
-
-def _is_norm(module: Any) -> bool:
-    """A module of nothing but one vector of weights."""
-    parameters = list(module.parameters())
-    return len(parameters) == 1 and parameters[0].dim() == 1 and not list(module.children())
 
 
 def _obstacle(model: PreTrainedModel) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ahn import fused, kernels
 from ahn.augmentation import chunks
 from ahn.cache import PAST, AHNCache
 from ahn.errors import ConfigError
@@ -84,12 +85,14 @@ def read_chunks(
     total = ids.shape[1]
     past = 0 if mask is None else mask.shape[1] - total
     hidden: Tensor | None = None
+    compiles = kernels.between_many(ids.device.type, total).name == "inductor"
     with finish_before_interrupt() as interrupted:
         low = 0
         while low < total:
             piece = ids[:, low : low + (chunk if low or first is None else first)]
             seen = None if mask is None else mask[:, : past + low + piece.shape[1]].to(piece.device)
-            states = decoder(piece, attention_mask=seen, **{PAST: cache}, use_cache=True).last_hidden_state
+            with fused.compiled_for_reading(decoder) if compiles and piece.shape[1] > 1 else nullcontext():
+                states = decoder(piece, attention_mask=seen, **{PAST: cache}, use_cache=True).last_hidden_state
             hidden = _last_real(states, None if seen is None else seen[:, -piece.shape[1] :], hidden)
             low += piece.shape[1]
             if progress is not None:

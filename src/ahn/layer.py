@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ahn import cells, kernels, reading
-from ahn.attention import Rotary, Softmax, attend_one, attend_window, heads_of
+from ahn.attention import Rotary, Softmax, attend_one, attend_window, heads_of, merge_all
 from ahn.cache import LayerMemory, Span
 from ahn.cells.base import Cell, Gates
 from ahn.config import AHNConfig
@@ -351,6 +351,9 @@ class AHNLayer(nn.Module):
 
     def _turn(self, rotary: Rotary, q: Tensor, angles: Turn) -> Tensor:
         return rotary.turn(q, angles)
+
+    def _merge(self, parts: list[Softmax], early: Softmax | None) -> Softmax:
+        return merge_all(parts, early)
 
 
 class _Shift(torch.autograd.Function):

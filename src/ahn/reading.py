@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ahn.attention import Softmax, attend, merge
+from ahn.attention import Softmax, attend
 from ahn.cache import LayerMemory, Span
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def read(
         part = slice(low, low + piece.length)
         new = tuple(t[:, :, part] for t in (k, v)) + ((inputs[:, part],) if inputs is not None else ())
         queries = q[:, :, part]
-        (out, norm), old = _attend(queries, q_sinks[:, :, part], new, memory, piece, scale)
+        (out, norm), old = _attend(layer, queries, q_sinks[:, :, part], new, memory, piece, scale)
         out = out.transpose(1, 2)
         if old is not None and layer.cell is not None:
             leaving = layer._leaving(piece, q.device)
@@ -78,23 +78,24 @@ def pieces(span: Span, sinks: int, window: int | None) -> list[Span]:
 
 
 def _attend(
-    q: Tensor, q_sinks: Tensor, new: tuple[Tensor, ...], memory: LayerMemory, piece: Span, scale: float
+    layer: AHNLayer, q: Tensor, q_sinks: Tensor, new: tuple[Tensor, ...], memory: LayerMemory, piece: Span, scale: float
 ) -> tuple[Softmax, tuple[Tensor, ...] | None]:
     """Attend to sinks and window and put the piece into the buffer; also returns keys, values and gate inputs of the
     tokens it pushes out, in order."""
     start, count, sinks = piece.first, piece.length, memory.sinks
     buffers = tuple(t for t in (memory.keys, memory.values, memory.inputs) if t is not None)
-    out = attend(q, new[0], new[1], None, scale, causal=True)
+    parts = [attend(q, new[0], new[1], None, scale, causal=True)]
     if memory.window is None or start < sinks + memory.window:
         for buffer, tokens in zip(buffers, new, strict=True):
             _slots(buffer, start, count).copy_(tokens)
-        if start:
-            out = merge(attend(q, _slots(buffers[0], 0, start), _slots(buffers[1], 0, start), None, scale), out)
-        return out, None
+        if not start:
+            return parts[0], None
+        parts.append(attend(q, _slots(buffers[0], 0, start), _slots(buffers[1], 0, start), None, scale))
+        return layer._merge(parts, None), None
     window = memory.window
     first = (start - sinks) % window  # of the oldest token, behind the sinks
     wrapped = max(0, first + count - window)
-    taken = [(first, count - wrapped), (0, wrapped)]
+    taken = [(at, length) for at, length in ((first, count - wrapped), (0, wrapped)) if length]
     staying = [(wrapped, first - wrapped), (first + count, window - first - count)]
     old = tuple(
         torch.cat([_slots(buffer, sinks + at, length) for at, length in taken], 1 if buffer.dim() == 3 else 2)
@@ -109,15 +110,14 @@ def _attend(
     for at, length in staying:
         if length > 0:
             part = attend(q, _slots(keys, sinks + at, length), _slots(values, sinks + at, length), None, scale)
-            out = merge(part, out)
+            parts.append(part)
     if sinks:
-        out = merge(attend(q_sinks, keys[:, :, :sinks], values[:, :, :sinks], None, scale), out)
+        parts.append(attend(q_sinks, keys[:, :, :sinks], values[:, :, :sinks], None, scale))
+    early = None
     if count > 1:
         query, key, value = (t.flip(2) for t in (q[:, :, :-1], old[0][:, :, 1:], old[1][:, :, 1:]))
-        part = attend(query, key, value, None, scale, causal=True)
-        early = merge((part[0].flip(2), part[1].flip(2)), (out[0][:, :, :-1], out[1][:, :, :-1]))
-        out = torch.cat([early[0], out[0][:, :, -1:]], 2), torch.cat([early[1], out[1][:, :, -1:]], 2)
-    return out, old
+        early = attend(query, key, value, None, scale, causal=True)
+    return layer._merge(parts, early), old
 
 
 def _slots(buffer: Tensor, first: int, count: int) -> Tensor:

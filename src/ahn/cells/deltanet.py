@@ -59,7 +59,7 @@ class DeltaNet(Cell):
     def step_form(self) -> Form:
         from ahn.kernels.step import Form
 
-        return Form(True, None, self.head_dim**-0.5, self.g_proj, self.o_norm.weight)
+        return Form(True, None, self.head_dim**-0.5, (self.b_proj,), self.g_proj, self.o_norm.weight)
 
     def fla(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
         return fla.delta_rule(q, k, v, gates[0], state, self.head_dim**-0.5)

@@ -68,7 +68,14 @@ class GatedDeltaNet(Cell):
     def step_form(self) -> Form:
         from ahn.kernels.step import Form
 
-        return Form(True, (self.A_log, self.dt_bias), self.head_dim**-0.5, self.g_proj, self.o_norm.weight)
+        return Form(
+            True,
+            (self.A_log, self.dt_bias),
+            self.head_dim**-0.5,
+            (self.b_proj, self.a_proj),
+            self.g_proj,
+            self.o_norm.weight,
+        )
 
     def fla(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
         beta, log_decay = gates

@@ -66,7 +66,7 @@ class Mamba2(Cell):
     def step_form(self) -> Form:
         from ahn.kernels.step import Form
 
-        return Form(False, (self.A_log, self.dt_bias), 1.0, self.g_proj, self.norm.weight)
+        return Form(False, (self.A_log, self.dt_bias), 1.0, (self.dt_proj,), self.g_proj, self.norm.weight)
 
     def fla(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
         dt, log_decay = gates

@@ -23,10 +23,13 @@ KERNELS = {
     "flash": "torch's fused attention: reading",
     "flex": "torch's FlexAttention: training",
     "graph": "a CUDA graph of the whole step: one token",
-    "inductor": "torch.compile, for the elementwise work of the base in that graph",
+    "inductor": "torch.compile, for the elementwise work between products: in that graph, and reading",
+    "gemv": "this package's own, for the linear layers of the base in that graph",
     "triton": "this package's own: attention and cell of one token",
 }
 FLEX_BLOCK = 128
+FEW_ROWS = 4
+LONG = 65536  # tokens of a text from which on compiling is worth its seconds
 
 
 class Kernel(NamedTuple):
@@ -85,12 +88,10 @@ def attention(like: Tensor, gradients: bool = False) -> Kernel:
 
 def one_token(device: str) -> Kernel:
     """Attention and cell of one new token a row."""
-    if not _installed("triton"):
-        return Kernel("torch", "triton is not installed")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device != "cuda" and not interpreted:
-        return Kernel("torch", f"{device}: Triton kernels need CUDA")
-    return _allowed("triton", f"{device}{', interpreted' if interpreted else ''}: one kernel each")
+    if reason := _no_triton(device):
+        return Kernel("torch", reason)
+    interpreted = ", interpreted" if device != "cuda" else ""
+    return _allowed("triton", f"{device}{interpreted}: one kernel each")
 
 
 def decoding(device: str) -> Kernel:
@@ -105,6 +106,26 @@ def between(device: str) -> Kernel:
     if decoding(device).name != "graph":
         return Kernel("torch", "only in a graph is it worth compiling")
     return _allowed("inductor", "CUDA: compiled once, one kernel each")
+
+
+def between_many(device: str, tokens: int) -> Kernel:
+    """The elementwise work of base and memory while a text of `tokens` tokens is read."""
+    if device != "cuda":
+        return Kernel("torch", f"{device}: nothing is won by compiling")
+    if tokens < LONG:
+        return Kernel("torch", f"{tokens:,} tokens: compiling takes longer, {LONG:,} are worth it")
+    return _allowed("inductor", f"CUDA, from {LONG:,} tokens on: compiled once for chunks of any length")
+
+
+def products(device: str, rows: int) -> Kernel:
+    """Linear layers of the base and of the cell for one new token in each of `rows` rows."""
+    if decoding(device).name != "graph":
+        return Kernel("torch", "only in a graph are they worth launching")
+    if reason := _no_triton(device):
+        return Kernel("torch", reason)
+    if rows > FEW_ROWS:
+        return Kernel("torch", f"{rows} rows: tensor cores are faster")
+    return _allowed("gemv", f"CUDA, up to {FEW_ROWS} rows: each weight is read once, those of one input by one kernel")
 
 
 def report() -> list[tuple[str, str, str]]:
@@ -122,8 +143,10 @@ def report() -> list[tuple[str, str, str]]:
     rows += [(f"{name}, many tokens", *choose(cells.get(name).fla_operation, like)) for name in cells.names()]
     return [
         *rows,
+        ("reading: between products", *between_many(device, LONG)),
         ("one token: attention, cell", *one_token(device)),
         ("one token: all layers", *decoding(device)),
+        ("one token: products", *products(device, 1)),
         ("one token: between products", *between(device)),
     ]
 
@@ -160,6 +183,30 @@ def _cudnn_problem() -> str | None:
         return str(error).splitlines()[0]
     expected = (q.float() @ k.float().transpose(-1, -2) * 0.125).logsumexp(-1)
     return None if torch.allclose(norm.reshape(1, 1, 128), expected, atol=1e-2) else "its normaliser is another"
+
+
+@cache
+def groups_heads() -> bool:
+    """Whether cuDNN's attention lets query heads share heads of keys by itself: tried once on a small case."""
+    import torch
+
+    q, k, v = (torch.randn(1, n, 128, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2))
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    try:
+        found = attend(q, k, v, None, True, 0.0, True, scale=0.125)[:2]
+    except RuntimeError:
+        return False
+    expected = attend(q, *(t.repeat_interleave(2, 1) for t in (k, v)), None, True, 0.0, True, scale=0.125)[:2]
+    return all(bool((a - b).norm() < 0.01 * b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def _no_triton(device: str) -> str | None:
+    """Why this package's own kernels cannot run, or None."""
+    if not _installed("triton"):
+        return "triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"{device}: Triton kernels need CUDA"
+    return None
 
 
 @cache

@@ -24,8 +24,9 @@ from torch import Tensor
 from ahn.retention import NOBODY
 
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
-PARTS = 128  # combined at once
-COLUMNS = 32  # of state and projection by one program
+BLOCK, WARPS, STAGES = 64, 4, 3  # of attention: slots at a time, their loads under way
+PARTS = 256  # combined at once, at most
+COLUMNS = 16  # of state, projection and combined parts by one program, for there are few heads
 EPSILON = 1e-6  # on the squared length of queries and keys (`ahn.cells.base.unit`)
 NORM_EPSILON = 1e-5
 
@@ -40,6 +41,7 @@ class Form(NamedTuple):
     delta: bool
     decay: tuple[Tensor, Tensor] | None  # A_log, dt_bias [N]
     scale: float
+    inputs: tuple[Any, ...]  # linear layers of x; side by side they are the gate inputs
     gate: Any  # x [B, 1, D] -> [B, 1, N], times silu of which goes what was read
     norm: Tensor  # weight [H]: RMSNorm per head, then the gate; [N * H]: the gate, then RMSNorm over all heads
 
@@ -61,12 +63,16 @@ def attend(
         q, q_sinks, k, v, partial, norms, last, scale, slots, sinks, sink_parts, parts,
         q.stride(0), q.stride(1), q_sinks.stride(0), q_sinks.stride(1), *k.stride()[:3], *v.stride()[:3],
         KV_HEADS=kv_heads, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), SIZE=size, WIDTH=width,
-        SPLIT=split, BLOCK=64, LAST=last is not None, BY_ROW=last is not None and len(last) > 1,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_stages=3,
+        SPLIT=split, BLOCK=BLOCK, LAST=last is not None, BY_ROW=last is not None and len(last) > 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     out = q.new_empty(batch, heads, 1, size)
     norm = q.new_empty(batch, heads, 1, dtype=torch.float32)
-    _merge[(batch * heads,)](partial, norms, out, norm, parts, SIZE=size, WIDTH=width, PARTS=PARTS)
+    columns = min(COLUMNS, width)
+    _merge[(batch * heads, triton.cdiv(size, columns))](
+        partial, norms, out, norm, parts,
+        SIZE=size, COLUMNS=columns, PARTS=min(PARTS, max(16, triton.next_power_of_2(parts))),
+    )  # fmt: skip
     return out, norm
 
 
@@ -134,7 +140,7 @@ def recur(
     _recur[(batch * heads, triton.cdiv(size, columns))](
         q, k, v, inputs, writes, rates, biases, state, read, form.scale, inputs.shape[-1],
         HEADS=heads, K_GROUPS=heads // k.shape[1], V_GROUPS=heads // v.shape[1], FEATURES=features, SIZE=size,
-        BLOCK=min(64, triton.next_power_of_2(features)), COLUMNS=columns, DELTA=form.delta,
+        BLOCK=min(128, triton.next_power_of_2(features)), COLUMNS=columns, DELTA=form.delta,
         DECAY=form.decay is not None, WRITES=writes is not None, BY_ROW=writes is not None and len(writes) > 1,
         UNIT=unit, EPSILON=EPSILON,
     )  # fmt: skip
@@ -310,32 +316,33 @@ def _attend(
 
 @triton.jit
 def _merge(
-    partial, norms, out, norm, parts, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
+    partial, norms, out, norm, parts, SIZE: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """The parts of one query head by their normalisers; a part that has seen nothing has a weight of zero."""
+    """Some columns of the parts of one query head, by their normalisers; a part that has seen nothing has a weight of
+    zero."""
     head = tl.program_id(0).to(tl.int64)
-    channels = tl.arange(0, WIDTH)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     highest = float("-inf")
     total = 0.0
-    sums = tl.zeros([WIDTH], tl.float32)
+    sums = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         place = head * parts + part
+        tile = tl.load(
+            partial + place[:, None] * SIZE + column[None, :],
+            mask=(part < parts)[:, None] & (column < SIZE)[None, :],
+            other=0.0,
+        )
         log = tl.load(norms + place, mask=part < parts, other=float("-inf"))
         above = tl.maximum(highest, tl.max(log, 0))
         safe = tl.where(above == float("-inf"), 0.0, above)
         weight = tl.exp(log - safe)
         fade = tl.exp(highest - safe)
-        tile = tl.load(
-            partial + place[:, None] * SIZE + channels[None, :],
-            mask=(part < parts)[:, None] & (channels < SIZE)[None, :],
-            other=0.0,
-        )
         sums = sums * fade + tl.sum(weight[:, None] * tile, 0)
         total = total * fade + tl.sum(weight, 0)
         highest = above
-    tl.store(out + head * SIZE + channels, (sums / total).to(out.dtype.element_ty), mask=channels < SIZE)
-    tl.store(norm + head, highest + tl.log(total))
+    tl.store(out + head * SIZE + column, (sums / total).to(out.dtype.element_ty), mask=column < SIZE)
+    tl.store(norm + head, highest + tl.log(total))  # the same by each
 
 
 @triton.jit

@@ -1,0 +1,119 @@
+"""The kernels of one token on a GPU, one by one, and with other constants: microseconds, and the bandwidth of what has
+to be read.
+
+    python benchmarks/kernels.py
+
+The shape is that of a layer of Qwen2.5-3B, behind 131,072 tokens. Each is launched many times in one CUDA graph, on
+copies that together are larger than the cache of the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+import ahn
+from ahn.kernels import product, step
+from common import now
+
+HIDDEN, INNER, HEADS, KV_HEADS, SIZE, SLOTS, SINKS = 2048, 11008, 16, 2, 128, 32768, 128
+CACHE = 2e8  # bytes, more than any device caches
+CUDA = torch.device("cuda")
+
+
+def microseconds(make: Callable[[], Callable[[], Any]], size: float) -> float:
+    """Of one launch of what `make` returns, which reads `size` bytes of its own."""
+    calls = [make() for _ in range(max(2, int(CACHE / size)))]
+    for call in calls:
+        call()
+    repeats = max(1, 64 // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    graph.replay()
+    start = now(CUDA)
+    for _ in range(20):
+        graph.replay()
+    return 1e6 * (now(CUDA) - start) / (20 * repeats * len(calls))
+
+
+def layers(*rows: int, length: int = HIDDEN) -> list[nn.Linear]:
+    return [nn.Linear(length, count, bias=False, dtype=torch.bfloat16, device=CUDA) for count in rows]
+
+
+def linear(*rows: int, length: int = HIDDEN) -> Callable[[], Callable[[], Any]]:
+    x = torch.randn(1, 1, length, dtype=torch.bfloat16, device=CUDA)
+
+    def make() -> Callable[[], Any]:
+        some = layers(*rows, length=length)
+        return lambda: product.together(x, some)
+
+    return make
+
+
+def gated() -> Callable[[], Any]:
+    x = torch.randn(1, 1, HIDDEN, dtype=torch.bfloat16, device=CUDA)
+    gate, up = layers(INNER, INNER)
+    return lambda: product.gated(x, gate, up)
+
+
+def attend() -> Callable[[], Any]:
+    q = torch.randn(1, HEADS, 1, SIZE, dtype=torch.bfloat16, device=CUDA)
+    k, v = torch.randn(2, 1, KV_HEADS, SLOTS, SIZE, dtype=torch.bfloat16, device=CUDA)
+    last = torch.tensor([131072], device=CUDA)
+    return lambda: step.attend(q, q, k, v, SINKS, last, SIZE**-0.5)
+
+
+def cell() -> Callable[[], Any]:
+    module = ahn.cells.get("gated_deltanet")(HIDDEN, HEADS, SIZE, torch.bfloat16, CUDA)
+    form = module.step_form()
+    q, out = torch.randn(2, 1, HEADS, 1, SIZE, dtype=torch.bfloat16, device=CUDA)
+    k, v = torch.randn(2, 1, KV_HEADS, 1, SIZE, dtype=torch.bfloat16, device=CUDA)
+    inputs, gate = (torch.randn(1, 1, n * HEADS, dtype=torch.bfloat16, device=CUDA) for n in (2, 1))
+    state = torch.randn(1, HEADS, SIZE, SIZE, device=CUDA)
+
+    def call() -> None:
+        read = step.recur(form, q, k, v, inputs, None, state, unit=True)
+        step.add_read(form, out.transpose(1, 2), read, gate, module.o_proj.weight, None)
+
+    return call
+
+
+def show(name: str, make: Callable[[], Callable[[], Any]], size: float, module: Any, **choices: Iterable[int]) -> None:
+    """One line with the constants of `module` as they are, and one for each other combination."""
+    usual = tuple(getattr(module, constant) for constant in choices)
+    for values in [usual, *(some for some in itertools.product(*choices.values()) if some != usual)]:
+        for constant, value in zip(choices, values, strict=True):
+            setattr(module, constant, value)
+        try:
+            spent = microseconds(make, size)
+            found = f"{spent:6.2f} us  {size / spent / 1e6:5.2f} TB/s"
+        except Exception as error:  # more registers or shared memory than there are
+            found = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"{name:<24} {found}  {dict(zip(choices, values, strict=True))}", flush=True)
+    for constant, value in zip(choices, usual, strict=True):
+        setattr(module, constant, value)
+
+
+@torch.no_grad()
+def main() -> None:
+    tiles = {"ROWS": (4, 8, 16), "TILE": (2048, 4096, 8192), "STAGES": (2, 3, 4)}
+    small = {"PROGRAMS": (256, 512, 1024), "TILE": (2048, 4096, 8192), "STAGES": (2, 4)}
+    readers = (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE, HEADS, HEADS, HEADS)
+    show("gate, up", gated, 4 * HIDDEN * INNER, product, **tiles)
+    show("down", linear(HIDDEN, length=INNER), 2 * HIDDEN * INNER, product, **small)
+    show("q, k, v, gates", linear(*readers), 2 * HIDDEN * sum(readers), product, **small)
+    show("o", linear(HIDDEN), 2 * HIDDEN**2, product, **small)
+    ring = {"BLOCK": (32, 64, 128), "WARPS": (4, 8), "STAGES": (2, 3, 4), "PROGRAMS": (264, 528)}
+    show("attention, merge", attend, 4 * KV_HEADS * SLOTS * SIZE, step, **ring)
+    show("recurrence, output", cell, 10 * HEADS * SIZE**2, step, COLUMNS=(8, 16, 32))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Few vectors times the base's matrices, in Triton, against plain linear layers: on CUDA, or interpreted on a CPU."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ahn import fused
+from conftest import in_pieces, storing, tiny, token_ids, with_memory
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
+from ahn.kernels import product  # noqa: E402 - Triton looks at its environment when the kernels are defined
+
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter multiplies no bfloat16
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """Counts the launches, which are of few programs: those are interpreted one after the other. No graphs, no other
+    kernels."""
+    monkeypatch.setenv("AHN_KERNEL", "gemv")
+    monkeypatch.setattr(product, "PROGRAMS", 8)
+    counts = {"together": 0, "gated": 0}
+    for name in counts:
+        kernel = getattr(product, name)
+
+        def counted(*args, kernel=kernel, name=name):
+            counts[name] += 1
+            return kernel(*args)
+
+        monkeypatch.setattr(product, name, counted)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("programs", [2, 512])
+@pytest.mark.parametrize(("length", "rows"), [(24, (5, 3, 1)), (130, (9,))])
+def test_products(monkeypatch, length, rows, programs, vectors, dtype):
+    """Of matrices with and without biases, by programs of one row and of several, in one tile and in several."""
+    torch.manual_seed(length)
+    monkeypatch.setattr(product, "PROGRAMS", programs)
+    monkeypatch.setattr(product, "TILE", 256)
+    x = torch.randn(vectors, 1, length, device=DEVICE).to(dtype)
+    layers = [nn.Linear(length, count, bias=i % 2 == 0, device=DEVICE).to(dtype) for i, count in enumerate(rows)]
+    with torch.no_grad():
+        exact = [F.linear(x.float(), m.weight.float(), None if m.bias is None else m.bias.float()) for m in layers]
+        assert relative(product.together(x, layers), torch.cat(exact, -1)) < LIMIT[dtype]
+        up = nn.Linear(length, rows[0], device=DEVICE).to(dtype)
+        expected = F.silu(exact[0]) * F.linear(x.float(), up.weight.float(), up.bias.float())
+        assert relative(product.gated(x, layers[0], up), expected) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize(
+    ("family", "cell_name", "batch", "launches"),
+    [
+        ("Llama", "gated_deltanet", 1, (3, 1)),
+        ("Qwen2", "mamba2", 3, (3, 1)),
+        ("Qwen3", "deltanet", 1, (3, 1)),
+        ("Phi3", "gated_deltanet", 2, (2, 0)),
+    ],
+)
+def test_whole_model(multiplied, family, cell_name, batch, launches):
+    """Token by token; as many launches a layer as expected. Phi3 has one matrix for gate and up, which stays."""
+    model = with_memory(tiny(family), cell_name, window=5, sinks=3).to(DEVICE)
+    ids = token_ids(12, batch=batch).to(DEVICE)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    before = [dict(vars(module)) for module in model.modules()]
+    with fused.products(model.model):
+        assert (in_pieces(model, ids, [7, *[1] * 5]) - whole).abs().max() < 1e-4
+    together, gated = launches
+    assert multiplied == {"together": together * 2 * 5, "gated": gated * 2 * 5}
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_without_a_cell_and_with_a_store(monkeypatch, multiplied):
+    """What the other kernels are given are views of one tensor."""
+    monkeypatch.setenv("AHN_KERNEL", "gemv,triton")
+    ids = token_ids(24).to(DEVICE)
+    for model in (with_memory(tiny(), None, window=9), storing("recency", window=9, store_size=4)):
+        model.to(DEVICE)
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+        with fused.products(model.model):
+            assert (in_pieces(model, ids, [18, *[1] * 6]) - whole).abs().max() < 1e-4
+    assert multiplied["gated"] == 2 * 2 * 6
+
+
+def test_what_does_not_fit_is_left(multiplied):
+    """Another activation, a hook, another forward, more rows than are few: each as before."""
+    model = with_memory(tiny(hidden_act="gelu"), window=9, sinks=3).to(DEVICE)
+    first, second = model.model.layers
+    first.self_attn.o_proj.register_forward_hook(lambda module, args, out: None)
+    second.self_attn.k_proj.forward = second.self_attn.k_proj.forward
+    ids = token_ids(20).to(DEVICE)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    with fused.products(model.model):
+        assert "forward" not in vars(first.mlp) and "forward" not in vars(first.self_attn.o_proj)
+        assert (in_pieces(model, ids, [11, *[1] * 9]) - whole).abs().max() < 1e-4
+    assert multiplied == {"together": 3 * 9, "gated": 0}
+    five = token_ids(12, batch=5).to(DEVICE)
+    with fused.products(model.model), torch.no_grad():
+        in_pieces(model, five, [11, 1])
+    assert multiplied["together"] == 3 * 9
