@@ -150,8 +150,9 @@ def test_two_processes_train_as_one_with_the_double_batch(run, tmp_path, base, k
     if sharded:
         (tmp_path / "sharded.py").write_text(SHARDED)
         program = [str(tmp_path / "sharded.py")]
-    assert main(["train", run("one", checkpointing=sharded)]) == 0
-    command = [*program, "train", run("two", batch=2, fsdp=sharded, checkpointing=sharded)]
+    # a small rate: where a gradient is next to nothing, Adam makes a whole step of how it was rounded
+    assert main(["train", run("one", checkpointing=sharded, lr=1e-3)]) == 0
+    command = [*program, "train", run("two", batch=2, fsdp=sharded, checkpointing=sharded, lr=1e-3)]
     out = torchrun(*command)
     assert out.count("adapter in") == 1 and "Traceback" not in out
     expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")

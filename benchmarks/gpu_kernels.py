@@ -1,7 +1,7 @@
 """The kernels of one token on a GPU, one by one, and with other constants: microseconds, and the bandwidth of what has
 to be read.
 
-    python benchmarks/kernels.py
+    python benchmarks/gpu_kernels.py
 
 The shape is that of a layer of Qwen2.5-3B, behind 131,072 tokens. Each is launched many times in one CUDA graph, on
 copies that together are larger than the cache of the device.
