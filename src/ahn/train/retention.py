@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -115,9 +115,50 @@ def fit(
     Raises:
         ConfigError: the store of the model is not one that is trained, or `label` is unknown.
     """
-    parameters = gates(model)
     if label not in GATE_LABELS:
         raise ConfigError(f"label={label!r}: expected one of {', '.join(GATE_LABELS)}")
+
+    def step(ids: Tensor, counts: Tensor, done: float) -> Tensor:
+        values: list[Tensor] = []
+
+        def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
+            layer = attention.ahn
+            if layer.store is None:
+                return
+            labels = future(received(q, k, counts, layer.reach, scale, label))
+            with torch.enable_grad():
+                value = gate_loss(layer, x.detach(), labels, layer.reach)
+                if value.requires_grad:
+                    value.backward()
+            values.append(value.detach())
+
+        with torch.no_grad(), full_attention(model, observe):
+            model.get_decoder()(ids, use_cache=False)
+        return torch.stack(values).mean()
+
+    return train_gates(model, rows, steps, batch, lr, seed, step)
+
+
+def train_gates(
+    model: Any,
+    rows: Rows,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    step: Callable[[Tensor, Tensor, float], Tensor],
+) -> list[float]:
+    """AdamW on the gates of all layers; returns the loss of each step. Rows are drawn with `seed`, each once before any
+    again.
+
+    Args:
+        step: from ids [B, T], which tokens count, and the share of the steps done, 0 to 1: makes the gradients, and
+            returns the loss.
+
+    Raises:
+        ConfigError: the store of the model is not one that is trained.
+    """
+    parameters = gates(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1)
     wanted = [p.requires_grad for p in parameters]
@@ -126,27 +167,12 @@ def fit(
     losses: list[float] = []
     try:
         for chosen in draw(len(rows), batch, steps, seed):
-            ids, counts = batch_of(rows, chosen, model.device)
-            values: list[Tensor] = []
-
-            def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
-                layer = attention.ahn
-                if layer.store is None:
-                    return
-                labels = future(received(q, k, counts, layer.reach, scale, label))  # noqa: B023 - called at once
-                with torch.enable_grad():
-                    value = gate_loss(layer, x.detach(), labels, layer.reach)
-                    if value.requires_grad:
-                        value.backward()
-                values.append(value.detach())  # noqa: B023
-
             optimizer.zero_grad()
-            with torch.no_grad(), full_attention(model, observe):
-                model.get_decoder()(ids, use_cache=False)
+            loss = step(*batch_of(rows, chosen, model.device), len(losses) / max(steps - 1, 1))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(torch.stack(values).mean().item())
+            losses.append(loss.item())
             if len(losses) % 10 == 0:
                 logger.info("gates: step %s of %s, loss %.4f", len(losses), steps, sum(losses[-10:]) / 10)
     finally:

@@ -10,7 +10,6 @@ token can only gain what others lose. `warmth` falls while it trains, until weig
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -20,13 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from ahn.augmentation import full_attention
 from ahn.train import distill
 from ahn.train.data import Rows
-from ahn.train.retention import BLOCKS, batch_of, draw, gates, scores_of
+from ahn.train.retention import BLOCKS, scores_of, train_gates
 
 WARMTH = (1.0, 0.1)  # at first and at last
 ALWAYS = -1e4  # `least` while there are free places
 HALVINGS = 30  # of the interval that `least` is sought in
-
-logger = logging.getLogger(__name__)
 
 
 def tune(
@@ -40,45 +37,27 @@ def tune(
     Raises:
         ConfigError: the store of the model is not one that is trained.
     """
-    parameters, decoder, head = gates(model), model.get_decoder(), model.get_output_embeddings().weight
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=max(steps, 2), pct_start=0.1)
-    wanted = [p.requires_grad for p in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    losses: list[float] = []
-    try:
-        for step, chosen in enumerate(draw(len(rows), batch, steps, seed)):
-            ids, counts = batch_of(rows, chosen, model.device)
-            counts[:, : model.ahn_config.lossless] = False
-            now = warmth[0] * (warmth[1] / warmth[0]) ** (step / max(steps - 1, 1))
+    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
 
-            def softly(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float) -> Tensor:
-                layer = attention.ahn
-                scores = scores_of(layer, x)
-                near = layer.sinks, layer.reach
-                least = least_kept(scores.detach(), layer.size, *near, now)  # noqa: B023 - called at once
-                scores = centred(scores, least, *near, now)  # noqa: B023
-                return attend(q, k, v, scores, least, now, *near, scale)  # noqa: B023
+    def step(ids: Tensor, counts: Tensor, done: float) -> Tensor:
+        counts[:, : model.ahn_config.lossless] = False
+        now = warmth[0] * (warmth[1] / warmth[0]) ** done
 
-            with torch.no_grad(), full_attention(model):
-                teacher = decoder(ids, use_cache=False).last_hidden_state[counts]
-            with full_attention(model, attend=softly):
-                student = decoder(ids, use_cache=False).last_hidden_state[counts]
-            loss = distill.head_loss(student, teacher, ids, counts, head)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            if len(losses) % 10 == 0:
-                logger.info("gates: step %s of %s, loss %.4f", len(losses), steps, sum(losses[-10:]) / 10)
-    finally:
-        for parameter, before in zip(parameters, wanted, strict=True):
-            parameter.requires_grad_(before)
-            parameter.grad = None
-    return losses
+        def softly(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float) -> Tensor:
+            layer = attention.ahn
+            scores, near = scores_of(layer, x), (layer.sinks, layer.reach)
+            least = least_kept(scores.detach(), layer.size, *near, now)
+            return attend(q, k, v, centred(scores, least, *near, now), least, now, *near, scale)
+
+        with torch.no_grad(), full_attention(model):
+            teacher = decoder(ids, use_cache=False).last_hidden_state[counts]
+        with full_attention(model, attend=softly):
+            student = decoder(ids, use_cache=False).last_hidden_state[counts]
+        loss = distill.head_loss(student, teacher, ids, counts, head)
+        loss.backward()
+        return loss.detach()
+
+    return train_gates(model, rows, steps, batch, lr, seed, step)
 
 
 def least_kept(scores: Tensor, places: int, sinks: int, window: int, warmth: float) -> Tensor:
