@@ -77,19 +77,23 @@ def test_every_form(replays, form):
     assert replays == {"made": 1, "replayed": 35}
 
 
+@torch.no_grad()
+def both_ways(model, one, fast, plain, monkeypatch):
+    """Logits of one token a row by a graph from the cache `fast`, and without one from `plain`."""
+    by_graph = model(one, **{PAST: fast}).logits
+    with monkeypatch.context() as without:
+        without.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+        return by_graph, model(one, **{PAST: plain}).logits
+
+
 def test_steps_are_those_without_a_graph(replays, cell, monkeypatch):
     """float32, 200 steps: logits within 1e-5 and the same cache."""
     model = with_memory(tiny(), cell, window=16, sinks=4)
     ids = token_ids(230)
     fast, plain = (ahn.read(model, ids[:, :30]) for _ in range(2))
     for t in range(30, 230):
-        one = ids[:, t : t + 1]
-        with torch.no_grad():
-            a = model(one, **{PAST: fast}).logits
-            with monkeypatch.context() as without:
-                without.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
-                b = model(one, **{PAST: plain}).logits
-        assert largest(a, b) < 1e-5
+        with_graph, without = both_ways(model, ids[:, t : t + 1], fast, plain, monkeypatch)
+        assert largest(with_graph, without) < 1e-5
     assert replays["replayed"] == 200
     assert (fast.tokens_seen, fast.tokens_per_row) == (plain.tokens_seen, plain.tokens_per_row) == (230, [230])
     for ours, theirs in zip(fast.layers, plain.layers, strict=True):
@@ -217,13 +221,8 @@ def test_steps_with_a_store_are_those_without_a_graph(replays, store, monkeypatc
     model, ids = storing(store, store_span=3), token_ids(130, batch=2)
     fast, plain = (ahn.read(model, ids[:, :30]) for _ in range(2))
     for t in range(30, 130):
-        one = ids[:, t : t + 1]
-        with torch.no_grad():
-            a = model(one, **{PAST: fast}).logits
-            with monkeypatch.context() as without:
-                without.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
-                b = model(one, **{PAST: plain}).logits
-        assert largest(a, b) < 1e-5
+        with_graph, without = both_ways(model, ids[:, t : t + 1], fast, plain, monkeypatch)
+        assert largest(with_graph, without) < 1e-5
     assert replays["replayed"] == 100
     for ours, theirs in zip(fast.layers, plain.layers, strict=True):
         for name, tensor in theirs.tensors.items():
