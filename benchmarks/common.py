@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import lzma
+import pickle
 import platform
 import resource
 import subprocess
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+NO_STORE = "@none"
 BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
 
 
@@ -70,22 +74,70 @@ def position_losses(model: Any, ids: list[int], chunk: int = 512, whole: bool | 
 
 
 def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> str:
-    """Give a model the memory of an adapter, or sinks and window alone, in place of what it has; returns its name."""
+    """Give a model the memory of an adapter, or sinks and window alone, in place of what it has; returns its name.
+    `adapter`: a name or folder; with "@none" behind it without the store that it may have."""
     import ahn
+    from ahn.adapter import apply, read_adapter
 
     if hasattr(model, "ahn_config"):
         ahn.detach(model)
     if adapter is None:
         ahn.augment(model, ahn.AHNConfig(None, 16, 0, sink_positions=sink_positions))
         return "sinks and window"
-    ahn.load_adapter(model, adapter)
-    return f"{model.ahn_config.cell} ({Path(adapter).name})"
+    found = read_adapter(adapter.removesuffix(NO_STORE))
+    config = found.config
+    if adapter.endswith(NO_STORE):
+        config = config.replace(store=None, store_size=0, store_span=1)
+    ahn.augment(model, config)
+    apply(found, model)
+    store = f", {config.store} store" if config.store else ""
+    return f"{config.cell}{store} ({Path(adapter.removesuffix(NO_STORE)).name})"
+
+
+def set_lossless(model: Any, size: int, sinks: int) -> None:
+    """As many lossless tokens in all: sinks, and of the rest the store has the share that it has now."""
+    from ahn.augmentation import set_window
+
+    config, rest = model.ahn_config, size - sinks
+    store = round(rest * config.store_size / (config.store_size + config.window))
+    set_window(model, rest - store, sinks, store)
 
 
 def records(path: str) -> list[dict[str, Any]]:
     """Of a JSON-lines file, xz-compressed or not."""
     with lzma.open(path, "rt", encoding="utf-8") if path.endswith(".xz") else open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def keep(file: Path, prompts: list[Any]) -> None:
+    """Prompts that were prepared, for a machine whose GPU should not wait for a tokenizer."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(lzma.compress(pickle.dumps(prompts), preset=1))
+
+
+def kept(file: Path) -> list[Any]:
+    """What `keep` wrote."""
+    found: list[Any] = pickle.loads(lzma.decompress(file.read_bytes()))
+    return found
+
+
+def run_in_memory(
+    work: Sequence[Any], names: Sequence[str], options: Any, output: Path, stop: Callable[[], bool], model: Any
+) -> list[Path]:
+    """`ahn.eval.runner.run_prepared`, with smaller batches where the memory of the device does not hold them."""
+    import torch
+
+    from ahn.eval.runner import run_prepared
+
+    while True:
+        try:
+            return run_prepared(work, names, options, output, stop=stop, model=model)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if options.batch == 1:
+                raise
+            options = replace(options, batch=options.batch // 2)
+            print(f"{', '.join(names)}: batches of {options.batch}", flush=True)
 
 
 def now(device: Any) -> float:

@@ -14,13 +14,13 @@ tokenizer, and says what a run costs. `--divide 4` is the same in small, for a r
 from __future__ import annotations
 
 import argparse
-import lzma
-import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from common import keep, kept, run_in_memory
 
 if TYPE_CHECKING:
     from ahn.eval.runner import Options, Work
@@ -99,8 +99,7 @@ class Plan:
         from ahn.eval.runner import prepare
 
         if self.file is not None and self.file.is_file():
-            found: list[Work] = pickle.loads(lzma.decompress(self.file.read_bytes()))
-            return found
+            return kept(self.file)
         made: list[Work] = []
         whole = True
         for name, source in self.step.tasks:
@@ -112,8 +111,7 @@ class Plan:
                     whole = False
                     print(f"{self.name}: without {task.name}: {error}", flush=True)
         if self.file is not None and whole:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_bytes(lzma.compress(pickle.dumps(made), preset=1))
+            keep(self.file, made)
         return made
 
 
@@ -191,25 +189,6 @@ def say_cost(plan: Plan, works: Sequence[Work]) -> None:
     )
 
 
-def run(plan: Plan, names: Sequence[str], works: list[Work], output: Path, stop: Any, model: Any) -> None:
-    """Run a plan, with smaller batches where the memory of the device does not hold them."""
-    import torch
-
-    from ahn.eval.runner import run_prepared
-
-    options = plan.options
-    while True:
-        try:
-            run_prepared(works, names, options, output, stop=stop, model=model)
-            return
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if options.batch == 1:
-                raise
-            options = replace(options, batch=options.batch // 2)
-            print(f"{plan.name}: batches of {options.batch}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -256,7 +235,7 @@ def main() -> None:
                 if plan.name not in prompts:
                     prompts[plan.name] = plan.works(given.data)
                 works = [thinned(work, stride) for work in prompts[plan.name]]
-                run(plan, able(plan, policies, works), works, given.output, stop, models[base])
+                run_in_memory(works, able(plan, policies, works), plan.options, given.output, stop, models[base])
             except Exception as error:  # one cell that fails must not cost the others
                 failed.add(plan.name)
                 models.pop(plan.options.base, None)

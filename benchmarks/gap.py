@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import put_on, records, write
+from common import put_on, records, set_lossless, write
 
 SINKS = 64
 PAPER, CLIPPED, LONGER = "sinks and window, absolute", "sinks and window, clipped", "a longer window, clipped"
@@ -32,7 +32,7 @@ def main() -> None:
     import torch
 
     import ahn
-    from ahn.augmentation import full_attention, set_window
+    from ahn.augmentation import full_attention
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books")
@@ -62,7 +62,7 @@ def main() -> None:
         name = (f"{memory} (+{more})" if more else memory) if alone else name
         cells = []
         for size in options.lossless:
-            set_window(model, size + more - SINKS, SINKS)
+            set_lossless(model, size + more, SINKS)
             loss = mean_loss(model, books)
             if memory in window:
                 window[memory][size] = loss

@@ -19,10 +19,9 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 import ahn
-from ahn.augmentation import set_window
 from ahn.bases import load_base
 from ahn.cache import PAST
-from common import now, peak_bytes, put_on, records, write
+from common import now, peak_bytes, put_on, records, set_lossless, write
 
 SINKS = 64
 
@@ -93,7 +92,7 @@ def main() -> None:
             ahn.detach(model)
         for size in [None] if memory == "full attention" else options.lossless:
             if size is not None:
-                set_window(model, size - SINKS, SINKS)
+                set_lossless(model, size, SINKS)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             start = now(model.device)

@@ -26,13 +26,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import ahn
-from ahn.augmentation import set_window
 from ahn.cache import PAST
 from ahn.dialogue import Dialogue
 from ahn.eval.metrics import exact_match, f1
 from ahn.eval.squad import Context, Question, contexts
 from ahn.generation import end_tokens
-from common import now, put_on, records, write
+from common import now, put_on, records, set_lossless, write
 
 SINKS = 64
 ROOM = 160  # tokens kept free behind a context for a question and its answer
@@ -210,7 +209,7 @@ def main() -> None:
             name = put_on(model, memory if adapter else None)
             name = memory if memory == "full attention" else name
             for size in [tokens] if memory == "full attention" else lossless:
-                set_window(model, size - SINKS, SINKS)  # a window that holds everything is full attention
+                set_lossless(model, size, SINKS)  # a window that holds everything is full attention
                 start = now(model.device)
                 results = ask(model, tokenizer, texts, asked, options.answer, options.rows)
                 seconds = now(model.device) - start

@@ -1,26 +1,33 @@
 """How much of what has left the window is recalled, by store, budget and depth of the needle.
 
-    python benchmarks/recall.py [--base smollm2-135m] [--adapter A] [--tasks ruler/niah_single_2 ...] [--length 8192]
-        [--lossless 512 1024 2048] [--stores attention surprise:8 learned:8] [--share 0.7] [--limit 200] [--batch 1]
-        [--seed 1]
+    python benchmarks/recall.py [--base smollm2-135m] [--adapter A] [--tasks ruler/niah_single_2 squad/spread=qa ...]
+        [--length 8192] [--lossless 512 1024 2048] [--stores attention surprise:8 learned:8] [--share 0.74]
+        [--limit 200] [--batch 16] [--seed 1]
 
 Every row keeps as many tokens exactly: a store has the `--share` of them, the window the rest. `surprise:8` judges
-spans of 8 tokens. Without an adapter stores are measured alone, without a memory. Rows: full attention (`--no-full`
-leaves it out), the window, the adapter without a store, and the stores. Choose with one seed, report another.
+spans of 8 tokens. A task may name its data behind `=`. Without an adapter stores are measured alone, without a memory.
+Rows: full attention (`--no-full` leaves it out), the window, the adapter without a store (`--no-plain` leaves both
+out), and the stores. Choose with one seed, report another.
 
-Results are those of `ahn eval`, in `--output`, and go on where they were interrupted; the summary is
-benchmarks/results/recall-BASE.json, drawn into docs/recall.svg with `--plot` (needs matplotlib).
+`--prompts FILE` holds the prompts: `--prepare` makes it, on a machine without a GPU. A run takes the first `--limit` of
+each task. Results are those of `ahn eval`, in `--output`, and go on where they were interrupted (`--seconds`); the
+summary is benchmarks/results/recall-BASE.json, drawn into docs/recall.svg with `--plot` (needs matplotlib).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common import RESULTS, write
+from common import RESULTS, keep, kept, run_in_memory, write
+
+if TYPE_CHECKING:
+    from ahn.eval.runner import Work
 
 DEPTHS = 5
 
@@ -30,55 +37,93 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--adapter")
     parser.add_argument("--tasks", nargs="+", default=["ruler/niah_single_1", "ruler/niah_single_2"])
-    parser.add_argument("--data", type=Path)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--lossless", type=int, nargs="+", default=[1024])
     parser.add_argument("--stores", nargs="*", default=["recency", "random", "attention:8"])
-    parser.add_argument("--share", type=float, default=0.7)
+    parser.add_argument("--share", type=float, default=0.74)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-full", action="store_true")
+    parser.add_argument("--no-plain", action="store_true")
+    parser.add_argument("--prompts", type=Path, metavar="FILE")
+    parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("recall-runs"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch after these")
     parser.add_argument("--name", help="of the result file")
     parser.add_argument("--plot", type=Path, nargs="?", const=Path("docs/recall.svg"))
     options = parser.parse_args()
-    rows = list(_rows(options))
-    name = options.name or f"recall-{Path(options.base).stem}"
+    works = prompts(options)
+    if options.prepare:
+        print(f"{sum(len(prompt.ids) for work in works for prompt in work.prompts):,} tokens, read once a row")
+        return
+    name, rows = options.name or f"recall-{Path(options.base).stem}", []
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    print(write(name, settings=settings, rows=rows))
+    for row in _rows(options, works):
+        rows.append(row)
+        path = write(name, settings=settings, rows=rows)
+    print(path)
     if options.plot:
         plot(json.loads((RESULTS / f"{name}.json").read_text())["rows"], options.plot)
 
 
-def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from ahn.bases import base_config
-    from ahn.eval import results, runner, tasks
+def prompts(options: argparse.Namespace) -> list[Work]:
+    from ahn.eval import runner, tasks
+
+    if options.prompts is not None and options.prompts.is_file():
+        made: list[Work] = kept(options.prompts)
+        names = {task.name for task in tasks.expand([text.partition("=")[0] for text in options.tasks])}
+        made = [work for work in made if work.task.name in names]
+    else:
+        made = []
+        for text in options.tasks:
+            name, _, data = text.partition("=")
+            what = runner.Options(
+                options.base, window=1, sinks=0, data=Path(data) if data else None, seed=options.seed,
+                limit=options.limit,
+            )  # fmt: skip
+            made += runner.prepare(tasks.expand([name]), [options.length], what)
+        if options.prompts is not None:
+            keep(options.prompts, made)
+    first = slice(options.limit)
+    return [replace(work, examples=work.examples[first], prompts=work.prompts[first]) for work in made]
+
+
+def _rows(options: argparse.Namespace, works: list[Work]) -> Iterator[dict[str, Any]]:
+    from ahn.bases import base_config, load_base
+    from ahn.eval import results, runner
     from ahn.eval.policies.base import Stored, exact_sizes
 
-    work = tasks.expand(options.tasks)
+    model, end = load_base(options.base), time.monotonic() + options.seconds
     for number, lossless in enumerate(options.lossless):
         window, sinks = exact_sizes(base_config(options.base), options.adapter, lossless, None)
-        plain = ["window"] + (["ahn"] if options.adapter else [])
+        plain = [] if options.no_plain else ["window"] + (["ahn"] if options.adapter else [])
         if number == 0 and not options.no_full:
             plain.insert(0, "full")
-        ways: list[tuple[list[str], Stored | None]] = [(plain, None)]
+        ways: list[tuple[str, Stored | None]] = [(name, None) for name in plain]
         for text in options.stores:
             kind, _, span = text.partition(":")
             stored = Stored(kind, round(options.share * window), int(span or 1))
-            ways.append((["ahn" if options.adapter else "store"], stored))
-        for names, stored in ways:
+            ways.append(("ahn" if options.adapter else "store", stored))
+        for name, stored in ways:
             what = runner.Options(
                 base=options.base, window=window, sinks=sinks, adapter=options.adapter, store=stored,
-                data=options.data, seed=options.seed, limit=options.limit, batch=options.batch,
+                seed=options.seed, limit=options.limit, batch=options.batch,
             )  # fmt: skip
-            for folder in runner.run(work, names, [options.length], what, options.output, print):
+            begun = time.monotonic()
+            folders = run_in_memory(works, [name], what, options.output, lambda: time.monotonic() > end, model)
+            seconds = time.monotonic() - begun
+            for folder in folders:
                 found = results.load(folder)
+                if not found.rows:
+                    continue
                 row = summary(found.config, list(found.rows.values()))
                 row |= {"lossless": None if found.config["policy"] == "full" else lossless}
                 row |= {"store": None if stored is None else stored._asdict()}
-                print(f"{label(row):<28}{row['task']:<24}{row['lossless'] or 'all':>8}{row['score']:8.3f}")
+                score = f"{row['score']:8.3f} [{row['low']:.3f}, {row['high']:.3f}] n={row['n']}"
+                print(f"{label(row):<28}{row['task']:<24}{row['lossless'] or 'all':>8}{score}", flush=True)
                 yield row
+            print(f"{name} {stored or ''}: {seconds:.0f} s", flush=True)
 
 
 def summary(config: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
