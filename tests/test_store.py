@@ -1,6 +1,7 @@
 """The exact store: one answer however the text is cut, every token in one place, and what is kept is read exactly."""
 
 import heapq
+import json
 
 import pytest
 import torch
@@ -716,6 +717,8 @@ def test_a_recipe_trains_gates_then_cells(tmp_path):
     tuned = read_adapter(train(softly)).tensors
     assert not torch.equal(tuned["layers.0.store.outer.weight"], tensors["layers.0.store.outer.weight"])
     assert torch.equal(tuned["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
+    curves = json.loads((tmp_path / "soft" / "gates.json").read_text())
+    assert {name: len(losses) for name, losses in curves.items()} == {"gate_steps": 3, "soft_steps": 2}
     with pytest.raises(AdapterError, match="no weights for store='learned'"):
         train(recipe.from_dict(plan | {"gate_steps": 0, "output": str(tmp_path / "untrained")}))
     with pytest.raises(ConfigError, match="gate_steps=3 without a store"):

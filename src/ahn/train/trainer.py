@@ -293,11 +293,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         apply(read_adapter(start), trainer.augmented)
     elif recipe.start is not None:
         apply(_first_weights(recipe), trainer.augmented, new_store=recipe.gate_steps + recipe.soft_steps > 0)
-    rows, label = trainer.train_dataset, recipe.gate_label
-    if start is None and recipe.gate_steps:
-        retention.fit(trainer.augmented, rows, recipe.gate_steps, recipe.batch, recipe.gate_lr, label, recipe.seed)
-    if start is None and recipe.soft_steps:
-        soft_store.tune(trainer.augmented, rows, recipe.soft_steps, recipe.batch, recipe.gate_lr / 3, recipe.seed)
+    if start is None and recipe.gate_steps + recipe.soft_steps:
+        losses = _train_gates(trainer)
+        if first:
+            _write(output / "gates.json", json.dumps(losses, indent=1) + "\n")
     reached = TrainerState() if start is None else TrainerState.load_from_json(str(start / TRAINER_STATE_NAME))
     try:
         if reached.global_step >= recipe.steps:  # the Trainer would take one step more
@@ -316,6 +315,20 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if first:
         _write(output / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     return output / "adapter"
+
+
+def _train_gates(trainer: MemoryTrainer) -> dict[str, list[float]]:
+    """The gates of the store, by labels and by the loss; the loss of each step."""
+    recipe, model, rows = trainer.recipe, trainer.augmented, trainer.train_dataset
+    losses = {}
+    if recipe.gate_steps:
+        by = recipe.gate_steps, recipe.batch, recipe.gate_lr, recipe.gate_label, recipe.seed
+        losses["gate_steps"] = retention.fit(model, rows, *by)
+    if recipe.soft_steps:
+        losses["soft_steps"] = soft_store.tune(
+            model, rows, recipe.soft_steps, recipe.batch, recipe.gate_lr / 3, recipe.seed
+        )
+    return losses
 
 
 def _first_weights(recipe: Recipe) -> Adapter:
