@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ahn
-from ahn import augmentation
+from ahn import augmentation, generation
 from ahn.cache import OTHER_PAST, PAST
 from ahn.errors import ConfigError, UnsupportedOperationError
 from conftest import in_pieces, tiny, token_ids, with_memory
@@ -261,3 +261,53 @@ def test_unknown_token_ids_leave_the_cache_usable(model):
     with pytest.raises(IndexError), torch.no_grad():
         model(torch.tensor([[1000]]), **{PAST: cache})
     assert ahn.read(model, [5], cache).tokens_seen == 31
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False, "eos_token_id": None},
+        {"do_sample": True, "eos_token_id": None, "temperature": 0.7, "top_k": 20},
+        {"do_sample": False, "repetition_penalty": 1.3, "eos_token_id": None},
+        {"do_sample": True, "eos_token_id": list(range(0, 64, 7))},
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_own_loop_is_that_of_transformers(model, monkeypatch, options, padded):
+    from transformers.generation.streamers import BaseStreamer
+
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.heard = []
+
+        def put(self, value):
+            self.heard.append(value.tolist())
+
+        def end(self):
+            self.heard.append("end")
+
+    ids = token_ids(47, batch=1 if padded else 3)
+    before = ahn.read(model, ids[:, :40])
+    if padded:  # rows that have seen texts of other lengths
+        mask = torch.ones(2, 30, dtype=torch.long)
+        mask[0, :11] = 0
+        before = ahn.read(model, token_ids(30, batch=2), attention_mask=mask)
+        ids = token_ids(7, batch=2)
+    options = options | {"max_new_tokens": 9, "pad_token_id": 0}
+    found = []
+    for plain in (generation.PLAIN, set()):
+        monkeypatch.setattr(generation, "PLAIN", plain)
+        calls = []
+        loop = generation._next_tokens
+        monkeypatch.setattr(
+            generation, "_next_tokens", lambda *a, calls=calls, loop=loop, **k: calls.append(1) or loop(*a, **k)
+        )
+        streamer = Streamer() if len(ids) == 1 else None
+        torch.manual_seed(0)
+        more = {} if streamer is None else {"streamer": streamer}
+        cache = before.fork()
+        out = ahn.generate(model, ids[:, -7:], cache, **options, **more)
+        found.append((out, cache.tokens_seen, streamer and streamer.heard))
+        assert bool(calls) == bool(plain)
+    (mine, seen, heard), (theirs, also, said) = found
+    assert torch.equal(mine, theirs) and seen == also and heard == said

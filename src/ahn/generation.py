@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+PLAIN = {  # options with which `generate` uses its own loop
+    "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
+    "stopping_criteria", "stop_strings", "tokenizer",
+}  # fmt: skip
+
 
 @torch.no_grad()
 def read(
@@ -112,6 +118,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
 def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCache, **options: Any) -> Tensor:
     """`model.generate` on new tokens only, going on from what `cache` has seen; `cache` is changed in place.
 
+    Greedy decoding and sampling go through a loop of this package, which gives the same tokens with less Python between
+    two of them; with any option that it does not know transformers' own is used.
+
     Args:
         ids: the new token ids [T] or [B, T]. options: those of `model.generate` (max_new_tokens, streamer, ...).
 
@@ -121,8 +130,47 @@ def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCach
     ids = torch.as_tensor(ids)
     ids = (ids[None] if ids.dim() == 1 else ids).to(model.device)
     seen = torch.cat([_past(cache, ids.shape[0]).to(ids.device), torch.ones_like(ids)], 1)
+    if options.keys() <= PLAIN and (getattr(model.generation_config, "num_beams", None) or 1) == 1:
+        options["custom_generate"] = _next_tokens
     out = model.generate(ids, attention_mask=seen, **{PAST: cache}, **options)
     return getattr(out, "sequences", out)[:, ids.shape[1] :]
+
+
+def _next_tokens(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **inputs: Any,
+) -> Tensor:
+    """Token by token, as transformers' loop for greedy decoding and sampling calls it: ids [B, T] with those behind."""
+    cache: dict[str, Any] = {PAST: inputs[PAST]}
+    pad = generation_config._pad_token_tensor
+    going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    logits = model(input_ids, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
+    rows, places = cache[PAST].tokens_per_row, None
+    if len(set(rows)) > 1:  # rows at the same position are counted by the cache
+        places = torch.tensor(rows, device=input_ids.device)[:, None] - 1
+    while True:
+        scores = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
+        drawn = generation_config.do_sample
+        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if drawn else scores.argmax(-1)
+        tokens = tokens if pad is None else torch.where(going, tokens, pad)
+        input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        going &= ~stopping_criteria(input_ids, None)
+        if not going.any():
+            break
+        if places is not None:
+            cache["position_ids"] = places = places + 1
+        logits = model(tokens[:, None], **cache).logits
+    if streamer is not None:
+        streamer.end()
+    return input_ids
 
 
 def _last_real(states: Tensor, real: Tensor | None, before: Tensor | None) -> Tensor:

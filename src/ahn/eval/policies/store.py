@@ -19,6 +19,11 @@ class StoreAlone(Policy):
         super()._check(base, longest, kept)
         if kept.store is None:
             raise ConfigError("policy store: expected the name and size of a store (--store, --store-size)")
+        if kept.store.name == "learned":
+            raise ConfigError(
+                "policy store: store='learned' chooses by the gates of an adapter, and here is none: expected a store "
+                "without weights, or policy ahn"
+            )
         kept.store.fill(exact_part(kept.window, kept.sinks, kept.adapter))
 
     @classmethod
