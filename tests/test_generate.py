@@ -286,7 +286,7 @@ def test_the_own_loop_is_that_of_transformers(model, monkeypatch, options, padde
         def end(self):
             self.heard.append("end")
 
-    ids = token_ids(47, batch=1 if padded else 3)
+    ids = token_ids(47)
     before = ahn.read(model, ids[:, :40])
     if padded:  # rows that have seen texts of other lengths
         mask = torch.ones(2, 30, dtype=torch.long)

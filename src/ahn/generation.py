@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ Progress = Callable[[int, int], None]
 PLAIN = {  # options with which `generate` uses its own loop
     "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
-    "stopping_criteria", "stop_strings", "tokenizer",
+    "stopping_criteria",
 }  # fmt: skip
 
 
@@ -131,7 +132,8 @@ def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCach
     ids = (ids[None] if ids.dim() == 1 else ids).to(model.device)
     seen = torch.cat([_past(cache, ids.shape[0]).to(ids.device), torch.ones_like(ids)], 1)
     if options.keys() <= PLAIN and (getattr(model.generation_config, "num_beams", None) or 1) == 1:
-        options["custom_generate"] = _next_tokens
+        # the streamer too: transformers itself does not pass it on to a loop that is not its own
+        options["custom_generate"] = partial(_next_tokens, streamer=options.get("streamer"))
     out = model.generate(ids, attention_mask=seen, **{PAST: cache}, **options)
     return getattr(out, "sequences", out)[:, ids.shape[1] :]
 
