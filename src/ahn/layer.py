@@ -335,19 +335,25 @@ class AHNLayer(nn.Module):
         with_memory = self.cell.combine(out, norm, read, x, leaving.evicted)
         return with_memory if leaving.writes is None else torch.where(leaving.writes[..., None, None], with_memory, out)
 
-    def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
-        """The queries as the sinks meet them: with clipped positions, never further than sinks + window."""
+    def sink_angles(self, span: Span, device: torch.device) -> Turn | None:
+        """What turns the queries of `span` to where the sinks meet them: with clipped positions, never further than
+        sinks + window. None: nothing does."""
         (rotary,) = self.rotary
         if rotary is None or not self.clips_sinks or not self.has_far or self.window is None:
-            return q
+            return None
         furthest = self.sinks + self.window
         if span.first + span.length - 1 <= furthest:
-            return q
+            return None
         if span.sink_angles is None:
-            positions = span.positions().to(q.device)
+            positions = span.positions().to(device)
             span.sink_angles = rotary.angles(positions.clamp(max=furthest) - positions)
-        cos, sin = (t.to(q.device) for t in span.sink_angles)
-        return self._turn(rotary, q, (cos, sin))
+        cos, sin = (t.to(device) for t in span.sink_angles)
+        return cos, sin
+
+    def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
+        """The queries as the sinks meet them."""
+        angles, (rotary,) = self.sink_angles(span, q.device), self.rotary
+        return q if angles is None or rotary is None else self._turn(rotary, q, angles)
 
     def _turn(self, rotary: Rotary, q: Tensor, angles: Turn) -> Tensor:
         return rotary.turn(q, angles)
