@@ -156,7 +156,11 @@ def test_what_does_not_fit_is_left(multiplied):
 
 def test_layers_of_another_form(multiplied, monkeypatch):
     """A residual that is scaled, a norm with another weight, or one that is watched: nothing is left out."""
-    for family, changes in (("Granite", {"residual_multiplier": 0.5}), ("Gemma", {"hidden_act": "silu"}), ("Llama", {})):
+    for family, changes in (
+        ("Granite", {"residual_multiplier": 0.5}),
+        ("Gemma", {"hidden_act": "silu"}),
+        ("Llama", {}),
+    ):
         model = with_memory(tiny(family, **changes), window=9, sinks=3).to(DEVICE)
         weigh_norms(model)
         for layer in model.model.layers if family == "Llama" else ():

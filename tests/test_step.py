@@ -91,6 +91,24 @@ def test_cell(plain, cell, heads, kv_heads, size, writes, dtype):
         assert relative(added, expected) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize(("slots", "size"), [(5, 8), (333, 80)])
+def test_merge_beside_the_recurrence(cell, slots, size):
+    """The same as one after the other."""
+    torch.manual_seed(size)
+    module = ahn.cells.get(cell)(24, 4, size, device=DEVICE)
+    q = torch.randn(2, 4, 1, size, device=DEVICE)
+    k, v = torch.randn(2, 2, 2, slots, size, device=DEVICE)
+    state = torch.randn(2, 4, size, size, device=DEVICE)
+    inputs = torch.randn(2, 1, module.num_gates * 4, device=DEVICE)
+    arguments = (module.step_form(), q, k[:, :, :1], v[:, :, :1], inputs, None)
+    expected, expected_state = step.attend(q, q, k, v, 3, None, 0.1), state.clone()
+    expected_read = step.recur(*arguments, expected_state, True)
+    parts = step.attend_parts(q, q, k, v, 3, None, 0.1)
+    read = step.recur(*arguments, state, True, parts)
+    pairs = zip((parts.out, parts.norm, read, state), (*expected, expected_read, expected_state), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("features", [16, 40])
 def test_more_features_than_channels(plain, features):
     """Queries and keys as learned maps give them."""
@@ -129,7 +147,13 @@ def test_turn(size, rows, more_rows, dtype):
     model = tiny(head_dim=size).to(DEVICE)
     attention = model.model.layers[0].self_attn
     rotary = Rotary(model.model, attention)
-    q, k, _ = torch.randn(2, 1, 7 * size, device=DEVICE).to(dtype).unflatten(-1, (7, size)).transpose(1, 2).split([4, 2, 1], 1)
+    q, k, _ = (
+        torch.randn(2, 1, 7 * size, device=DEVICE)
+        .to(dtype)
+        .unflatten(-1, (7, size))
+        .transpose(1, 2)
+        .split([4, 2, 1], 1)
+    )
     angles = model.model.rotary_emb(q, torch.tensor([[5], [9]], device=DEVICE)[:rows])
     further = rotary.angles(torch.tensor([[-3], [-700]], device=DEVICE)[:more_rows]) if more_rows else None
     turned = step.turn(q, k, angles, further)

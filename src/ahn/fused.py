@@ -3,9 +3,9 @@ family.
 
 `compiled`: what lies between matrix products, elementwise, is compiled. `compiled_for_reading`: so is what the memory
 does there, once for chunks of any length. `products`: linear layers of few vectors are read by Triton kernels, those of
-one input by one, and where a layer is of the usual form, with the norm before and the sum behind. `turned`: so is what
-turns queries and keys. What does not look as expected (quantised weights, other names, other activations, hooks) is left as
-it is, module by module. All is undone afterwards.
+one input by one, and where a layer is of the usual form, with the norm before and the sum behind. `turned`: one kernel
+turns queries and keys. What does not look as expected (quantised weights, other names, other activations, hooks) is
+left as it is, module by module. All is undone afterwards.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class End:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not _few(x, self.layer):
-            return type(self.layer).forward(self.layer, x)  # type: ignore[no-any-return]
+            return type(self.layer).forward(self.layer, x)
         from ahn.kernels import product
 
         self.out = product.together(x, [self.layer], add=self.add)
@@ -268,7 +268,7 @@ class Block:
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         layer, mlp = self.layer, self.layer.mlp
         if not _few(hidden_states, mlp.gate_proj):
-            return type(layer).forward(layer, hidden_states, **kwargs)  # type: ignore[no-any-return]
+            return type(layer).forward(layer, hidden_states, **kwargs)
         from ahn.kernels import product
 
         self.end.add = hidden_states if self.ends else None
@@ -349,7 +349,7 @@ def _is_block(layer: Any) -> bool:
     def attention(hidden_states: Any = None, **kwargs: Any) -> Any:
         return (attended, None) if hidden_states is first and given.items() <= kwargs.items() else None
 
-    bare = type(layer).__new__(type(layer))  # with no other parts than these
+    bare = object.__new__(type(layer))  # with no other parts than these
     vars(bare).update(
         training=False,
         input_layernorm=lambda x: first if x is hidden else None,

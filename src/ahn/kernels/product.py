@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.kernels.launch import release, options, wait
+from ahn.kernels.launch import options, release, wait
 
 PROGRAMS = 512  # at least, if there are as many rows: about four for each of the 132 multiprocessors of an H100
 ROWS = 8  # by one program, at most
 TILE = 4096  # numbers by one program at a time, 32 for each thread
-STAGES = 4  # tiles under way
+STAGES, WARPS = 4, 4  # tiles under way
 
 
 class Norm(NamedTuple):
@@ -82,7 +82,7 @@ def _form(x: Tensor, rows: int) -> dict[str, Any]:
     part = min(ROWS, most)
     block = max(16, min(triton.next_power_of_2(length), TILE // part // width))
     cut = {"NUMBER": vectors, "WIDTH": width, "LENGTH": length, "ROWS": part, "BLOCK": block, "STAGES": STAGES}
-    return cut | options(x.device.type)
+    return cut | {"num_warps": WARPS} | options(x.device.type)
 
 
 @triton.jit

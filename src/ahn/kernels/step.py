@@ -48,10 +48,32 @@ class Form(NamedTuple):
     norm: Tensor  # weight [H]: RMSNorm per head, then the gate; [N * H]: the gate, then RMSNorm over all heads
 
 
+class Parts(NamedTuple):
+    """Attention over parts of the slots, to be merged."""
+
+    outs: Tensor  # [B, N, P, H] float32
+    norms: Tensor  # log of each normaliser, [B, N, P] float32
+    out: Tensor  # what they are merged into, [B, N, 1, H]
+    norm: Tensor  # [B, N, 1] float32
+
+
 def attend(
     q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over sinks and ring; arguments and result as `ahn.attention.attend_one`."""
+    parts = attend_parts(q, q_sinks, k, v, sinks, last, scale)
+    batch, heads, _, size = q.shape
+    columns = min(COLUMNS, triton.next_power_of_2(size))
+    _merge[(batch * heads, triton.cdiv(size, columns))](
+        *parts, parts.norms.shape[2], SIZE=size, COLUMNS=columns, PARTS=_at_once(parts), **options(q.device.type)
+    )
+    return parts.out, parts.norm
+
+
+def attend_parts(
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
+) -> Parts:
+    """`attend` for `recur` to merge."""
     batch, heads, _, size = q.shape
     kv_heads, slots = k.shape[1:3]
     groups = heads // kv_heads
@@ -69,22 +91,19 @@ def attend(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=STAGES,
         **options(q.device.type),
     )  # fmt: skip
-    out = q.new_empty(batch, heads, 1, size)
-    norm = q.new_empty(batch, heads, 1, dtype=torch.float32)
-    columns = min(COLUMNS, width)
-    _merge[(batch * heads, triton.cdiv(size, columns))](
-        partial, norms, out, norm, parts,
-        SIZE=size, COLUMNS=columns, PARTS=min(PARTS, max(16, triton.next_power_of_2(parts))),
-        **options(q.device.type),
-    )  # fmt: skip
-    return out, norm
+    out, norm = q.new_empty(batch, heads, 1, size), q.new_empty(batch, heads, 1, dtype=torch.float32)
+    return Parts(partial, norms, out, norm)
+
+
+def _at_once(parts: Parts) -> int:
+    return min(PARTS, max(16, triton.next_power_of_2(parts.norms.shape[2])))
 
 
 def turn(
     q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], further: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, N, 1, H] and k [B, M, 1, H], both halves of H turned into each other by `angles`, cos and sin [1 or B, 1, H];
-    and these queries turned once more by `further`, cos and sin [1 or B, 1, H] float32, or not: the same tensor."""
+    """q [B, N, 1, H] and k [B, M, 1, H], the halves of H turned into each other by `angles`, cos and sin
+    [1 or B, 1, H]; and these queries turned once more by `further`, [1 or B, 1, H] float32, or not: the same tensor."""
     batch, heads, _, size = q.shape
     kv_heads = k.shape[1]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
@@ -150,25 +169,35 @@ def displace(
 
 
 def recur(
-    form: Form, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, writes: Tensor | None, state: Tensor, unit: bool
+    form: Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Tensor,
+    writes: Tensor | None,
+    state: Tensor,
+    unit: bool,
+    parts: Parts | None = None,
 ) -> Tensor:
     """One write into `state` [B, N, K, H] float32, in place, then the read [B, N, H] float32.
 
     Args:
         q: [B, N, 1, K]. k: [B, N or M, 1, K], v: [B, M, 1, H] and inputs [B, 1, gates * N]: of the token that leaves.
         writes: bool [R, 1], whether one leaves, or None: in all rows. unit: give q and k unit length first.
+        parts: of attention, merged beside it.
     """
     batch, heads, features, size = state.shape
     q, k, v, inputs = (t.contiguous() for t in (q, k, v, inputs))
     rates, biases = form.decay if form.decay is not None else (None, None)
     read = q.new_empty(batch, heads, size, dtype=torch.float32)
     columns = min(COLUMNS, triton.next_power_of_2(size))
-    _recur[(batch * heads, triton.cdiv(size, columns))](
+    _recur_and_merge[(batch * heads, triton.cdiv(size, columns), 1 if parts is None else 2)](
         q, k, v, inputs, writes, rates, biases, state, read, form.scale, inputs.shape[-1],
+        *(parts or (None,) * 4), 0 if parts is None else parts.norms.shape[2],
         HEADS=heads, K_GROUPS=heads // k.shape[1], V_GROUPS=heads // v.shape[1], FEATURES=features, SIZE=size,
         BLOCK=min(128, triton.next_power_of_2(features)), COLUMNS=columns, DELTA=form.delta,
         DECAY=form.decay is not None, WRITES=writes is not None, BY_ROW=writes is not None and len(writes) > 1,
-        UNIT=unit, EPSILON=EPSILON, **options(q.device.type),
+        UNIT=unit, EPSILON=EPSILON, PARTS=0 if parts is None else _at_once(parts), **options(q.device.type),
     )  # fmt: skip
     return read
 
@@ -218,15 +247,14 @@ def _turn(
     turned = turned.to(turned_q.dtype.element_ty)
     tl.store(target + channel, turned, mask=inside)
     if more_cos is not None:
-        if head < HEADS:
-            across = theirs * tl.load(cos + row + other, mask=inside, other=0.0).to(tl.float32)
-            across -= sign * mine * tl.load(sin + row + other, mask=inside, other=0.0).to(tl.float32)
-            across = across.to(turned_q.dtype.element_ty).to(tl.float32)
-            row = batch * SIZE if MORE_BY_ROW else 0
-            again = turned.to(tl.float32) * tl.load(more_cos + row + channel, mask=inside, other=0.0)
-            again += sign * across * tl.load(more_sin + row + channel, mask=inside, other=0.0)
-            place = twice + (batch * HEADS + head) * SIZE + channel
-            tl.store(place, again.to(twice.dtype.element_ty), mask=inside)
+        across = theirs * tl.load(cos + row + other, mask=inside, other=0.0).to(tl.float32)
+        across -= sign * mine * tl.load(sin + row + other, mask=inside, other=0.0).to(tl.float32)
+        across = across.to(turned_q.dtype.element_ty).to(tl.float32)
+        more = batch * SIZE if MORE_BY_ROW else 0
+        again = turned.to(tl.float32) * tl.load(more_cos + more + channel, mask=inside, other=0.0)
+        again += sign * across * tl.load(more_sin + more + channel, mask=inside, other=0.0)
+        place = twice + (batch * HEADS + head) * SIZE + channel
+        tl.store(place, again.to(twice.dtype.element_ty), mask=inside & (head < HEADS))
 
 
 @triton.jit
@@ -419,6 +447,24 @@ def _merge(
         highest = above
     tl.store(out + head * SIZE + column, (sums / total).to(out.dtype.element_ty), mask=column < SIZE)
     tl.store(norm + head, highest + tl.log(total))  # the same by each
+
+
+@triton.jit
+def _recur_and_merge(
+    q, k, v, inputs, writes, rates, biases, state, read, scale, gate_width, partial, norms, out, norm, parts,
+    HEADS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, FEATURES: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
+    BY_ROW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Neither needs the other, and both are cut alike."""
+    if tl.program_id(2) == 0:
+        _recur(
+            q, k, v, inputs, writes, rates, biases, state, read, scale, gate_width,
+            HEADS, K_GROUPS, V_GROUPS, FEATURES, SIZE, BLOCK, COLUMNS, DELTA, DECAY, WRITES, BY_ROW, UNIT, EPSILON,
+            PDL,
+        )  # fmt: skip
+    elif PARTS > 0:
+        _merge(partial, norms, out, norm, parts, SIZE, COLUMNS, PARTS, PDL)
 
 
 @triton.jit
