@@ -147,8 +147,8 @@ def turned(decoder: Any) -> Iterator[None]:
     """Within, queries and keys of one token a row are turned by one kernel, and the queries for the sinks with them, if
     the base turns them half by half."""
     family = sys.modules[type(decoder.layers[0].self_attn).__module__]
-    plain = getattr(family, "apply_rotary_pos_emb", None)
-    with ExitStack() as undo:
+    with _changing, ExitStack() as undo:
+        plain = getattr(family, "apply_rotary_pos_emb", None)
         if plain is not None and _turns_halves(plain):
             turns = Turns(plain)
             undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", turns))

@@ -263,7 +263,7 @@ class AHNLayer(nn.Module):
         span: Span,
         memory: LayerMemory,
         scale: float,
-        in_parts: bool,
+        in_parts: bool = False,
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """`_attend_many` for one token a row; also returns what it pushes out, if it does. `in_parts`: as
         `attend_one`."""

@@ -180,7 +180,7 @@ class StoringLayer(AHNLayer):
         span: Span,
         memory: Any,
         scale: float,
-        in_parts: bool,
+        in_parts: bool = False,
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """As in AHNLayer, but for who leaves: what each head loses."""
         lost = self._exchange(k, v, inputs, span, memory)
