@@ -147,13 +147,7 @@ def test_turn(size, rows, more_rows, dtype):
     model = tiny(head_dim=size).to(DEVICE)
     attention = model.model.layers[0].self_attn
     rotary = Rotary(model.model, attention)
-    q, k, _ = (
-        torch.randn(2, 1, 7 * size, device=DEVICE)
-        .to(dtype)
-        .unflatten(-1, (7, size))
-        .transpose(1, 2)
-        .split([4, 2, 1], 1)
-    )
+    q, k, _ = torch.randn(2, 1, 7, size, device=DEVICE).to(dtype).transpose(1, 2).split([4, 2, 1], 1)
     angles = model.model.rotary_emb(q, torch.tensor([[5], [9]], device=DEVICE)[:rows])
     further = rotary.angles(torch.tensor([[-3], [-700]], device=DEVICE)[:more_rows]) if more_rows else None
     turned = step.turn(q, k, angles, further)
@@ -166,7 +160,7 @@ def test_turn(size, rows, more_rows, dtype):
 
 @pytest.mark.parametrize("positions", ["clipped", "absolute"])
 @pytest.mark.parametrize(("family", "launches"), [("Qwen3", 1), ("Cohere", 0)])
-def test_turned_within(monkeypatch, family, launches, positions):
+def test_turned_within(plain, monkeypatch, family, launches, positions):
     """One launch a layer, in the place of the base's function; not of a base that turns neighbours."""
     count, kernel = [], step.turn
     monkeypatch.setattr(step, "turn", lambda *args: count.append(args[3] is not None) or kernel(*args))
