@@ -158,20 +158,36 @@ def test_layers_of_another_form(multiplied, monkeypatch):
     """A residual that is scaled, a norm with another weight, or one that is watched: nothing is left out."""
     for family, changes in (
         ("Granite", {"residual_multiplier": 0.5}),
-        ("Gemma", {"hidden_act": "silu"}),
+        ("Gemma", {"hidden_act": "silu", "head_dim": 8}),
         ("Llama", {}),
     ):
         model = with_memory(tiny(family, **changes), window=9, sinks=3).to(DEVICE)
         weigh_norms(model)
         for layer in model.model.layers if family == "Llama" else ():
             layer.input_layernorm.register_forward_hook(lambda module, args, out: out / 2)
-        ids = token_ids(14).to(DEVICE)
+        ids = token_ids(13).to(DEVICE)
         with torch.no_grad():
             whole = model(ids, use_cache=False).logits
         with fused.products(model.model):
-            assert (in_pieces(model, ids, [11, *[1] * 3]) - whole).abs().max() < 1e-4
+            assert (in_pieces(model, ids, [11, 1, 1]) - whole).abs().max() < 1e-4
             assert blocks(model) == [False, False]
             assert "forward" in vars(model.model.layers[0].self_attn.o_proj)
+
+
+def test_what_the_usual_layer_is(monkeypatch):
+    """Nothing else is done with its parts, and attention is given all that the layer is."""
+    layer = tiny().model.layers[0]
+    assert fused._is_block(layer)
+    plain = type(layer).forward
+    others = (
+        lambda self, x, **kwargs: 2 * plain(self, x, **kwargs),
+        lambda self, x, **kwargs: plain(self, 2 * x, **kwargs),
+        lambda self, x, **kwargs: plain(self, x),
+        lambda self, x, **kwargs: (plain(self, x, **kwargs),),
+    )
+    for other in others:
+        monkeypatch.setattr(type(layer), "forward", other)
+        assert not fused._is_block(layer)
 
 
 def test_attention_that_does_not_end_with_its_product(multiplied, monkeypatch):
