@@ -1,7 +1,8 @@
 """The kernels of one token on a GPU, one by one, and with other constants: microseconds, and the bandwidth of what has
-to be read.
+to be read. And those of a layer one after the other, with and without programmatic launch.
 
-    python benchmarks/gpu_kernels.py
+    python benchmarks/gpu_kernels.py                # everything, minutes: each choice of constants is compiled
+    python benchmarks/gpu_kernels.py --products     # the layer, and the products with fewer choices, under a minute
 
 The shape is that of a layer of Qwen2.5-3B, behind 131,072 tokens. Each is launched many times in one CUDA graph, on
 copies that together are larger than the cache of the device.
@@ -9,7 +10,9 @@ copies that together are larger than the cache of the device.
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,17 +20,19 @@ import torch
 from torch import nn
 
 import ahn
+from ahn import kernels
 from ahn.kernels import product, step
 from common import now
 
 HIDDEN, INNER, HEADS, KV_HEADS, SIZE, SLOTS, SINKS = 2048, 11008, 16, 2, 128, 32768, 128
+READERS = (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE, HEADS, HEADS, HEADS)  # rows: q, k, v, gates
 CACHE = 2e8  # bytes, more than any device caches
 CUDA = torch.device("cuda")
 
 
 def microseconds(make: Callable[[], Callable[[], Any]], size: float) -> float:
     """Of one launch of what `make` returns, which reads `size` bytes of its own."""
-    calls = [make() for _ in range(max(2, int(CACHE / size)))]
+    calls = [make() for _ in range(min(100, max(2, int(CACHE / size))))]
     for call in calls:
         call()
     repeats = max(1, 64 // len(calls))
@@ -47,30 +52,54 @@ def layers(*rows: int, length: int = HIDDEN) -> list[nn.Linear]:
     return [nn.Linear(length, count, bias=False, dtype=torch.bfloat16, device=CUDA) for count in rows]
 
 
-def linear(*rows: int, length: int = HIDDEN) -> Callable[[], Callable[[], Any]]:
-    x = torch.randn(1, 1, length, dtype=torch.bfloat16, device=CUDA)
+def normed(length: int) -> product.Norm:
+    return product.Norm(torch.ones(length, dtype=torch.bfloat16, device=CUDA), 1e-6)
+
+
+def readers(*rows: int) -> Callable[[], Callable[[], Any]]:
+    x = torch.randn(1, 1, HIDDEN, dtype=torch.bfloat16, device=CUDA)
 
     def make() -> Callable[[], Any]:
-        some = layers(*rows, length=length)
-        return lambda: product.together(x, some)
+        some, norm, place = layers(*rows), normed(HIDDEN), torch.empty_like(x)
+        return lambda: product.together(x, some, norm, place)
+
+    return make
+
+
+def last(length: int) -> Callable[[], Callable[[], Any]]:
+    x, add = (torch.randn(1, 1, size, dtype=torch.bfloat16, device=CUDA) for size in (length, HIDDEN))
+
+    def make() -> Callable[[], Any]:
+        some = layers(HIDDEN, length=length)
+        return lambda: product.together(x, some, add=add)
 
     return make
 
 
 def gated() -> Callable[[], Any]:
     x = torch.randn(1, 1, HIDDEN, dtype=torch.bfloat16, device=CUDA)
-    gate, up = layers(INNER, INNER)
-    return lambda: product.gated(x, gate, up)
+    (gate, up), norm = layers(INNER, INNER), normed(HIDDEN)
+    return lambda: product.gated(x, gate, up, norm)
 
 
-def attend() -> Callable[[], Any]:
+def turn() -> Callable[[], Any]:
+    q, k = (torch.randn(1, heads, 1, SIZE, dtype=torch.bfloat16, device=CUDA) for heads in (HEADS, KV_HEADS))
+    angles, further = (
+        torch.randn(2, 1, 1, SIZE, dtype=torch.bfloat16, device=CUDA),
+        torch.randn(2, 1, 1, SIZE, device=CUDA),
+    )
+    return lambda: step.turn(q, k, tuple(angles), tuple(further))
+
+
+def attend(merged: bool = True) -> Callable[[], Any]:
     q = torch.randn(1, HEADS, 1, SIZE, dtype=torch.bfloat16, device=CUDA)
     k, v = torch.randn(2, 1, KV_HEADS, SLOTS, SIZE, dtype=torch.bfloat16, device=CUDA)
-    last = torch.tensor([131072], device=CUDA)
-    return lambda: step.attend(q, q, k, v, SINKS, last, SIZE**-0.5)
+    newest = torch.tensor([131072], device=CUDA)
+    kernel = step.attend if merged else step.attend_parts
+    return lambda: kernel(q, q, k, v, SINKS, newest, SIZE**-0.5)
 
 
-def cell() -> Callable[[], Any]:
+def cell() -> Callable[..., Any]:
     module = ahn.cells.get("gated_deltanet")(HIDDEN, HEADS, SIZE, torch.bfloat16, CUDA)
     form = module.step_form()
     q, out = torch.randn(2, 1, HEADS, 1, SIZE, dtype=torch.bfloat16, device=CUDA)
@@ -78,41 +107,78 @@ def cell() -> Callable[[], Any]:
     inputs, gate = (torch.randn(1, 1, n * HEADS, dtype=torch.bfloat16, device=CUDA) for n in (2, 1))
     state = torch.randn(1, HEADS, SIZE, SIZE, device=CUDA)
 
-    def call() -> None:
-        read = step.recur(form, q, k, v, inputs, None, state, unit=True)
+    def call(parts: step.Parts | None = None) -> None:
+        read = step.recur(form, q, k, v, inputs, None, state, True, parts)
         step.add_read(form, out.transpose(1, 2), read, gate, module.o_proj.weight, None)
 
     return call
 
 
 def show(name: str, make: Callable[[], Callable[[], Any]], size: float, module: Any, **choices: Iterable[int]) -> None:
-    """One line with the constants of `module` as they are, and one for each other combination."""
+    """One line with the constants of `module` as they are, one for each other combination, and the best of them."""
+    best: tuple[float, Any] = (float("inf"), None)
     usual = tuple(getattr(module, constant) for constant in choices)
     for values in [usual, *(some for some in itertools.product(*choices.values()) if some != usual)]:
         for constant, value in zip(choices, values, strict=True):
             setattr(module, constant, value)
         try:
             spent = microseconds(make, size)
+            best = min(best, (spent, values), key=lambda pair: pair[0])
             found = f"{spent:6.2f} us  {size / spent / 1e6:5.2f} TB/s"
         except Exception as error:  # more registers or shared memory than there are
             found = (str(error).splitlines() or [type(error).__name__])[0]
         print(f"{name:<24} {found}  {dict(zip(choices, values, strict=True))}", flush=True)
     for constant, value in zip(choices, usual, strict=True):
         setattr(module, constant, value)
+    if choices and best[1] is not None:
+        print(f"{name + ', best':<24} {best[0]:6.2f} us  {dict(zip(choices, best[1], strict=True))}", flush=True)
+
+
+def layer() -> Callable[[], Any]:
+    """All kernels of a layer but the exchange in the ring, in their order."""
+    before, after = [readers(*READERS)(), turn()], [last(HIDDEN)(), gated(), last(INNER)()]
+    attention, memory = attend(merged=False), cell()
+
+    def call() -> None:
+        for kernel in before:
+            kernel()
+        memory(attention())
+        for kernel in after:
+            kernel()
+
+    return call
+
+
+def show_layer() -> None:
+    size = 2 * HIDDEN * (sum(READERS) + HIDDEN + 3 * INNER) + 4 * KV_HEADS * SLOTS * SIZE
+    for allowed in ("auto", ",".join(name for name in kernels.KERNELS if name != "pdl")):
+        os.environ["AHN_KERNEL"] = allowed
+        spent = microseconds(layer, size)
+        print(f"{'a layer':<24} {spent:6.2f} us  {size / spent / 1e6:5.2f} TB/s  AHN_KERNEL={allowed}", flush=True)
+    del os.environ["AHN_KERNEL"]
 
 
 @torch.no_grad()
 def main() -> None:
-    tiles = {"ROWS": (4, 8, 16), "TILE": (2048, 4096, 8192), "STAGES": (2, 3, 4)}
-    small = {"PROGRAMS": (256, 512, 1024), "TILE": (2048, 4096, 8192), "STAGES": (2, 4)}
-    readers = (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE, HEADS, HEADS, HEADS)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--products", action="store_true", help="these alone, with fewer choices of constants")
+    quick = parser.parse_args().products
+    show_layer()
+    tiles = {"ROWS": (4, 8, 16), "TILE": (4096, 8192), "STAGES": (2, 4), "WARPS": (4, 8)}
+    small = {"PROGRAMS": (256, 512, 1024), "TILE": (2048, 4096, 8192), "STAGES": (2, 4), "WARPS": (4, 8)}
+    if quick:
+        tiles |= {"TILE": (4096,), "STAGES": (4,)}
+        small |= {"PROGRAMS": (256, 512), "TILE": (4096,), "STAGES": (4,)}
     show("gate, up", gated, 4 * HIDDEN * INNER, product, **tiles)
-    show("down", linear(HIDDEN, length=INNER), 2 * HIDDEN * INNER, product, **small)
-    show("q, k, v, gates", linear(*readers), 2 * HIDDEN * sum(readers), product, **small)
-    show("o", linear(HIDDEN), 2 * HIDDEN**2, product, **small)
+    show("down", last(INNER), 2 * HIDDEN * INNER, product, **small)
+    show("q, k, v, gates", readers(*READERS), 2 * HIDDEN * sum(READERS), product, **small)
+    show("o", last(HIDDEN), 2 * HIDDEN**2, product, **small)
+    if quick:
+        return
     ring = {"BLOCK": (32, 64, 128), "WARPS": (4, 8), "STAGES": (2, 3, 4), "PROGRAMS": (264, 528)}
     show("attention, merge", attend, 4 * KV_HEADS * SLOTS * SIZE, step, **ring)
     show("recurrence, output", cell, 10 * HEADS * SIZE**2, step, COLUMNS=(8, 16, 32))
+    show("turn", turn, 4 * SIZE * (2 * HEADS + KV_HEADS), step)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,9 @@ def test_reading_compiled(monkeypatch, cell):
     assert counters["frames"]["ok"] == counters["frames"]["total"]
 
 
-@pytest.mark.parametrize("allowed", ["graph", "graph,triton", "graph,gemv", "triton"])
+@pytest.mark.parametrize(
+    "allowed", ["graph", "graph,triton", "graph,gemv", "graph,gemv,triton", "graph,gemv,triton,pdl", "triton"]
+)
 @pytest.mark.parametrize("sinks", [0, 5])
 def test_decoding_is_the_whole_sequence(monkeypatch, cell, allowed, sinks):
     """float32, from before the first token leaves on, several times around the ring, with every set of kernels."""
@@ -235,6 +237,45 @@ def test_decoding_in_half_precision_with_grouped_heads(cell):
             whole = model(ids, use_cache=False).logits
         assert relative(in_pieces(model, ids, [100, *[1] * 300]), whole) < 0.05
         assert kernels_used(model)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batch):
+    """Of a base as wide as several tiles; and a kernel that starts early finds the same numbers, to the last bit."""
+    from ahn.kernels import product, step
+
+    launched = {"norm": 0, "add": 0, "turn": 0}
+    together, turn = product.together, step.turn
+
+    def counted(x, layers, norm=None, normed=None, add=None):
+        launched["norm"] += norm is not None
+        launched["add"] += add is not None
+        return together(x, layers, norm, normed, add)
+
+    def counted_turn(*args):
+        launched["turn"] += 1
+        return turn(*args)
+
+    monkeypatch.setattr(product, "together", counted)
+    monkeypatch.setattr(step, "turn", counted_turn)
+    shape = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 12, "head_dim": 128}
+    base = tiny(family, **shape, initializer_range=0.005).cuda().bfloat16()
+    for name, weight in base.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 1.5)
+    model = with_memory(base, cell, window=150, sinks=3)
+    ids = token_ids(400, batch=batch).cuda()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    early = in_pieces(model, ids, [100, *[1] * 300])
+    assert kernels_used(model)
+    assert relative(early, whole) < 0.05
+    # two layers, two steps before the capture and the captured one; what a first step finds out it adds by itself
+    assert launched == {"norm": 6, "add": 2 * (3 + 2), "turn": 6}
+    monkeypatch.setenv("AHN_KERNEL", "graph,gemv,triton,fla,flash,cudnn")
+    model._ahn_frame.graph = None
+    assert torch.equal(in_pieces(model, ids, [100, *[1] * 300]), early)
 
 
 def test_rows_at_different_positions_in_a_graph():

@@ -25,6 +25,18 @@ def relative(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
+def weigh_norms(model):
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 1.5)
+
+
+def blocks(model):
+    """By layer, whether norms and sums are part of the products."""
+    forwards = [vars(layer).get("forward") for layer in model.model.layers]
+    return [forward is not None and forward.__self__.ends for forward in forwards]
+
+
 @pytest.fixture
 def multiplied(monkeypatch):
     """Counts the launches, which are of few programs: those are interpreted one after the other. No graphs, no other
@@ -35,9 +47,9 @@ def multiplied(monkeypatch):
     for name in counts:
         kernel = getattr(product, name)
 
-        def counted(*args, kernel=kernel, name=name):
+        def counted(*args, kernel=kernel, name=name, **kwargs):
             counts[name] += 1
-            return kernel(*args)
+            return kernel(*args, **kwargs)
 
         monkeypatch.setattr(product, name, counted)
     return counts
@@ -62,6 +74,28 @@ def test_products(monkeypatch, length, rows, programs, vectors, dtype):
         assert relative(product.gated(x, layers[0], up), expected) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("vectors", "programs", "length"), [(1, 2, 130), (3, 512, 24), (2, 8, 600)])
+def test_with_a_norm_before_and_a_sum_behind(monkeypatch, length, programs, vectors, dtype):
+    """And the normalised vectors, written by more tiles than there are programs and by fewer."""
+    torch.manual_seed(length)
+    monkeypatch.setattr(product, "PROGRAMS", programs)
+    monkeypatch.setattr(product, "TILE", 256)
+    x = torch.randn(vectors, 1, length, device=DEVICE).to(dtype) / 50
+    norm = product.Norm(torch.rand(length, device=DEVICE).to(dtype) + 0.5, 1e-4)
+    layers = [nn.Linear(length, count, bias=count == 2, device=DEVICE).to(dtype) for count in (1, 2)]
+    add, normed = torch.randn(vectors, 1, 3, device=DEVICE).to(dtype), torch.empty_like(x)
+    with torch.no_grad():
+        exact = F.rms_norm(x.float(), (length,), norm.weight.float(), norm.epsilon)
+        expected = [F.linear(exact, m.weight.float(), None if m.bias is None else m.bias.float()) for m in layers]
+        found = product.together(x, layers, norm, normed, add)
+        assert relative(found, torch.cat(expected, -1) + add.float()) < LIMIT[dtype]
+        assert relative(normed, exact) < LIMIT[dtype]
+        up = nn.Linear(length, 2, bias=False, device=DEVICE).to(dtype)
+        expected = F.silu(expected[1]) * F.linear(exact, up.weight.float())
+        assert relative(product.gated(x, layers[1], up, norm), expected) < LIMIT[dtype]
+
+
 @pytest.mark.parametrize(
     ("family", "cell_name", "batch", "launches"),
     [
@@ -72,14 +106,17 @@ def test_products(monkeypatch, length, rows, programs, vectors, dtype):
     ],
 )
 def test_whole_model(multiplied, family, cell_name, batch, launches):
-    """Token by token; as many launches a layer as expected. Phi3 has one matrix for gate and up, which stays."""
+    """Token by token; as many launches a layer as expected. Phi3 has one matrix for gate and up, which stays, and so
+    do norms and sums."""
     model = with_memory(tiny(family), cell_name, window=5, sinks=3).to(DEVICE)
+    weigh_norms(model)
     ids = token_ids(12, batch=batch).to(DEVICE)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     before = [dict(vars(module)) for module in model.modules()]
     with fused.products(model.model):
         assert (in_pieces(model, ids, [7, *[1] * 5]) - whole).abs().max() < 1e-4
+        assert blocks(model) == [family != "Phi3"] * 2
     together, gated = launches
     assert multiplied == {"together": together * 2 * 5, "gated": gated * 2 * 5}
     assert [dict(vars(module)) for module in model.modules()] == before
@@ -115,3 +152,59 @@ def test_what_does_not_fit_is_left(multiplied):
     with fused.products(model.model), torch.no_grad():
         in_pieces(model, five, [11, 1])
     assert multiplied["together"] == 3 * 9
+
+
+def test_layers_of_another_form(multiplied, monkeypatch):
+    """A residual that is scaled, a norm with another weight, or one that is watched: nothing is left out."""
+    for family, changes in (
+        ("Granite", {"residual_multiplier": 0.5}),
+        ("Gemma", {"hidden_act": "silu", "head_dim": 8}),
+        ("Llama", {}),
+    ):
+        model = with_memory(tiny(family, **changes), window=9, sinks=3).to(DEVICE)
+        weigh_norms(model)
+        for layer in model.model.layers if family == "Llama" else ():
+            layer.input_layernorm.register_forward_hook(lambda module, args, out: out / 2)
+        ids = token_ids(13).to(DEVICE)
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+        with fused.products(model.model):
+            assert (in_pieces(model, ids, [11, 1, 1]) - whole).abs().max() < 1e-4
+            assert blocks(model) == [False, False]
+            assert "forward" in vars(model.model.layers[0].self_attn.o_proj)
+
+
+def test_what_the_usual_layer_is(monkeypatch):
+    """Nothing else is done with its parts, and attention is given all that the layer is."""
+    layer = tiny().model.layers[0]
+    assert fused._is_block(layer)
+    plain = type(layer).forward
+    others = (
+        lambda self, x, **kwargs: 2 * plain(self, x, **kwargs),
+        lambda self, x, **kwargs: plain(self, 2 * x, **kwargs),
+        lambda self, x, **kwargs: plain(self, x),
+        lambda self, x, **kwargs: (plain(self, x, **kwargs),),
+    )
+    for other in others:
+        monkeypatch.setattr(type(layer), "forward", other)
+        assert not fused._is_block(layer)
+
+
+def test_attention_that_does_not_end_with_its_product(multiplied, monkeypatch):
+    """The sum is then made behind it, by the rest of the layer; the first step shows it."""
+    model = with_memory(tiny(), window=9, sinks=3).to(DEVICE)
+    attention = type(model.model.layers[0].self_attn)
+    plain = attention.forward
+
+    def halved(self, *args, **kwargs):
+        out, weights = plain(self, *args, **kwargs)
+        return out / 2, weights
+
+    monkeypatch.setattr(attention, "forward", halved)
+    ids = token_ids(14).to(DEVICE)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    with fused.products(model.model):
+        assert (in_pieces(model, ids, [11, *[1] * 3]) - whole).abs().max() < 1e-4
+        assert blocks(model) == [False, False]
+    assert multiplied == {"together": 3 * 2 * 3, "gated": 2 * 3}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ahn
-from ahn import kernels
-from ahn.attention import attend_one
+from ahn import fused, kernels
+from ahn.attention import Rotary, attend_one
 from ahn.augmentation import layers_of
 from ahn.cache import Span
 from ahn.cells.base import unit
@@ -91,6 +91,24 @@ def test_cell(plain, cell, heads, kv_heads, size, writes, dtype):
         assert relative(added, expected) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize(("slots", "size"), [(5, 8), (333, 80)])
+def test_merge_beside_the_recurrence(cell, slots, size):
+    """The same as one after the other."""
+    torch.manual_seed(size)
+    module = ahn.cells.get(cell)(24, 4, size, device=DEVICE)
+    q = torch.randn(2, 4, 1, size, device=DEVICE)
+    k, v = torch.randn(2, 2, 2, slots, size, device=DEVICE)
+    state = torch.randn(2, 4, size, size, device=DEVICE)
+    inputs = torch.randn(2, 1, module.num_gates * 4, device=DEVICE)
+    arguments = (module.step_form(), q, k[:, :, :1], v[:, :, :1], inputs, None)
+    expected, expected_state = step.attend(q, q, k, v, 3, None, 0.1), state.clone()
+    expected_read = step.recur(*arguments, expected_state, True)
+    parts = step.attend_parts(q, q, k, v, 3, None, 0.1)
+    read = step.recur(*arguments, state, True, parts)
+    pairs = zip((parts.out, parts.norm, read, state), (*expected, expected_read, expected_state), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("features", [16, 40])
 def test_more_features_than_channels(plain, features):
     """Queries and keys as learned maps give them."""
@@ -119,6 +137,43 @@ def test_whole_model(cell, form, sinks):
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     assert (in_pieces(model, ids, [6, *[1] * 18]) - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "rows", "more_rows"), [(8, 1, 1), (80, 2, 2), (80, 2, 1), (8, 1, 0)])
+def test_turn(size, rows, more_rows, dtype):
+    """As the base turns, and as the queries are turned for the sinks after it; parts of a larger tensor."""
+    torch.manual_seed(size)
+    model = tiny(head_dim=size).to(DEVICE)
+    attention = model.model.layers[0].self_attn
+    rotary = Rotary(model.model, attention)
+    q, k, _ = torch.randn(2, 1, 7, size, device=DEVICE).to(dtype).transpose(1, 2).split([4, 2, 1], 1)
+    angles = model.model.rotary_emb(q, torch.tensor([[5], [9]], device=DEVICE)[:rows])
+    further = rotary.angles(torch.tensor([[-3], [-700]], device=DEVICE)[:more_rows]) if more_rows else None
+    turned = step.turn(q, k, angles, further)
+    expected = rotary.apply(q.float(), k.float(), *(t.float() for t in angles))
+    assert relative(turned[0], expected[0]) < LIMIT[dtype]
+    assert relative(turned[1], expected[1]) < LIMIT[dtype]
+    twice = expected[0] if further is None else rotary.turn(expected[0], further)
+    assert relative(turned[2], twice) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("positions", ["clipped", "absolute"])
+@pytest.mark.parametrize(("family", "launches"), [("Qwen3", 1), ("Cohere", 0)])
+def test_turned_within(plain, monkeypatch, family, launches, positions):
+    """One launch a layer, in the place of the base's function; not of a base that turns neighbours."""
+    count, kernel = [], step.turn
+    monkeypatch.setattr(step, "turn", lambda *args: count.append(args[3] is not None) or kernel(*args))
+    model = with_memory(tiny(family), window=5, sinks=3, sink_positions=positions).to(DEVICE)
+    before = [dict(vars(module)) for module in model.modules()]
+    ids = token_ids(14, batch=2).to(DEVICE)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    with fused.turned(model.model):
+        assert (in_pieces(model, ids, [6, *[1] * 8]) - whole).abs().max() < 1e-4
+    assert len(count) == launches * 2 * 8
+    assert sum(count) == (launches * 2 * 5 if positions == "clipped" else 0)  # once the sinks are further away
+    assert [dict(vars(module)) for module in model.modules()] == before
 
 
 @pytest.mark.parametrize("positions", [[0], [2], [3], [11], [40, 5]], ids=str)

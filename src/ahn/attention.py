@@ -126,18 +126,29 @@ def merge_all(parts: list[Softmax], early: Softmax | None) -> Softmax:
 
 
 def attend_one(
-    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
-) -> Softmax:
+    q: Tensor,
+    q_sinks: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: int,
+    last: Tensor | None,
+    scale: float,
+    in_parts: bool = False,
+) -> Any:
     """Attention of one new token over a ring buffer, in any order and without copying it.
 
     Args:
         q, q_sinks: [B, N, 1, H], as the window and as the sinks meet it. k, v: [B, M, K, H], the sinks first.
         last: [R], position of the new token where slots are not all filled: a slot above it is empty. Or None.
+        in_parts: return `ahn.kernels.step.Parts`, where there are Triton kernels.
+
+    Returns: Softmax, unless `in_parts`.
     """
     if kernels.one_token(q.device.type).name == "triton":
         from ahn.kernels import step
 
-        return step.attend(q, q_sinks, k, v, sinks, last, scale)
+        attend = step.attend_parts if in_parts else step.attend
+        return attend(q, q_sinks, k, v, sinks, last, scale)
     filled = None if last is None else (torch.arange(k.shape[2], device=k.device) <= last[:, None])[:, None]
     return attend_slots(q, q_sinks, k, v, sinks, filled, scale)
 

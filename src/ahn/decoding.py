@@ -143,6 +143,8 @@ class Graph:
         with ExitStack() as faster:
             if kernels.products(device, len(self.ids)).name == "gemv":
                 faster.enter_context(fused.products(self.decoder))
+            if kernels.one_token(device).name == "triton":
+                faster.enter_context(fused.turned(self.decoder))
             if kernels.between(device).name == "inductor":
                 faster.enter_context(fused.compiled(self.decoder))
             self._record([scratch[_form(layer)] for layer in self.layers], cache, due)

@@ -3,8 +3,9 @@ family.
 
 `compiled`: what lies between matrix products, elementwise, is compiled. `compiled_for_reading`: so is what the memory
 does there, once for chunks of any length. `products`: linear layers of few vectors are read by Triton kernels, those of
-one input by one. What does not look as expected (quantised weights, other names, other activations, hooks) is left as
-it is, module by module. All is undone afterwards.
+one input by one, and where a layer is of the usual form, with the norm before and the sum behind. `turned`: one kernel
+turns queries and keys. What does not look as expected (quantised weights, other names, other activations, hooks) is
+left as it is, module by module. All is undone afterwards.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from ahn import kernels
+from ahn.cache import PAST
 from ahn.cells.base import Linear
 
 MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
@@ -49,7 +51,8 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
                 forms[kind] = fast(kind.forward)
             _put(undo, module, "forward", MethodType(forms[kind], module))
         family = sys.modules[type(attention).__module__]
-        if turn := getattr(family, "apply_rotary_pos_emb", None):
+        turn = getattr(family, "apply_rotary_pos_emb", None)
+        if turn is not None and not isinstance(turn, Turns):
             undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast(turn)))
         (rotary,) = attention.ahn.rotary
         if rotary is not None:
@@ -112,7 +115,7 @@ def of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 def products(decoder: Any) -> Iterator[None]:
     """Within, linear layers multiply few vectors by `ahn.kernels.product`: of an attention module all that read the
     layer's input, those of its memory too, in one launch; of an MLP the first two, with what is between them and the
-    third."""
+    third. Where all that fits, norms and sums are part of it (`Block`)."""
     with ExitStack() as undo:
         for layer in decoder.layers:
             attention = layer.self_attn
@@ -126,13 +129,70 @@ def products(decoder: Any) -> Iterator[None]:
                 _put(undo, module, "forward", group.of(module))
             if form is not None and all(any(part is module for module in readers) for part in form.inputs):
                 _put(undo, cell, "gate_inputs", group.of(*form.inputs))
-            if _is_plain(attention.o_proj):
+            block = Block.of(layer, group)
+            if block is not None:
+                _put(undo, layer, "forward", block.forward)
+                _put(undo, attention.o_proj, "forward", block.end)
+            elif _is_plain(attention.o_proj):
                 _put(undo, attention.o_proj, "forward", Together([attention.o_proj]).of(attention.o_proj))
             mlp = getattr(layer, "mlp", None)
-            if mlp is not None and _is_gated(mlp):
+            if block is None and mlp is not None and _is_gated(mlp):
                 _put(undo, mlp.down_proj, "forward", Together([mlp.down_proj]).of(mlp.down_proj))
                 _put(undo, mlp, "forward", MethodType(_mlp, mlp))
         yield
+
+
+@contextmanager
+def turned(decoder: Any) -> Iterator[None]:
+    """Within, queries and keys of one token a row are turned by one kernel, and the queries for the sinks with them, if
+    the base turns them half by half."""
+    family = sys.modules[type(decoder.layers[0].self_attn).__module__]
+    with _changing, ExitStack() as undo:
+        plain = getattr(family, "apply_rotary_pos_emb", None)
+        if plain is not None and _turns_halves(plain):
+            turns = Turns(plain)
+            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", turns))
+            for layer in decoder.layers:
+                if "forward" not in vars(layer.self_attn):
+                    _put(undo, layer.self_attn, "forward", turns.within(layer.self_attn))
+                    _put(undo, layer.self_attn.ahn, "_turn", turns.again)
+        yield
+
+
+class Turns:
+    """In the place of a base's function that turns queries and keys."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = plain
+        self.memory: Any = None  # of the layer that is being called
+        self.q: Tensor | None = None  # as turned last
+        self.twice: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = self.memory.call[1] if self.memory is not None and self.memory.call is not None else None
+        whole = cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype
+        if args or kwargs or cache is None or not whole or q.shape[2] > 1 or q.shape[-1] % 2:
+            return self.plain(q, k, cos, sin, *args, **kwargs)
+        from ahn.kernels import step
+
+        self.q, k, self.twice = step.turn(q, k, (cos, sin), self.memory.sink_angles(cache.span, q.device))
+        return self.q, k
+
+    def again(self, rotary: Any, q: Tensor, angles: Any) -> Tensor:
+        """`AHNLayer._turn`."""
+        return self.twice if q is self.q else rotary.turn(q, angles)
+
+    def within(self, attention: Any) -> Callable[..., Any]:
+        plain = attention.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.memory = attention.ahn
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self.memory = None
+
+        return forward
 
 
 class Together:
@@ -159,6 +219,67 @@ class Together:
 
         return forward
 
+    def normed(self, x: Tensor, norm: Any) -> Tensor:
+        """`x` normalised; the outputs for it are there as well."""
+        from ahn.kernels import product
+
+        self.x = x.new_empty(x.shape)
+        self.out = product.together(x, self.layers, norm, self.x)
+        return self.x
+
+
+class End:
+    """The last product of an attention module, with what is to be added to it, [B, 1, D]."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.add: Tensor | None = None
+        self.out: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not _few(x, self.layer):
+            return type(self.layer).forward(self.layer, x)
+        from ahn.kernels import product
+
+        self.out = product.together(x, [self.layer], add=self.add)
+        return self.out
+
+
+class Block:
+    """A decoder layer of the usual form: h + attention(norm h), and h + MLP(norm h) of that. Its products normalise
+    what they read, and add to h what they end."""
+
+    def __init__(self, layer: Any, readers: Together, norms: list[Any]) -> None:
+        self.layer, self.readers, self.norms = layer, readers, norms
+        self.end = End(layer.self_attn.o_proj)
+        self.ends = False  # whether attention returns what `end` does: the first call shows it
+
+    @classmethod
+    def of(cls, layer: Any, readers: Together) -> Block | None:
+        """None if the layer is of another form, or its parts are."""
+        mlp, end = getattr(layer, "mlp", None), layer.self_attn.o_proj
+        if mlp is None or not readers.layers or not _is_gated(mlp) or not _is_block(layer):
+            return None
+        norms = [_rms_norm(layer.input_layernorm), _rms_norm(layer.post_attention_layernorm)]
+        fits = None not in norms and _is_plain(end) and not _hooks(mlp)
+        alike = {part.weight.dtype for part in (readers.layers[0], end, mlp.gate_proj, mlp.down_proj)}
+        return cls(layer, readers, norms) if fits and len(alike) == 1 else None
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        layer, mlp = self.layer, self.layer.mlp
+        if not _few(hidden_states, mlp.gate_proj):
+            return type(layer).forward(layer, hidden_states, **kwargs)
+        from ahn.kernels import product
+
+        self.end.add = hidden_states if self.ends else None
+        out, _ = layer.self_attn(hidden_states=self.readers.normed(hidden_states, self.norms[0]), **kwargs)
+        if not self.ends:
+            self.ends = out is self.end.out
+            out = hidden_states + out
+        self.end.add = self.end.out = None
+        inner = product.gated(out, mlp.gate_proj, mlp.up_proj, self.norms[1])
+        return product.together(inner, [mlp.down_proj], add=out)
+
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     if not _few(x, mlp.gate_proj):
@@ -177,9 +298,7 @@ def _few(x: Tensor, layer: Any) -> bool:
 
 def _is_plain(module: Any) -> bool:
     """A linear layer of which nothing is known but weight and bias: no quantisation, no adapter, no hook."""
-    if type(module) not in (nn.Linear, Linear) or "forward" in vars(module):
-        return False
-    if module._forward_hooks or module._forward_pre_hooks:
+    if type(module) not in (nn.Linear, Linear) or "forward" in vars(module) or _hooks(module):
         return False
     weights = [weight for weight in (module.weight, module.bias) if weight is not None]
     if not all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() and w.is_contiguous() for w in weights):
@@ -205,6 +324,66 @@ def _is_gated(mlp: Any) -> bool:
     with torch.no_grad():
         found, expected = mlp(x).float(), down(F.silu(gate(x)) * up(x)).float()
     return bool((found - expected).norm() <= 0.01 * expected.norm())
+
+
+def _turns_halves(turn: Callable[..., Any]) -> bool:
+    """Whether a base's function turns the halves of a head into each other; tried out."""
+    q, k, cos, sin = torch.randn(4, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    try:
+        found = turn(q, k, cos[0], sin[0])
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    expected = [t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k)]
+    return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+def _is_block(layer: Any) -> bool:
+    """A decoder layer that is h + attention(norm h), then h + MLP(norm h), and nothing else: tried out with others in
+    the place of its parts, each of which answers only to what it has to be given."""
+    if "forward" in vars(layer):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    hidden, attended, mixed, first, second = torch.randn(5, 1, 1, 8, generator=generator)
+    given = {name: object() for name in ("attention_mask", "position_embeddings", PAST)}
+
+    def attention(hidden_states: Any = None, **kwargs: Any) -> Any:
+        return (attended, None) if hidden_states is first and given.items() <= kwargs.items() else None
+
+    bare = object.__new__(type(layer))  # with no other parts than these
+    vars(bare).update(
+        training=False,
+        input_layernorm=lambda x: first if x is hidden else None,
+        self_attn=attention,
+        post_attention_layernorm=lambda x: second if torch.equal(x, hidden + attended) else None,
+        mlp=lambda x: mixed if x is second else None,
+    )
+    try:
+        out = type(layer).forward(bare, hidden, **given)
+    except (AttributeError, TypeError):  # it has other parts, or uses them otherwise
+        return False
+    return isinstance(out, Tensor) and torch.equal(out, hidden + attended + mixed)
+
+
+def _rms_norm(module: Any) -> Any:
+    """A plain RMSNorm as the kernels know it, or None; tried out, with numbers so small that its epsilon shows."""
+    from ahn.kernels import product
+
+    epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    if not _is_norm(module) or not epsilon or "forward" in vars(module) or _hooks(module):
+        return None
+    (weight,) = module.parameters()
+    x = torch.randn(1, 1, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad():
+        for size in (1.0, epsilon**0.5):
+            found, x_f = module(x * size).float(), (x * size).float()
+            expected = x_f * (x_f.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight.float()
+            if not (found - expected).norm() <= 0.01 * expected.norm():
+                return None
+    return product.Norm(weight, epsilon)
+
+
+def _hooks(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_norm(module: Any) -> bool:

@@ -212,13 +212,17 @@ class AHNLayer(nn.Module):
     def _one(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory, scale: float) -> Tensor:
         """One token a row, none of them padding: the ring is read where it lies."""
         inputs = None if self.cell is None else self.cell.gate_inputs(x)
-        (out, norm), old = self._attend_one(q, k, v, x, inputs, span, memory, scale)
+        form, writes = None, span.first >= self.lossless and (span.on_device or self.steps_on_device(span))
+        if self.cell is not None and writes and kernels.one_token(q.device.type).name == "triton":
+            form = self.cell.step_form()
+        found, old = self._attend_one(q, k, v, x, inputs, span, memory, scale, form is not None)
+        if form is not None:
+            return self._one_fused(form, found, q, old, x, self._leaving(span, q.device), memory.compressed)
+        out, norm = found
         out = out.transpose(1, 2)
         if self.cell is None or span.first < self.lossless:
             return out
         leaving = self._leaving(span, q.device)
-        if kernels.one_token(q.device.type).name == "triton" and (form := self.cell.step_form()):
-            return self._one_fused(form, out, norm, q, old, x, leaving, memory.compressed)
         ready = self._prepare(q, old[0], old[1], old[2], leaving, fla=False)
         read = self.cell.step(*ready, memory.compressed)
         return self._combine(out, norm, read, x, leaving)
@@ -226,15 +230,14 @@ class AHNLayer(nn.Module):
     def _one_fused(
         self,
         form: Any,
-        out: Tensor,
-        norm: Tensor,
+        parts: Any,
         q: Tensor,
         old: tuple[Tensor, ...],
         x: Tensor,
         leaving: Leaving,
         state: Tensor,
     ) -> Tensor:
-        """Write, read and combine by `ahn.kernels.step`; what goes beyond the paper stays plain torch."""
+        """Merge, write, read and combine by `ahn.kernels.step`; what goes beyond the paper stays plain torch."""
         from ahn.kernels import step
 
         assert self.cell is not None
@@ -243,7 +246,8 @@ class AHNLayer(nn.Module):
         mapped = self.cell.q_map is not None
         if mapped:
             q, k = self.cell.keys(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
-        read = step.recur(form, q, k, v, inputs, writes, state, unit=not mapped)
+        read = step.recur(form, q, k, v, inputs, writes, state, not mapped, parts)
+        out, norm = parts.out.transpose(1, 2), parts.norm
         if self.cell.room is not None:
             room = out * self.cell.room(x, norm, leaving.evicted).to(out.dtype)
             out = room if writes is None else torch.where(writes[..., None, None], room, out)
@@ -259,13 +263,15 @@ class AHNLayer(nn.Module):
         span: Span,
         memory: LayerMemory,
         scale: float,
-    ) -> tuple[Softmax, tuple[Tensor, ...]]:
-        """`_attend_many` for one token a row; also returns what it pushes out, if it does."""
+        in_parts: bool = False,
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """`_attend_many` for one token a row; also returns what it pushes out, if it does. `in_parts`: as
+        `attend_one`."""
         old = self._exchange(k, v, inputs, span, memory)
         filled = min(span.first + 1, memory.capacity)
         last = span.start.to(q.device) if len(span.start) > 1 or span.on_device else None
         keys, values = (t[:, :, :filled] for t in memory.kept)
-        return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, last, scale), old
+        return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, last, scale, in_parts), old
 
     def _exchange(
         self, k: Tensor, v: Tensor, inputs: Tensor | None, span: Span, memory: LayerMemory
@@ -335,19 +341,25 @@ class AHNLayer(nn.Module):
         with_memory = self.cell.combine(out, norm, read, x, leaving.evicted)
         return with_memory if leaving.writes is None else torch.where(leaving.writes[..., None, None], with_memory, out)
 
-    def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
-        """The queries as the sinks meet them: with clipped positions, never further than sinks + window."""
+    def sink_angles(self, span: Span, device: torch.device) -> Turn | None:
+        """What turns the queries of `span` to where the sinks meet them: with clipped positions, never further than
+        sinks + window. None: nothing does."""
         (rotary,) = self.rotary
         if rotary is None or not self.clips_sinks or not self.has_far or self.window is None:
-            return q
+            return None
         furthest = self.sinks + self.window
         if span.first + span.length - 1 <= furthest:
-            return q
+            return None
         if span.sink_angles is None:
-            positions = span.positions().to(q.device)
+            positions = span.positions().to(device)
             span.sink_angles = rotary.angles(positions.clamp(max=furthest) - positions)
-        cos, sin = (t.to(q.device) for t in span.sink_angles)
-        return self._turn(rotary, q, (cos, sin))
+        cos, sin = (t.to(device) for t in span.sink_angles)
+        return cos, sin
+
+    def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:
+        """The queries as the sinks meet them."""
+        angles, (rotary,) = self.sink_angles(span, q.device), self.rotary
+        return q if angles is None or rotary is None else self._turn(rotary, q, angles)
 
     def _turn(self, rotary: Rotary, q: Tensor, angles: Turn) -> Tensor:
         return rotary.turn(q, angles)

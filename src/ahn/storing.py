@@ -180,7 +180,8 @@ class StoringLayer(AHNLayer):
         span: Span,
         memory: Any,
         scale: float,
-    ) -> tuple[Softmax, tuple[Tensor, ...]]:
+        in_parts: bool = False,
+    ) -> tuple[Any, tuple[Tensor, ...]]:
         """As in AHNLayer, but for who leaves: what each head loses."""
         lost = self._exchange(k, v, inputs, span, memory)
         if span.first >= self.sinks + self.reach:
@@ -190,7 +191,7 @@ class StoringLayer(AHNLayer):
         keys, values = memory.kept
         q_far, far = self._seen_by_sinks(q, span), self.sinks + memory.shift
         if span.on_device or self.steps_on_device(span):
-            return attend_one(q, q_far, keys, values, far, None, scale), lost
+            return attend_one(q, q_far, keys, values, far, None, scale, in_parts), lost
         slots = memory.shift + min(span.first + 1, self.sinks + self.reach)
         filled = memory.filled(span, slots)
         return attend_slots(q, q_far, keys[:, :, :slots], values[:, :, :slots], far, filled, scale), lost

@@ -26,6 +26,7 @@ KERNELS = {
     "inductor": "torch.compile, for the elementwise work between products: in that graph, and reading",
     "gemv": "this package's own, for the linear layers of the base in that graph",
     "triton": "this package's own: attention and cell of one token",
+    "pdl": "programmatic launch: each of the own kernels starts while the one before it ends",
 }
 FLEX_BLOCK = 128
 FEW_ROWS = 4
@@ -128,6 +129,17 @@ def products(device: str, rows: int) -> Kernel:
     return _allowed("gemv", f"CUDA, up to {FEW_ROWS} rows: each weight is read once, those of one input by one kernel")
 
 
+def launches(device: str) -> Kernel:
+    """How this package's own kernels follow each other."""
+    if reason := _no_triton(device):
+        return Kernel("torch", reason)
+    if device != "cuda":
+        return Kernel("torch", f"{device}: nothing is launched")
+    if reason := _no_programmatic_launch():
+        return Kernel("torch", reason)
+    return _allowed("pdl", "Hopper or later: a kernel starts, and reads its weights, while the one before it ends")
+
+
 def report() -> list[tuple[str, str, str]]:
     """(operation, kernel, reason) of every choice on this machine, for `ahn info`. Raises ConfigError, see `_names`."""
     import torch
@@ -148,6 +160,7 @@ def report() -> list[tuple[str, str, str]]:
         ("one token: all layers", *decoding(device)),
         ("one token: products", *products(device, 1)),
         ("one token: between products", *between(device)),
+        ("one token: launches", *launches(device)),
     ]
 
 
@@ -206,6 +219,20 @@ def _no_triton(device: str) -> str | None:
         return "triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"{device}: Triton kernels need CUDA"
+    return None
+
+
+@cache
+def _no_programmatic_launch() -> str | None:
+    """Why kernels start one after the other, or None."""
+    import torch
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.language.extra import cuda
+
+    if torch.version.hip or torch.cuda.get_device_capability()[0] < 9:
+        return "programmatic launch is for Hopper and later"
+    if not hasattr(cuda, "gdc_wait") or not hasattr(CUDAOptions, "launch_pdl"):
+        return "this version of triton has no programmatic launch"
     return None
 
 

@@ -3,7 +3,8 @@
 Letters: B batch, N query heads, M key/value heads, G = N / M, H head size, K features of a key, C slots, S sinks,
 P parts; R rows of positions: 1 where all of the batch are at the same position, else B.
 
-Each function does what plain torch does elsewhere and is tested against it: `attend` is `ahn.attention.attend_one`,
+Each function does what plain torch does elsewhere and is tested against it: `turn` is the base's rotation and
+`Rotary.turn` after it, `attend` is `ahn.attention.attend_one`,
 `exchange` is `LayerMemory.exchange`, `displace` is `ahn.retention.rank` and `StoringMemory.swap`, `recur` is
 `Cell.step` after `Cell.ready`, `add_read` is `Cell.combine` without room. A step moves few bytes and many of them, so
 the work is cut until it fills the device: attention into parts of the slots, the state into columns (values do not
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ahn.kernels.launch import options, release, wait
 from ahn.retention import NOBODY
 
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
@@ -46,10 +48,32 @@ class Form(NamedTuple):
     norm: Tensor  # weight [H]: RMSNorm per head, then the gate; [N * H]: the gate, then RMSNorm over all heads
 
 
+class Parts(NamedTuple):
+    """Attention over parts of the slots, to be merged."""
+
+    outs: Tensor  # [B, N, P, H] float32
+    norms: Tensor  # log of each normaliser, [B, N, P] float32
+    out: Tensor  # what they are merged into, [B, N, 1, H]
+    norm: Tensor  # [B, N, 1] float32
+
+
 def attend(
     q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over sinks and ring; arguments and result as `ahn.attention.attend_one`."""
+    parts = attend_parts(q, q_sinks, k, v, sinks, last, scale)
+    batch, heads, _, size = q.shape
+    columns = min(COLUMNS, triton.next_power_of_2(size))
+    _merge[(batch * heads, triton.cdiv(size, columns))](
+        *parts, parts.norms.shape[2], SIZE=size, COLUMNS=columns, PARTS=_at_once(parts), **options(q.device.type)
+    )
+    return parts.out, parts.norm
+
+
+def attend_parts(
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
+) -> Parts:
+    """`attend` for `recur` to merge."""
     batch, heads, _, size = q.shape
     kv_heads, slots = k.shape[1:3]
     groups = heads // kv_heads
@@ -65,15 +89,35 @@ def attend(
         KV_HEADS=kv_heads, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), SIZE=size, WIDTH=width,
         SPLIT=split, BLOCK=BLOCK, LAST=last is not None, BY_ROW=last is not None and len(last) > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=STAGES,
+        **options(q.device.type),
     )  # fmt: skip
-    out = q.new_empty(batch, heads, 1, size)
-    norm = q.new_empty(batch, heads, 1, dtype=torch.float32)
-    columns = min(COLUMNS, width)
-    _merge[(batch * heads, triton.cdiv(size, columns))](
-        partial, norms, out, norm, parts,
-        SIZE=size, COLUMNS=columns, PARTS=min(PARTS, max(16, triton.next_power_of_2(parts))),
+    out, norm = q.new_empty(batch, heads, 1, size), q.new_empty(batch, heads, 1, dtype=torch.float32)
+    return Parts(partial, norms, out, norm)
+
+
+def _at_once(parts: Parts) -> int:
+    return min(PARTS, max(16, triton.next_power_of_2(parts.norms.shape[2])))
+
+
+def turn(
+    q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], further: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, N, 1, H] and k [B, M, 1, H], the halves of H turned into each other by `angles`, cos and sin
+    [1 or B, 1, H]; and these queries turned once more by `further`, [1 or B, 1, H] float32, or not: the same tensor."""
+    batch, heads, _, size = q.shape
+    kv_heads = k.shape[1]
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    cos, sin, *more = (t.contiguous() for t in (*angles, *(further or ())))
+    more_cos, more_sin = more or (None, None)
+    turned_q, turned_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    twice = turned_q if further is None else q.new_empty(q.shape)
+    _turn[(batch, heads + kv_heads)](
+        q, k, cos, sin, more_cos, more_sin, turned_q, turned_k, twice,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+        HEADS=heads, KV_HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), BY_ROW=len(cos) > 1,
+        MORE_BY_ROW=bool(more) and len(more[0]) > 1, num_warps=1, **options(q.device.type),
     )  # fmt: skip
-    return out, norm
+    return turned_q, turned_k, twice
 
 
 def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -91,7 +135,7 @@ def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | 
         memory.sinks, memory.shift, forever if memory.window is None else memory.window, memory.keys.shape[2],
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates,
-        GATE_WIDTH=triton.next_power_of_2(gates), GATED=gated, BY_ROW=len(start) > 1,
+        GATE_WIDTH=triton.next_power_of_2(gates), GATED=gated, BY_ROW=len(start) > 1, **options(k.device.type),
     )  # fmt: skip
     return (old_k, old_v, old_inputs) if old_inputs is not None else (old_k, old_v)
 
@@ -119,30 +163,41 @@ def displace(
         HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates, GROUP=group,
         GATE_WIDTH=triton.next_power_of_2(gates * group), GATED=new is not None, BY_ROW=len(start) > 1,
         BLOCK=min(1024, triton.next_power_of_2(places)), NOBODY=NOBODY, HIGHEST=-1 - NOBODY,
+        **options(k.device.type),
     )  # fmt: skip
     return (lost_k, lost_v, *(() if lost is None else (lost,))), ranks
 
 
 def recur(
-    form: Form, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, writes: Tensor | None, state: Tensor, unit: bool
+    form: Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Tensor,
+    writes: Tensor | None,
+    state: Tensor,
+    unit: bool,
+    parts: Parts | None = None,
 ) -> Tensor:
     """One write into `state` [B, N, K, H] float32, in place, then the read [B, N, H] float32.
 
     Args:
         q: [B, N, 1, K]. k: [B, N or M, 1, K], v: [B, M, 1, H] and inputs [B, 1, gates * N]: of the token that leaves.
         writes: bool [R, 1], whether one leaves, or None: in all rows. unit: give q and k unit length first.
+        parts: of attention, merged beside it.
     """
     batch, heads, features, size = state.shape
     q, k, v, inputs = (t.contiguous() for t in (q, k, v, inputs))
     rates, biases = form.decay if form.decay is not None else (None, None)
     read = q.new_empty(batch, heads, size, dtype=torch.float32)
     columns = min(COLUMNS, triton.next_power_of_2(size))
-    _recur[(batch * heads, triton.cdiv(size, columns))](
+    _recur_and_merge[(batch * heads, triton.cdiv(size, columns), 1 if parts is None else 2)](
         q, k, v, inputs, writes, rates, biases, state, read, form.scale, inputs.shape[-1],
+        *(parts or (None,) * 4), 0 if parts is None else parts.norms.shape[2],
         HEADS=heads, K_GROUPS=heads // k.shape[1], V_GROUPS=heads // v.shape[1], FEATURES=features, SIZE=size,
         BLOCK=min(128, triton.next_power_of_2(features)), COLUMNS=columns, DELTA=form.delta,
         DECAY=form.decay is not None, WRITES=writes is not None, BY_ROW=writes is not None and len(writes) > 1,
-        UNIT=unit, EPSILON=EPSILON,
+        UNIT=unit, EPSILON=EPSILON, PARTS=0 if parts is None else _at_once(parts), **options(q.device.type),
     )  # fmt: skip
     return read
 
@@ -158,9 +213,48 @@ def add_read(form: Form, out: Tensor, read: Tensor, gate: Tensor, projection: Te
         out, read, gate, form.norm, projection, writes, both,
         HEADS=heads, SIZE=size, WIDTH=triton.next_power_of_2(size), COLUMNS=columns,
         ACROSS=form.norm.numel() != size, WRITES=writes is not None,
-        BY_ROW=writes is not None and len(writes) > 1, EPSILON=NORM_EPSILON,
+        BY_ROW=writes is not None and len(writes) > 1, EPSILON=NORM_EPSILON, **options(out.device.type),
     )  # fmt: skip
     return both
+
+
+@triton.jit
+def _turn(
+    q, k, cos, sin, more_cos, more_sin, turned_q, turned_k, twice, q_batch, q_head, k_batch, k_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BY_ROW: tl.constexpr,
+    MORE_BY_ROW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One head of one row, of queries or of keys. Each number and the one half a head away turn together."""
+    release(PDL)
+    wait(PDL)
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    channel = tl.arange(0, WIDTH)
+    inside = channel < SIZE
+    other = tl.where(channel < SIZE // 2, channel + SIZE // 2, channel - SIZE // 2)
+    sign = tl.where(channel < SIZE // 2, -1.0, 1.0)
+    if head < HEADS:
+        source = q + batch * q_batch + head * q_head
+        target = turned_q + (batch * HEADS + head) * SIZE
+    else:
+        source = k + batch * k_batch + (head - HEADS) * k_head
+        target = turned_k + (batch * KV_HEADS + head - HEADS) * SIZE
+    mine = tl.load(source + channel, mask=inside, other=0.0).to(tl.float32)
+    theirs = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
+    row = batch * SIZE if BY_ROW else 0
+    turned = mine * tl.load(cos + row + channel, mask=inside, other=0.0).to(tl.float32)
+    turned += sign * theirs * tl.load(sin + row + channel, mask=inside, other=0.0).to(tl.float32)
+    turned = turned.to(turned_q.dtype.element_ty)
+    tl.store(target + channel, turned, mask=inside)
+    if more_cos is not None:
+        across = theirs * tl.load(cos + row + other, mask=inside, other=0.0).to(tl.float32)
+        across -= sign * mine * tl.load(sin + row + other, mask=inside, other=0.0).to(tl.float32)
+        across = across.to(turned_q.dtype.element_ty).to(tl.float32)
+        more = batch * SIZE if MORE_BY_ROW else 0
+        again = turned.to(tl.float32) * tl.load(more_cos + more + channel, mask=inside, other=0.0)
+        again += sign * across * tl.load(more_sin + more + channel, mask=inside, other=0.0)
+        place = twice + (batch * HEADS + head) * SIZE + channel
+        tl.store(place, again.to(twice.dtype.element_ty), mask=inside & (head < HEADS))
 
 
 @triton.jit
@@ -168,9 +262,11 @@ def _exchange(
     keys, values, inputs, k, v, new, old_k, old_v, old, start, sinks, shift, window, slots,
     k_batch, k_head, v_batch, v_head,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, GATE_WIDTH: tl.constexpr,
-    GATED: tl.constexpr, BY_ROW: tl.constexpr,
+    GATED: tl.constexpr, BY_ROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One key/value head of one row, or its gate inputs."""
+    release(PDL)
+    wait(PDL)
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     position = tl.load(start + (batch if BY_ROW else 0))
@@ -197,9 +293,11 @@ def _displace(
     sinks, window, slots, places, kept, span,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, GROUP: tl.constexpr,
     GATE_WIDTH: tl.constexpr, GATED: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr, NOBODY: tl.constexpr,
-    HIGHEST: tl.constexpr,
+    HIGHEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One key/value head of one row."""
+    release(PDL)
+    wait(PDL)
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = batch * HEADS + head
@@ -256,8 +354,11 @@ def _attend(
     q_batch, q_head, s_batch, s_head, k_batch, k_head, k_slot, v_batch, v_head, v_slot,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the slots for the query heads of one key/value head: its softmax and the log of its normaliser."""
+    release(PDL)
+    wait(PDL)
     batch = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = tl.program_id(0) % KV_HEADS
     part = tl.program_id(1)
@@ -316,10 +417,13 @@ def _attend(
 
 @triton.jit
 def _merge(
-    partial, norms, out, norm, parts, SIZE: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+    partial, norms, out, norm, parts,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the parts of one query head, by their normalisers; a part that has seen nothing has a weight of
     zero."""
+    release(PDL)
+    wait(PDL)
     head = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     highest = float("-inf")
@@ -346,14 +450,34 @@ def _merge(
 
 
 @triton.jit
+def _recur_and_merge(
+    q, k, v, inputs, writes, rates, biases, state, read, scale, gate_width, partial, norms, out, norm, parts,
+    HEADS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, FEATURES: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
+    BY_ROW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Neither needs the other, and both are cut alike."""
+    if tl.program_id(2) == 0:
+        _recur(
+            q, k, v, inputs, writes, rates, biases, state, read, scale, gate_width,
+            HEADS, K_GROUPS, V_GROUPS, FEATURES, SIZE, BLOCK, COLUMNS, DELTA, DECAY, WRITES, BY_ROW, UNIT, EPSILON,
+            PDL,
+        )  # fmt: skip
+    elif PARTS > 0:
+        _merge(partial, norms, out, norm, parts, SIZE, COLUMNS, PARTS, PDL)
+
+
+@triton.jit
 def _recur(
     q, k, v, inputs, writes, rates, biases, state, read, scale, gate_width,
     HEADS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, FEATURES: tl.constexpr, SIZE: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
-    BY_ROW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
+    BY_ROW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the state of one head. What is read after the write follows from products with the state before
     it, so one pass finds both and a second writes."""
+    release(PDL)
+    wait(PDL)
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -416,14 +540,21 @@ def _recur(
 def _add_read(
     out, read, gate, norm, projection, writes, both,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr,
-    WRITES: tl.constexpr, BY_ROW: tl.constexpr, EPSILON: tl.constexpr,
+    WRITES: tl.constexpr, BY_ROW: tl.constexpr, EPSILON: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the output of one head. ACROSS: the norm is over all heads, after the gate."""
+    release(PDL)
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     channel = tl.arange(0, WIDTH)
     inside = channel < SIZE
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    matrix = tl.load(
+        projection + (head * SIZE + channel)[:, None] * SIZE + column[None, :],
+        mask=inside[:, None] & (column < SIZE)[None, :],
+        other=0.0,
+    )
+    wait(PDL)
     place = (batch * HEADS + head) * SIZE
     found = tl.load(read + place + channel, mask=inside, other=0.0)
     opening = tl.load(gate + batch * HEADS + head).to(tl.float32)
@@ -441,12 +572,7 @@ def _add_read(
         weight = tl.load(norm + channel, mask=inside, other=0.0).to(tl.float32)
         found = found * tl.rsqrt(tl.sum(found * found, 0) / SIZE + EPSILON) * weight * opening
     found = found.to(out.dtype.element_ty).to(tl.float32)
-    matrix = tl.load(
-        projection + (head * SIZE + channel)[:, None] * SIZE + column[None, :],
-        mask=inside[:, None] & (column < SIZE)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    added = tl.sum(found[:, None] * matrix, 0)
+    added = tl.sum(found[:, None] * matrix.to(tl.float32), 0)
     if WRITES:
         leaves = tl.load(writes + (batch if BY_ROW else 0)) != 0
         added = tl.where(leaves, added, 0.0)
