@@ -261,9 +261,12 @@ class Block:
         if mlp is None or not readers.layers or not _is_gated(mlp) or not _is_block(layer):
             return None
         norms = [_rms_norm(layer.input_layernorm), _rms_norm(layer.post_attention_layernorm)]
-        fits = None not in norms and _is_plain(end) and not _hooks(mlp)
-        alike = {part.weight.dtype for part in (readers.layers[0], end, mlp.gate_proj, mlp.down_proj)}
-        return cls(layer, readers, norms) if fits and len(alike) == 1 else None
+        if None in norms or not _is_plain(end) or _hooks(mlp):
+            return None
+        first, *rest = (part.weight for part in (*readers.layers, mlp.gate_proj, *norms))
+        alike = all((w.dtype, w.shape[-1]) == (first.dtype, first.shape[-1]) for w in rest)
+        alike = alike and end.weight.dtype == mlp.down_proj.weight.dtype == first.dtype
+        return cls(layer, readers, norms) if alike else None
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         layer, mlp = self.layer, self.layer.mlp
