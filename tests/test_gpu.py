@@ -153,6 +153,24 @@ def test_fused_attention_and_its_normaliser(monkeypatch, queries, keys, allowed,
     assert relative(out[1], expected[1]) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (130, 513), (128, 1027)])
+def test_masked_attention_and_its_normaliser(monkeypatch, queries, keys, by_head, dtype):
+    """One query sees nothing: it has to vanish beside any other part."""
+    q = torch.randn(3, queries, 6, 64, device="cuda", dtype=dtype).transpose(1, 2)
+    k, v = torch.randn(2, 3, 2, 1100, 64, device="cuda", dtype=dtype)[..., 5 : 5 + keys, :]
+    mask = torch.rand(3 if by_head else 1, *([2] if by_head else []), queries, keys, device="cuda") < 0.4
+    mask[..., 0], mask[..., 0, :] = True, False
+    monkeypatch.setenv("AHN_KERNEL", "torch")
+    expected = attend(q.float(), k.float(), v.float(), mask, 0.125)
+    monkeypatch.delenv("AHN_KERNEL")
+    out = attend(q, k, v, mask, 0.125)
+    assert relative(out[0][:, :, 1:], expected[0][:, :, 1:]) < 1e-2 if queries > 1 else True
+    assert relative(out[1][:, :, 1:], expected[1][:, :, 1:]) < 2e-3 if queries > 1 else True
+    assert out[0].isfinite().all() and (out[1][:, :, 0] < -1e4).all()
+
+
 @pytest.mark.parametrize("sinks", [0, 13])
 @pytest.mark.parametrize("window", [100, 257])
 def test_reading_in_pieces_of_the_ring(cell, window, sinks):

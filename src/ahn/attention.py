@@ -21,6 +21,8 @@ from ahn.errors import ConfigError, UnsupportedModelError
 
 QUERY_BLOCK = 128  # queries attended at once: few enough that little of the band between blocks is masked
 
+ALIGNED = 16  # numbers: rows of what is added to scores begin at multiples of so many
+
 Softmax = tuple[Tensor, Tensor]  # output [B, N, C, H] and log of the normaliser [B, N, C], float32
 
 
@@ -61,8 +63,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     groups = heads // k.shape[1]
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     kernel = kernels.attention(q, gradients).name
-    fused = kernel != "torch" and (mask is None or q.device.type == "cpu")
-    if fused and kernel == "cudnn" and (groups == 1 or kernels.groups_heads()):
+    fused = kernel != "torch"
+    if fused and mask is None and kernel == "cudnn" and (groups == 1 or kernels.groups_heads()):
         out, norm = _fused(kernel, q, k, v, None, scale, causal)
         return out, norm.reshape(batch, heads, queries)
     if causal and fused:
@@ -74,10 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     q = q.reshape(batch, k.shape[1], groups * queries, size)  # heads that share keys become more queries
     bias = None
     if mask is not None:
-        mask = mask if mask.dim() == 4 else mask[:, None]
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        bias.masked_fill_(~mask, torch.finfo(q.dtype).min / 2)
-        bias = bias.repeat(1, 1, groups, 1)
+        bias = _bias(mask if mask.dim() == 4 else mask[:, None], groups, q.dtype)
     if fused:
         out, norm = _fused(kernel, q, k, v, bias, scale, False)
     else:
@@ -88,12 +87,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     return out.reshape(batch, heads, queries, size), norm.reshape(batch, heads, queries)
 
 
+def _bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: [R, 1 or M, G * C, K], its rows aligned as fused kernels on CUDA want them."""
+    *rest, queries, keys = mask.shape
+    bias = torch.zeros(*rest, groups, queries, -(-keys // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)
+    bias[..., :keys].masked_fill_(~mask[:, :, None], torch.finfo(dtype).min / 2)
+    return bias.flatten(2, 3)[..., :keys]
+
+
 def _fused(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Softmax:
     """Torch's fused kernels by name, which give the normaliser too; as many heads of keys as of queries, or for cuDNN
     fewer."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if bias is not None:
+        bias = bias.expand(*q.shape[:2], -1, -1)
+        out, norm = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
+        return out, norm[..., : q.shape[2]]
     if kernel == "cudnn":
         return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]

@@ -57,9 +57,12 @@ class Transcript:
         for row, positions in enumerate(kept):
             at = rows[row][0]
             end = int(at[-1]) + 1 if len(at) else 0
-            stored = torch.cat([torch.zeros(0, dtype=torch.int64), *positions]).unique()
-            near = (stored[:, None] + torch.arange(-BESIDE, BESIDE + 1)).flatten().unique()
-            rows[row] = rows[row][:, (at < sinks) | (at >= end - last) | torch.isin(at, near)]
+            marks = torch.zeros(end + 2 * BESIDE + 1, dtype=torch.int64)  # BESIDE + 1 zeros before position 0
+            for stored in positions:
+                marks[stored + BESIDE + 1] = 1
+            before = marks.cumsum(0)  # of the positions below, BESIDE + 1 further on
+            near = before[at + 2 * BESIDE + 1] > before[at]
+            rows[row] = rows[row][:, (at < sinks) | (at >= end - last) | near]
         self.rows = rows
 
     def select(self, indices: list[int]) -> None:

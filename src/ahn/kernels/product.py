@@ -22,7 +22,7 @@ from torch import Tensor
 from ahn.kernels.launch import options, release, wait
 
 PROGRAMS = 512  # at least, if there are as many rows: about four for each of the 132 multiprocessors of an H100
-ROWS = 8  # by one program, at most
+ROWS = 4  # by one program, at most
 TILE = 4096  # numbers by one program at a time, 32 for each thread
 STAGES, WARPS = 4, 4  # tiles under way
 
