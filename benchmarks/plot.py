@@ -69,7 +69,7 @@ def loss_by_position(results: dict[str, Any]) -> Any:
     rows = [row for row in results["rows"] if row["lossless"] in (None, size)]
     colour = colours([row["memory"] for row in rows])
     width, context, tokens = results["bin"], results["context"], results["tokens"]
-    places = [width * (i + 0.5) for i in range(tokens // width)]
+    every = [width * (i + 0.5) for i in range(tokens // width)]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=(3, 2))
     above: list[Label] = []
     below: list[Label] = [(0, "sinks and window", WINDOW)]
@@ -77,6 +77,7 @@ def loss_by_position(results: dict[str, Any]) -> Any:
     bottom.axhline(0, color=WINDOW, linewidth=1.8)
     for row in rows:
         memory, name = row["memory"], Path(row["memory"]).name
+        places = every[: len(row["loss"])]
         top.plot(places, row["loss"], color=colour[memory])
         above.append((row["loss"][-1], name, colour[memory]))
         if memory == "sinks and window":
@@ -87,7 +88,7 @@ def loss_by_position(results: dict[str, Any]) -> Any:
         shown = [i for i, place in enumerate(places) if memory != "full attention" or place < context]
         highest = max(highest, *(high[i] for i in shown))
         lowest = min(lowest, *(low[i] for i in shown))
-        if len(shown) == len(places):
+        if len(shown) == len(every):
             below.append((row["gain"][-1], name, colour[memory]))
     top.set_title("loss of the next token (nats)")
     bottom.set_title(f"how much lower than with sinks and window alone (± standard error, {results['texts']} texts)")

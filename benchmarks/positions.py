@@ -5,7 +5,8 @@
 Mean next-token loss (nats) in bins of positions for full attention, sinks and window, and each adapter, how much lower
 it is than that of sinks and window, and the standard errors of both over texts. Every text is `--tokens` tokens of a
 book; long books give several. All are read in chunks through a cache, as rows of a batch, so that memory is bounded
-(for full attention, by its cache).
+(for full attention, by its cache). `--full N` ends full attention at N tokens: behind its context it only breaks, and
+on a CPU it takes hours.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--adapter", nargs="*", default=ahn.zoo.names())
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--full", type=int, help="tokens of full attention, if not all: a multiple of --bin")
     parser.add_argument("--lossless", type=int, nargs="+", default=[1024])
     parser.add_argument("--bin", type=int, default=1024)
     parser.add_argument("--texts", type=int, default=12, help="at most")
@@ -96,9 +98,11 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             start = now(model.device)
-            found = torch.cat([losses(model, batch, options.chunk) for batch in ids.split(options.rows)])
+            tokens = options.full or options.tokens if size is None else options.tokens
+            read = ids[:, : tokens + 1]
+            found = torch.cat([losses(model, batch, options.chunk) for batch in read.split(options.rows)])
             seconds = now(model.device) - start
-            by_bin = found.unflatten(1, (bins, options.bin)).mean(2)
+            by_bin = found.unflatten(1, (tokens // options.bin, options.bin)).mean(2)
             if memory == "sinks and window":
                 window[size] = by_bin
             rows.append(
@@ -106,25 +110,19 @@ def main() -> None:
                     "memory": memory,
                     "lossless": size,
                     **mean_and_error("loss", by_bin),
-                    **mean_and_error("gain", window[size or options.lossless[0]] - by_bin),
+                    **mean_and_error("gain", window[size or options.lossless[0]][:, : by_bin.shape[1]] - by_bin),
                     "read_s": round(seconds, 1),
                     "peak_gib": round(peak_bytes() / 2**30, 2),
                 }
             )
-            cells = "".join(f"{by_bin[:, end // 2 : end].mean().item():>9.4f}" for end in ends)
+            shown = [end for end in ends if end <= by_bin.shape[1]]
+            cells = "".join(f"{by_bin[:, end // 2 : end].mean().item():>9.4f}" for end in shown)
             print(f"{name:<44}{size or '':>9}{cells}{seconds:>7.0f}", flush=True)
-    print(
-        write(
-            options.name,
-            base=options.base,
-            context=context,
-            tokens=options.tokens,
-            bin=options.bin,
-            texts=len(ids),
-            sinks=SINKS,
-            rows=rows,
-        )
-    )
+            path = write(
+                options.name, base=options.base, context=context, tokens=options.tokens, bin=options.bin,
+                texts=len(ids), sinks=SINKS, rows=rows,
+            )  # fmt: skip
+    print(path)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ class MemoryTrainer(Trainer):
     def augmented(self) -> Any:
         return self.accelerator.unwrap_model(self.model).model
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Layers are compiled only now: gates are trained by other forwards, for each of which they would be again."""
+        if self.recipe.compile and self.args.device.type == "cuda":
+            compile_layers(self.augmented)
+        return super().train(*args, **options)
+
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         recipe = self.recipe
         size = windows.draw(recipe.seed, self.state.global_step, recipe.length, recipe.lossless, recipe.sinks)
@@ -141,8 +147,6 @@ def build(recipe: Recipe) -> MemoryTrainer:
     _check_rows(rows, recipe, model, machine.num_processes)
     if machine.is_main_process:
         print(_plan(recipe, rows, found - len(rows), model, machine), file=sys.stderr)
-    if recipe.compile and machine.device.type == "cuda":
-        compile_layers(model)
     if recipe.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
