@@ -2,8 +2,8 @@
 
     python benchmarks/cards.py [NAME ...]
 
-Reads `ahn.json` and `log.json` of src/ahn/zoo/NAME, recipes/NAME.yaml, and results/gap-*.json and qa-*.json in which
-the adapter has rows; writes the README.md beside the adapter.
+Reads `ahn.json`, `log.json` and `gates.json` of src/ahn/zoo/NAME, recipes/NAME.yaml, and the results in which the
+adapter or its base has rows (gap, qa, recall); writes the README.md beside the adapter.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BASES = {
 }
 SOURCES = {
     "train-": "public-domain books",
+    "far": "SQuAD articles, joined, with the questions behind all of them (`benchmarks/far.py`)",
     "squad": "SQuAD 1.1 train (CC BY-SA 4.0)",
     "fairytaleqa": "FairytaleQA train (Apache-2.0)",
     "qmsum": "QMSum train (MIT)",
@@ -43,6 +44,7 @@ def card(name: str) -> str:
     tokens = steps * recipe.batch * recipe.length / 1e6
     stopped = "" if steps >= recipe.steps else f" of {recipe.steps}, where its time limit stopped it,"
     numbers = (folder / "adapter.safetensors").stat().st_size / 2e6
+    config = about["config"]
     facts = {
         "base": BASES[about["base"]],
         "form": form(recipe),
@@ -52,7 +54,7 @@ def card(name: str) -> str:
         "loss": f"{recipe.loss.upper()}, lossless tokens drawn from {listed(recipe.lossless)}, sinks from "
         f"{listed(recipe.sinks)}",
         "use with": f"{min(recipe.lossless):,} to {max(recipe.lossless):,} lossless tokens, {recipe.sink_positions} "
-        "sink positions",
+        "sink positions" + (f"; as it is, {settled(config)}" if config["store"] else ""),
         "licence": "Apache-2.0",
     }
     parts = [
@@ -61,12 +63,54 @@ def card(name: str) -> str:
         table(["", ""], [[key, value] for key, value in facts.items()]),
         "Loss of the training (KL, nats; windows differ from step to step, so it is noisy), mean over steps:",
         curve(log),
+        *(store(folder, about["base"]) if config["store"] else ()),
         *gaps(name),
         *answers(name),
-        "The control, the memory of another book, is what a better-fitted model gains without remembering. The memory "
-        "makes the text ahead more predictable; it does not bring back facts that have left the window.",
+        "The control, the memory of another book, is what a better-fitted model gains without remembering. The state "
+        "makes the text ahead more predictable; it does not bring back facts that have left the window"
+        + (": the store does." if config["store"] else "."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def settled(config: dict[str, Any]) -> str:
+    return f"{config['sinks']:,} sinks, {config['store_size']:,} places, a window of {config['window']:,}"
+
+
+def store(folder: Path, base: str) -> list[str]:
+    """How its gates were trained, and what they find."""
+    name = f"{folder.name.rpartition('-')[0]}-store"
+    recipe = load(ROOT / "recipes" / f"{name}.yaml")
+    losses = json.loads((folder / "gates.json").read_text())["soft_steps"]
+    tokens = len(losses) * recipe.batch * recipe.length / 1e6
+    log = [{"step": number, "loss": loss} for number, loss in enumerate(losses, 1)]
+    parts = [
+        f"**The store.** Gates choose which tokens are kept exactly. They were trained by `recipes/{name}.yaml`, seed "
+        f"{recipe.seed} (log: `gates.json`), {len(losses)} steps of {recipe.batch} rows of {recipe.length:,} tokens "
+        f"({tokens:.1f} M), on {data(recipe)}. KL (nats) by step:",
+        curve(log),
+    ]
+    found = json.loads(
+        (RESULTS / f"recall-{base.rpartition('/')[2].lower().removesuffix('-instruct')}.json").read_text()
+    )
+    rows = [row for row in found["rows"] if row["seed"] == 1]
+    by = {(row["task"], row["policy"], (row["store"] or {}).get("span", 0)): row for row in rows}
+    columns = {"window": ("window", 0), "memory": ("ahn", 0), "store": ("ahn", 1), "store, span 4": ("ahn", 4)}
+    columns["full"] = ("full", 0)
+    shown = [task for task in dict.fromkeys(row["task"] for row in rows) if any((task, "ahn", n) in by for n in (1, 4))]
+    cells = [
+        [
+            task,
+            *(f"{row['score']:.0%} ({row['n']})" if (row := by.get((task, *key))) else "" for key in columns.values()),
+        ]
+        for task in shown
+    ]
+    parts += [
+        f"Share found (examples), {found['note'].partition(';')[0]}, with the cells of {found['adapter']} "
+        "(`benchmarks/recall.py`):",
+        table(["task", *columns], cells),
+    ]
+    return parts
 
 
 def form(recipe: Recipe) -> str:
