@@ -1,6 +1,7 @@
-"""Draws docs/loss-by-position.svg and docs/cost-by-length.svg from the results of positions.py and lengths.py.
+"""Draws docs/loss-by-position.svg, docs/cost-by-length.svg and docs/facts-found.svg from the results of positions.py,
+lengths.py and recall.py.
 
-    python benchmarks/plot.py [--positions results/positions.json] [--lengths results/lengths.json] [--into docs]
+    python benchmarks/plot.py [--positions FILE] [--lengths FILE] [--recall FILE] [--into docs]
 
 Needs matplotlib (the `dev` extra). A results file that is not there is left out.
 """
@@ -151,16 +152,55 @@ def cost_by_length(results: dict[str, Any]) -> Any:
     return figure
 
 
+def facts_found(results: dict[str, Any]) -> Any:
+    """Of each task a group of bars, with 95% intervals; a line through it where full attention is."""
+    rows = {(r["task"], r["policy"], (r["store"] or {}).get("span")): r for r in results["rows"] if r["seed"] == 1}
+    series = {  # name, policy, span of the store
+        "window": ("window", None, "#b5b5b5"),
+        "+ the paper's memory": ("ahn", None, MEMORIES[0]),
+        "+ learned store": ("ahn", 1, MEMORIES[1]),
+        "the same, spans of 4": ("ahn", 4, "#8fd3b3"),
+    }
+    tasks, labels, ticks, y = list(dict.fromkeys(task for task, *_ in rows)), set(), [], 0.0
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for task in tasks:
+        top = y
+        for name, (policy, span, colour) in series.items():
+            if (row := rows.get((task, policy, span))) is None:
+                continue
+            score, end = row["score"], max(row["score"], row["high"])
+            axes.barh(y, score, 0.9, color=colour, label=None if name in labels else name, zorder=2)
+            axes.plot([row["low"], row["high"]], [y, y], color="#444444", linewidth=1, zorder=3)
+            axes.text(end + 0.012, y, f"{score:.0%}", va="center", fontsize=7, color="#444444")
+            labels.add(name)
+            y += 1
+        ticks.append((top + y - 1) / 2)
+        full = rows[task, "full", None]["score"]
+        name = "full attention"
+        axes.vlines(full, top - 0.6, y - 0.4, color=FULL, label=None if name in labels else name, zorder=4)
+        labels.add(name)
+        y += 0.9
+    axes.set(xlim=(0, 1.09), ylim=(y - 1.2, -0.9), yticks=ticks)
+    axes.set_yticklabels([task.partition("/")[2].replace("spread", "SQuAD (F1)") for task in tasks])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+    axes.grid(visible=False, axis="y")
+    axes.set_title(f"found, of {results['note'].partition(';')[0]}")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=5, columnspacing=1)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=Path, default=RESULTS / "positions.json")
-    parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths.json")
+    parser.add_argument("--positions", type=Path, default=RESULTS / "positions-smollm2-135m-cpu.json")
+    parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths-smollm2-135m-cpu.json")
+    parser.add_argument("--recall", type=Path, default=RESULTS / "recall-qwen2.5-coder-0.5b.json")
     parser.add_argument("--into", type=Path, default=DOCS)
     parser.add_argument("--format", default="svg", choices=["svg", "png"])
     options = parser.parse_args()
     plots = {
         "loss-by-position": (loss_by_position, options.positions),
         "cost-by-length": (cost_by_length, options.lengths),
+        "facts-found": (facts_found, options.recall),
     }
     with plt.rc_context(STYLE):
         for name, (draw, source) in plots.items():
