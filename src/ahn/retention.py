@@ -22,7 +22,8 @@ from torch import Tensor
 NOBODY = torch.iinfo(torch.int64).min  # the newcomer of a step without one: loses at once
 EMPTY = NOBODY + (1 << 31)  # an empty place: loses to every token
 TOKEN = NOBODY + (1 << 32)  # ranks from here on are tokens'
-AT_ONCE = {"cpu": 64, "cuda": 512}  # steps resolved together: the work grows with their square, the launches fall
+AT_ONCE = 64, 512  # steps resolved together, at least and at most: the work grows with their square, the launches fall
+ENOUGH = 1 << 22  # comparisons that a GPU makes while a kernel is launched
 
 
 class Outcome(NamedTuple):
@@ -61,7 +62,7 @@ def contest(ranks: Tensor, new: Tensor) -> Outcome:
     places, steps = ranks.shape[-1], new.shape[-1]
     who = torch.arange(places, device=ranks.device).expand_as(ranks)
     losers, lost = [], []
-    at_once = AT_ONCE.get(ranks.device.type, 512)
+    at_once = _at_once(ranks)
     for low in range(0, steps, at_once):
         part = new[..., low : low + at_once]
         names = torch.arange(places + low, places + low + part.shape[-1], device=ranks.device)
@@ -79,6 +80,15 @@ def contest(ranks: Tensor, new: Tensor) -> Outcome:
         ranks = ranks.scatter(-1, place, rivals.gather(-1, stay))
         who = who.scatter(-1, place, rival_names.gather(-1, stay))
     return Outcome(torch.cat(losers, -1), torch.cat(lost, -1), who, ranks)
+
+
+def _at_once(ranks: Tensor) -> int:
+    """Steps resolved together: on a GPU so many that their comparisons take about as long as launching them."""
+    least, most = AT_ONCE
+    if ranks.device.type == "cpu":
+        return least
+    rows = ranks.shape[0] * ranks.shape[1]
+    return next((n for n in (most, most // 2, most // 4) if 2 * n * n * rows <= ENOUGH), least)
 
 
 def _out_at(risk: Tensor, rivals: Tensor, new: Tensor) -> Tensor:
