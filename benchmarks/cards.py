@@ -74,7 +74,8 @@ def card(name: str) -> str:
 
 
 def settled(config: dict[str, Any]) -> str:
-    return f"{config['sinks']:,} sinks, {config['store_size']:,} places, a window of {config['window']:,}"
+    kept = f"{config['sinks']:,} sinks, {config['store_size']:,} places, a window of {config['window']:,}"
+    return f"{kept}, spans of {config['store_span']}"
 
 
 def store(folder: Path, base: str) -> list[str]:
@@ -100,7 +101,7 @@ def store(folder: Path, base: str) -> list[str]:
     shown = [task for task in dict.fromkeys(row["task"] for row in rows) if any((task, "ahn", n) in by for n in (1, 4))]
     cells = [
         [
-            task,
+            f"{task} (F1)" if task.startswith("squad") else task,
             *(f"{row['score']:.0%} ({row['n']})" if (row := by.get((task, *key))) else "" for key in columns.values()),
         ]
         for task in shown
@@ -208,7 +209,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=zoo.names())
-    for name in parser.parse_args().names:
+    names = parser.parse_args().names
+    if unknown := sorted(set(names) - set(zoo.names())):
+        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(zoo.names())}")
+    for name in names:
         path = ROOT / "src" / "ahn" / "zoo" / name / "README.md"
         path.write_text(card(name))
         print(path)

@@ -8,6 +8,7 @@ import pickle
 import platform
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -104,9 +105,13 @@ def set_lossless(model: Any, size: int, sinks: int) -> None:
 
 
 def records(path: str) -> list[dict[str, Any]]:
-    """Of a JSON-lines file, xz-compressed or not."""
-    with lzma.open(path, "rt", encoding="utf-8") if path.endswith(".xz") else open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """Of a JSON-lines file, xz-compressed or not; ends the program if it cannot be read."""
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") if path.endswith(".xz") else open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        print(f"{path}: cannot be read: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def keep(file: Path, prompts: list[Any]) -> None:

@@ -164,6 +164,8 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.documents < 1:
+        parser.error(f"--documents {options.documents}: expected at least 1")
     chance = random.Random(options.seed)
     books = [record["text"] for record in records(options.books)]
     opened = lzma.open if options.output.endswith(".xz") else open
@@ -171,6 +173,7 @@ def main() -> None:
         for _ in range(options.documents):
             made = document(chance.choice(books), options.words, options.facts, chance)
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
+    print(f"{options.output}: {options.documents} documents")
 
 
 if __name__ == "__main__":

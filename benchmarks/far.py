@@ -52,15 +52,17 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.documents < 1:
+        parser.error(f"--documents {options.documents}: expected at least 1")
     chance = random.Random(options.seed)
     read = (Record(f"{options.articles}:{n}", fields) for n, fields in enumerate(records(options.articles), 1))
     source = paragraphs(articles(read), chance)
     opened = lzma.open if options.output.endswith(".xz") else open
     with opened(options.output, "wt", encoding="utf-8") as file:
         for _ in range(options.documents):
-            file.write(
-                json.dumps(document(source, options.words, options.questions, chance), ensure_ascii=False) + "\n"
-            )
+            made = document(source, options.words, options.questions, chance)
+            file.write(json.dumps(made, ensure_ascii=False) + "\n")
+    print(f"{options.output}: {options.documents} documents")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def facts_found(results: dict[str, Any]) -> Any:
     rows = {(r["task"], r["policy"], (r["store"] or {}).get("span")): r for r in results["rows"] if r["seed"] == 1}
     series = {  # name, policy, span of the store
         "window": ("window", None, "#b5b5b5"),
-        "+ the paper's memory": ("ahn", None, MEMORIES[0]),
+        "+ compressed memory": ("ahn", None, MEMORIES[0]),
         "+ learned store": ("ahn", 1, MEMORIES[1]),
         "the same, spans of 4": ("ahn", 4, "#8fd3b3"),
     }

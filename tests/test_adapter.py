@@ -229,6 +229,16 @@ def test_a_shipped_adapter_is_the_default_of_its_base(tmp_path, monkeypatch):
     assert ahn.from_pretrained(tmp_path / "base", "tiny-gdn").ahn_config.cell == "gated_deltanet"
 
 
+def test_a_trained_store_needs_its_gates(tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+    ahn.save_adapter(with_memory(tiny()), tmp_path / "gdn")
+    for adapter, what in ((None, "no adapter is given"), (tmp_path / "gdn", "gdn has none")):
+        with pytest.raises(AdapterError, match=f"{what}: expected one that has them, as .*smollm2-135m-deltanet"):
+            ahn.from_pretrained(tmp_path / "base", adapter, store="learned", store_size=4, window=8)
+    with pytest.raises(ConfigError, match="unknown store 'learnt'"):
+        ahn.from_pretrained(tmp_path / "base", store="learnt", store_size=4, window=8)
+
+
 def test_authors_checkpoint_on_a_base_of_few_positions(tmp_path):
     tensors, metadata = golden_tensors("deltanet")
     model = ahn.load_adapter(golden_base(tensors, metadata), authors_checkpoint(tmp_path / "authors", "deltanet"))

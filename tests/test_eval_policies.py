@@ -323,5 +323,7 @@ def test_a_store_needs_room_and_a_name(make):
         make("ahn", store=Stored("recency", WINDOW))
     with pytest.raises(ConfigError, match="expected the name and size"):
         make("store", store=None)
-    with pytest.raises(ConfigError, match="chooses by the gates of an adapter"):
+    with pytest.raises(ConfigError, match="needs the gates of an adapter"):
         make("store", store=Stored("learned", 8))
+    with pytest.raises(AdapterError, match="its gates are part of an adapter, and .* has none"):
+        make("ahn", store=Stored("learned", 8))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ahn import bases, cells, zoo
+from ahn import bases, cells, stores, zoo
 from ahn.augmentation import augment, layers_of
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, AHNError, ConfigError
@@ -102,8 +102,9 @@ def from_pretrained(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if store == NONE:
         changes = {"store_size": 0, "store_span": 1} | changes | {"store": None}
-    # a wrong number is said before gigabytes are loaded
-    trained.config.replace(**changes) if trained else AHNConfig(cell=None, **changes)
+    # what is wrong is said before gigabytes are loaded
+    wanted = trained.config.replace(**changes) if trained else AHNConfig(cell=None, **changes)
+    check_gates(wanted.store, trained)
     model = bases.load_base(base, dtype=dtype, device=device)
     base_config = model.config.get_text_config()
     config = _fitting(trained.config, base_config) if trained else default_config(base_config, cell)
@@ -114,6 +115,22 @@ def from_pretrained(
     if trained:
         apply(trained, model)
     return model.eval()
+
+
+def check_gates(store: str | None, adapter: Adapter | None) -> None:
+    """Raises AdapterError if this store is one that is trained, and the adapter is not for it; ConfigError if there is
+    none of this name."""
+    if store is None:
+        return
+    stores.check_name(store)
+    if not stores.get(store).trained or (adapter is not None and adapter.config.store == store):
+        return
+    what = "no adapter is given" if adapter is None else f"{adapter.source} has none"
+    shipped = ", ".join(zoo.with_store(store))
+    raise AdapterError(
+        f"store={store!r}: its gates are part of an adapter, and {what}: expected one that has them"
+        f"{f', as {shipped}' if shipped else ''}, or another store"
+    )
 
 
 def default_config(base: Any, cell: str | None) -> AHNConfig:

@@ -65,7 +65,7 @@ def pieces(tokenizer: Any, positions: list[int], ids: list[int], heads: dict[int
                 found.append(Piece(None, 0, before + 1, at - before - 1))
         run = [*run[-7:], known[at]]
         # as it reads behind what is before it: some tokens are parts of a letter, some hide a space at the start
-        whole, head = tokenizer.decode(run), tokenizer.decode(run[:-1]) if len(run) > 1 else ""
+        whole, head = (tokenizer.decode(part).strip("\ufffd") if part else "" for part in (run, run[:-1]))
         found.append(Piece(whole[len(head) :] if whole.startswith(head) else "", heads.get(at, 0), at))
         before = at
     return found

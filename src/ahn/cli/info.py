@@ -26,12 +26,19 @@ def run(args: argparse.Namespace) -> None:
         ("transformers", transformers.__version__),
         ("device", f"{device}, {torch.get_num_threads()} CPU threads"),
         ("cells", ", ".join(ahn.cells.names())),
-        ("adapters", ", ".join(ahn.zoo.names()) or "none shipped"),
+        ("adapters", ", ".join(map(_adapter, ahn.zoo.names())) or "none shipped"),
         ("default base", _default_base()),
     ]
     _print(rows)
     print("\nkernels")
     _print([(f"  {operation}", kernel, f"({reason})") for operation, kernel, reason in ahn.kernels.report()])
+
+
+def _adapter(name: str) -> str:
+    from ahn.adapter import read_adapter
+
+    store = read_adapter(name).config.store
+    return f"{name} (with a {store} store)" if store else name
 
 
 def _default_base() -> str:

@@ -30,6 +30,7 @@ class Store(nn.Module):
         grid: sequences are resolved in pieces that end at multiples of this position; 0: in one.
         every: the queries at multiples of this position add the attention that a token gets from them to its score;
             0: none does. Needs a `grid`, which bounds what is held at once.
+        trained: it has weights, which are part of an adapter.
         reads_state: the score needs what the cell cannot return (`error` below); then a copy of the state at the last
             multiple of `grid` is kept.
     """
@@ -37,6 +38,7 @@ class Store(nn.Module):
     name: ClassVar[str]
     grid: ClassVar[int] = 0
     every: ClassVar[int] = 0
+    trained: ClassVar[bool] = False
     reads_state: ClassVar[bool] = False
 
     def __init__(

@@ -23,6 +23,7 @@ class Learned(Store):
     """
 
     name = "learned"
+    trained = True
 
     def __init__(
         self, hidden_size: int, kv_heads: int, layer: int, dtype: torch.dtype = torch.float32, device: Any = None

@@ -31,5 +31,10 @@ def made_for(base: str) -> list[str]:
     return [name for name in names() if _settings(name)["base"] == base]
 
 
+def with_store(store: str) -> list[str]:
+    """Names of the shipped adapters that have this store."""
+    return [name for name in names() if _settings(name)["config"].get("store") == store]
+
+
 def _settings(name: str) -> dict[str, Any]:
     return json.loads((_HERE / name / "ahn.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ahn.adapter import apply
+from ahn.adapter import apply, check_gates
 from ahn.augmentation import augment
 from ahn.eval.policies.base import Kept, Policy, digest, memory_part, trained
 
@@ -14,6 +14,12 @@ class Ahn(Policy):
 
     name = "ahn"
     needs_adapter = True
+
+    @classmethod
+    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
+        super()._check(base, longest, kept)
+        if kept.store is not None and kept.adapter is not None:
+            check_gates(kept.store.name, trained(kept.adapter))
 
     @classmethod
     def _settings(cls, kept: Kept) -> dict[str, Any]:

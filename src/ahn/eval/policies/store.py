@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ahn import stores
 from ahn.augmentation import augment
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Kept, Policy, exact_part
@@ -19,10 +20,10 @@ class StoreAlone(Policy):
         super()._check(base, longest, kept)
         if kept.store is None:
             raise ConfigError("policy store: expected the name and size of a store (--store, --store-size)")
-        if kept.store.name == "learned":
+        if stores.get(kept.store.name).trained:
             raise ConfigError(
-                "policy store: store='learned' chooses by the gates of an adapter, and here is none: expected a store "
-                "without weights, or policy ahn"
+                f"policy store: store={kept.store.name!r} needs the gates of an adapter, and here is none: expected a "
+                "store without weights, or policy ahn"
             )
         kept.store.fill(exact_part(kept.window, kept.sinks, kept.adapter))
 
