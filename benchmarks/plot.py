@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from common import RESULTS
+from common import NO_STORE, RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 STYLE = {
@@ -77,10 +77,13 @@ def loss_by_position(results: dict[str, Any]) -> Any:
     lowest = highest = 0.0
     bottom.axhline(0, color=WINDOW, linewidth=1.8)
     for row in rows:
-        memory, name = row["memory"], Path(row["memory"]).name
+        memory, name = row["memory"], Path(row["memory"].removesuffix(NO_STORE)).name
         places = every[: len(row["loss"])]
         top.plot(places, row["loss"], color=colour[memory])
-        above.append((row["loss"][-1], name, colour[memory]))
+        if len(places) == len(every):
+            above.append((row["loss"][-1], name, colour[memory]))
+        else:
+            top.text(places[-1], row["loss"][-1], f" {name}", color=colour[memory], va="center", fontsize=9)
         if memory == "sinks and window":
             continue
         low, high = ([g + s * e for g, e in zip(row["gain"], row["gain_se"], strict=True)] for s in (-1, 1))
@@ -92,7 +95,8 @@ def loss_by_position(results: dict[str, Any]) -> Any:
         if len(shown) == len(every):
             below.append((row["gain"][-1], name, colour[memory]))
     top.set_title("loss of the next token (nats)")
-    bottom.set_title(f"how much lower than with sinks and window alone (± standard error, {results['texts']} texts)")
+    count_of = f"{results['texts']} text" + ("s" if results["texts"] > 1 else "")
+    bottom.set_title(f"how much lower than with sinks and window alone (± standard error, {count_of})")
     bottom.set_ylim(min(1.1 * lowest, -0.3 * highest), 1.1 * highest)
     bottom.set_xlim(0, tokens)
     bottom.set_xlabel("position in the text (tokens)")

@@ -126,7 +126,7 @@ def check_gates(store: str | None, adapter: Adapter | None) -> None:
     if not stores.get(store).trained or (adapter is not None and adapter.config.store == store):
         return
     what = "no adapter is given" if adapter is None else f"{adapter.source} has none"
-    shipped = ", ".join(zoo.with_store(store))
+    shipped = ", ".join(name for name in zoo.names() if zoo.store(name) == store)
     raise AdapterError(
         f"store={store!r}: its gates are part of an adapter, and {what}: expected one that has them"
         f"{f', as {shipped}' if shipped else ''}, or another store"

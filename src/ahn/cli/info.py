@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain, repeat
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         ("transformers", transformers.__version__),
         ("device", f"{device}, {torch.get_num_threads()} CPU threads"),
         ("cells", ", ".join(ahn.cells.names())),
-        ("adapters", ", ".join(map(_adapter, ahn.zoo.names())) or "none shipped"),
+        *zip(chain(["adapters"], repeat("")), map(_adapter, ahn.zoo.names()), strict=False),
         ("default base", _default_base()),
     ]
     _print(rows)
@@ -35,10 +36,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _adapter(name: str) -> str:
-    from ahn.adapter import read_adapter
+    from ahn.zoo import store
 
-    store = read_adapter(name).config.store
-    return f"{name} (with a {store} store)" if store else name
+    return f"{name} (with a {store(name)} store)" if store(name) else name
 
 
 def _default_base() -> str:

@@ -31,9 +31,10 @@ def made_for(base: str) -> list[str]:
     return [name for name in names() if _settings(name)["base"] == base]
 
 
-def with_store(store: str) -> list[str]:
-    """Names of the shipped adapters that have this store."""
-    return [name for name in names() if _settings(name)["config"].get("store") == store]
+def store(name: str) -> str | None:
+    """Name of the store that a shipped adapter has, or None."""
+    found: str | None = _settings(name)["config"].get("store")
+    return found
 
 
 def _settings(name: str) -> dict[str, Any]:
