@@ -131,7 +131,8 @@ def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCach
     ids = torch.as_tensor(ids)
     ids = (ids[None] if ids.dim() == 1 else ids).to(model.device)
     seen = torch.cat([_past(cache, ids.shape[0]).to(ids.device), torch.ones_like(ids)], 1)
-    if options.keys() <= PLAIN and (getattr(model.generation_config, "num_beams", None) or 1) == 1:
+    settings = model.generation_config
+    if options.keys() <= PLAIN and (settings is None or settings.get_generation_mode() in ("greedy_search", "sample")):
         # the streamer too: transformers itself does not pass it on to a loop that is not its own
         options["custom_generate"] = partial(_next_tokens, streamer=options.get("streamer"))
     out = model.generate(ids, attention_mask=seen, **{PAST: cache}, **options)
