@@ -554,7 +554,7 @@ def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):
     read = ["read", str(tmp_path / "a.txt"), "-o", str(tmp_path / "a.ahn"), "--base", base, "--window", "24"]
     for options, said in (
         (["--store", "recent", "--store-size", "4"], "did you mean 'recency'"),
-        (["--store", "recency"], "expected at least 1, or no store"),
+        (["--store", "recency"], "expected at least 1 (--store-size), or no store"),
         (["--store-size", "4"], "without a store"),
     ):
         assert cli.main([*read, *options]) == 2

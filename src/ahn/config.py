@@ -98,7 +98,7 @@ class AHNConfig:
         stores.check_name(self.store)
         if not self.store_size:
             raise ConfigError(
-                f"store={self.store!r} with store_size=0: expected a size (--store-size) of at least 1, or no store"
+                f"store={self.store!r} with store_size=0: expected at least 1 (--store-size), or no store"
             )
         if self.store_span > self.window:
             raise ConfigError(f"store_span={self.store_span}: expected at most the window of {self.window}")
