@@ -88,7 +88,7 @@ def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> 
     found = read_adapter(adapter.removesuffix(NO_STORE))
     config = found.config
     if adapter.endswith(NO_STORE):
-        config = config.replace(store=None, store_size=0, store_span=1)
+        config = config.without_store()
     ahn.augment(model, config)
     apply(found, model)
     store = f", {config.store} store" if config.store else ""

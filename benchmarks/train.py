@@ -40,8 +40,8 @@ def flops(shape: Any, recipe: Any, window: int, sinks: int) -> int:
     """Matrix products of one step, a multiply-add counted as 2."""
     from ahn.cost import cost
 
-    without = {"store": None, "store_size": 0, "store_span": 1}  # its tokens cost what those of the window do
-    table = cost(shape, recipe.length, recipe.memory().replace(window=window, sinks=sinks, **without))
+    config = recipe.memory().without_store()  # its tokens cost what those of the window do
+    table = cost(shape, recipe.length, config.replace(window=window, sinks=sinks))
     terms = {term.name: term for term in (*table.mixing.terms, *table.rest.terms)}
     linear = terms["projections"].full + terms["MLP"].full
     attention = terms["attention"]

@@ -120,10 +120,7 @@ def from_pretrained(
 def check_gates(store: str | None, adapter: Adapter | None) -> None:
     """Raises AdapterError if this store is one that is trained, and the adapter is not for it; ConfigError if there is
     none of this name."""
-    if store is None:
-        return
-    stores.check_name(store)
-    if not stores.get(store).trained or (adapter is not None and adapter.config.store == store):
+    if store is None or not stores.get(store).trained or (adapter is not None and adapter.config.store == store):
         return
     what = "no adapter is given" if adapter is None else f"{adapter.source} has none"
     shipped = ", ".join(name for name in zoo.names() if zoo.store(name) == store)

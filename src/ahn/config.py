@@ -111,6 +111,10 @@ class AHNConfig:
     def replace(self, **changes: Any) -> AHNConfig:
         return dataclasses.replace(self, **changes)
 
+    def without_store(self) -> AHNConfig:
+        """The same sinks and window, and no store."""
+        return self.replace(store=None, store_size=0, store_span=1)
+
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         values["layers"] = None if self.layers is None else list(self.layers)

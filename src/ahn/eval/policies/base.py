@@ -318,7 +318,7 @@ def exact_part(window: int, sinks: int, adapter: str | None) -> AHNConfig:
 
 def memory_part(window: int, sinks: int, adapter: str) -> AHNConfig:
     """The memory of `adapter` behind other sinks and window, and without a store."""
-    return trained(adapter).config.replace(window=window, sinks=sinks, store=None, store_size=0, store_span=1)
+    return trained(adapter).config.without_store().replace(window=window, sinks=sinks)
 
 
 def exact_sizes(base: Any, adapter: str | None, lossless: int | None, sinks: int | None) -> tuple[int, int]:
