@@ -13,6 +13,9 @@ products (`ahn cost`, logits of the last token only) over the measured rate of o
 the weights once a step and, for each row, keys, values and twice the state (read and written), over the measured
 bandwidth of a large copy, or the products of the step over the rate, whichever is longer.
 
+A cell may have a store: of `gated_deltanet+learned`, 74% of the window's places are the store's, and its gate is
+random, so that it keeps any tokens. `--lossless` sets sinks and window for all cells.
+
 Caches that are only decoded from are filled with random numbers instead of being read. Full attention is decoded with
 transformers' default cache, which copies all keys and values for each token. "load" saves a memory and times reading
 the file, which the system still holds in its own cache, and the first token after a question.
@@ -43,7 +46,8 @@ from ahn.cache import PAST
 from common import BOOK, now, write
 from train import matmul_rate, random_model
 
-WINDOW, SINKS = 32640, 128
+LOSSLESS, SINKS = 32768, 128
+SHARE = 0.74  # of the window's places, for a store
 STEPS = 64  # decoded for one time of decoding
 QUESTION, ANSWER = 16, 128  # tokens
 HANGS = 60  # seconds after its time at which a run is ended wherever it is
@@ -51,8 +55,8 @@ K = 1024
 
 
 class Cell(NamedTuple):
-    """Of the table. `cell` "full" is full attention; `what` is decode, read, load or ask; `length` tokens are read, or
-    lie behind."""
+    """Of the table. `cell` "full" is full attention, "name+store" one with a store; `what` is decode, read, load, ask;
+    `length` tokens are read, or lie behind."""
 
     shape: str
     cell: str
@@ -78,6 +82,15 @@ def coder() -> Any:
     return Shape(24, 896, 14, 2, 64, 4864, 151936, tied=True)
 
 
+def config_of(cell: str, window: int, sinks: int) -> Any:
+    """Of a memory by its name in the table; "full": of none."""
+    from ahn.config import AHNConfig
+
+    name, _, store = cell.partition("+")
+    size = round(SHARE * window) if store else 0
+    return AHNConfig(None if name == "full" else name, window - size, sinks, store=store or None, store_size=size)
+
+
 def copy_rate(device: Any, repeats: int = 20) -> float:
     """Bytes a second of a large copy, read and written."""
     import torch
@@ -100,11 +113,9 @@ class Floors:
         self.ceilings = ceilings
 
     def cost(self, cell: str, length: int) -> Any:
-        from ahn.config import AHNConfig
         from ahn.cost import cost
 
-        config = AHNConfig(None if cell == "full" else cell, self.window, self.sinks)
-        return cost(self.shape, length, config, self.itemsize)
+        return cost(self.shape, length, config_of(cell, self.window, self.sinks), self.itemsize)
 
     def read_flops(self, cell: str, batch: int, length: int) -> int:
         table = self.cost(cell, length)
@@ -140,6 +151,7 @@ def fill(model: Any, cell: str, batch: int, length: int) -> Any:
     from transformers import DynamicCache
 
     import ahn
+    from ahn import retention
 
     config, like = model.config, {"dtype": model.dtype, "device": model.device}
     kv_heads, size = config.num_key_value_heads, config.head_dim
@@ -153,8 +165,12 @@ def fill(model: Any, cell: str, batch: int, length: int) -> Any:
     token = torch.empty(batch, kv_heads, 1, size, **like)
     for attention, memory in zip(model.get_decoder().layers, cache.layers, strict=True):
         memory.reserve(length, token, attention.self_attn.ahn.state_shape)
-        for tensor in memory.tensors.values():
-            tensor.normal_()
+        for name, tensor in memory.tensors.items():
+            if name == "ranks":
+                positions, priority = torch.arange(tensor.shape[-1]).to(tensor)[None], torch.randn(tensor.shape)
+                tensor.copy_(retention.rank(priority.to(tensor.device), positions, positions >= 0))
+            else:
+                tensor.normal_()
     cache.tokens_seen, cache._seen, cache._batch = length, [length], batch
     return cache
 
@@ -265,13 +281,14 @@ def ask(model: Any, tokenizer: Any, ids: Any) -> dict[str, float]:
 
 def cells_of_table(options: argparse.Namespace) -> list[Cell]:
     """The most important first."""
-    main, gdn, full = "qwen2.5-3b", "gated_deltanet", "full"
+    main, gdn, full, stored = "qwen2.5-3b", "gated_deltanet", "full", "gated_deltanet+learned"
     if options.base:
         name, lengths = Path(options.base).name, (300, 500) if options.tiny else (16 * K, 128 * K)
         table = [Cell(name, options.cell or "default", "ask", 1, length) for length in lengths]
     elif options.tiny:
         whats = ("decode", 1, 300), ("decode", 2, 300), ("read", 1, 500)
-        table = [Cell("tiny", cell, *what) for cell in (gdn, full, "deltanet", "mamba2") for what in whats]
+        names = gdn, full, "deltanet", "mamba2", stored
+        table = [Cell("tiny", cell, *what) for cell in names for what in whats]
         table.append(Cell("tiny", gdn, "load", 1, 500))
     else:
         table = [Cell(main, gdn, "decode", 1, 128 * K)]
@@ -282,7 +299,10 @@ def cells_of_table(options: argparse.Namespace) -> list[Cell]:
         table += [Cell(main, gdn, "decode", batch, 128 * K) for batch in (8, 32)]
         table += [Cell(main, gdn, "decode", 1, length) for length in (16 * K, 1024 * K)]
         table += [Cell(main, cell, what, 1, 128 * K) for what in ("decode", "read") for cell in ("deltanet", "mamba2")]
-        table += [Cell("qwen2.5-coder-0.5b", gdn, what, 1, 128 * K) for what in ("decode", "read")]
+        table += [Cell(main, stored, what, 1, 128 * K) for what in ("decode", "read")]
+        for cell in (gdn, stored):
+            whats = ("decode", 128 * K), ("read", 16 * K), ("read", 128 * K)
+            table += [Cell("qwen2.5-coder-0.5b", cell, what, 1, length) for what, length in whats]
         for shape in ("qwen2.5-7b", "qwen2.5-14b"):
             table += [Cell(shape, cell, what, 1, 128 * K) for cell in (gdn, full) for what in ("decode", "read")]
             table += [Cell(shape, gdn, "decode", 8, 128 * K)]
@@ -320,7 +340,8 @@ class Bench:
 
         self.options, self.began = options, time.monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.window, self.sinks = (40, 8) if options.tiny else (WINDOW, SINKS)
+        self.sinks = 8 if options.tiny else SINKS
+        self.window = (48 if options.tiny else options.lossless) - self.sinks
         self.ceilings = Ceilings(matmul_rate(self.device), copy_rate(self.device))
         self.kernels = [list(row) for row in ahn.kernels.report()]
         self.model: Any = None
@@ -354,7 +375,7 @@ class Bench:
         if cell == "full":
             self.model.set_attn_implementation("sdpa")
         else:
-            ahn.augment(self.model, ahn.AHNConfig(cell, self.window, self.sinks))
+            ahn.augment(self.model, config_of(cell, self.window, self.sinks))
             for parameter in self.model.parameters():
                 if parameter.dim() == 3 and not parameter.any():
                     parameter.data.normal_(std=0.02)  # as if it were trained
@@ -548,6 +569,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="WORD:WORD", help=words)
     parser.add_argument("--base", help="real weights: a name, folder or GGUF file that `ahn read --base` takes")
     parser.add_argument("--cell", help="with --base: an untrained memory instead of the base's own")
+    parser.add_argument("--lossless", type=int, default=LOSSLESS, help="sinks and window (%(default)s tokens)")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--authors", metavar="SCRIPT")
     parser.add_argument("--profile", action="store_true", help="print the 25 kernels that take the most time")

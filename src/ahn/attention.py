@@ -61,8 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     """
     batch, heads, queries, size = q.shape
     groups = heads // k.shape[1]
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    kernel = kernels.attention(q, gradients).name
+    kernel = kernels.attention(q, _with_gradients(q, k)).name
     fused = kernel != "torch"
     if fused and mask is None and kernel == "cudnn" and (groups == 1 or kernels.groups_heads()):
         out, norm = _fused(kernel, q, k, v, None, scale, causal)
@@ -85,6 +84,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
         norm = scores.logsumexp(-1)
         out = (scores - norm[..., None]).exp().to(v.dtype) @ v
     return out.reshape(batch, heads, queries, size), norm.reshape(batch, heads, queries)
+
+
+def _with_gradients(q: Tensor, k: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
 
 
 def _bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -202,6 +205,10 @@ def attend_window(
             has `sinks`.
     """
     queries, sinks = q.shape[2], sinks_kv[0].shape[2] if sinks is None else sinks
+    if far is not None and kernels.store_attention(q, _with_gradients(q, window_kv[0])).name == "triton":
+        from ahn.kernels import far as triton
+
+        return triton.attend(q, q_sinks, window_kv, start, window, scale, far, sinks)
     before = window_kv[0].shape[2] - queries
     device = q.device
     out: list[Softmax] = []

@@ -449,12 +449,13 @@ def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
     """How many tokens to read at once after `seen` ones, at first and from then on.
 
     On CUDA a window is a whole number of chunks, which begin where it does: so few shapes of attention occur, for
-    each of which cuDNN makes a plan.
+    each of which cuDNN makes a plan. With a store attention is our own, for any shape.
     """
     if model.device.type != "cuda":
         return CHUNK, CHUNK
     config, most = model.ahn_config, max(CHUNK, GPU_CHUNK // rows)
-    chunk = config.window // -(-config.window // most) if config.window >= CHUNK else most
+    whole = config.window >= CHUNK and config.store is None
+    chunk = config.window // -(-config.window // most) if whole else most
     return chunk + (config.sinks - seen) % chunk, chunk
 
 

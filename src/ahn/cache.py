@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ahn.layer import AHNLayer, Leaving
+    from ahn.storing import Pushed
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Span:
     sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
     leaving: Leaving | None = None  # which tokens push one out of the window, likewise
     store_angles: tuple[Tensor, Tensor] | None = None  # turn of the keys that enter the store, likewise
+    pushed: Pushed | None = None  # which tokens those are, likewise (`ahn.storing`)
+    there: Tensor | None = None  # its positions on the device, likewise
     pieces: list[Span] | None = None  # of which each is attended at once, likewise (`ahn.reading`)
     parts: list[tuple[slice, Span]] | None = None  # between multiples of a store's grid, likewise (`on_grid`)
     on_device = False  # whether only the device knows the positions, see `ahn.decoding.Step`
@@ -81,6 +84,14 @@ class Span:
     def positions(self) -> Tensor:
         """[R, T] after compaction."""
         return self.start[:, None] + torch.arange(self.length)
+
+    def positions_on(self, device: torch.device) -> Tensor:
+        """`positions`, moved once for all layers."""
+        if self.on_device:
+            return self.positions()
+        if self.there is None or self.there.device != device:
+            self.there = self.positions().to(device)
+        return self.there
 
     def real(self) -> Tensor:
         """bool [R, T] after compaction."""

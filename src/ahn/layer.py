@@ -351,7 +351,7 @@ class AHNLayer(nn.Module):
         if span.first + span.length - 1 <= furthest:
             return None
         if span.sink_angles is None:
-            positions = span.positions().to(device)
+            positions = span.positions_on(device)
             span.sink_angles = rotary.angles(positions.clamp(max=furthest) - positions)
         cos, sin = (t.to(device) for t in span.sink_angles)
         return cos, sin

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ahn import kernels
+
 NOBODY = torch.iinfo(torch.int64).min  # the newcomer of a step without one: loses at once
 EMPTY = NOBODY + (1 << 31)  # an empty place: loses to every token
 TOKEN = NOBODY + (1 << 32)  # ranks from here on are tokens'
@@ -59,6 +61,10 @@ def position(ranks: Tensor) -> Tensor:
 
 def contest(ranks: Tensor, new: Tensor) -> Outcome:
     """Resolve one step after the other for newcomers of rank `new` [B, M, C] against places of `ranks` [B, M, P]."""
+    if kernels.contest(ranks.device.type).name == "triton":
+        from ahn.kernels import retain
+
+        return retain.contest(ranks, new)
     places, steps = ranks.shape[-1], new.shape[-1]
     who = torch.arange(places, device=ranks.device).expand_as(ranks)
     losers, lost = [], []

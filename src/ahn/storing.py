@@ -45,6 +45,14 @@ class Arrivals(NamedTuple):
     scale: float
 
 
+class Pushed(NamedTuple):
+    """The tokens that those of a span push out, the first of it that do and all behind it: the same in all layers."""
+
+    positions: Tensor  # [R, E], at least 0
+    real: Tensor  # bool [R, E], whether there is one
+    back: Tensor  # [R, E], how many tokens of its span of `store_span` are older: they start behind the sinks
+
+
 class StoringLayer(AHNLayer):
     """`AHNLayer` whose lossless tokens are sinks, store and window."""
 
@@ -210,8 +218,9 @@ class StoringLayer(AHNLayer):
 
             return step.displace(memory, span.start, self.span, k, *rest)
         near = memory.trail_of_one(span, self.span)
-        priority = retention.pool(lambda at: gather(near, at, 2), self._back(span, 0, k.device), self.span)
-        new = retention.rank(priority, *self._pushed(span, 0, k.device))
+        pushed = self._pushed(span, k.device)
+        priority = retention.pool(lambda at: gather(near, at, 2), pushed.back, self.span)
+        new = retention.rank(priority, pushed.positions, pushed.real)
         lost, ranks = memory.swap([k, rest[0], *map(self._heads, rest[1:])], new, self._heads)
         return (lost[0], lost[1], *map(_joined, lost[2:])), ranks
 
@@ -283,12 +292,11 @@ class StoringLayer(AHNLayer):
         Args:
             trail: these scores before it, [B, M, L]. ranks: of the store. state: at the last multiple of the grid.
         """
-        span, device = new.span, new.k.device
+        span = new.span
         score = self._score(new.k, new.v, new.x, new.inputs, span, state)
         scores = torch.cat([trail, score.expand(*trail.shape[:2], span.length)], -1)
         received = self._received(new) if self.store.every else None
-        first = max(0, self.sinks + self.reach - span.first)
-        outcome = None
+        first, outcome = self._first(span), None
         if ranks is not None and first < span.length:
 
             def take(at: Tensor) -> Tensor:
@@ -298,31 +306,35 @@ class StoringLayer(AHNLayer):
                 given, before = received
                 return found + gather(given.flatten(2), before[:, first:] * given.shape[-1] + at + first, 2)
 
-            priority = retention.pool(take, self._back(span, first, device), self.span)
-            outcome = retention.contest(ranks, retention.rank(priority, *self._pushed(span, first, device)))
+            pushed = self._pushed(span, new.k.device)
+            priority = retention.pool(take, pushed.back, self.span)
+            outcome = retention.contest(ranks, retention.rank(priority, pushed.positions, pushed.real))
         if received is not None:
             scores = scores + received[0][:, :, -1]
+        if not span.padded and len(set(span.counts)) == 1:
+            return outcome, scores[:, :, span.counts[0] : span.counts[0] + self.scores_kept]
         last = torch.tensor(span.counts)[:, None] + torch.arange(self.scores_kept)
         return outcome, gather(scores, last, 2)
 
-    def _pushed(self, span: Span, first: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Positions [R, E] of the tokens that are pushed out by those from `first` on, and whether there is one."""
-        positions = span.positions()[:, first:] - self.reach
-        real = (positions >= self.sinks) & span.real()[:, first:]
-        return positions.clamp(min=0).to(device), real.to(device)
+    def _first(self, span: Span) -> int:
+        """The first token of `span` that pushes one out of the window of some row."""
+        return max(0, self.sinks + self.reach - span.first)
 
-    def _back(self, span: Span, first: int, device: torch.device) -> Tensor:
-        """[R, E]: how many tokens of its span are older than each token that is pushed out. Spans start behind the
-        sinks, which are no part of one."""
-        positions = span.positions()[:, first:] - self.reach - self.sinks
-        return (positions % self.span).to(device)
+    def _pushed(self, span: Span, device: torch.device) -> Pushed:
+        if span.pushed is None or span.on_device or span.pushed.real.device != device:
+            positions = span.positions()[:, self._first(span) :] - self.reach
+            real = (positions >= self.sinks) & span.real()[:, self._first(span) :]
+            back = (positions - self.sinks) % self.span
+            span.pushed = Pushed(*(t.to(device) for t in (positions.clamp(min=0), real, back)))
+        pushed: Pushed = span.pushed
+        return pushed
 
     @torch.no_grad()
     def _score(
         self, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, state: Tensor | None
     ) -> Tensor:
         """Scores of new tokens [B, M, T], or what broadcasts to it."""
-        positions = span.positions().to(k.device)
+        positions = span.positions_on(k.device)
 
         def error() -> Tensor:
             assert self.cell is not None and inputs is not None and state is not None
@@ -378,9 +390,7 @@ class StoringLayer(AHNLayer):
         if (rotary := self._moves) is None or not k.shape[2]:
             return k
         if span.store_angles is None:
-            first = max(0, self.sinks + self.reach - span.first)
-            positions, _ = self._pushed(span, first, k.device)
-            span.store_angles = rotary.angles(self.sinks - positions)
+            span.store_angles = rotary.angles(self.sinks - self._pushed(span, k.device).positions)
         return rotary.turn(k, span.store_angles)
 
     def _turn_out(self, k: Tensor, ranks: Tensor) -> Tensor:
@@ -520,11 +530,11 @@ class StoringMemory(LayerMemory):
     def trail(self, span: Span) -> Tensor:
         """Scores of the L tokens before `span`, in order, [B, M, L]."""
         assert self.scores is not None
-        return gather(self.scores, self._turned(span.start), 2)
+        return gather(self.scores, self._turned(span.start.to(self.scores.device)), 2)
 
     def keep_trail(self, span: Span, trail: Tensor) -> None:
         assert self.scores is not None
-        at = self._turned(span.ends).to(trail.device)
+        at = self._turned(span.ends.to(trail.device))
         self.scores.scatter_(2, at[:, None].expand_as(trail), trail)
 
     def trail_of_one(self, span: Span, length: int) -> Tensor:

@@ -25,7 +25,7 @@ KERNELS = {
     "graph": "a CUDA graph of the whole step: one token",
     "inductor": "torch.compile, for the elementwise work between products: in that graph, and reading",
     "gemv": "this package's own, for the linear layers of the base in that graph",
-    "triton": "this package's own: attention and cell of one token",
+    "triton": "this package's own: attention and cell of one token, and a store while reading",
     "pdl": "programmatic launch: each of the own kernels starts while the one before it ends",
 }
 FLEX_BLOCK = 128
@@ -85,6 +85,26 @@ def attention(like: Tensor, gradients: bool = False) -> Kernel:
     if kernel.name == "cudnn" and size <= 128 and (reason := _cudnn_problem()) is None:
         return kernel
     return _allowed("flash", f"FlashAttention; cuDNN: {reason if kernel.name == 'cudnn' and size <= 128 else 'no'}")
+
+
+def contest(device: str) -> Kernel:
+    """Who loses in a store, many tokens at once."""
+    if reason := _no_triton(device):
+        return Kernel("torch", reason)
+    return _allowed("triton", f"{device}: all steps at once, in two kernels")
+
+
+def store_attention(like: Tensor, gradients: bool = False) -> Kernel:
+    """Softmax attention of many queries over the window and what a store keeps; `like`: the queries [..., H]."""
+    import torch
+
+    if gradients:
+        return Kernel("torch", "gradients: plain torch on blocks of queries")
+    if reason := _no_triton(like.device.type):
+        return Kernel("torch", reason)
+    if like.dtype == torch.float64 or like.shape[-1] > 256:
+        return Kernel("torch", f"{like.dtype}, heads of {like.shape[-1]}: the kernel is for up to 256, no float64")
+    return _allowed("triton", f"{like.device.type}: one kernel, which reads no key that is not seen")
 
 
 def one_token(device: str) -> Kernel:
@@ -150,6 +170,8 @@ def report() -> list[tuple[str, str, str]]:
     like = torch.empty(0, 64, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     rows = [
         ("reading: sinks and window", *attention(like)),
+        ("reading: window and store", *store_attention(like)),
+        ("reading: who loses", *contest(device)),
         ("training: sinks and window", *whole_sequence(device, 64, 4096)),
     ]
     rows += [(f"{name}, many tokens", *choose(cells.get(name).fla_operation, like)) for name in cells.names()]

@@ -1,0 +1,108 @@
+"""Who loses in the store, in Triton: `ahn.retention.contest` for all steps at once.
+
+Letters: B batch, M key/value heads, C steps, one newcomer each, P places, R the places that can be lost, at most C.
+
+A candidate is out at the first step at which R better ones have come, so each can be counted alone, against the places
+at risk and against the newcomers in order: (R + C)^2 comparisons in one kernel, and nothing is sorted but, where there
+are more places than steps, the places. A second kernel gives the places that were lost to the newcomers that stay.
+
+Under TRITON_INTERPRET=1 they run on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ahn.retention import Outcome
+
+CANDIDATES, AGAINST = 64, 64  # counted by one program, and compared at once
+SCANNED = 1024  # given places at once
+
+
+def contest(ranks: Tensor, new: Tensor) -> Outcome:
+    """Arguments and result as `ahn.retention.contest`; who stays keeps the place that it has."""
+    places, steps = ranks.shape[-1], new.shape[-1]
+    new = new.contiguous()
+    risk, place = ranks.topk(steps, largest=False, sorted=False) if steps < places else (ranks.contiguous(), None)
+    at_risk, rows = risk.shape[-1], ranks.shape[0] * ranks.shape[1]
+    out = torch.empty(rows, at_risk + steps, dtype=torch.int32, device=ranks.device)
+    losers, lost = torch.empty_like(new), torch.empty_like(new)
+    _out[(rows, triton.cdiv(at_risk + steps, CANDIDATES))](
+        risk, new, place, out, losers, lost, at_risk, steps, places,
+        CANDIDATES=CANDIDATES, AGAINST=AGAINST, SOME=place is not None,
+    )  # fmt: skip
+    kept = torch.arange(places, device=ranks.device).repeat(*ranks.shape[:2], 1)
+    ranks = ranks.clone(memory_format=torch.contiguous_format)
+    free = torch.empty(rows, at_risk, dtype=torch.int32, device=ranks.device)
+    _settle[(rows,)](out, new, place, free, kept, ranks, at_risk, steps, places, BLOCK=SCANNED, SOME=place is not None)
+    return Outcome(losers, lost, kept, ranks)
+
+
+# fmt: off
+@triton.jit
+def _out(risk, new, place, out, losers, lost, at_risk, steps, places,
+         CANDIDATES: tl.constexpr, AGAINST: tl.constexpr, SOME: tl.constexpr):
+    """The step at which each candidate is out, `steps` for those that stay, and who that is at each step."""
+    row = tl.program_id(0).to(tl.int64)
+    who = tl.program_id(1) * CANDIDATES + tl.arange(0, CANDIDATES)
+    is_place, real = who < at_risk, who < at_risk + steps
+    comes = who - at_risk  # at this step, if it is a newcomer
+    mine = tl.load(risk + row * at_risk + who, mask=is_place, other=0)
+    mine += tl.load(new + row * steps + comes, mask=real & (comes >= 0), other=0)
+    better = tl.zeros([CANDIDATES], tl.int32)
+    for low in range(0, at_risk, AGAINST):
+        at = low + tl.arange(0, AGAINST)
+        rival = tl.load(risk + row * at_risk + at, mask=at < at_risk, other=-(1 << 63))
+        better += tl.sum((rival[None, :] > mine[:, None]).to(tl.int32), 1)
+    gone = tl.full([CANDIDATES], 1 << 30, tl.int32)
+    for low in range(0, steps, AGAINST):
+        at = low + tl.arange(0, AGAINST)
+        rival = tl.load(new + row * steps + at, mask=at < steps, other=-(1 << 63))
+        beats = (rival[None, :] > mine[:, None]).to(tl.int32)
+        after = better + tl.sum(beats, 1)
+        if tl.max(((after >= at_risk) & (gone > steps) & (comes < low + AGAINST)).to(tl.int32), 0) > 0:
+            is_out = (better[:, None] + tl.cumsum(beats, 1) >= at_risk) & (at[None, :] >= comes[:, None])
+            first = tl.min(tl.where(is_out, at[None, :], 1 << 30), 1)
+            gone = tl.minimum(gone, first)
+        better = after
+    gone = tl.minimum(gone, steps)
+    tl.store(out + row * (at_risk + steps) + who, gone, mask=real)
+    name = who + places - at_risk
+    if SOME:
+        name = tl.where(is_place, tl.load(place + row * at_risk + who, mask=is_place, other=0), name)
+    else:
+        name = tl.where(is_place, who, name)
+    loses = real & (gone < steps)
+    tl.store(losers + row * steps + gone, name.to(tl.int64), mask=loses)
+    tl.store(lost + row * steps + gone, mine, mask=loses)
+
+
+@triton.jit
+def _settle(out, new, place, free, kept, ranks, at_risk, steps, places, BLOCK: tl.constexpr, SOME: tl.constexpr):
+    """The i-th newcomer that stays gets the i-th place that is lost."""
+    row = tl.program_id(0).to(tl.int64)
+    out += row * (at_risk + steps)
+    count = 0
+    for low in range(0, at_risk, BLOCK):
+        at = low + tl.arange(0, BLOCK)
+        is_lost = (at < at_risk) & (tl.load(out + at, mask=at < at_risk, other=steps) < steps)
+        order = count + tl.cumsum(is_lost.to(tl.int32), 0) - 1
+        slot = at
+        if SOME:
+            slot = tl.load(place + row * at_risk + at, mask=is_lost, other=0).to(tl.int32)
+        tl.store(free + row * at_risk + order, slot, mask=is_lost)
+        count += tl.sum(is_lost.to(tl.int32), 0)
+    tl.debug_barrier()  # what is free was written by other threads of this program
+    count = 0
+    for low in range(0, steps, BLOCK):
+        at = low + tl.arange(0, BLOCK)
+        stays = (at < steps) & (tl.load(out + at_risk + at, mask=at < steps, other=0) >= steps)
+        order = count + tl.cumsum(stays.to(tl.int32), 0) - 1
+        slot = tl.load(free + row * at_risk + order, mask=stays, other=0)
+        tl.store(kept + row * places + slot, (places + at).to(tl.int64), mask=stays)
+        tl.store(ranks + row * places + slot, tl.load(new + row * steps + at, mask=stays, other=0), mask=stays)
+        count += tl.sum(stays.to(tl.int32), 0)
+# fmt: on

@@ -1,0 +1,108 @@
+"""The Triton kernels of reading with a store against plain torch: on CUDA, or interpreted on a CPU
+(TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+
+from ahn import retention
+from ahn.attention import Far, attend_window
+from conftest import in_pieces, storing, tiny, token_ids
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
+from ahn.kernels import far, retain  # noqa: E402 - Triton looks at its environment when the kernels are defined
+
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter multiplies no bfloat16
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """AHN_KERNEL for the references."""
+    monkeypatch.setenv("AHN_KERNEL", "torch")
+
+
+@pytest.mark.parametrize("places", [1, 3, 100, *([1500, 24_000] if CUDA else [])])
+@pytest.mark.parametrize("steps", [1, 64, 65, 200, *([4096] if CUDA else [])])
+def test_contest(plain, places, steps):
+    generator = torch.Generator().manual_seed(places * steps)
+
+    def some(first, count):  # many ties, and steps without a newcomer
+        priority = torch.randint(-4, 5, (2, 3, count), generator=generator).float()
+        real = torch.rand(2, count, generator=generator) < 0.9
+        return retention.rank(priority, first + torch.arange(count)[None], real).to(DEVICE)
+
+    empty = retention.empty(2, 3, places, torch.device(DEVICE))
+    before, new = retention.contest(empty, some(0, 50)).ranks, some(50, steps)
+    for ranks in (before, before[:, :, ::2].repeat_interleave(2, -1)[..., :places] if steps == 1 else before):
+        expected, found = retention.contest(ranks, new), retain.contest(ranks, new)
+        if ranks is before:
+            assert torch.equal(found.losers, expected.losers)
+        assert torch.equal(found.lost, expected.lost)
+        assert torch.equal(found.ranks.sort(-1).values, expected.ranks.sort(-1).values)
+        assert torch.equal(torch.cat([ranks, new], -1).gather(-1, found.kept), found.ranks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (14, 2, 64), (3, 3, 80)])
+@pytest.mark.parametrize(
+    ("queries", "before", "window", "sinks", "places", "entering"),
+    [
+        (1, 0, 7, 0, 0, 0),
+        (5, 3, 7, 4, 3, 2),
+        (33, 40, 20, 2, 30, 33),
+        (70, 64, 64, 0, 1, 70),
+        (200, 50, 50, 3, 90, 150),
+        *([(1000, 512, 512, 64, 1472, 1000), (515, 300, 3000, 128, 2000, 0)] if CUDA else []),
+    ],
+)
+def test_attention(plain, queries, before, window, sinks, places, entering, heads, kv_heads, size, dtype):
+    torch.manual_seed(queries)
+    batch, count = 2, sinks + places + entering
+    q, q_far = torch.randn(2, batch, queries, heads, size, device=DEVICE).to(dtype).transpose(2, 3)
+    near = torch.randn(2, batch, kv_heads, before + queries, size, device=DEVICE).to(dtype)
+    keys = torch.randn(2, batch, kv_heads, count + 1, size, device=DEVICE).to(dtype)[..., :count, :]  # of a larger one
+    first = torch.arange(queries - entering, queries)
+    since = torch.cat([torch.full((sinks + places,), -1), first]).expand(batch, kv_heads, -1)
+    until = torch.where(torch.rand(since.shape) < 0.5, since, torch.randint(queries + 1, since.shape))
+    until[..., :sinks] = queries
+    seen = Far(*keys, since.to(DEVICE), until.to(DEVICE), entering)
+    for start in ([before + sinks], [before + sinks, max(0, before - 5)]):
+        at = torch.tensor(start, device=DEVICE)
+        found = far.attend(q, q_far, tuple(near), at, window, size**-0.5, seen, sinks)
+        exact = Far(*(t.float() for t in keys), seen.since, seen.until, entering)
+        nothing = tuple(near[:, :, :, :0].float())
+        expected = attend_window(
+            q.float(), q_far.float(), nothing, tuple(near.float()), at, window, size**-0.5, exact, sinks
+        )
+        real = expected[1] > -1e4  # the others see nothing
+        assert torch.equal(real, found[1] > -1e4)
+        assert found[0].isfinite().all()
+        assert relative(found[0][real], expected[0][real]) < LIMIT[dtype]
+        assert relative(found[1][real], expected[1][real]) < LIMIT[dtype]
+
+
+@pytest.mark.usefixtures("small_grids")
+def test_the_whole_model(store, monkeypatch):
+    """In any pieces, padded or not, as plain torch."""
+    model = storing(store, base=tiny(head_dim=16).to(DEVICE), store_span=2)
+    ids = token_ids(90, batch=2).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    for seen in (None, mask):
+        logits = {}
+        for kernel in ("torch", "triton"):
+            monkeypatch.setenv("AHN_KERNEL", kernel)
+            logits[kernel] = [in_pieces(model, ids, sizes, seen) for sizes in ([90], [40, 1, 2, 47])]
+        for expected, found in zip(*logits.values(), strict=True):
+            real = mask.bool() if seen is not None else torch.ones_like(ids).bool()
+            assert relative(found[real], expected[real]) < 1e-4
