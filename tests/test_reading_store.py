@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from ahn import retention
-from ahn.attention import Far, attend_window
-from conftest import in_pieces, storing, tiny, token_ids
+from ahn.attention import Far, Rotary, attend_window
+from conftest import STORES, in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
-from ahn.kernels import far, retain  # noqa: E402 - Triton looks at its environment when the kernels are defined
+from ahn.kernels import far, retain, rotate  # noqa: E402 - Triton looks at its environment when the kernels are defined
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter multiplies no bfloat16
@@ -91,10 +91,26 @@ def test_attention(plain, queries, before, window, sinks, places, entering, head
         assert relative(found[1][real], expected[1][real]) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (33, 2), (70, 1)])
+@pytest.mark.parametrize(("size", "width"), [(16, 16), (64, 64), (80, 32)])
+def test_rotation(plain, tokens, rows, size, width, dtype):
+    torch.manual_seed(tokens)
+    model = tiny(head_dim=size).to(DEVICE)
+    rotary = Rotary(model.model, model.model.layers[0].self_attn)
+    assert rotary.halves
+    x = torch.randn(2, tokens, 3, size, device=DEVICE).to(dtype).transpose(1, 2)
+    for delta in (torch.randint(-40, 40, (rows, tokens), device=DEVICE), torch.tensor([[7]], device=DEVICE)):
+        angles = tuple(t[..., :width] for t in rotary.angles(delta))
+        assert relative(rotate.turn(x, *angles), rotary.turn(x, angles)) < LIMIT[dtype]
+
+
 @pytest.mark.usefixtures("small_grids")
-def test_the_whole_model(store, monkeypatch):
+@pytest.mark.parametrize("kind", [*STORES, None])
+def test_the_whole_model(kind, monkeypatch):
     """In any pieces, padded or not, as plain torch."""
-    model = storing(store, base=tiny(head_dim=16).to(DEVICE), store_span=2)
+    base = tiny(head_dim=16).to(DEVICE)
+    model = with_memory(base) if kind is None else storing(kind, base=base, store_span=2)
     ids = token_ids(90, batch=2).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[1, :13] = 0

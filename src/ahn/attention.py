@@ -10,6 +10,7 @@ because with clipped sink positions a query meets the two at different angles.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,12 @@ class Far(NamedTuple):
     since: Tensor  # [R or B, 1 or M, K]
     until: Tensor
     entering: int  # so many keys at the end come with the last queries, one with each
+
+    @classmethod
+    def of_sinks(cls, sinks: tuple[Tensor, Tensor], start: Tensor, queries: int) -> Far:
+        """Sinks alone, as `queries` see them from positions `start` [R] on."""
+        since = torch.arange(sinks[0].shape[2], device=start.device) - start[:, None, None]
+        return cls(*sinks, since, torch.full_like(since, queries), 0)
 
     def seen(self, low: int, high: int, queries: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values for queries low .. high of `queries`, and which are seen: bool [R or B, 1 or M, C, K]."""
@@ -205,9 +212,10 @@ def attend_window(
             has `sinks`.
     """
     queries, sinks = q.shape[2], sinks_kv[0].shape[2] if sinks is None else sinks
-    if far is not None and kernels.store_attention(q, _with_gradients(q, window_kv[0])).name == "triton":
+    if kernels.band(q, _with_gradients(q, window_kv[0])).name == "triton":
         from ahn.kernels import far as triton
 
+        far = far or Far.of_sinks(sinks_kv, start, queries)
         return triton.attend(q, q_sinks, window_kv, start, window, scale, far, sinks)
     before = window_kv[0].shape[2] - queries
     device = q.device
@@ -255,6 +263,7 @@ class Rotary:
     def __init__(self, decoder: nn.Module, attention: Any) -> None:
         self.embedding: Any = getattr(decoder, "rotary_emb", None)
         self.apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        self.halves = self.apply is not None and turns_halves(self.apply)
         if self.embedding is None or self.apply is None or not self._composes(attention):
             raise ConfigError(
                 "sink_positions='clipped' needs rotary positions that can be turned further, this base's cannot: "
@@ -270,6 +279,12 @@ class Rotary:
     def turn(self, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """q [B, N, C, H] turned by `angles`, computed in float32; with partial rotation the first dimensions turn."""
         width = angles[0].shape[-1]
+        if self.halves and not torch.compiler.is_compiling():
+            gradients = torch.is_grad_enabled() and q.requires_grad
+            if kernels.rotation(q.device.type, gradients).name == "triton":
+                from ahn.kernels import rotate
+
+                return rotate.turn(q, *angles)
         turning, rest = q[..., :width], q[..., width:]
         turned = self.apply(turning.float(), turning[:, :0].float(), *angles)[0].to(q.dtype)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
@@ -285,3 +300,14 @@ class Rotary:
         except (TypeError, ValueError, RuntimeError):
             return False
         return torch.allclose(back, q, atol=1e-4)
+
+
+def turns_halves(turn: Callable[..., Any]) -> bool:
+    """Whether a base's function turns the halves of a head into each other; tried out."""
+    q, k, cos, sin = torch.randn(4, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    try:
+        found = turn(q, k, cos[0], sin[0])
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    expected = [t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k)]
+    return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn import decoding
+from ahn import decoding, kernels
 from ahn.attention import Rotary, heads_of
 from ahn.cache import OTHER_PAST, PAST, AHNCache, Span
 from ahn.config import AHNConfig
@@ -41,7 +41,8 @@ ATTENTION = "ahn"  # the name our attention goes by in transformers' registry an
 CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
 Observer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
 Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-GPU_CHUNK = 8192  # tokens of all rows: a GPU takes longer for them than Python for its part
+GPU_CHUNK = 8192  # tokens of all rows, at least: a GPU takes longer for them than Python for its part
+GPU_NUMBERS = 1 << 24  # in what passes between two layers: with few numbers a token, more tokens
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
 
@@ -448,14 +449,18 @@ def _read_in_chunks(
 def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
     """How many tokens to read at once after `seen` ones, at first and from then on.
 
-    On CUDA a window is a whole number of chunks, which begin where it does: so few shapes of attention occur, for
-    each of which cuDNN makes a plan. With a store attention is our own, for any shape.
+    On CUDA a wide window is a whole number of chunks, which begin where it does: so few shapes of attention occur, for
+    each of which cuDNN makes a plan. For a narrow one, or a store, attention is our own, for any shape.
     """
     if model.device.type != "cuda":
         return CHUNK, CHUNK
-    config, most = model.ahn_config, max(CHUNK, GPU_CHUNK // rows)
-    whole = config.window >= CHUNK and config.store is None
-    chunk = config.window // -(-config.window // most) if whole else most
+    config = model.ahn_config
+    most = max(GPU_CHUNK, GPU_NUMBERS // model.get_decoder().config.hidden_size)
+    most = max(CHUNK, most // rows // CHUNK * CHUNK)
+    narrow = config.window <= kernels.NARROW and kernels.contest("cuda").name == "triton"
+    if narrow or config.store is not None or config.window < CHUNK:
+        return most, most
+    chunk = config.window // -(-config.window // most)
     return chunk + (config.sinks - seen) % chunk, chunk
 
 

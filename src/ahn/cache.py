@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,8 +34,9 @@ if PAST not in inspect.signature(create_causal_mask).parameters:
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ahn.layer import AHNLayer, Leaving
-    from ahn.storing import Pushed
+    from ahn.layer import AHNLayer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,13 +53,7 @@ class Span:
     order: Tensor | None = None  # [B, T]: which token comes i-th, real ones first; None: nothing is padded
     back: Tensor | None = None  # [B, T]: its inverse
     written: bool = False  # whether a layer has begun to store it
-    sink_angles: tuple[Tensor, Tensor] | None = None  # turn of the queries for clipped sinks, the same in all layers
-    leaving: Leaving | None = None  # which tokens push one out of the window, likewise
-    store_angles: tuple[Tensor, Tensor] | None = None  # turn of the keys that enter the store, likewise
-    pushed: Pushed | None = None  # which tokens those are, likewise (`ahn.storing`)
-    there: Tensor | None = None  # its positions on the device, likewise
-    pieces: list[Span] | None = None  # of which each is attended at once, likewise (`ahn.reading`)
-    parts: list[tuple[slice, Span]] | None = None  # between multiples of a store's grid, likewise (`on_grid`)
+    made: dict[Any, Any] = field(default_factory=dict)  # what `once` keeps
     on_device = False  # whether only the device knows the positions, see `ahn.decoding.Step`
     due = False  # of such a step: whether it does what few positions ask for
 
@@ -86,12 +82,14 @@ class Span:
         return self.start[:, None] + torch.arange(self.length)
 
     def positions_on(self, device: torch.device) -> Tensor:
-        """`positions`, moved once for all layers."""
-        if self.on_device:
-            return self.positions()
-        if self.there is None or self.there.device != device:
-            self.there = self.positions().to(device)
-        return self.there
+        return self.once(("positions", device), lambda: self.positions().to(device))
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What is the same for all layers, made for the first that asks: positions, angles, indices."""
+        if key not in self.made:
+            self.made[key] = make()
+        found: T = self.made[key]
+        return found
 
     def real(self) -> Tensor:
         """bool [R, T] after compaction."""
@@ -100,17 +98,16 @@ class Span:
     def on_grid(self, grid: int) -> list[tuple[slice, Span]]:
         """After compaction, the tokens between multiples of `grid` of any row's positions; all at once if it is 0.
         The same for all layers."""
-        if not grid:
-            return [(slice(None), self)]
-        if self.parts is None:
-            starts = self.start.tolist()
-            ends = sorted({end for at in starts for end in range(grid - at % grid, self.length, grid)} | {self.length})
-            self.parts = []
-            for low, high in zip([0, *ends], ends, strict=False):
-                counts = [min(max(count - low, 0), high - low) for count in self.counts]
-                start = [at + min(count, low) for at, count in zip(starts, self.counts, strict=True)]
-                self.parts.append((slice(low, high), Span(torch.tensor(start), high - low, counts)))
-        return self.parts
+        return self.once(("grid", grid), lambda: self._on_grid(grid)) if grid else [(slice(None), self)]
+
+    def _on_grid(self, grid: int) -> list[tuple[slice, Span]]:
+        starts, parts = self.start.tolist(), []
+        ends = sorted({end for at in starts for end in range(grid - at % grid, self.length, grid)} | {self.length})
+        for low, high in zip([0, *ends], ends, strict=False):
+            counts = [min(max(count - low, 0), high - low) for count in self.counts]
+            start = [at + min(count, low) for at, count in zip(starts, self.counts, strict=True)]
+            parts.append((slice(low, high), Span(torch.tensor(start), high - low, counts)))
+        return parts
 
     def compact(self, x: Tensor, dim: int) -> Tensor:
         return x if self.order is None else gather(x, self.order, dim)
@@ -204,33 +201,42 @@ class LayerMemory(CacheLayerMixin):
     def window_before(self, span: Span) -> tuple[Tensor, ...]:
         """Copies of the window's keys, values and gate inputs before `span`, oldest first, ending at each row's last
         token; rows that have fewer hold rubbish in front, at positions that are below S or negative."""
-        length = max(0, span.first - self.sinks)
-        length = length if self.window is None else min(length, self.window)
-        positions = span.start[:, None] + torch.arange(-length, 0)
-        slots = self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.shift - 1, 0))
+        slots = span.once(("before", self._form), lambda: self._slots_before(span))
         tensors = [(self.keys, 2), (self.values, 2), (self.inputs, 1)]
         return tuple(gather(t, slots, dim) for t, dim in tensors if t is not None)
 
     def put(self, span: Span, k: Tensor, v: Tensor, inputs: Tensor | None) -> None:
         """Write the tokens of a compacted span into their slots: those that are still kept at its end."""
-        positions, last = span.positions(), torch.tensor(span.after())[:, None]
-        kept = span.real()
-        if self.window is not None:
-            kept &= (positions < self.sinks) | (positions >= last - self.window)
-        slots = self.slots(positions)
+        row, token, slots = span.once(("put", self._form), lambda: self._slots_of(span))
         for buffer, new, dim in ((self.keys, k, 2), (self.values, v, 2), (self.inputs, inputs, 1)):
             if buffer is None or new is None:
                 continue
             if len(span.counts) == 1:
-                chosen = kept[0].nonzero()[:, 0]
-                buffer.index_copy_(dim, slots[0, chosen].to(buffer.device), _select(new, chosen, dim))
+                buffer.index_copy_(dim, slots, _select(new, token, dim))
+            elif dim == 2:
+                buffer[row, :, slots] = new[row, :, token]
             else:
-                row, token = (index.to(buffer.device) for index in kept.nonzero(as_tuple=True))
-                where = slots.to(buffer.device)[row, token]
-                if dim == 2:
-                    buffer[row, :, where] = new[row, :, token]
-                else:
-                    buffer[row, where] = new[row, token]
+                buffer[row, slots] = new[row, token]
+
+    @property
+    def _form(self) -> tuple[Any, ...]:
+        """What the slots of a span depend on."""
+        return self.window, self.shift, self.capacity, self.kept[0].device
+
+    def _slots_before(self, span: Span) -> Tensor:
+        length = max(0, span.first - self.sinks)
+        length = length if self.window is None else min(length, self.window)
+        positions = span.start[:, None] + torch.arange(-length, 0)
+        slots = self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.shift - 1, 0))
+        return slots.to(self.kept[0].device)
+
+    def _slots_of(self, span: Span) -> tuple[Tensor, ...]:
+        """Rows and tokens of a span that are still kept at its end, and where."""
+        positions, last, kept = span.positions(), torch.tensor(span.after())[:, None], span.real()
+        if self.window is not None:
+            kept &= (positions < self.sinks) | (positions >= last - self.window)
+        row, token = kept.nonzero(as_tuple=True)
+        return tuple(t.to(self.kept[0].device) for t in (row, token, self.slots(positions)[row, token]))
 
     def exchange(self, slots: Tensor, k: Tensor, v: Tensor, inputs: Tensor | None, old: bool) -> tuple[Tensor, ...]:
         """Put one token a row into `slots` [R]; returns copies of what was there before if `old`."""
@@ -466,7 +472,7 @@ def _grown(old: Tensor | None, shape: tuple[int, ...], dim: int, like: Tensor) -
 
 def _select(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """index_select, without the copy where all is selected."""
-    return x if len(index) == x.shape[dim] else x.index_select(dim, index.to(x.device))
+    return x if len(index) == x.shape[dim] else x.index_select(dim, index)
 
 
 def _expand(index: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from ahn import kernels
+from ahn.attention import turns_halves
 from ahn.cache import PAST
 from ahn.cells.base import Linear
 
@@ -149,7 +150,7 @@ def turned(decoder: Any) -> Iterator[None]:
     family = sys.modules[type(decoder.layers[0].self_attn).__module__]
     with _changing, ExitStack() as undo:
         plain = getattr(family, "apply_rotary_pos_emb", None)
-        if plain is not None and _turns_halves(plain):
+        if plain is not None and turns_halves(plain):
             turns = Turns(plain)
             undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", turns))
             for layer in decoder.layers:
@@ -327,17 +328,6 @@ def _is_gated(mlp: Any) -> bool:
     with torch.no_grad():
         found, expected = mlp(x).float(), down(F.silu(gate(x)) * up(x)).float()
     return bool((found - expected).norm() <= 0.01 * expected.norm())
-
-
-def _turns_halves(turn: Callable[..., Any]) -> bool:
-    """Whether a base's function turns the halves of a head into each other; tried out."""
-    q, k, cos, sin = torch.randn(4, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-    try:
-        found = turn(q, k, cos[0], sin[0])
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    expected = [t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k)]
-    return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
 def _is_block(layer: Any) -> bool:

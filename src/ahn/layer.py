@@ -168,7 +168,9 @@ class AHNLayer(nn.Module):
         scale: float,
     ) -> Tensor:
         """The next tokens of sequences that are remembered."""
-        if not span.padded and len(span.start) == 1 and kernels.attention(q).name != "torch":
+        alike = not span.padded and len(span.start) == 1
+        at_once = (self.window or FOREVER) <= kernels.NARROW and kernels.band(q).name == "triton"
+        if alike and not at_once and kernels.attention(q).name != "torch":
             return reading.read(self, q, k, v, x, inputs, span, memory, scale)
         (out, norm), window = self._attend_many(q, k, v, inputs, span, memory, scale)
         out, reach = out.transpose(1, 2), self.window or FOREVER
@@ -286,21 +288,19 @@ class AHNLayer(nn.Module):
         return memory.exchange(memory.slots(span.start), k, v, inputs, old=pushes)
 
     def _leaving(self, span: Span, device: torch.device, first: int = 0) -> Leaving:
-        if span.leaving is None:
-            assert self.window is not None
-            positions = span.positions()[:, first:]
-            evicted = (positions - self.lossless + 1).clamp(min=1).to(device)
-            able = (positions >= self.lossless) & span.real()[:, first:]
-            writes = None if not span.on_device and bool(able.all()) else able.to(device)
-            angles = None
-            (rotary,) = self.rotary
-            if self.turns_back and rotary is not None:
-                positions = positions.to(device)
-                angles = rotary.angles(-positions), self._turn_of_leaving(rotary, positions)
-            window = torch.full((), self.window, device=device)
-            span.leaving = Leaving(writes, evicted, window, angles)
-        leaving: Leaving = span.leaving
-        return leaving if self.rotary[0] is not None else leaving._replace(angles=None)
+        return span.once(("leaving", self.rotary[0] is None), lambda: self._make_leaving(span, device, first))
+
+    def _make_leaving(self, span: Span, device: torch.device, first: int) -> Leaving:
+        assert self.window is not None
+        positions = span.positions()[:, first:]
+        evicted = (positions - self.lossless + 1).clamp(min=1).to(device)
+        able = (positions >= self.lossless) & span.real()[:, first:]
+        writes = None if not span.on_device and bool(able.all()) else able.to(device)
+        angles, (rotary,) = None, self.rotary
+        if self.turns_back and rotary is not None:
+            positions = positions.to(device)
+            angles = rotary.angles(-positions), self._turn_of_leaving(rotary, positions)
+        return Leaving(writes, evicted, torch.full((), self.window, device=device), angles)
 
     def _turn_of_leaving(self, rotary: Rotary, positions: Tensor) -> Turn | None:
         """The turn of the keys that leave at `positions` [R, T] back to where nothing has a position."""
@@ -350,10 +350,9 @@ class AHNLayer(nn.Module):
         furthest = self.sinks + self.window
         if span.first + span.length - 1 <= furthest:
             return None
-        if span.sink_angles is None:
-            positions = span.positions_on(device)
-            span.sink_angles = rotary.angles(positions.clamp(max=furthest) - positions)
-        cos, sin = (t.to(device) for t in span.sink_angles)
+        positions = span.positions_on(device)
+        angles = span.once("sinks", lambda: rotary.angles(positions.clamp(max=furthest) - positions))
+        cos, sin = (t.to(device) for t in angles)
         return cos, sin
 
     def _seen_by_sinks(self, q: Tensor, span: Span) -> Tensor:

@@ -66,15 +66,16 @@ def pieces(span: Span, sinks: int, window: int | None) -> list[Span]:
     """`span` cut where sinks and first window end, and into at most `window` tokens; made once for all layers."""
     if window is None:
         return [span]
-    if span.pieces is None:
-        start, end = span.first, span.first + span.length
-        cuts = [start, *(cut for cut in (sinks, sinks + window) if start < cut < end)]
-        while end - cuts[-1] > window:
-            cuts.append(cuts[-1] + window)
-        lengths = [high - low for low, high in zip(cuts, [*cuts[1:], end], strict=True)]
-        span.pieces = [Span(torch.tensor([cut]), n, [n]) for cut, n in zip(cuts, lengths, strict=True)]
-    found: list[Span] = span.pieces
-    return found
+    return span.once("pieces", lambda: _cut(span, sinks, window))
+
+
+def _cut(span: Span, sinks: int, window: int) -> list[Span]:
+    start, end = span.first, span.first + span.length
+    cuts = [start, *(cut for cut in (sinks, sinks + window) if start < cut < end)]
+    while end - cuts[-1] > window:
+        cuts.append(cuts[-1] + window)
+    lengths = [high - low for low, high in zip(cuts, [*cuts[1:], end], strict=True)]
+    return [Span(torch.tensor([cut]), n, [n]) for cut, n in zip(cuts, lengths, strict=True)]
 
 
 def _attend(

@@ -61,30 +61,24 @@ def position(ranks: Tensor) -> Tensor:
 
 def contest(ranks: Tensor, new: Tensor) -> Outcome:
     """Resolve one step after the other for newcomers of rank `new` [B, M, C] against places of `ranks` [B, M, P]."""
+    places, steps = ranks.shape[-1], new.shape[-1]
+    resolve, at_once = _resolve, _at_once(ranks)
     if kernels.contest(ranks.device.type).name == "triton":
         from ahn.kernels import retain
 
-        return retain.contest(ranks, new)
-    places, steps = ranks.shape[-1], new.shape[-1]
+        resolve, at_once = retain.contest, retain.AT_ONCE
+    if steps <= at_once:
+        return resolve(ranks, new)
     who = torch.arange(places, device=ranks.device).expand_as(ranks)
     losers, lost = [], []
-    at_once = _at_once(ranks)
     for low in range(0, steps, at_once):
         part = new[..., low : low + at_once]
         names = torch.arange(places + low, places + low + part.shape[-1], device=ranks.device)
-        # of the places, only so many of the lowest can be lost
-        risk, place = ranks.topk(min(part.shape[-1], places), largest=False)
-        rivals = torch.cat([risk, part], -1)
-        rival_names = torch.cat([who.gather(-1, place), names.expand_as(part)], -1)
-        first = _out_at(risk, rivals, part)
-        stay = first.argsort(dim=-1, descending=True, stable=True)[..., : risk.shape[-1]]
-        out = torch.empty_like(first[..., : part.shape[-1] + 1]).scatter_(
-            -1, first, torch.arange(rivals.shape[-1], device=ranks.device).expand_as(first)
-        )[..., :-1]
-        losers.append(rival_names.gather(-1, out))
-        lost.append(rivals.gather(-1, out))
-        ranks = ranks.scatter(-1, place, rivals.gather(-1, stay))
-        who = who.scatter(-1, place, rival_names.gather(-1, stay))
+        who = torch.cat([who, names.expand_as(part)], -1)
+        outcome = resolve(ranks, part)
+        losers.append(who.gather(-1, outcome.losers))
+        lost.append(outcome.lost)
+        who, ranks = who.gather(-1, outcome.kept), outcome.ranks
     return Outcome(torch.cat(losers, -1), torch.cat(lost, -1), who, ranks)
 
 
@@ -95,6 +89,22 @@ def _at_once(ranks: Tensor) -> int:
         return least
     rows = ranks.shape[0] * ranks.shape[1]
     return next((n for n in (most, most // 2, most // 4) if 2 * n * n * rows <= ENOUGH), least)
+
+
+def _resolve(ranks: Tensor, new: Tensor) -> Outcome:
+    """`contest` for few steps."""
+    places, steps = ranks.shape[-1], new.shape[-1]
+    who = torch.arange(places + steps, device=ranks.device).expand(*ranks.shape[:2], -1)
+    risk, place = ranks.topk(min(steps, places), largest=False)  # only so many of the lowest can be lost
+    rivals, names = torch.cat([risk, new], -1), torch.cat([place, who[..., places:]], -1)
+    first = _out_at(risk, rivals, new)
+    stay = first.argsort(dim=-1, descending=True, stable=True)[..., : risk.shape[-1]]
+    out = torch.empty_like(first[..., : steps + 1]).scatter_(
+        -1, first, torch.arange(rivals.shape[-1], device=ranks.device).expand_as(first)
+    )[..., :-1]
+    kept = who[..., :places].scatter(-1, place, names.gather(-1, stay))
+    ranks = ranks.scatter(-1, place, rivals.gather(-1, stay))
+    return Outcome(names.gather(-1, out), rivals.gather(-1, out), kept, ranks)
 
 
 def _out_at(risk: Tensor, rivals: Tensor, new: Tensor) -> Tensor:

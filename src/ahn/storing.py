@@ -321,13 +321,13 @@ class StoringLayer(AHNLayer):
         return max(0, self.sinks + self.reach - span.first)
 
     def _pushed(self, span: Span, device: torch.device) -> Pushed:
-        if span.pushed is None or span.on_device or span.pushed.real.device != device:
-            positions = span.positions()[:, self._first(span) :] - self.reach
-            real = (positions >= self.sinks) & span.real()[:, self._first(span) :]
-            back = (positions - self.sinks) % self.span
-            span.pushed = Pushed(*(t.to(device) for t in (positions.clamp(min=0), real, back)))
-        pushed: Pushed = span.pushed
-        return pushed
+        return span.once(("pushed", device), lambda: self._make_pushed(span, device))
+
+    def _make_pushed(self, span: Span, device: torch.device) -> Pushed:
+        positions = span.positions()[:, self._first(span) :] - self.reach
+        real = (positions >= self.sinks) & span.real()[:, self._first(span) :]
+        back = (positions - self.sinks) % self.span
+        return Pushed(*(t.to(device) for t in (positions.clamp(min=0), real, back)))
 
     @torch.no_grad()
     def _score(
@@ -389,9 +389,9 @@ class StoringLayer(AHNLayer):
         """Keys [B, M, E, H] that leave the window in `span`, as they are stored."""
         if (rotary := self._moves) is None or not k.shape[2]:
             return k
-        if span.store_angles is None:
-            span.store_angles = rotary.angles(self.sinks - self._pushed(span, k.device).positions)
-        return rotary.turn(k, span.store_angles)
+        positions = self._pushed(span, k.device).positions
+        angles: Turn = span.once(("stored", k.device), lambda: rotary.angles(self.sinks - positions))
+        return rotary.turn(k, angles)
 
     def _turn_out(self, k: Tensor, ranks: Tensor) -> Tensor:
         """Stored keys [B, M, E, H] of tokens with these ranks [B, M, E], as the cell is given them."""

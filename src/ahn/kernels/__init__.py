@@ -30,6 +30,7 @@ KERNELS = {
 }
 FLEX_BLOCK = 128
 FEW_ROWS = 4
+NARROW = 2048  # a window up to this is read in longer pieces than itself, where `band` is one kernel
 LONG = 65536  # tokens of a text from which on compiling is worth its seconds
 
 
@@ -87,6 +88,15 @@ def attention(like: Tensor, gradients: bool = False) -> Kernel:
     return _allowed("flash", f"FlashAttention; cuDNN: {reason if kernel.name == 'cudnn' and size <= 128 else 'no'}")
 
 
+def rotation(device: str, gradients: bool = False) -> Kernel:
+    """Queries and keys turned to other positions, many at once."""
+    if gradients:
+        return Kernel("torch", "gradients: plain torch")
+    if reason := _no_triton(device):
+        return Kernel("torch", reason)
+    return _allowed("triton", f"{device}: one kernel")
+
+
 def contest(device: str) -> Kernel:
     """Who loses in a store, many tokens at once."""
     if reason := _no_triton(device):
@@ -94,8 +104,8 @@ def contest(device: str) -> Kernel:
     return _allowed("triton", f"{device}: all steps at once, in two kernels")
 
 
-def store_attention(like: Tensor, gradients: bool = False) -> Kernel:
-    """Softmax attention of many queries over the window and what a store keeps; `like`: the queries [..., H]."""
+def band(like: Tensor, gradients: bool = False) -> Kernel:
+    """Softmax attention of many queries over sinks, store and a window that moves on; `like`: the queries [..., H]."""
     import torch
 
     if gradients:
@@ -170,7 +180,8 @@ def report() -> list[tuple[str, str, str]]:
     like = torch.empty(0, 64, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     rows = [
         ("reading: sinks and window", *attention(like)),
-        ("reading: window and store", *store_attention(like)),
+        ("reading: rotations", *rotation(device)),
+        ("reading: narrow window, store", *band(like)),
         ("reading: who loses", *contest(device)),
         ("training: sinks and window", *whole_sequence(device, 64, 4096)),
     ]

@@ -1,4 +1,4 @@
-"""Who loses in the store, in Triton: `ahn.retention.contest` for all steps at once.
+"""Who loses in the store, in Triton: `ahn.retention.contest` for many steps at once.
 
 Letters: B batch, M key/value heads, C steps, one newcomer each, P places, R the places that can be lost, at most C.
 
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ahn.retention import Outcome
 
-CANDIDATES, AGAINST = 64, 64  # counted by one program, and compared at once
+AT_ONCE = 4096  # steps resolved together, at most: the work grows with their square
+CANDIDATES, AGAINST = 32, 256  # counted by one program, and compared at once
 SCANNED = 1024  # given places at once
 
 
 def contest(ranks: Tensor, new: Tensor) -> Outcome:
-    """Arguments and result as `ahn.retention.contest`; who stays keeps the place that it has."""
+    """`ahn.retention.contest` of up to AT_ONCE steps; who stays keeps the place that it has."""
     places, steps = ranks.shape[-1], new.shape[-1]
     new = new.contiguous()
     risk, place = ranks.topk(steps, largest=False, sorted=False) if steps < places else (ranks.contiguous(), None)
@@ -58,7 +59,8 @@ def _out(risk, new, place, out, losers, lost, at_risk, steps, places,
         rival = tl.load(risk + row * at_risk + at, mask=at < at_risk, other=-(1 << 63))
         better += tl.sum((rival[None, :] > mine[:, None]).to(tl.int32), 1)
     gone = tl.full([CANDIDATES], 1 << 30, tl.int32)
-    for low in range(0, steps, AGAINST):
+    low = 0
+    while (low < steps) & (tl.max(tl.where(real, gone, 0), 0) > steps):  # until all are out
         at = low + tl.arange(0, AGAINST)
         rival = tl.load(new + row * steps + at, mask=at < steps, other=-(1 << 63))
         beats = (rival[None, :] > mine[:, None]).to(tl.int32)
@@ -68,6 +70,7 @@ def _out(risk, new, place, out, losers, lost, at_risk, steps, places,
             first = tl.min(tl.where(is_out, at[None, :], 1 << 30), 1)
             gone = tl.minimum(gone, first)
         better = after
+        low += AGAINST
     gone = tl.minimum(gone, steps)
     tl.store(out + row * (at_risk + steps) + who, gone, mask=real)
     name = who + places - at_risk
