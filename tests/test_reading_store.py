@@ -52,6 +52,16 @@ def test_contest(plain, places, steps):
         assert torch.equal(torch.cat([ranks, new], -1).gather(-1, found.kept), found.ranks)
 
 
+def test_rank(plain):
+    priority = torch.randn(2, 3, 77, device=DEVICE)
+    priority[:, :, :5] = torch.tensor([0.0, -0.0, 1e-40, -1e30, 3e38])
+    for rows in (1, 2):
+        positions = torch.randint(1 << 20, (rows, 77), device=DEVICE)
+        real = torch.rand(rows, 77, device=DEVICE) < 0.7
+        expected = retention.rank(priority, positions, real)
+        assert torch.equal(retain.rank(priority, positions, real), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (14, 2, 64), (3, 3, 80)])
 @pytest.mark.parametrize(

@@ -43,6 +43,10 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
 
     Priorities are rounded to 13 bits: equal tokens then tie, whatever the shapes of the products that scored them.
     """
+    if kernels.contest(priority.device.type).name == "triton":
+        from ahn.kernels import retain
+
+        return retain.rank(priority, positions, real)
     bits = (priority.float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: one zero
     bits = (bits + 0x400) & ~0x7FF
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -66,7 +70,7 @@ def contest(ranks: Tensor, new: Tensor) -> Outcome:
     if kernels.contest(ranks.device.type).name == "triton":
         from ahn.kernels import retain
 
-        resolve, at_once = retain.contest, retain.AT_ONCE
+        resolve, at_once = retain.contest, retain.at_once(ranks)
     if steps <= at_once:
         return resolve(ranks, new)
     who = torch.arange(places, device=ranks.device).expand_as(ranks)

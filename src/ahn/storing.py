@@ -411,13 +411,18 @@ class StoringLayer(AHNLayer):
 
     def _seen(self, span: Span, ranks: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
         """Since when and until when the queries of `span` see sinks, places and newcomers: [B, M, S + P + E] each."""
-        device, steps = ranks.device, outcome.losers.shape[-1]
-        first = span.length - steps
-        shape = (*ranks.shape[:2], -1)
-        sinks = torch.arange(self.sinks, device=device) - span.start[:, None].to(device)
-        places = torch.where(ranks >= retention.TOKEN, -1, span.length)
-        newcomers = torch.arange(first, span.length, device=device)
-        since = torch.cat([sinks[:, None].expand(shape), places, newcomers.expand(shape)], -1)
+
+        def make(places: Tensor) -> Tensor:
+            sinks = torch.arange(self.sinks, device=device) - span.start[:, None].to(device)
+            newcomers = torch.arange(first, span.length, device=device)
+            shape = (*ranks.shape[:2], -1)
+            return torch.cat([sinks[:, None].expand(shape), places, newcomers.expand(shape)], -1)
+
+        device, first = ranks.device, span.length - outcome.losers.shape[-1]
+        if self.steps_on_device(span):
+            since = span.once(("since", device), lambda: make(torch.full_like(ranks, -1)))
+        else:
+            since = make(torch.where(ranks >= retention.TOKEN, -1, span.length))
         return since, F.pad(retention.until(outcome) + first, (self.sinks, 0), value=span.length)
 
     def _heads(self, inputs: Tensor) -> Tensor:

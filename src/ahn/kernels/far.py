@@ -4,9 +4,10 @@ Letters: B batch, N query heads, M key/value heads, T queries, K far keys, H hea
 R rows of positions: 1 where all of the batch are at the same position, else B.
 
 One program has a block of queries of one head. It goes through the part of the window that any of them sees, then
-through the far keys, met by the queries as the sinks are, with one running softmax over both. Of the far keys, many
-newcomers lose their place at the step at which they come: those that no query sees are left out of the list that the
-programs go through, which ends for each of them where its last query does.
+through the far keys, met by the queries as the sinks are, with one running softmax over both. The far keys are put in
+order before: first those that all queries see, which need no mask, then those that some see, as they come, so that a
+program can stop where its last query does. Newcomers that lose their place at the step at which they come, most of
+them, are left out.
 
 Under TRITON_INTERPRET=1 it runs on a CPU.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ahn.attention import Far, Softmax
 
 LOG2_E = 1.4426950408889634
+ORDERED = 1024  # far keys at once
 
 
 def attend(
@@ -45,15 +47,17 @@ def attend(
     batch, heads, queries, size = q.shape
     kv_heads, count = far.keys.shape[1:3]
     since, until = (t.expand(batch, kv_heads, count) for t in (far.since, far.until))
-    came = (since < until).cumsum(-1, dtype=torch.int32)  # so many of the keys up to each are seen at all
-    listed = torch.where(since < until, came - 1, count).long()
-    key = torch.arange(count, dtype=torch.int32, device=q.device).expand_as(since)
-    order = key.new_zeros(batch, kv_heads, count + 1).scatter_(-1, listed, key)
+    order = torch.zeros(batch, kv_heads, count, dtype=torch.int64, device=q.device)
+    times = torch.empty(batch, kv_heads, 2, count, dtype=torch.int32, device=q.device)
+    came = torch.empty(batch, kv_heads, count + 1, dtype=torch.int32, device=q.device)
+    _order[(batch, kv_heads)](since, until, order, times, came, count, queries, *since.stride(), *until.stride(),
+                              BLOCK=ORDERED)  # fmt: skip
+    listed = (t.gather(2, order[..., None].expand(-1, -1, -1, size)) for t in (far.keys, far.values))
     block, against, warps, stages = _blocks(q)
-    q, q_far, *kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, q_far, *near, far.keys, far.values))
+    q, q_far, *kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, q_far, *near, *listed))
     out, norm = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
     _attend[(triton.cdiv(queries, block), batch * heads)](
-        q, q_far, *kv, since.int().contiguous(), until.int().contiguous(), came, order, start, out, norm,
+        q, q_far, *kv, times, came, start, out, norm,
         scale * LOG2_E, queries, near[0].shape[2] - queries, min(window, 1 << 30), sinks, count, far.entering,
         *q.stride()[:3], *q_far.stride()[:3], *(n for t in kv for n in t.stride()[:3]), *out.stride()[:3],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, WIDTH=max(16, triton.next_power_of_2(size)), BLOCK=block,
@@ -75,19 +79,98 @@ def _blocks(q: Tensor) -> tuple[int, int, int, int]:
 
 # fmt: off
 @triton.jit
-def _more(total, norm, highest, query, k, v, seen, scale, PRECISION: tl.constexpr):
+def _order(since, until, order, times, came, count, queries, s_b, s_m, s_k, u_b, u_m, u_k, BLOCK: tl.constexpr):
+    """The far keys of a head in the order in which they are gone through, with their times; `came`: how many all
+    queries see, then how many of the others are among the first 1, 2, ... keys."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    since += row * s_b + head * s_m
+    until += row * u_b + head * u_m
+    of_head = row * tl.num_programs(1) + head
+    order += of_head * count
+    times += of_head * 2 * count
+    came += of_head * (count + 1)
+    first = 0
+    for low in range(0, count, BLOCK):
+        key = low + tl.arange(0, BLOCK)
+        comes = tl.load(since + key * s_k, mask=key < count, other=1 << 30)
+        goes = tl.load(until + key * u_k, mask=key < count, other=0)
+        first += tl.sum(((comes <= 0) & (goes >= queries)).to(tl.int32), 0)
+    tl.store(came, first)
+    always, some = 0, 0
+    for low in range(0, count, BLOCK):
+        key = low + tl.arange(0, BLOCK)
+        comes = tl.load(since + key * s_k, mask=key < count, other=1 << 30).to(tl.int32)
+        goes = tl.load(until + key * u_k, mask=key < count, other=0).to(tl.int32)
+        is_always = (comes <= 0) & (goes >= queries)
+        is_some = (comes < goes) & (is_always == 0)
+        place = tl.where(is_always, always + tl.cumsum(is_always.to(tl.int32), 0) - 1,
+                         first + some + tl.cumsum(is_some.to(tl.int32), 0) - 1)
+        tl.store(order + place, key.to(tl.int64), mask=is_always | is_some)
+        tl.store(times + place, comes, mask=is_always | is_some)
+        tl.store(times + count + place, goes, mask=is_always | is_some)
+        tl.store(came + 1 + key, some + tl.cumsum(is_some.to(tl.int32), 0), mask=key < count)
+        always += tl.sum(is_always.to(tl.int32), 0)
+        some += tl.sum(is_some.to(tl.int32), 0)
+
+
+@triton.jit
+def _tile(x, token, step, channel, there, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """Tokens of x [.., H], zeros where there are none."""
+    x += token[:, None].to(tl.int64) * step + channel[None, :]
+    if MASKED:
+        return tl.load(x, mask=there[:, None] & (channel < SIZE)[None, :], other=0.0)
+    if channel.shape[0] != SIZE:
+        return tl.load(x, mask=(channel < SIZE)[None, :], other=0.0)
+    return tl.load(x)
+
+
+@triton.jit
+def _more(total, weights, highest, query, k, v, seen, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """A running softmax with some more keys: the weighted sum of values, the sum of weights, the highest score."""
     score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
-    score = tl.where(seen, score, float("-inf"))
+    if MASKED:
+        score = tl.where(seen, score, float("-inf"))
     now = tl.maximum(highest, tl.max(score, 1))
     weight = tl.exp2(score - now[:, None])
     fades = tl.exp2(highest - now)
     total = tl.dot(weight.to(v.dtype), v, total * fades[:, None], input_precision=PRECISION)
-    return total, norm * fades + tl.sum(weight, 1), now
+    return total, weights * fades + tl.sum(weight, 1), now
 
 
 @triton.jit
-def _attend(q, q_far, k, v, far_k, far_v, since, until, came, order, start, out, norm,
+def _of_window(total, weights, highest, query, k, v, k_t, v_t, low, high, end, i, before, window, channel, scale,
+               SIZE: tl.constexpr, AGAINST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """... with the window's keys low .. high of `end`."""
+    for at in range(low, high, AGAINST):
+        key = at + tl.arange(0, AGAINST)
+        keys = _tile(k, key, k_t, channel, key < end, SIZE, MASKED)
+        values = _tile(v, key, v_t, channel, key < end, SIZE, MASKED)
+        ago = i[:, None] + before - key[None, :]
+        seen = (ago >= 0) & (ago < window)
+        total, weights, highest = _more(total, weights, highest, query, keys, values, seen, scale, MASKED, PRECISION)
+    return total, weights, highest
+
+
+@triton.jit
+def _of_far(total, weights, highest, query, k, v, k_t, v_t, low, high, i, times, count, channel, scale,
+            SIZE: tl.constexpr, AGAINST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """... with the far keys low .. high."""
+    for at in range(low, high, AGAINST):
+        key = at + tl.arange(0, AGAINST)
+        there = key < high
+        keys = _tile(k, key, k_t, channel, there, SIZE, MASKED)
+        values = _tile(v, key, v_t, channel, there, SIZE, MASKED)
+        seen = there[None, :]
+        if MASKED:
+            comes = tl.load(times + key, mask=there, other=1 << 30)
+            goes = tl.load(times + count + key, mask=there, other=0)
+            seen = (comes[None, :] <= i[:, None]) & (i[:, None] < goes[None, :])
+        total, weights, highest = _more(total, weights, highest, query, keys, values, seen, scale, MASKED, PRECISION)
+    return total, weights, highest
+
+
+@triton.jit
+def _attend(q, q_far, k, v, far_k, far_v, times, came, start, out, norm,
             scale, queries, before, window, sinks, count, entering,
             q_b, q_n, q_t, f_b, f_n, f_t, k_b, k_m, k_t, v_b, v_m, v_t, fk_b, fk_m, fk_t, fv_b, fv_m, fv_t,
             o_b, o_n, o_t,
@@ -98,52 +181,45 @@ def _attend(q, q_far, k, v, far_k, far_v, since, until, came, order, start, out,
     row, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
     kv_head = head // (HEADS // KV_HEADS)
     i, channel = low + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    real = (i < queries)[:, None] & (channel < SIZE)[None, :]
-    wide = (channel < SIZE)[None, :]
     begins = tl.load(start + (row if BY_ROW else 0)).to(tl.int32)
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     weights = tl.zeros([BLOCK], tl.float32)
-    highest = tl.full([BLOCK], -1.0e30, tl.float32)
+    highest = tl.full([BLOCK], -1.0e30, tl.float32)  # of queries that have seen no key
 
-    query = tl.load(q + row * q_b + head * q_n + i[:, None] * q_t + channel[None, :], mask=real, other=0.0)
+    query = _tile(q + row * q_b + head * q_n, i, q_t, channel, i < queries, SIZE, True)
     k += row * k_b + kv_head * k_m
     v += row * v_b + kv_head * v_m
-    first = tl.maximum(0, before + low - window + 1)
-    first = tl.maximum(first, before + sinks - begins)  # what is before are sinks, or nothing
-    for at in range(first, before + high, AGAINST):
-        key = at + tl.arange(0, AGAINST)
-        there = (key < before + high)[:, None] & wide
-        keys = tl.load(k + key[:, None].to(tl.int64) * k_t + channel[None, :], mask=there, other=0.0)
-        values = tl.load(v + key[:, None].to(tl.int64) * v_t + channel[None, :], mask=there, other=0.0)
-        ago = i[:, None] + before - key[None, :]
-        seen = (ago >= 0) & (ago < window)
-        total, weights, highest = _more(total, weights, highest, query, keys, values, seen, scale, PRECISION)
+    end = before + high
+    first = tl.maximum(tl.maximum(0, before + low - window + 1), before + sinks - begins)  # what is before are sinks
+    all_from = first + tl.cdiv(tl.maximum(0, end - window - first), AGAINST) * AGAINST  # from here all queries see ...
+    all_from = tl.minimum(all_from, first + tl.cdiv(tl.maximum(0, end - first), AGAINST) * AGAINST)
+    all_to = all_from + tl.maximum(0, before + low + 1 - all_from) // AGAINST * AGAINST  # ... the keys up to here
+    total, weights, highest = _of_window(total, weights, highest, query, k, v, k_t, v_t, first, all_from, end, i,
+                                         before, window, channel, scale, SIZE, AGAINST, True, PRECISION)
+    total, weights, highest = _of_window(total, weights, highest, query, k, v, k_t, v_t, all_from, all_to, end, i,
+                                         before, window, channel, scale, SIZE, AGAINST, False, PRECISION)
+    total, weights, highest = _of_window(total, weights, highest, query, k, v, k_t, v_t, all_to, end, end, i,
+                                         before, window, channel, scale, SIZE, AGAINST, True, PRECISION)
 
-    query = tl.load(q_far + row * f_b + head * f_n + i[:, None] * f_t + channel[None, :], mask=real, other=0.0)
+    query = _tile(q_far + row * f_b + head * f_n, i, f_t, channel, i < queries, SIZE, True)
     far_k += row * fk_b + kv_head * fk_m
     far_v += row * fv_b + kv_head * fv_m
     of_head = row * KV_HEADS + kv_head
-    since += of_head * count
-    until += of_head * count
-    order += of_head * (count + 1)
+    times += of_head * 2 * count
+    came += of_head * (count + 1)
+    always = tl.load(came)
     last = count - tl.minimum(entering, queries - high)
-    there_are = tl.load(came + of_head * count + last - 1, mask=last > 0, other=0)
-    for at in range(0, there_are, AGAINST):
-        listed = at + tl.arange(0, AGAINST)
-        is_key = listed < there_are
-        key = tl.load(order + listed, mask=is_key, other=0)
-        comes = tl.load(since + key, mask=is_key, other=1 << 30)
-        goes = tl.load(until + key, mask=is_key, other=0)
-        there = is_key[:, None] & wide
-        keys = tl.load(far_k + key[:, None].to(tl.int64) * fk_t + channel[None, :], mask=there, other=0.0)
-        values = tl.load(far_v + key[:, None].to(tl.int64) * fv_t + channel[None, :], mask=there, other=0.0)
-        seen = (comes[None, :] <= i[:, None]) & (i[:, None] < goes[None, :])
-        total, weights, highest = _more(total, weights, highest, query, keys, values, seen, scale, PRECISION)
+    some = tl.load(came + last, mask=last > 0, other=0)
+    whole = always // AGAINST * AGAINST
+    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, 0, whole, i, times,
+                                      count, channel, scale, SIZE, AGAINST, False, PRECISION)
+    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, whole, always + some, i,
+                                      times, count, channel, scale, SIZE, AGAINST, True, PRECISION)
 
     none = weights == 0.0
     total = total / tl.where(none, 1.0, weights)[:, None]
-    place = out + row * o_b + head * o_n + i[:, None] * o_t + channel[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=real)
+    place = out + row * o_b + head * o_n + i[:, None].to(tl.int64) * o_t + channel[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=(i < queries)[:, None] & (channel < SIZE)[None, :])
     log = (highest + tl.log2(tl.where(none, 1.0, weights))) * 0.6931471805599453
     tl.store(norm + (row * HEADS + head) * queries + i, log, mask=i < queries)
 # fmt: on

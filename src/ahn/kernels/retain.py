@@ -18,13 +18,35 @@ from torch import Tensor
 
 from ahn.retention import Outcome
 
-AT_ONCE = 4096  # steps resolved together, at most: the work grows with their square
-CANDIDATES, AGAINST = 32, 256  # counted by one program, and compared at once
+AT_ONCE = 2048, 16384  # steps resolved together, at least and at most: the work grows with their square
+ENOUGH = 1 << 30  # comparisons, for all rows and heads
+CANDIDATES, AGAINST, WARPS = 32, 512, 8  # counted by one program, and compared at once
 SCANNED = 1024  # given places at once
 
 
+def at_once(ranks: Tensor) -> int:
+    """Steps resolved together: so many that it takes about as long as their attention."""
+    least, steps = AT_ONCE
+    rows, places = ranks.shape[0] * ranks.shape[1], ranks.shape[2]
+    while steps > least and rows * steps * (steps + min(steps, places)) > ENOUGH:
+        steps //= 2
+    return steps
+
+
+def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    """`ahn.retention.rank`."""
+    priority = priority.float().contiguous()
+    found = torch.empty(priority.shape, dtype=torch.int64, device=priority.device)
+    steps, heads = priority.shape[-1], priority.shape[1]
+    _rank[(triton.cdiv(steps, SCANNED), priority.shape[0] * heads)](
+        priority, positions.contiguous(), real.contiguous(), found, steps, heads, BY_ROW=len(positions) > 1,
+        BLOCK=SCANNED,
+    )  # fmt: skip
+    return found
+
+
 def contest(ranks: Tensor, new: Tensor) -> Outcome:
-    """`ahn.retention.contest` of up to AT_ONCE steps; who stays keeps the place that it has."""
+    """`ahn.retention.contest` of up to `at_once` steps; who stays keeps the place that it has."""
     places, steps = ranks.shape[-1], new.shape[-1]
     new = new.contiguous()
     risk, place = ranks.topk(steps, largest=False, sorted=False) if steps < places else (ranks.contiguous(), None)
@@ -33,7 +55,7 @@ def contest(ranks: Tensor, new: Tensor) -> Outcome:
     losers, lost = torch.empty_like(new), torch.empty_like(new)
     _out[(rows, triton.cdiv(at_risk + steps, CANDIDATES))](
         risk, new, place, out, losers, lost, at_risk, steps, places,
-        CANDIDATES=CANDIDATES, AGAINST=AGAINST, SOME=place is not None,
+        CANDIDATES=CANDIDATES, AGAINST=AGAINST, SOME=place is not None, num_warps=WARPS,
     )  # fmt: skip
     kept = torch.arange(places, device=ranks.device).repeat(*ranks.shape[:2], 1)
     ranks = ranks.clone(memory_format=torch.contiguous_format)
@@ -43,6 +65,20 @@ def contest(ranks: Tensor, new: Tensor) -> Outcome:
 
 
 # fmt: off
+@triton.jit
+def _rank(priority, positions, real, found, steps, heads, BY_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < steps
+    of_row = (row // heads if BY_ROW else 0) * steps + at
+    bits = (tl.load(priority + row * steps + at, mask=there, other=0.0) + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+    bits = (bits + 0x400) & ~0x7FF
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    token = (ordered << 32) | tl.load(positions + of_row, mask=there, other=0)
+    is_one = tl.load(real + of_row, mask=there, other=0) != 0
+    tl.store(found + row * steps + at, tl.where(is_one, token, at.to(tl.int64) - (1 << 63)), mask=there)
+
+
 @triton.jit
 def _out(risk, new, place, out, losers, lost, at_risk, steps, places,
          CANDIDATES: tl.constexpr, AGAINST: tl.constexpr, SOME: tl.constexpr):
