@@ -76,7 +76,7 @@ def _rank(priority, positions, real, found, steps, heads, BY_ROW: tl.constexpr, 
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     token = (ordered << 32) | tl.load(positions + of_row, mask=there, other=0)
     is_one = tl.load(real + of_row, mask=there, other=0) != 0
-    tl.store(found + row * steps + at, tl.where(is_one, token, at.to(tl.int64) - (1 << 63)), mask=there)
+    tl.store(found + row * steps + at, tl.where(is_one, token, -(1 << 63) + at.to(tl.int64)), mask=there)
 
 
 @triton.jit
