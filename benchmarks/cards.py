@@ -16,7 +16,7 @@ from typing import Any
 
 from ahn import zoo
 from ahn.train.recipe import Recipe, load
-from common import RESULTS
+from common import RESULTS, recalled
 from gap import CLIPPED, PAPER
 
 ROOT = RESULTS.parent.parent
@@ -94,11 +94,10 @@ def store(folder: Path, base: str) -> list[str]:
     found = json.loads(
         (RESULTS / f"recall-{base.rpartition('/')[2].lower().removesuffix('-instruct')}.json").read_text()
     )
-    rows = [row for row in found["rows"] if row["seed"] == 1]
-    by = {(row["task"], row["policy"], (row["store"] or {}).get("span", 0)): row for row in rows}
-    columns = {"window": ("window", 0), "memory": ("ahn", 0), "store": ("ahn", 1), "store, span 4": ("ahn", 4)}
+    by = recalled(found)
+    columns = {"window": ("window", 0), "memory": ("ahn", 0), "store, spans of 1": ("ahn", 1), "spans of 4": ("ahn", 4)}
     columns["full"] = ("full", 0)
-    shown = [task for task in dict.fromkeys(row["task"] for row in rows) if any((task, "ahn", n) in by for n in (1, 4))]
+    shown = [task for task in dict.fromkeys(task for task, *_ in by) if any((task, "ahn", n) in by for n in (1, 4))]
     cells = [
         [
             f"{task} (F1)" if task.startswith("squad") else task,

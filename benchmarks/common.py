@@ -175,3 +175,14 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def recalled(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Rows to report of a result of recall.py by (task, policy, span of the learned store, or 0), at its main size."""
+    return {
+        (row["task"], row["policy"], (row["store"] or {"span": 0})["span"]): row
+        for row in results["rows"]
+        if row["seed"] == 1
+        and row["lossless"] in (None, results["lossless"])
+        and (row["store"] is None or row["store"]["name"] == "learned")
+    }

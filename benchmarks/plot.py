@@ -1,7 +1,7 @@
-"""Draws docs/loss-by-position.svg, docs/cost-by-length.svg and docs/facts-found.svg from the results of positions.py,
-lengths.py and recall.py.
+"""Draws the plots of docs from the results of positions.py, lengths.py and recall.py: loss-by-position, cost-by-length,
+facts-found (at one size) and facts-by-budget.
 
-    python benchmarks/plot.py [--positions FILE] [--lengths FILE] [--recall FILE] [--into docs]
+    python benchmarks/plot.py [--positions FILE] [--lengths FILE] [--recall FILE] [--budgets FILE] [--into docs]
 
 Needs matplotlib (the `dev` extra). A results file that is not there is left out.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from common import NO_STORE, RESULTS
+from common import NO_STORE, RESULTS, recalled
 
 DOCS = Path(__file__).parent.parent / "docs"
 STYLE = {
@@ -36,6 +36,8 @@ STYLE = {
     "svg.hashsalt": "ahn",  # the same file from the same numbers
 }
 FULL, WINDOW, MEMORIES = "#c0392b", "#7a7a7a", ("#1f6fb4", "#2a9d66", "#8e5bb5", "#c98a1b")
+
+ENOUGH = 40  # examples
 
 Label = tuple[float, str, str]  # height in the units of the axes, text, colour
 
@@ -78,6 +80,8 @@ def loss_by_position(results: dict[str, Any]) -> Any:
     bottom.axhline(0, color=WINDOW, linewidth=1.8)
     for row in rows:
         memory, name = row["memory"], Path(row["memory"].removesuffix(NO_STORE)).name
+        if memory + NO_STORE in colour:
+            name += " + store"
         places = every[: len(row["loss"])]
         top.plot(places, row["loss"], color=colour[memory])
         if len(places) == len(every):
@@ -108,7 +112,12 @@ def loss_by_position(results: dict[str, Any]) -> Any:
             axes.axvline(context, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
     if context < tokens:
         top.annotate(
-            " trained context", (context, 1), xycoords=("data", "axes fraction"), va="top", color="#666666", fontsize=9
+            "trained context  ",
+            (context, 0.6),
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            color="#666666",
+            fontsize=9,
         )
     figure.draw_without_rendering()
     name_lines(top, above)
@@ -158,10 +167,10 @@ def cost_by_length(results: dict[str, Any]) -> Any:
 
 def facts_found(results: dict[str, Any]) -> Any:
     """Of each task a group of bars, with 95% intervals; a line through it where full attention is."""
-    rows = {(r["task"], r["policy"], (r["store"] or {}).get("span")): r for r in results["rows"] if r["seed"] == 1}
+    rows = recalled(results)
     series = {  # name, policy, span of the store
-        "window": ("window", None, "#b5b5b5"),
-        "+ compressed memory": ("ahn", None, MEMORIES[0]),
+        "window": ("window", 0, "#b5b5b5"),
+        "+ compressed memory": ("ahn", 0, MEMORIES[0]),
         "+ learned store": ("ahn", 1, MEMORIES[1]),
         "the same, spans of 4": ("ahn", 4, "#8fd3b3"),
     }
@@ -179,7 +188,7 @@ def facts_found(results: dict[str, Any]) -> Any:
             labels.add(name)
             y += 1
         ticks.append((top + y - 1) / 2)
-        full = rows[task, "full", None]["score"]
+        full = rows[task, "full", 0]["score"]
         name = "full attention"
         axes.vlines(full, top - 0.6, y - 0.4, color=FULL, label=None if name in labels else name, zorder=4)
         labels.add(name)
@@ -193,11 +202,42 @@ def facts_found(results: dict[str, Any]) -> Any:
     return figure
 
 
+def facts_by_budget(results: dict[str, Any]) -> Any:
+    """A panel a task: the share found by lossless tokens, a line a store; where fewer than `ENOUGH` examples were done
+    there is no point."""
+    rows = [r for r in results["rows"] if r["seed"] == 1 and r["n"] >= ENOUGH]
+    sizes = sorted({r["lossless"] for r in rows if (r["store"] or {}).get("name") == "learned"})
+    tasks = [task for task in dict.fromkeys(r["task"] for r in rows) if sum(r["task"] == task for r in rows) > 12]
+    lines = {"window": WINDOW, "learned": MEMORIES[1], "surprise": MEMORIES[0], "attention": MEMORIES[2]}
+    lines |= {"recency": MEMORIES[3], "random": "#222222"}
+    figure, panels = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks) + 1, 3.4), sharey=True, squeeze=False)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        axes.set(title=task.partition("/")[2], xscale="log", xlabel="lossless tokens", ylim=(-0.03, 1.03))
+        for name, colour in lines.items():
+            of_name = {
+                r["lossless"]: r["score"]
+                for r in rows
+                if r["task"] == task and ((r["store"] or {}).get("name") or r["policy"]) == name
+            }
+            at = [size for size in sizes if size in of_name]
+            axes.plot(at, [of_name[size] for size in at], color=colour, marker="o", markersize=3, label=name)
+        full = next(r["score"] for r in rows if r["task"] == task and r["policy"] == "full")
+        axes.axhline(full, color=FULL, linewidth=1, label="full attention")
+        axes.xaxis.set_major_locator(FixedLocator(sizes))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(count))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+    figure.suptitle(f"found, of {results['tokens']:,} tokens, {results['adapter']}", fontsize=10, x=0.01, ha="left")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=Path, default=RESULTS / "positions-smollm2-135m-cpu.json")
+    parser.add_argument("--positions", type=Path, default=RESULTS / "positions-smollm2-135m.json")
     parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths-smollm2-135m-cpu.json")
     parser.add_argument("--recall", type=Path, default=RESULTS / "recall-qwen2.5-coder-0.5b.json")
+    parser.add_argument("--budgets", type=Path, default=RESULTS / "recall-smollm2-135m.json")
     parser.add_argument("--into", type=Path, default=DOCS)
     parser.add_argument("--format", default="svg", choices=["svg", "png"])
     options = parser.parse_args()
@@ -205,6 +245,7 @@ def main() -> None:
         "loss-by-position": (loss_by_position, options.positions),
         "cost-by-length": (cost_by_length, options.lengths),
         "facts-found": (facts_found, options.recall),
+        "facts-by-budget": (facts_by_budget, options.budgets),
     }
     with plt.rc_context(STYLE):
         for name, (draw, source) in plots.items():

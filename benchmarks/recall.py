@@ -11,20 +11,19 @@ out), and the stores. Choose with one seed, report another.
 
 `--prompts FILE` holds the prompts: `--prepare` makes it, on a machine without a GPU. A run takes the first `--limit` of
 each task. Results are those of `ahn eval`, in `--output`, and go on where they were interrupted (`--seconds`); the
-summary is benchmarks/results/recall-BASE.json, drawn into docs/recall.svg with `--plot` (needs matplotlib).
+summary is benchmarks/results/recall-BASE.json (benchmarks/plot.py draws it).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import RESULTS, keep, kept, run_in_memory, write
+from common import keep, kept, run_in_memory, write
 
 if TYPE_CHECKING:
     from ahn.eval.runner import Work
@@ -51,7 +50,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("recall-runs"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch after these")
     parser.add_argument("--name", help="of the result file")
-    parser.add_argument("--plot", type=Path, nargs="?", const=Path("docs/recall.svg"))
     options = parser.parse_args()
     works = prompts(options)
     if options.prepare:
@@ -63,8 +61,6 @@ def main() -> None:
         rows.append(row)
         path = write(name, settings=settings, rows=rows)
     print(path)
-    if options.plot:
-        plot(json.loads((RESULTS / f"{name}.json").read_text())["rows"], options.plot)
 
 
 def prompts(options: argparse.Namespace) -> list[Work]:
@@ -147,28 +143,6 @@ def label(row: dict[str, Any]) -> str:
         return {"full": "full attention", "ahn": "memory"}.get(row["policy"], row["policy"])
     span = row["store"]["span"]
     return row["store"]["name"] + (f", spans of {span}" if span > 1 else "")
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Score by lossless tokens, a panel a task."""
-    from matplotlib import pyplot as plt
-
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), sharey=True, squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        mine = [row for row in rows if row["task"] == task]
-        for name in dict.fromkeys(map(label, mine)):
-            line = sorted((r for r in mine if label(r) == name), key=lambda r: r["lossless"] or 0)
-            if line[0]["lossless"] is None:
-                axis.axhline(line[0]["score"], color="#c0392b", label=name)
-                continue
-            axis.plot([r["lossless"] for r in line], [r["score"] for r in line], marker="o", label=name)
-        axis.set(title=task, xlabel="lossless tokens", xscale="log", ylim=(-0.03, 1.03))
-    axes[0][0].set_ylabel("score")
-    axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    print(path)
 
 
 if __name__ == "__main__":

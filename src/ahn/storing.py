@@ -324,8 +324,9 @@ class StoringLayer(AHNLayer):
         return span.once(("pushed", device), lambda: self._make_pushed(span, device))
 
     def _make_pushed(self, span: Span, device: torch.device) -> Pushed:
-        positions = span.positions()[:, self._first(span) :] - self.reach
-        real = (positions >= self.sinks) & span.real()[:, self._first(span) :]
+        first = self._first(span) if span.length > 1 else 0
+        positions = span.positions()[:, first:] - self.reach
+        real = (positions >= self.sinks) & span.real()[:, first:]
         back = (positions - self.sinks) % self.span
         return Pushed(*(t.to(device) for t in (positions.clamp(min=0), real, back)))
 

@@ -72,9 +72,8 @@ def _blocks(q: Tensor) -> tuple[int, int, int, int]:
     if q.shape[2] <= 32 or q.element_size() == 4:
         return 32, 32, 4, 2
     if q.shape[-1] <= 64:
-        return 128, 64, 4, 3
-    hopper = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] >= 9
-    return (128, 64, 8, 2) if q.shape[-1] <= 128 and hopper else (64, 32, 4, 2)
+        return 128, 64, 4, 2
+    return 64, 64 if q.shape[-1] <= 128 else 32, 4, 2
 
 
 # fmt: off
