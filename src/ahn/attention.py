@@ -264,11 +264,17 @@ class Rotary:
         self.embedding: Any = getattr(decoder, "rotary_emb", None)
         self.apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         self.halves = self.apply is not None and turns_halves(self.apply)
+        self.simple = self.halves and self._is_simple()
         if self.embedding is None or self.apply is None or not self._composes(attention):
             raise ConfigError(
                 "sink_positions='clipped' needs rotary positions that can be turned further, this base's cannot: "
                 "use sink_positions='absolute'"
             )
+
+    @property
+    def frequencies(self) -> Tensor | None:
+        """[R / 2] float32: the halves of R dimensions are turned by as much a position. None: it is not so simple."""
+        return self.embedding.inv_freq.float() if self.simple else None
 
     def angles(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of turning by `delta` positions [R, C], float32, of unit length whatever the base scales by."""
@@ -288,6 +294,22 @@ class Rotary:
         turning, rest = q[..., :width], q[..., width:]
         turned = self.apply(turning.float(), turning[:, :0].float(), *angles)[0].to(q.dtype)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+    def _is_simple(self) -> bool:
+        """Whether angles are the positions times `inv_freq`, at all lengths."""
+        found = getattr(self.embedding, "inv_freq", None)
+        changes = getattr(self.embedding, "rope_type", "default") in ("dynamic", "longrope")
+        if not isinstance(found, Tensor) or found.dim() != 1 or changes or found.device.type == "meta":
+            return False
+        delta = torch.tensor([[0, 1, -37, 5000]], device=found.device)
+        try:
+            cos, sin = self.angles(delta)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        by = torch.cat([delta[..., None] * found.float()] * 2, -1)
+        return by.shape == cos.shape and torch.allclose(
+            torch.stack([cos, sin]), torch.stack([by.cos(), by.sin()]), atol=1e-3
+        )
 
     def _composes(self, attention: Any) -> bool:
         device = attention.o_proj.weight.device

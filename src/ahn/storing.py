@@ -192,10 +192,16 @@ class StoringLayer(AHNLayer):
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """As in AHNLayer, but for who leaves: what each head loses."""
         lost = self._exchange(k, v, inputs, span, memory)
+        fused = span.on_device and kernels.one_token(k.device.type).name == "triton"
         if span.first >= self.sinks + self.reach:
-            (key, *rest), ranks = self._displace(self._turn_in(lost[0], span), lost[1:], span, memory)
-            lost = self._turn_out(key, ranks), *rest
-        memory.put_score(span, self._score(k, v, x, inputs, span, memory.snapshot))
+            lost = (self._displace_fused if fused else self._displace)(lost, span, memory)
+        gate = self.store.gate_form() if fused else None
+        if gate is not None:
+            from ahn.kernels import step
+
+            step.put_score(gate, memory, span.start, x)
+        else:
+            memory.put_score(span, self._score(k, v, x, inputs, span, memory.snapshot))
         keys, values = memory.kept
         q_far, far = self._seen_by_sinks(q, span), self.sinks + memory.shift
         if span.on_device or self.steps_on_device(span):
@@ -204,25 +210,35 @@ class StoringLayer(AHNLayer):
         filled = memory.filled(span, slots)
         return attend_slots(q, q_far, keys[:, :, :slots], values[:, :, :slots], far, filled, scale), lost
 
-    def _displace(
-        self, k: Tensor, rest: tuple[Tensor, ...], span: Span, memory: StoringMemory
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _displace(self, pushed: tuple[Tensor, ...], span: Span, memory: StoringMemory) -> tuple[Tensor, ...]:
         """What the ring has pushed out, one token a row, against the places of each head: returns what each head loses,
-        and its ranks [B, M, 1].
+        its key as the cell is given it.
 
         Args:
-            k: keys as they are stored [B, M, 1, H]. rest: values, and gate inputs [B, 1, G * N].
+            pushed: key, value [B, M, 1, H], and gate inputs [B, 1, G * N].
         """
-        if span.on_device and kernels.one_token(k.device.type).name == "triton":
-            from ahn.kernels import step
+        near, which = memory.trail_of_one(span, self.span), self._pushed(span, pushed[0].device)
+        priority = retention.pool(lambda at: gather(near, at, 2), which.back, self.span)
+        new = retention.rank(priority, which.positions, which.real)
+        tokens = [self._turn_in(pushed[0], span), pushed[1], *map(self._heads, pushed[2:])]
+        (k, v, *held), ranks = memory.swap(tokens, new, self._heads)
+        return self._turn_out(k, ranks), v, *map(_joined, held)
 
-            return step.displace(memory, span.start, self.span, k, *rest)
-        near = memory.trail_of_one(span, self.span)
-        pushed = self._pushed(span, k.device)
-        priority = retention.pool(lambda at: gather(near, at, 2), pushed.back, self.span)
-        new = retention.rank(priority, pushed.positions, pushed.real)
-        lost, ranks = memory.swap([k, rest[0], *map(self._heads, rest[1:])], new, self._heads)
-        return (lost[0], lost[1], *map(_joined, lost[2:])), ranks
+    def _displace_fused(self, pushed: tuple[Tensor, ...], span: Span, memory: StoringMemory) -> tuple[Tensor, ...]:
+        """The same in one kernel, where it knows the rotation; else that is plain torch."""
+        from ahn.kernels import step
+
+        (rotary,) = self.rotary
+        out = int(not self.turns_back) if self._moves is not None else -int(self.turns_back)
+        turns = rotary is not None and (self._moves is not None or self.turns_back)
+        frequencies = rotary.frequencies if turns and rotary is not None else None
+        if turns and frequencies is None:
+            tokens = self._turn_in(pushed[0], span), *pushed[1:]
+            (k, *rest), ranks = step.displace(memory, span.start, self.span, None, *tokens)
+            return self._turn_out(k, ranks), *rest
+        enters = self._moves is not None
+        turn = step.Turn(frequencies, enters, out, -int(enters))
+        return step.displace(memory, span.start, self.span, turn, *pushed)[0]
 
     def _whole(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, scale: float

@@ -5,7 +5,8 @@ P parts; R rows of positions: 1 where all of the batch are at the same position,
 
 Each function does what plain torch does elsewhere and is tested against it: `turn` is the base's rotation and
 `Rotary.turn` after it, `attend` is `ahn.attention.attend_one`,
-`exchange` is `LayerMemory.exchange`, `displace` is `ahn.retention.rank` and `StoringMemory.swap`, `recur` is
+`exchange` is `LayerMemory.exchange`, `displace` is `ahn.retention.rank` and `StoringMemory.swap` between the turns of
+keys into the store and out of it, `put_score` is `ahn.stores.learned` and `StoringMemory.put_score`, `recur` is
 `Cell.step` after `Cell.ready`, `add_read` is `Cell.combine` without room. A step moves few bytes and many of them, so
 the work is cut until it fills the device: attention into parts of the slots, the state into columns (values do not
 mix), the projection into columns of its output.
@@ -28,6 +29,7 @@ from ahn.retention import NOBODY
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
 BLOCK, WARPS, STAGES = 64, 4, 3  # of attention: slots at a time, their loads under way
 PARTS = 256  # combined at once, at most
+GATE_ROWS = 8  # of a store's gate by one program
 COLUMNS = 16  # of state, projection and combined parts by one program, for there are few heads
 EPSILON = 1e-6  # on the squared length of queries and keys (`ahn.cells.base.unit`)
 NORM_EPSILON = 1e-5
@@ -46,6 +48,26 @@ class Form(NamedTuple):
     inputs: tuple[Any, ...]  # linear layers of x; side by side they are the gate inputs
     gate: Any  # x [B, 1, D] -> [B, 1, N], times silu of which goes what was read
     norm: Tensor  # weight [H]: RMSNorm per head, then the gate; [N * H]: the gate, then RMSNorm over all heads
+
+
+class Gate(NamedTuple):
+    """A store's gate: outer(silu(inner(x / rms x))), and softplus(decay) of each head for every `unit` positions."""
+
+    inner: Any  # linear layers with a bias, float32 or rounded
+    outer: Any
+    decay: Tensor  # [M]
+    unit: int
+    epsilon: float  # on the mean square of x
+
+
+class Turn(NamedTuple):
+    """How keys are turned where they enter a store, and where they leave it: the halves of the first of their
+    dimensions into each other, by a number of positions times `frequencies`."""
+
+    frequencies: Tensor | None  # [half of what is turned], None: nothing is
+    enters: bool  # to position S, from their own
+    by_position: int  # times its own position a key is turned when it leaves ...
+    by_sinks: int  # ... and times S
 
 
 class Parts(NamedTuple):
@@ -141,13 +163,13 @@ def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | 
 
 
 def displace(
-    memory: Any, start: Tensor, span: int, k: Tensor, v: Tensor, inputs: Tensor | None = None
+    memory: Any, start: Tensor, span: int, turn: Turn | None, k: Tensor, v: Tensor, inputs: Tensor | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Put what tokens at positions `start` [R] on the device push out of the window into the places of a
     `StoringMemory`, or not: returns what each head loses, and its ranks [B, M, 1].
 
     Args:
-        span: tokens of one. k, v: [B, M, 1, H] of what is pushed out; inputs: [B, 1, gates * N].
+        span: tokens of one. turn: of the keys. k, v: [B, M, 1, H] of what is pushed out; inputs: [B, 1, gates * N].
     """
     batch, kv_heads, _, size = k.shape
     k, v, new = k.contiguous(), v.contiguous(), None if inputs is None else inputs.contiguous()
@@ -156,16 +178,38 @@ def displace(
     group = 1 if new is None else memory.state.shape[1] // kv_heads
     gates = 1 if new is None else new.shape[-1] // (group * kv_heads)
     places = memory.ranks.shape[2]
+    turn = turn or Turn(None, False, 0, 0)
+    half = 0 if turn.frequencies is None else len(turn.frequencies)
     _displace[(batch, kv_heads)](
         memory.keys, memory.values, memory.inputs, memory.ranks, memory.scores, k, v, new,
-        lost_k, lost_v, lost, ranks, start,
+        lost_k, lost_v, lost, ranks, start, turn.frequencies,
         memory.sinks, memory.window, memory.keys.shape[2], places, memory.scores.shape[2], span,
         HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates, GROUP=group,
         GATE_WIDTH=triton.next_power_of_2(gates * group), GATED=new is not None, BY_ROW=len(start) > 1,
-        BLOCK=min(1024, triton.next_power_of_2(places)), NOBODY=NOBODY, HIGHEST=-1 - NOBODY,
-        **options(k.device.type),
+        BLOCK=min(1024, triton.next_power_of_2(places)), NOBODY=NOBODY, HIGHEST=-1 - NOBODY, HALF=half,
+        ENTERS=turn.enters, BY_POSITION=turn.by_position, BY_SINKS=turn.by_sinks, **options(k.device.type),
     )  # fmt: skip
     return (lost_k, lost_v, *(() if lost is None else (lost,))), ranks
+
+
+def put_score(gate: Gate, memory: Any, start: Tensor, x: Tensor) -> None:
+    """Scores of one token a row, at positions `start` [R] on the device, into their slots of a `StoringMemory`.
+
+    Args:
+        x: [B, 1, D].
+    """
+    batch, width = x.shape[0], gate.inner.weight.shape[0]
+    x, inner = x.contiguous(), x.new_empty(batch, width, dtype=torch.float32)
+    _gate[(batch, triton.cdiv(width, GATE_ROWS))](
+        x, gate.inner.weight, gate.inner.bias, inner, width, EPSILON=gate.epsilon, LENGTH=x.shape[-1], ROWS=GATE_ROWS,
+        BLOCK=min(512, triton.next_power_of_2(x.shape[-1])), **options(x.device.type),
+    )  # fmt: skip
+    heads = memory.scores.shape[1]
+    _put_score[(batch,)](
+        inner, gate.outer.weight, gate.outer.bias, gate.decay, memory.scores, start, gate.unit, memory.scores.shape[2],
+        HEADS=heads, HEAD_WIDTH=triton.next_power_of_2(heads), LENGTH=width, WIDTH=triton.next_power_of_2(width),
+        BY_ROW=len(start) > 1, **options(x.device.type),
+    )  # fmt: skip
 
 
 def recur(
@@ -289,11 +333,12 @@ def _exchange(
 
 @triton.jit
 def _displace(
-    keys, values, inputs, ranks, scores, k, v, new, lost_k, lost_v, lost, lost_ranks, start,
+    keys, values, inputs, ranks, scores, k, v, new, lost_k, lost_v, lost, lost_ranks, start, frequencies,
     sinks, window, slots, places, kept, span,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, GROUP: tl.constexpr,
     GATE_WIDTH: tl.constexpr, GATED: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr, NOBODY: tl.constexpr,
-    HIGHEST: tl.constexpr, PDL: tl.constexpr,
+    HIGHEST: tl.constexpr, HALF: tl.constexpr, ENTERS: tl.constexpr, BY_POSITION: tl.constexpr,
+    BY_SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One key/value head of one row."""
     release(PDL)
@@ -323,14 +368,35 @@ def _displace(
     place = tl.min(tl.where(lowest == least, where, places), 0)
     wins = rank > least
     tl.store(ranks + row * places + place, tl.where(wins, rank, least))
-    tl.store(lost_ranks + row, tl.where(wins, least, rank))
+    out_rank = tl.where(wins, least, rank)
+    tl.store(lost_ranks + row, out_rank)
 
     channel = tl.arange(0, WIDTH)
     inside = channel < SIZE
     source = (row * slots + sinks + place) * SIZE + channel
     old = tl.load(keys + source, mask=inside)
     mine = tl.load(k + row * SIZE + channel, mask=inside)
-    tl.store(lost_k + row * SIZE + channel, tl.where(wins, old, mine), mask=inside)
+    gone = tl.where(wins, old, mine)
+    if HALF:  # the other of a pair goes along
+        turned = channel < 2 * HALF
+        sign = tl.where(channel < HALF, -1.0, 1.0)
+        step = tl.where(turned, tl.where(channel < HALF, HALF, -HALF), 0)
+        angle = tl.load(frequencies + channel % HALF, mask=turned, other=0.0).to(tl.float32)
+        old_other = tl.load(keys + source + step, mask=inside)
+        mine_other = tl.load(k + row * SIZE + channel + step, mask=inside)
+        if ENTERS:
+            by = angle * (sinks - tl.maximum(position, 0)).to(tl.float32)
+            cos, sin = tl.cos(by), sign * tl.sin(by)
+            x, y = mine.to(tl.float32), mine_other.to(tl.float32)
+            mine = tl.where(turned, x * cos + y * sin, x).to(old.dtype)
+            mine_other = tl.where(turned, y * cos - x * sin, y).to(old.dtype)
+        gone, gone_other = tl.where(wins, old, mine), tl.where(wins, old_other, mine_other)
+        by = angle * (BY_POSITION * (out_rank & 0xFFFFFFFF) + BY_SINKS * sinks).to(tl.float32)
+        x = gone.to(tl.float32)
+        x = x * tl.cos(by) + gone_other.to(tl.float32) * (sign * tl.sin(by))
+        gone = tl.where(turned, x, gone.to(tl.float32)).to(old.dtype)
+        tl.debug_barrier()  # others of this program read the places that are written now
+    tl.store(lost_k + row * SIZE + channel, gone, mask=inside)
     tl.store(keys + source, tl.where(wins, mine, old), mask=inside)
     old = tl.load(values + source, mask=inside)
     mine = tl.load(v + row * SIZE + channel, mask=inside)
@@ -346,6 +412,52 @@ def _displace(
         mine = tl.load(new + target, mask=inside)
         tl.store(lost + target, tl.where(wins, old, mine), mask=inside)
         tl.store(inputs + source, tl.where(wins, mine, old), mask=inside)
+
+
+@triton.jit
+def _gate(
+    x, weight, bias, inner, rows, EPSILON: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Some of the inner units of a store's gate for one row."""
+    release(PDL)
+    wait(PDL)
+    batch = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, LENGTH, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        there = (unit < rows)[:, None] & (channel < LENGTH)[None, :]
+        part = tl.load(x + batch * LENGTH + channel, mask=channel < LENGTH, other=0.0).to(tl.float32)
+        weights = tl.load(weight + unit[:, None] * LENGTH + channel[None, :], mask=there, other=0.0).to(tl.float32)
+        total += weights * part[None, :]
+        squares += part * part
+    found = tl.sum(total, 1) * tl.rsqrt(tl.sum(squares, 0) / LENGTH + EPSILON)
+    found += tl.load(bias + unit, mask=unit < rows, other=0.0).to(tl.float32)
+    tl.store(inner + batch * rows + unit, found * tl.sigmoid(found), mask=unit < rows)
+
+
+@triton.jit
+def _put_score(
+    inner, weight, bias, decay, scores, start, every, kept,
+    HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, BY_ROW: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The scores of all heads of one row."""
+    release(PDL)
+    wait(PDL)
+    batch = tl.program_id(0).to(tl.int64)
+    now = tl.load(start + (batch if BY_ROW else 0))
+    head, unit = tl.arange(0, HEAD_WIDTH), tl.arange(0, WIDTH)
+    there = (head < HEADS)[:, None] & (unit < LENGTH)[None, :]
+    weights = tl.load(weight + head[:, None] * LENGTH + unit[None, :], mask=there, other=0.0).to(tl.float32)
+    x = tl.load(inner + batch * LENGTH + unit, mask=unit < LENGTH, other=0.0)
+    score = tl.sum(weights * x[None, :], 1) + tl.load(bias + head, mask=head < HEADS, other=0.0).to(tl.float32)
+    fades = tl.load(decay + head, mask=head < HEADS, other=0.0).to(tl.float32)
+    fades = tl.where(fades > 20.0, fades, tl.log(1.0 + tl.exp(fades)))
+    score += fades * (now.to(tl.float32) / every)
+    tl.store(scores + (batch * HEADS + head) * kept + now % kept, score, mask=head < HEADS)
 
 
 @triton.jit

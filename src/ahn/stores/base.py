@@ -61,3 +61,7 @@ class Store(nn.Module):
                 [B, M, T] (`Cell.error`, the mean over the heads of a group). With `reads_state` only.
         """
         raise NotImplementedError
+
+    def gate_form(self) -> Any:
+        """`ahn.kernels.step.Gate` where the score is one, or None."""
+        return None

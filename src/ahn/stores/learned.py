@@ -42,3 +42,8 @@ class Learned(Store):
 
     def score(self, x_BTD: Tensor, positions_RT: Tensor, error: Callable[[], Tensor]) -> Tensor:
         return self.gate(x_BTD) + F.softplus(self.decay.float())[:, None] * (positions_RT[:, None] / UNIT)
+
+    def gate_form(self) -> Any:
+        from ahn.kernels.step import Gate
+
+        return Gate(self.inner, self.outer, self.decay, UNIT, torch.finfo(torch.float32).eps)
