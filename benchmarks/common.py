@@ -20,6 +20,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 NO_STORE = "@none"
+SHARE = 0.74  # of the window's places, for a store
 BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
 
 
@@ -186,3 +187,11 @@ def recalled(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, An
         and row["lossless"] in (None, results["lossless"])
         and (row["store"] is None or row["store"]["name"] == "learned")
     }
+
+
+def stored(text: str, window: int, share: float = SHARE) -> Any:
+    """The `ahn.eval.policies.base.Stored` that "name" or "name:span" means, with a share of the window's places."""
+    from ahn.eval.policies.base import Stored
+
+    name, _, span = text.partition(":")
+    return Stored(name, round(share * window), int(span or 1))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import keep, kept, run_in_memory
+from common import keep, kept, run_in_memory, stored
 
 if TYPE_CHECKING:
     from ahn.eval.runner import Options, Work
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--divide", type=int, default=1, help="lengths and numbers of examples by this")
     parser.add_argument("--device")
+    parser.add_argument("--store", metavar="NAME[:SPAN]", help="measure each adapter with a store, too")
     given = parser.parse_args()
     begun = time.monotonic()
     planned = plans(given.model, given.prompts, given.divide, given.device)
@@ -235,7 +236,11 @@ def main() -> None:
                 if plan.name not in prompts:
                     prompts[plan.name] = plan.works(given.data)
                 works = [thinned(work, stride) for work in prompts[plan.name]]
-                run_in_memory(works, able(plan, policies, works), plan.options, given.output, stop, models[base])
+                ways = [(able(plan, policies, works), plan.options)]
+                if given.store and plan.options.adapter and "ahn" in policies:
+                    ways.append((["ahn"], replace(plan.options, store=stored(given.store, plan.options.window))))
+                for names, options in ways:
+                    run_in_memory(works, names, options, given.output, stop, models[base])
             except Exception as error:  # one cell that fails must not cost the others
                 failed.add(plan.name)
                 models.pop(plan.options.base, None)

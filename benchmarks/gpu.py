@@ -43,11 +43,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ahn.cache import PAST
-from common import BOOK, now, write
+from common import BOOK, SHARE, now, write
 from train import matmul_rate, random_model
 
 LOSSLESS, SINKS = 32768, 128
-SHARE = 0.74  # of the window's places, for a store
 STEPS = 64  # decoded for one time of decoding
 QUESTION, ANSWER = 16, 128  # tokens
 HANGS = 60  # seconds after its time at which a run is ended wherever it is

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import keep, kept, run_in_memory, write
+from common import SHARE, keep, kept, run_in_memory, stored, write
 
 if TYPE_CHECKING:
     from ahn.eval.runner import Work
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--lossless", type=int, nargs="+", default=[1024])
     parser.add_argument("--stores", nargs="*", default=["recency", "random", "attention:8"])
-    parser.add_argument("--share", type=float, default=0.74)
+    parser.add_argument("--share", type=float, default=SHARE)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
@@ -88,7 +88,7 @@ def prompts(options: argparse.Namespace) -> list[Work]:
 def _rows(options: argparse.Namespace, works: list[Work]) -> Iterator[dict[str, Any]]:
     from ahn.bases import base_config, load_base
     from ahn.eval import results, runner
-    from ahn.eval.policies.base import Stored, exact_sizes
+    from ahn.eval.policies.base import exact_sizes
 
     model, end = load_base(options.base), time.monotonic() + options.seconds
     for number, lossless in enumerate(options.lossless):
@@ -96,14 +96,12 @@ def _rows(options: argparse.Namespace, works: list[Work]) -> Iterator[dict[str, 
         plain = [] if options.no_plain else ["window"] + (["ahn"] if options.adapter else [])
         if number == 0 and not options.no_full:
             plain.insert(0, "full")
-        ways: list[tuple[str, Stored | None]] = [(name, None) for name in plain]
+        ways: list[tuple[str, Any]] = [(name, None) for name in plain]
         for text in options.stores:
-            kind, _, span = text.partition(":")
-            stored = Stored(kind, round(options.share * window), int(span or 1))
-            ways.append(("ahn" if options.adapter else "store", stored))
-        for name, stored in ways:
+            ways.append(("ahn" if options.adapter else "store", stored(text, window, options.share)))
+        for name, store in ways:
             what = runner.Options(
-                base=options.base, window=window, sinks=sinks, adapter=options.adapter, store=stored,
+                base=options.base, window=window, sinks=sinks, adapter=options.adapter, store=store,
                 seed=options.seed, limit=options.limit, batch=options.batch,
             )  # fmt: skip
             begun = time.monotonic()
@@ -115,11 +113,11 @@ def _rows(options: argparse.Namespace, works: list[Work]) -> Iterator[dict[str, 
                     continue
                 row = summary(found.config, list(found.rows.values()))
                 row |= {"lossless": None if found.config["policy"] == "full" else lossless}
-                row |= {"store": None if stored is None else stored._asdict()}
+                row |= {"store": None if store is None else store._asdict()}
                 score = f"{row['score']:8.3f} [{row['low']:.3f}, {row['high']:.3f}] n={row['n']}"
                 print(f"{label(row):<28}{row['task']:<24}{row['lossless'] or 'all':>8}{score}", flush=True)
                 yield row
-            print(f"{name} {stored or ''}: {seconds:.0f} s", flush=True)
+            print(f"{name} {store or ''}: {seconds:.0f} s", flush=True)
 
 
 def summary(config: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -236,3 +236,13 @@ def test_bad_input(tmp_path, folder, capsys):
     next(folder.rglob("config.json")).write_text('{"version": 9}')
     assert cli.main(["report", str(folder)]) == 2
     assert "version 9" in capsys.readouterr().err
+
+
+def test_a_store_is_named(tmp_path):
+    write(tmp_path, "window")
+    write(tmp_path, "ahn")
+    for span in (1, 4):
+        write(tmp_path, "ahn", store={"name": "learned", "size": 1468, "span": span})
+    text = report.markdown(results.find([tmp_path]))
+    for label in ("| ahn |", "ahn (learned store of 1,468) |", "ahn (learned store of 1,468 in spans of 4) |"):
+        assert label in text

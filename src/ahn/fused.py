@@ -30,6 +30,7 @@ from ahn.cache import PAST
 from ahn.cells.base import Linear
 
 MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
+SHAPES = 64  # that one function is compiled for, such as numbers of rows; torch's own limit is 8
 
 _changing = threading.RLock()
 
@@ -38,12 +39,14 @@ _changing = threading.RLock()
 def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
     """Within, norms, MLPs and rotations of the base are compiled, each class once: their dozens of elementwise
     operations take longer to start than to run."""
+    from torch._dynamo import config
+
     fast = of_any_length if any_length else of_one_length
     attention = decoder.layers[0].self_attn
     forms: dict[type, Any] = {}
     changed = [module for module in decoder.modules() if _is_norm(module)]
     changed += [layer.mlp for layer in decoder.layers if hasattr(layer, "mlp")]
-    with _changing, ExitStack() as undo:
+    with _changing, config.patch(recompile_limit=SHAPES), ExitStack() as undo:
         for module in changed:
             kind = type(module)
             if "forward" in vars(module):

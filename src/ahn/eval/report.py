@@ -10,6 +10,7 @@ import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ahn.eval import statistics
 from ahn.eval.results import Result
@@ -351,12 +352,19 @@ def _labels(results: Sequence[Result]) -> dict[int, str]:
             for key in config["settings"]
             if key in keys and len({str(v["settings"].get(key)) for v in variants}) > 1
         ]
-        parts = [f"{key} {config['settings'][key]}" for key in keys]
+        parts = [_setting(key, config["settings"][key]) for key in keys]
         if "adapter_digest" in keys:
             alike = {v["settings"]["adapter_digest"] for v in variants if v["adapter"] == config["adapter"]}
             parts = [config["adapter"], *([config["settings"]["adapter_digest"][:6]] if len(alike) > 1 else [])]
         names[id(result)] = f"{config['policy']} ({', '.join(parts)})" if parts else config["policy"]
     return names
+
+
+def _setting(key: str, value: Any) -> str:
+    if key == "store" and value is not None:
+        span = f" in spans of {value['span']}" if value["span"] > 1 else ""
+        return f"{value['name']} store of {value['size']:,}{span}"
+    return f"{key} {value}"
 
 
 def baseline(found: dict[str, Result], label: str) -> Result | None:

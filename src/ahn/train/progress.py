@@ -39,3 +39,29 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+
+
+class GateProgress:
+    """The same for the gates of a store: called with the losses of all steps so far.
+
+    Args:
+        steps: in all. tokens: of a step. hidden: this process says nothing.
+    """
+
+    EVERY = 10  # steps a line
+
+    def __init__(self, steps: int, tokens: int, hidden: bool) -> None:
+        self.steps, self.tokens, self.hidden = steps, tokens, hidden
+        self.bar = tqdm(total=steps, unit="step", leave=False, disable=True if hidden else None)
+        self.since = time.monotonic()
+
+    def __call__(self, losses: list[float]) -> None:
+        self.bar.update()
+        if not self.hidden and len(losses) % self.EVERY == 0:
+            now = time.monotonic()
+            speed, self.since = self.EVERY * self.tokens / (now - self.since), now
+            last, width = losses[-self.EVERY :], len(f"{self.steps:,}")
+            line = f"gates {len(losses):>{width},} of {self.steps:,}   loss {sum(last) / len(last):<9.4g}"
+            tqdm.write(f"{line}   {speed:>9,.0f} tokens/s", file=sys.stderr)
+        if len(losses) == self.steps:
+            self.bar.close()

@@ -10,7 +10,6 @@ to the labels, less theirs. Labels never exist for more than one layer, and are 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,8 +24,6 @@ from ahn.train.recipe import GATE_LABELS
 
 BLOCKS = 16  # of queries in a row: times to choose at
 FLOOR = -12.0  # log of an attention that is as good as none
-
-logger = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
@@ -105,8 +102,18 @@ def _choices(labels: Tensor, window: int) -> Iterator[tuple[int, Tensor]]:
             yield behind, labels[:, :, block, :behind]
 
 
+Progress = Callable[[list[float]], None]  # called after each step with the losses so far
+
+
 def fit(
-    model: Any, rows: Rows, steps: int, batch: int = 8, lr: float = 1e-3, label: str = "max", seed: int = 0
+    model: Any,
+    rows: Rows,
+    steps: int,
+    batch: int = 8,
+    lr: float = 1e-3,
+    label: str = "max",
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Train the gates of all layers, from what the model is given as its window; returns the loss of each step.
 
@@ -136,7 +143,7 @@ def fit(
             model.get_decoder()(ids, use_cache=False)
         return torch.stack(values).mean()
 
-    return train_gates(model, rows, steps, batch, lr, seed, step)
+    return train_gates(model, rows, steps, batch, lr, seed, step, progress)
 
 
 def train_gates(
@@ -147,6 +154,7 @@ def train_gates(
     lr: float,
     seed: int,
     step: Callable[[Tensor, Tensor, float], Tensor],
+    progress: Progress | None = None,
 ) -> list[float]:
     """AdamW on the gates of all layers; returns the loss of each step. Rows are drawn with `seed`, each once before any
     again.
@@ -173,8 +181,8 @@ def train_gates(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            if len(losses) % 10 == 0:
-                logger.info("gates: step %s of %s, loss %.4f", len(losses), steps, sum(losses[-10:]) / 10)
+            if progress is not None:
+                progress(losses)
     finally:
         for parameter, before in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(before)

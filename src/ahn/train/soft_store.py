@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ahn.augmentation import full_attention
 from ahn.train import distill
 from ahn.train.data import Rows
-from ahn.train.retention import BLOCKS, scores_of, train_gates
+from ahn.train.retention import BLOCKS, Progress, scores_of, train_gates
 
 WARMTH = (1.0, 0.1)  # at first and at last
 ALWAYS = -1e4  # `least` while there are free places
@@ -27,7 +27,14 @@ HALVINGS = 30  # of the interval that `least` is sought in
 
 
 def tune(
-    model: Any, rows: Rows, steps: int, batch: int = 2, lr: float = 1e-3, seed: int = 0, warmth: tuple = WARMTH
+    model: Any,
+    rows: Rows,
+    steps: int,
+    batch: int = 2,
+    lr: float = 1e-3,
+    seed: int = 0,
+    warmth: tuple = WARMTH,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Train the gates of all layers; returns the loss of each step, KL(teacher || student) in nats.
 
@@ -57,7 +64,7 @@ def tune(
         loss.backward()
         return loss.detach()
 
-    return train_gates(model, rows, steps, batch, lr, seed, step)
+    return train_gates(model, rows, steps, batch, lr, seed, step, progress)
 
 
 def least_kept(scores: Tensor, places: int, sinks: int, window: int, warmth: float) -> Tensor:

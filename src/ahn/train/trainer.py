@@ -27,7 +27,7 @@ from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError,
 from ahn.memory_file import atomic
 from ahn.train import checkpoints, data, distill, retention, soft_store, windows
 from ahn.train.check import Difference, check
-from ahn.train.progress import Progress
+from ahn.train.progress import GateProgress, Progress
 from ahn.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -324,13 +324,18 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 def _train_gates(trainer: MemoryTrainer) -> dict[str, list[float]]:
     """The gates of the store, by labels and by the loss; the loss of each step."""
     recipe, model, rows = trainer.recipe, trainer.augmented, trainer.train_dataset
-    losses = {}
-    if recipe.gate_steps:
-        by = recipe.gate_steps, recipe.batch, recipe.gate_lr, recipe.gate_label, recipe.seed
-        losses["gate_steps"] = retention.fit(model, rows, *by)
-    if recipe.soft_steps:
+    losses, seed, batch = {}, recipe.seed, recipe.batch
+
+    def progress(steps: int) -> GateProgress:
+        return GateProgress(steps, batch * recipe.length, not trainer.is_world_process_zero())
+
+    if steps := recipe.gate_steps:
+        losses["gate_steps"] = retention.fit(
+            model, rows, steps, batch, recipe.gate_lr, recipe.gate_label, seed, progress(steps)
+        )
+    if steps := recipe.soft_steps:
         losses["soft_steps"] = soft_store.tune(
-            model, rows, recipe.soft_steps, recipe.batch, recipe.gate_lr / 3, recipe.seed
+            model, rows, steps, batch, recipe.gate_lr / 3, seed, progress=progress(steps)
         )
     return losses
 
