@@ -93,6 +93,18 @@ def test_any_split_in_half_precision(cell, sinks):
         assert relative(in_pieces(model, ids, sizes), whole) < 0.05
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("store", [None, "learned"])
+def test_another_device_than_the_current_one(store):
+    ids, found = token_ids(90), []
+    for device in ("cuda:0", "cuda:1"):
+        base = tiny(head_dim=64).to(device)
+        model = storing(store, base=base) if store else with_memory(base)
+        assert torch.cuda.current_device() == 0
+        found.append(in_pieces(model, ids.to(device), [60, *[1] * 30]).cpu())
+    assert relative(found[1], found[0]) < 1e-4
+
+
 def test_kernel_choice_is_visible():
     rows = {operation: kernel for operation, kernel, _ in kernels.report()}
     assert set(rows.values()) <= {*kernels.KERNELS, "torch"}

@@ -113,6 +113,10 @@ def test_rotation(plain, tokens, rows, size, width, dtype):
     for delta in (torch.randint(-40, 40, (rows, tokens), device=DEVICE), torch.tensor([[7]], device=DEVICE)):
         angles = tuple(t[..., :width] for t in rotary.angles(delta))
         assert relative(rotate.turn(x, *angles), rotary.turn(x, angles)) < LIMIT[dtype]
+        few = torch.rand(width // 2, device=DEVICE)
+        by = torch.cat([delta[..., None] * few] * 2, -1)
+        assert relative(rotate.turn_by(x, delta, few), rotary.turn(x, (by.cos(), by.sin()))) < LIMIT[dtype]
+        assert rotary.simple
 
 
 @pytest.mark.usefixtures("small_grids")

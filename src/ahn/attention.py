@@ -284,16 +284,27 @@ class Rotary:
 
     def turn(self, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """q [B, N, C, H] turned by `angles`, computed in float32; with partial rotation the first dimensions turn."""
-        width = angles[0].shape[-1]
-        if self.halves and not torch.compiler.is_compiling():
-            gradients = torch.is_grad_enabled() and q.requires_grad
-            if kernels.rotation(q.device.type, gradients).name == "triton":
-                from ahn.kernels import rotate
+        if self.halves and self._in_one_kernel(q):
+            from ahn.kernels import rotate
 
-                return rotate.turn(q, *angles)
+            return rotate.turn(q, *angles)
+        width = angles[0].shape[-1]
         turning, rest = q[..., :width], q[..., width:]
         turned = self.apply(turning.float(), turning[:, :0].float(), *angles)[0].to(q.dtype)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+    def turn_by(self, q: Tensor, delta: Tensor) -> Tensor:
+        """q [B, N, C, H] turned by `delta` positions [R, C]."""
+        if self.simple and self._in_one_kernel(q):
+            from ahn.kernels import rotate
+
+            assert self.frequencies is not None
+            return rotate.turn_by(q, delta, self.frequencies)
+        return self.turn(q, self.angles(delta))
+
+    def _in_one_kernel(self, q: Tensor) -> bool:
+        gradients = torch.is_grad_enabled() and q.requires_grad
+        return not torch.compiler.is_compiling() and kernels.rotation(q.device.type, gradients).name == "triton"
 
     def _is_simple(self) -> bool:
         """Whether angles are the positions times `inv_freq`, at all lengths."""

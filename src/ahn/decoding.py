@@ -186,7 +186,8 @@ def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     done, else what its class does."""
     if not torch.compiler.is_compiling() and (found := _graph(decoder, args, kwargs)):
         (graph, due), cache = found, kwargs[PAST]
-        hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), due)
+        with kernels.on(graph.start.device):
+            hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), due)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{PAST: cache})
     before = getattr(decoder, "ahn_forward", None)
     return type(decoder).forward(decoder, *args, **kwargs) if before is None else before(*args, **kwargs)
@@ -228,7 +229,8 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         if frame.graph is None or not frame.graph.fits(cache, len(span.start)):
             frame.graph = None  # its buffers go before others come
             frame.graph = Graph(model, cache, len(span.start))
-        frame.graph.prepare(cache, due)
+        with kernels.on(frame.graph.start.device):
+            frame.graph.prepare(cache, due)
     except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
         frame.graph, frame.no_graph = None, str(error).splitlines()[0]
         logger.warning("decoding without a CUDA graph: %s", frame.no_graph)

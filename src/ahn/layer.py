@@ -121,6 +121,12 @@ class AHNLayer(nn.Module):
 
         Without a `memory` the span is a whole sequence, nothing is stored, and gradients flow.
         """
+        with kernels.on(q.device):
+            return self._forward(q, k, v, x, span, memory, scale)
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory | None, scale: float
+    ) -> Tensor:
         if memory is not None and span.length == 1 and not span.padded:
             memory.reserve(max(span.after()), k, self.state_shape)
             return self._one(q, k, v, x, span, memory, scale)

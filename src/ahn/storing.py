@@ -407,15 +407,14 @@ class StoringLayer(AHNLayer):
         if (rotary := self._moves) is None or not k.shape[2]:
             return k
         positions = self._pushed(span, k.device).positions
-        angles: Turn = span.once(("stored", k.device), lambda: rotary.angles(self.sinks - positions))
-        return rotary.turn(k, angles)
+        return rotary.turn_by(k, span.once(("stored", k.device), lambda: self.sinks - positions))
 
     def _turn_out(self, k: Tensor, ranks: Tensor) -> Tensor:
         """Stored keys [B, M, E, H] of tokens with these ranks [B, M, E], as the cell is given them."""
         if (rotary := self._moves) is None:
             return self._unturned(k, retention.position(ranks))
         if self.turns_back:
-            return rotary.turn(k, rotary.angles(torch.full((1, 1), -self.sinks, device=k.device)))
+            return rotary.turn_by(k, torch.full((1, 1), -self.sinks, device=k.device))
         return _turned(rotary, k, retention.position(ranks) - self.sinks)
 
     def _unturned(self, k: Tensor, positions: Tensor) -> Tensor:
@@ -615,5 +614,5 @@ def _weights(pairs: list[tuple[Tensor, Tensor]], seen: Tensor, scale: float) -> 
 
 def _turned(rotary: Rotary, k: Tensor, delta: Tensor) -> Tensor:
     """Keys [B, M, E, H], each turned by its own `delta` [B, M, E]."""
-    turned = rotary.turn(k.flatten(0, 1)[:, None], rotary.angles(delta.flatten(0, 1)))
+    turned = rotary.turn_by(k.flatten(0, 1)[:, None], delta.flatten(0, 1))
     return turned[:, 0].unflatten(0, k.shape[:2])

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ahn.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 KERNELS = {
@@ -39,6 +41,15 @@ class Kernel(NamedTuple):
 
     name: str
     reason: str
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, kernels are launched on this device: Triton's go where the current one is."""
+    import torch
+
+    if device.type != "cuda" or torch.compiler.is_compiling() or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def choose(operation: str | None, like: Tensor, gradients: bool = False) -> Kernel:
