@@ -43,15 +43,20 @@ def test_where_spans_are_cut():
 
 
 def test_chunks_of_a_gpu(monkeypatch):
-    """A window is a whole number of them, and they begin where it does."""
+    """A window is a whole number of them, and they begin where it does; few numbers a token make them longer."""
     model = with_memory(tiny(max_position_embeddings=40000), window=32640, sinks=128)
+    hidden = model.config.hidden_size
     assert augmentation.chunks(model, 1, 0) == (512, 512)
     monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(augmentation, "GPU_NUMBERS", 2048 * hidden)
     assert augmentation.chunks(model, 1, 0) == (8160 + 128, 8160)
     assert augmentation.chunks(model, 1, 8288) == (8160, 8160)
     first, chunk = augmentation.chunks(model, 1, 50000)
     assert (50000 + first - 128) % chunk == 0 and chunk <= first < 2 * chunk
     assert augmentation.chunks(model, 32, 0)[1] == 510
+    monkeypatch.setattr(augmentation, "GPU_NUMBERS", 16384 * hidden)
+    assert augmentation.chunks(model, 1, 0) == (16320 + 128, 16320)
+    assert augmentation.chunks(model, 2, 0)[1] == 8160
 
 
 def test_a_first_chunk_of_another_size(monkeypatch):
