@@ -77,7 +77,8 @@ def position_losses(model: Any, ids: list[int], chunk: int = 512, whole: bool | 
 
 def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> str:
     """Give a model the memory of an adapter, or sinks and window alone, in place of what it has; returns its name.
-    `adapter`: a name or folder; with "@none" behind it without the store that it may have."""
+    `adapter`: a name or folder; with "@none" behind it without the store that it may have, with "@0.74" with that share
+    of the window's places for the store."""
     import ahn
     from ahn.adapter import apply, read_adapter
 
@@ -86,14 +87,19 @@ def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> 
     if adapter is None:
         ahn.augment(model, ahn.AHNConfig(None, 16, 0, sink_positions=sink_positions))
         return "sinks and window"
-    found = read_adapter(adapter.removesuffix(NO_STORE))
+    name, _, share = adapter.partition("@")
+    found = read_adapter(name)
     config = found.config
-    if adapter.endswith(NO_STORE):
+    if share == "none":
         config = config.without_store()
+    elif share:
+        places = config.store_size + config.window
+        size = round(float(share) * places)
+        config = config.replace(store_size=size, window=places - size)
     ahn.augment(model, config)
     apply(found, model)
     store = f", {config.store} store" if config.store else ""
-    return f"{config.cell}{store} ({Path(adapter.removesuffix(NO_STORE)).name})"
+    return f"{config.cell}{store} ({Path(adapter).name})"
 
 
 def set_lossless(model: Any, size: int, sinks: int) -> None:

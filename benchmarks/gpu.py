@@ -380,16 +380,14 @@ class Bench:
                     parameter.data.normal_(std=0.02)  # as if it were trained
 
     def put_real(self) -> Any:
-        """The base with real weights and its own memory, else an untrained one, which costs the same; the tokenizer."""
+        """The base with real weights and an untrained memory, which costs what a trained one does; the tokenizer."""
         import ahn
         from ahn.cost import Shape
-        from ahn.zoo import default_for
 
         base = self.options.base
         if not self.loaded:
-            cell = self.options.cell or (None if default_for(base) else "gated_deltanet")
             small = {"window": self.window, "sinks": self.sinks} if self.options.tiny else {}
-            self.model, self.loaded = ahn.from_pretrained(base, cell=cell, **small), base
+            self.model, self.loaded = ahn.from_pretrained(base, cell=self.options.cell, **small), base
             config = self.model.ahn_config
             self.window, self.sinks = config.window, config.sinks
             shape = Shape.from_config(self.model.config)
@@ -567,7 +565,7 @@ def main() -> None:
     words = "only cells with all of these words: shape, cell, what, batch, length"
     parser.add_argument("--only", nargs="+", metavar="WORD:WORD", help=words)
     parser.add_argument("--base", help="real weights: a name, folder or GGUF file that `ahn read --base` takes")
-    parser.add_argument("--cell", help="with --base: an untrained memory instead of the base's own")
+    parser.add_argument("--cell", default="gated_deltanet", help="with --base (%(default)s)")
     parser.add_argument("--lossless", type=int, default=LOSSLESS, help="sinks and window (%(default)s tokens)")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--authors", metavar="SCRIPT")

@@ -13,7 +13,6 @@ import argparse
 import torch
 
 import ahn
-from ahn.zoo import default_for
 from common import write
 from gpu import fill, line, load
 
@@ -23,16 +22,15 @@ SINKS = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--cell", help="an untrained memory instead of the base's own")
+    parser.add_argument("--cell", default="gated_deltanet", help="untrained, which costs the same (%(default)s)")
     parser.add_argument("--lossless", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--seen", type=int, default=2**20, help="tokens read before (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--name", default="load-cpu", help="of the file in results/ (%(default)s)")
     options = parser.parse_args()
-    cell = options.cell or (None if default_for(options.base) else "gated_deltanet")
     rows = []
     for lossless in options.lossless:
-        model = ahn.from_pretrained(options.base, cell=cell, window=lossless - SINKS, sinks=SINKS)
+        model = ahn.from_pretrained(options.base, cell=options.cell, window=lossless - SINKS, sinks=SINKS)
         with torch.no_grad():
             found = load(model, fill(model, "memory", 1, options.seen), options.repeats)
         cell_of = {"shape": options.base, "cell": model.ahn_config.cell, "what": "load", "batch": 1}

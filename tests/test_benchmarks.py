@@ -145,7 +145,7 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "copy_rate", lambda device: 1e11)
 
     def run(**changes):
-        options = {"seconds": 600, "only": None, "base": None, "cell": None, "tiny": True, "authors": None}
+        options = {"seconds": 600, "only": None, "base": None, "cell": "gated_deltanet", "tiny": True, "authors": None}
         options |= {"profile": False, "raises": False, "name": "gpu"} | changes
         whole = gpu.Bench(argparse.Namespace(**options)).run()
         written = json.loads((tmp_path / "gpu.json").read_text())
@@ -206,3 +206,16 @@ def test_loading_a_memory(tmp_path, monkeypatch, capsys):
     assert [row["lossless"] for row in rows] == [80, 96] and rows[0]["file_mb"] < rows[1]["file_mb"]
     assert all(row["length"] == 2**20 and row["cell"] == "gated_deltanet" for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_share_for_the_store(tmp_path):
+    from common import put_on, set_lossless
+
+    model = with_memory(tiny(), window=12, sinks=2, store="recency", store_size=36)
+    ahn.save_adapter(model, tmp_path / "a")
+    for share, sizes in (("", (36, 12)), ("@0.25", (12, 36)), ("@none", (0, 12))):
+        put_on(model, f"{tmp_path / 'a'}{share}")
+        assert (model.ahn_config.store_size, model.ahn_config.window) == sizes
+    put_on(model, f"{tmp_path / 'a'}@0.25")
+    set_lossless(model, 26, 2)
+    assert (model.ahn_config.store_size, model.ahn_config.window) == (6, 18)

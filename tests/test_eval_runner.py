@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import ahn
 import stand_in
 from ahn import bases, cli
 from ahn.eval import policies, results, runner
@@ -281,6 +282,32 @@ def test_command(folder, tmp_path, capsys):
     assert capsys.readouterr().out == out
 
 
+@pytest.mark.parametrize(
+    ("given", "store"),
+    [
+        ([], ("recency", 6, 2)),  # a quarter of the window's places, as in the adapter
+        (["--store-size", "5"], ("recency", 5, 2)),
+        (["--store", "random", "--store-size", "7"], ("random", 7, 1)),
+        (["--store", "none"], None),
+    ],
+)
+def test_the_adapter_shipped_for_a_base_is_measured_with_its_store(folder, tmp_path, monkeypatch, given, store):
+    config = ahn.AHNConfig("deltanet", 36, SINKS, store="recency", store_size=12, store_span=2)
+    model = ahn.augment(bases.load_base(folder[0]), config)
+    ahn.save_adapter(model, tmp_path / "shipped")
+    monkeypatch.setattr("ahn.zoo.default_for", lambda base: str(tmp_path / "shipped"))
+    seen = []
+    monkeypatch.setattr(
+        runner, "run", lambda wanted, names, lengths, options, *rest: seen.append((names, options)) or []
+    )
+    argv = command(folder, tmp_path / "results", *given)
+    del argv[argv.index("--adapter") : argv.index("--tasks")]
+    assert cli.main(argv) == 0
+    [(names, options)] = seen
+    assert names == ["window", "ahn"] and options.adapter == str(tmp_path / "shipped")
+    assert options.store == (store and Stored(*store)) and (options.window, options.sinks) == (WINDOW, SINKS)
+
+
 def test_list(capsys):
     assert cli.main(["eval", "--list"]) == 0
     out = capsys.readouterr().out
@@ -304,6 +331,8 @@ def test_list(capsys):
         (["--device", "gpu"], "device gpu: expected cpu"),
         (["--dtype", "float99"], "unknown dtype 'float99'"),
         (["--batch", "0"], "at least 1"),
+        (["--store", "random", "--store-size", "9", "--policies", "window"], "no policy of window has one"),
+        (["--store", "none", "--store-size", "9"], "expected the name of a --store"),
     ],
 )
 def test_bad_input_before_any_model(folder, tmp_path, monkeypatch, capsys, change, message):

@@ -97,8 +97,13 @@ class Session:
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
         self._ends = end_tokens(self.model, self.tokenizer)
         self._unread: Tensor | None = None  # generated, but not in the cache yet
-        if not self.model.ahn_names["adapter"]:
-            cell = self.model.ahn_config.cell
+        settings = self.model.ahn_config
+        if adapter := self.model.ahn_names["adapter"]:
+            chosen = f"{settings.store_size:,} chosen ones, " if settings.store else ""
+            exact = f"the first {settings.sinks:,} tokens, {chosen}the last {settings.window:,}"
+            console.print(f"memory  {adapter}; exact: {exact}")
+        else:
+            cell = settings.cell
             what = f"an untrained {cell} memory, which adds nothing" if cell else "the window with sinks only"
             shipped = ", ".join(zoo.made_for(base))
             hint = f" (to try: --adapter {shipped})" if shipped else ""

@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="show tasks and policies")
     parser.add_argument("--tasks", nargs="+", metavar="T", default=[], help="tasks, suites or groups of tasks")
     parser.add_argument(
-        "--policies", nargs="+", metavar="P", help="default: window, and with an adapter ahn (--list shows all)"
+        "--policies", nargs="+", metavar="P", help="default: window, and with a memory ahn (--list shows all)"
     )
     parser.add_argument("--length", nargs="+", type=one, metavar="N", help="tokens of a prompt (default: the task's)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the benchmarks' data (default: from the hub)")
@@ -34,7 +34,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER", default="results", help=f"{shown}")
     group = parser.add_argument_group("model and memory")
     group.add_argument("--base", metavar="B", default="smollm2-135m", help=f"hub id, folder or .gguf file {shown}")
-    group.add_argument("--adapter", metavar="A", help="trained memory: folder, hub id, or the name of a shipped one")
+    group.add_argument(
+        "--adapter",
+        metavar="A",
+        help="trained memory: folder, hub id, the name of a shipped one, or none (default: the base's)",
+    )
     group.add_argument("--lossless", type=one, metavar="N", help="tokens kept exactly, sinks included")
     group.add_argument("--sinks", type=_options.at_least(0), metavar="N", help="first tokens of these")
     _options.add_store(group)
@@ -63,18 +67,21 @@ def run(args: argparse.Namespace) -> None:
 
     import transformers
 
+    from ahn import zoo
     from ahn.bases import base_config
     from ahn.eval import report, results, runner
     from ahn.eval.policies.base import exact_sizes
 
     transformers.logging.set_verbosity_error()
-    window, sinks = exact_sizes(base_config(args.base), args.adapter, args.lossless, args.sinks)
+    adapter = None if args.adapter == "none" else args.adapter or zoo.default_for(args.base)
+    names = args.policies or ["window", *(["ahn"] if adapter else [])]
+    window, sinks = exact_sizes(base_config(args.base), adapter, args.lossless, args.sinks)
     options = runner.Options(
         base=args.base,
         window=window,
         sinks=sinks,
-        adapter=args.adapter,
-        store=_stored(args),
+        adapter=adapter,
+        store=_stored(args, names, adapter, window),
         dtype=args.dtype,
         device=args.device,
         yarn=args.yarn,
@@ -83,7 +90,6 @@ def run(args: argparse.Namespace) -> None:
         limit=args.limit,
         batch=args.batch,
     )
-    names = args.policies or ["window", *(["ahn"] if args.adapter else [])]
     from ahn.cli._session import console
 
     folders = runner.run(wanted, names, args.length or [None], options, args.output, console.print)
@@ -93,18 +99,28 @@ def run(args: argparse.Namespace) -> None:
         print(report.markdown([results.load(folder) for folder in folders]))
 
 
-def _stored(args: argparse.Namespace) -> Any:
+def _stored(args: argparse.Namespace, names: list[str], adapter: str | None, window: int) -> Any:
+    """The store asked for, else the adapter's own, with the share of the window that it has there."""
     from ahn import stores
-    from ahn.eval.policies.base import Stored
+    from ahn.config import AHNConfig
+    from ahn.eval import policies
+    from ahn.eval.policies.base import Stored, trained
 
-    if args.store in (None, "none"):
+    own = trained(adapter).config if adapter else AHNConfig(None)
+    name = args.store or own.store
+    if name in (None, "none"):
         if args.store_size or args.store_span:
-            raise ConfigError("--store-size and --store-span: expected --store as well")
+            raise ConfigError("--store-size and --store-span: expected the name of a --store as well")
         return None
-    stores.check_name(args.store)
-    if not args.store_size:
-        raise ConfigError(f"--store {args.store}: expected --store-size as well, of the --lossless tokens")
-    return Stored(args.store, args.store_size, args.store_span or 1)
+    stores.check_name(name)
+    if name != own.store:
+        own = own.without_store()
+    size = args.store_size or round(window * own.store_size / (own.store_size + own.window))
+    if not size:
+        raise ConfigError(f"--store {name}: expected --store-size as well, of the --lossless tokens")
+    if args.store and not any(policies.get(policy).uses_store for policy in names):
+        raise ConfigError(f"--store {name}: no policy of {', '.join(names)} has one; expected ahn or store among them")
+    return Stored(name, size, args.store_span or own.store_span)
 
 
 def _listing() -> Iterator[str]:

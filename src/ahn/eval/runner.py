@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ahn.eval.tasks.base import Example, Task
 
 BIN = 512  # tokens whose loss is averaged where it is kept by position
+QUIET_S = 10  # between two signs of progress where there is no terminal to draw a bar on
 
 Say = Callable[[str], None]
 
@@ -293,7 +295,8 @@ def _run_policy(
         )
     if policy is None:
         return
-    with tqdm(total=len(mine), unit="example", desc=policy.name, disable=None if team.first else True) as bar:
+    every = 0.1 if sys.stderr.isatty() else QUIET_S
+    with tqdm(total=len(mine), unit="example", desc=policy.name, disable=not team.first, mininterval=every) as bar:
         for batch in batches(mine, options.batch):
             if stop():
                 return

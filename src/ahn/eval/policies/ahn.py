@@ -14,6 +14,7 @@ class Ahn(Policy):
 
     name = "ahn"
     needs_adapter = True
+    uses_store = True
 
     @classmethod
     def _check(cls, base: Any, longest: int, kept: Kept) -> None:

@@ -81,6 +81,7 @@ class Policy:
     name: ClassVar[str]
     needs_adapter: ClassVar[bool] = False
     uses_window: ClassVar[bool] = True
+    uses_store: ClassVar[bool] = False
     keeps_padding: ClassVar[bool] = False  # in its cache, so that it must be masked for ever
 
     def __init__(

@@ -14,6 +14,7 @@ class StoreAlone(Policy):
     """Sinks, window and a store, without a compressed memory: what the store itself gives."""
 
     name = "store"
+    uses_store = True
 
     @classmethod
     def _check(cls, base: Any, longest: int, kept: Kept) -> None:
