@@ -111,6 +111,15 @@ def test_another_cell(tmp_path):
         ahn.load_adapter(with_memory(tiny(), "deltanet"), tmp_path / "a")
 
 
+@pytest.mark.parametrize("form", [{"memory_positions": "none"}, {"key_maps": 1}, {"make_room": True}])
+def test_another_form(tmp_path, form):
+    """Weights learned for keys without positions are of no use to a cell that is given them turned."""
+    ahn.save_adapter(with_memory(tiny(), **form), tmp_path)
+    ((key, value),) = form.items()
+    with pytest.raises(AdapterError, match=f"adapter for {key}={value!r}, the model has"):
+        ahn.load_adapter(with_memory(tiny()), tmp_path)
+
+
 def test_missing_extra_wrong_and_nan_tensors(tmp_path):
     def broken(change):
         ahn.save_adapter(with_memory(tiny()), tmp_path / "a")
@@ -192,13 +201,15 @@ def test_from_pretrained_defaults(tmp_path):
         ahn.from_pretrained(tmp_path / "base", window=600)
 
 
-def test_adapter_in_the_bases_folder_is_found(tmp_path):
+def test_adapter_in_the_bases_folder_is_found(tmp_path, monkeypatch):
     model = with_memory(tiny())
     ahn.detach(tiny_saved := with_memory(tiny()))
     tiny_saved.save_pretrained(tmp_path)
     ahn.save_adapter(model, tmp_path)
     loaded = ahn.from_pretrained(tmp_path)
     assert loaded.ahn_config == model.ahn_config
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert ahn.from_pretrained(f"~/{tmp_path.name}").ahn_config == model.ahn_config
     ids = token_ids(60)
     assert torch.equal(in_pieces(loaded, ids, [60]), in_pieces(model, ids, [60]))
     with pytest.raises(ConfigError, match="mamba2"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ahn
+from ahn.augmentation import set_window
 from ahn.cache import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError
 from conftest import in_pieces, tiny, token_ids, with_memory
@@ -162,8 +163,11 @@ def test_frequencies_that_change_with_the_length_are_held(build, positions):
         assert (in_pieces(base, ids, [10] * 11) - whole).abs().max() < 1e-4
         ahn.detach(base)
         assert torch.equal(base(ids).logits, long)
-    with pytest.raises(ConfigError, match="short texts up to 32 tokens|more than the 32 positions"):
+    refused = pytest.raises(ConfigError, match="short texts up to 32 tokens|more than the 32 positions")
+    with refused:
         with_memory(build(), window=40)
+    with refused:
+        set_window(with_memory(build()), 40, 4)
 
 
 def test_nothing_grows_once_the_window_is_full(cell):

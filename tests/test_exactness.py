@@ -168,6 +168,21 @@ def test_windows_around_block_sizes(window):
         assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
 
 
+@pytest.mark.parametrize("sinks", [127, 128, 129, 200, 300])
+@pytest.mark.parametrize("store", [None, "recency"])
+def test_sinks_around_block_sizes(sinks, store):
+    """Queries of several blocks lie among the sinks: none sees what comes later."""
+    base, ids = tiny(), token_ids(400)
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), ids], 1)
+    with torch.no_grad():
+        expected = base(ids).logits
+        places = {} if store is None else {"store": store, "store_size": 8, "sink_positions": "absolute"}
+        model = ahn.augment(base, ahn.AHNConfig(None, 400 - sinks, sinks, **places))
+        assert largest(model(ids, use_cache=False).logits, expected) < 1e-4
+        assert largest(in_pieces(model, ids, [370, 30]), expected) < 1e-4
+        assert largest(model(padded, attention_mask=(padded > 0).long()).logits[:, 7:], expected) < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lossless_positions_are_the_base_models(family):
     base = tiny(family)
@@ -259,6 +274,17 @@ def test_batch_rows_do_not_see_each_other():
     a, b = in_pieces(model, ids, [25, 1, 34]), in_pieces(model, changed, [25, 1, 34])
     assert torch.equal(a[[0, 2]], b[[0, 2]])
     assert largest(a[1], b[1]) > 1e-2
+
+
+def test_a_turn_without_a_mask_goes_on_where_the_text_was():
+    """Padding that was read is not counted, whether a later call says so or not."""
+    model, ids = with_memory(tiny()), token_ids(70)
+    padded = torch.cat([torch.zeros(1, 20, dtype=torch.long), ids[:, :50]], 1)
+    cache = ahn.read(model, padded, attention_mask=(torch.arange(70) >= 20)[None].long())
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 50:]
+        assert largest(model(ids[:, 50:], **{PAST: cache.fork()}).logits, expected) < 1e-4
+        assert largest(ahn.read(model, ids[:, 50:], cache).last_logits, expected[:, -1]) < 1e-4
 
 
 def test_rows_padded_anew_in_a_later_turn():

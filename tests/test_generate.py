@@ -205,6 +205,30 @@ def test_a_grown_dynamic_cache_is_refused(model):
         model(token_ids(5), **{PAST: cache})
 
 
+def test_a_dynamic_cache_is_no_memory(model):
+    """It is replaced by one that can forget, so what holds only it would begin anew with every call."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    assert model(token_ids(5), **{PAST: cache})[PAST].tokens_seen == 5
+    with pytest.raises(UnsupportedOperationError, match=r"DynamicCache: expected an ahn\.AHNCache"):
+        model(token_ids(5), **{PAST: cache})
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    model = with_memory(tiny(), store="recency", store_size=8)
+    cache, ids = ahn.AHNCache(model), token_ids(60, batch=2)
+    with torch.no_grad():
+        with pytest.raises(UnsupportedOperationError, match="output_attentions"):
+            model(ids, output_attentions=True, **{PAST: cache})
+        model(ids[:1, :10], **{PAST: cache})
+        with pytest.raises(UnsupportedOperationError, match="output_attentions"):
+            model(ids[:1, 10:20], output_attentions=True, **{PAST: cache})
+        model(ids[:1, 10:20], **{PAST: cache})
+    cache.settle_transcript()
+    assert cache.transcript.rows[0][0].tolist() == list(range(20))
+
+
 def test_batch_must_fit_the_cache(model):
     cache = ahn.read(model, token_ids(30, batch=2))
     with pytest.raises(ConfigError, match="batch of 3 on a cache of 2"):

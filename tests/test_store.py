@@ -520,6 +520,16 @@ def test_transcripts_know_what_is_kept(monkeypatch):
     assert max(sizes) <= 2 + 8 + 2 * 2 * 4 * 13
 
 
+def test_transcripts_of_texts_without_ids(tmp_path):
+    """Embeddings can be stored, but there are no words to show of them."""
+    model, ids = storing("random", window=8, sinks=2, store_size=4), token_ids(60)
+    cache = ahn.read(model, ids)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(ids), **{PAST: cache})
+    cache.save(tmp_path / "a.ahn")
+    assert cache.transcript.rows[0][0].max() < 60
+
+
 def test_inspect_shows_the_stored_words(tmp_path, monkeypatch, capsys):
     from ahn import cli
     from tiny_base import write_base

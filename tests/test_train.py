@@ -257,6 +257,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
         ({"lr": "fast"}, "lr='fast'"),
         ({"loss": "mse"}, "expected one of kl, ce"),
         ({"lossless": [8192]}, "none is in"),
+        (
+            {"lossless": [16, 32], "sinks": [8], "store": "recency", "store_size": 8, "store_span": 8},
+            "store_span=8: expected less than the least window, 8",
+        ),
         ({"data": []}, "at least one source"),
     ],
 )

@@ -30,6 +30,7 @@ VERSION = 1
 NONE = "none"
 STORE = "store."  # in front of the names of a store's weights
 WEIGHTS, SETTINGS = "adapter.safetensors", "ahn.json"
+FORM = ("cell", "layers", "memory_positions", "key_maps", "make_room")  # what weights are made for
 AUTHORS_PREFIX, AUTHORS_INFIX = "model.layers.", ".ahn.fn."
 PAPER_LOSSLESS = 32768  # tokens kept exactly in the paper: 128 sinks + 32,640 window
 
@@ -86,7 +87,7 @@ def from_pretrained(
         BaseModelError, UnsupportedModelError, AdapterError, ConfigError.
     """
     trained = None
-    if adapter is None and (Path(base) / SETTINGS).is_file():
+    if adapter is None and (Path(base).expanduser() / SETTINGS).is_file():
         adapter = base
     elif adapter is None and cell is None:
         adapter = zoo.default_for(os.fspath(base))
@@ -178,8 +179,8 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
         the same model.
 
     Raises:
-        AdapterError: of another base or cell, missing or extra tensors, NaN, unknown version. The model's weights are
-        then as before.
+        AdapterError: of another base, or another form than the model's memory has (`FORM`), missing or extra tensors,
+            NaN, unknown version. The model's weights are then as before.
     """
     trained = read_adapter(folder)
     if not hasattr(model, "ahn_config"):
@@ -257,7 +258,7 @@ def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> 
     config: AHNConfig = model.ahn_config
     source = adapter.source
     check_shape(adapter, base_shape(model.config))
-    for name in ("cell", "layers"):
+    for name in FORM:
         ours, theirs = getattr(config, name), getattr(adapter.config, name)
         if ours != theirs:
             raise AdapterError(f"{source}: adapter for {name}={theirs!r}, the model has {name}={ours!r}")
@@ -327,7 +328,7 @@ def check_shape(adapter: Adapter, shape: dict[str, int]) -> None:
 def _folder(source: str | os.PathLike[str]) -> Path:
     if (shipped := zoo.path(os.fspath(source))) is not None:
         return shipped
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -70,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     groups = heads // k.shape[1]
     kernel = kernels.attention(q, _with_gradients(q, k)).name
     fused = kernel != "torch"
-    if fused and mask is None and kernel == "cudnn" and (groups == 1 or kernels.groups_heads()):
+    if mask is None and kernel == "cudnn" and (groups == 1 or kernels.groups_heads()):
         out, norm = _fused(kernel, q, k, v, None, scale, causal)
         return out, norm.reshape(batch, heads, queries)
     if causal and fused:
@@ -232,7 +232,7 @@ def attend_window(
             if seen[0].shape[2]:
                 part = merge(attend(q_sinks[:, :, low:high], *seen, scale), part)
         elif sinks:
-            causal = None if low else torch.arange(sinks, device=device) <= at
+            causal = None if low >= sinks else torch.arange(sinks, device=device) <= at
             part = merge(attend(q_sinks[:, :, low:high], *sinks_kv, causal, scale), part)
         out.append(part)
     outs, norms = zip(*out, strict=True)

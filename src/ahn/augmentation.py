@@ -58,26 +58,14 @@ class _Frame:
         self.no_graph: str | None = None  # why there is none; None: not looked yet
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
 
-    def hold_frequencies(self, decoder: Any, config: AHNConfig) -> None:
+    def hold_frequencies(self, decoder: Any) -> None:
         """Keep the rotary frequencies those of short texts, where the base changes them with the length ("dynamic",
         "longrope"): what is attended is never further away than sinks + window, and one text has one set of them.
-
-        Raises:
-            ConfigError: sinks + window is more than short texts are.
         """
         rotary: Any = getattr(decoder, "rotary_emb", None)
         kind = getattr(rotary, "rope_type", None)
         if kind not in CHANGING:
             return
-        base = decoder.config
-        settings = getattr(base, "rope_parameters", None) or {}
-        short = settings.get("original_max_position_embeddings") if kind == "longrope" else None
-        short = short or base.max_position_embeddings
-        if config.lossless > short:
-            raise ConfigError(
-                f"{_sum(config)}: this base's {kind!r} positions are those of short texts up to "
-                f"{short} tokens, expected at most {short}"
-            )
         self.held = rotary, kind, rotary.inv_freq
         rotary.rope_type = "default"
         rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device, copy=True)
@@ -114,7 +102,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     decoder = model.get_decoder()
     check_fits(config, model.config.get_text_config(), len(attentions))
     frame = _Frame(model)
-    frame.hold_frequencies(decoder, config)
+    frame.hold_frequencies(decoder)
     try:
         rotary = _rotary(decoder, attentions[0], config)
         layers = [_layer(attention, config, rotary) for attention in attentions]
@@ -229,6 +217,15 @@ def check_fits(config: AHNConfig, base: Any, layers: int) -> None:
         raise ConfigError(
             f"{_sum(config)} tokens, more than the {context} positions of the base: expected at most {context}"
         )
+    settings = getattr(base, "rope_parameters", None) or {}
+    if (kind := settings.get("rope_type")) in CHANGING:
+        short = settings.get("original_max_position_embeddings") if kind == "longrope" else None
+        short = short or context
+        if short is not None and config.lossless > short:
+            raise ConfigError(
+                f"{_sum(config)}: this base's {kind!r} positions are those of short texts up to {short} tokens, "
+                f"expected at most {short}"
+            )
     native = getattr(base, "sliding_window", None)
     if native is not None and config.lossless > native:
         raise UnsupportedModelError(
@@ -384,9 +381,10 @@ def _open(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if mask is not None and tuple(mask.shape) != due:
         raise ConfigError(f"attention_mask of shape {list(mask.shape)}: expected {list(due)}, past tokens included")
     span = cache.open_span(batch, length, mask, kwargs.get("input_ids")) if cache is not None else None
-    if mask is not None and kwargs.get("position_ids") is None:
-        real = mask.long()
-        kwargs["position_ids"] = _positions(span, real[:, -length:])
+    skips = mask is not None or (cache is not None and cache.skips_padding)
+    if skips and kwargs.get("position_ids") is None:
+        real = torch.ones(batch, length, device=tokens.device) if mask is None else mask[:, -length:]
+        kwargs["position_ids"] = _positions(span, real.long())
     return (), kwargs
 
 
@@ -401,7 +399,8 @@ def _own_cache(model: PreTrainedModel, cache: Any, use_cache: bool | None) -> AH
         if cache.config != model.ahn_config:
             raise ConfigError(f"the cache was made for {cache.config}, the model has {model.ahn_config}")
         return cache
-    if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+    if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not hasattr(cache, "ahn_replaced"):
+        cache.ahn_replaced = True  # it stays empty: another call with it would forget
         return AHNCache(model)  # generate's default
     if cache is not None:
         raise UnsupportedOperationError(f"{PAST} is a {type(cache).__name__}: expected an ahn.AHNCache")

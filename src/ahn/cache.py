@@ -125,8 +125,8 @@ class Span:
 
 
 class LayerMemory(CacheLayerMixin):
-    """What one layer remembers: sinks and window in `keys`, `values` [B, M, S + W, H] and `inputs` [B, S + W, G],
-    and the compressed rest in `state` [B, N, H, H]. `window` None keeps everything."""
+    """What one layer remembers: sinks and window in `keys`, `values` [B, M, S + W, H] and `inputs` [B, S + W, G * N],
+    and the compressed rest in `state` [B, N, K, H] (`ahn.cells.base`). `window` None keeps everything."""
 
     is_sliding = False
     is_croppable = False
@@ -302,6 +302,7 @@ class AHNCache(Cache):
         self._seen = [0]  # real tokens by row: one number while all rows are alike
         self._batch: int | None = None
         self._span: Span | None = None
+        self._coming: tuple[int, Tensor | None] = 0, None  # rows and ids of the span
         self.transcript = Transcript() if self.config.store else None
 
     def __repr__(self) -> str:
@@ -320,6 +321,11 @@ class AHNCache(Cache):
     def tokens_per_row(self) -> list[int]:
         """Tokens read so far by row, without padding."""
         return self._seen * (self._batch or 1) if len(self._seen) == 1 else list(self._seen)
+
+    @property
+    def skips_padding(self) -> bool:
+        """Whether some of the tokens read were padding, which positions do not count."""
+        return self._seen != [self.tokens_seen]
 
     def fork(self) -> AHNCache:
         """An independent copy: reading or decoding on one leaves the other as it is."""
@@ -384,24 +390,23 @@ class AHNCache(Cache):
             if self._batch != 1:
                 raise ConfigError(f"batch of {batch} on a cache of {self._batch} rows: expected {self._batch}")
             self.batch_repeat_interleave(batch)  # one memory, several continuations of it
-        self._batch = batch
         real = None if mask is None else mask[:, -length:].bool().cpu()
-        self._span = span = Span.of(self._seen, length, real)
-        if self.transcript is not None and ids is not None:
-            self.transcript.add(span.start.tolist(), span.counts, span.compact(ids, 1))
-        return span
+        self._span, self._coming = Span.of(self._seen, length, real), (batch, ids)
+        return self._span
 
     def _check_whole(self) -> None:
         if self._span is not None and self._span.written:
             raise AHNError("this cache was left half-written by a call that failed: go on from a fork or a saved file")
 
     def close_span(self) -> None:
-        span = self._span
+        span, (self._batch, ids) = self._span, self._coming
         assert span is not None
+        if self.transcript is not None and ids is not None:
+            self.transcript.add(span.start.tolist(), span.counts, span.compact(ids, 1))
         seen = span.after()
         self._seen = seen[:1] if len(set(seen)) == 1 else seen
         self.tokens_seen += span.length
-        self._span, self.last_logits = None, None
+        self._span, self._coming, self.last_logits = None, (0, None), None
         if self.transcript is not None and self.transcript.is_due:
             self.settle_transcript()
 

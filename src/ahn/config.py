@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,9 +118,6 @@ class AHNConfig:
         values = dataclasses.asdict(self)
         values["layers"] = None if self.layers is None else list(self.layers)
         return {"version": VERSION, **values}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AHNConfig:

@@ -169,11 +169,6 @@ class Cost:
         return self.cache.full * self.bytes_per_element
 
     @property
-    def memory_bytes(self) -> int:
-        """Cache of sinks, window and cell, as the paper counts it."""
-        return self.cache.memory * self.bytes_per_element
-
-    @property
     def held_bytes(self) -> int:
         """What `AHNCache.nbytes` is after reading: `ours` too, and a state that is float32 whatever the rest is."""
         return held_bytes(self.shape, self.config, self.length, self.bytes_per_element)

@@ -211,7 +211,7 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
         return None
     understood = ("input_ids", "position_ids", "attention_mask", PAST, "use_cache", "return_dict")
-    if any(value for name, value in kwargs.items() if name not in understood and value is not None):
+    if any(value is not None and value is not False for name, value in kwargs.items() if name not in understood):
         return None
     config = decoder.config
     wanted = ("output_hidden_states", "output_attentions")

@@ -294,7 +294,7 @@ class AHNLayer(nn.Module):
         return memory.exchange(memory.slots(span.start), k, v, inputs, old=pushes)
 
     def _leaving(self, span: Span, device: torch.device, first: int = 0) -> Leaving:
-        return span.once(("leaving", self.rotary[0] is None), lambda: self._make_leaving(span, device, first))
+        return span.once(("leaving", self.rotary[0] is None, device), lambda: self._make_leaving(span, device, first))
 
     def _make_leaving(self, span: Span, device: torch.device, first: int) -> Leaving:
         assert self.window is not None

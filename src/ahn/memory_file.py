@@ -85,9 +85,10 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises its own type and OSError; both mean the same to the user
         raise MemoryFileError(f"{path}: damaged memory file: {error}") from error
+    homes = {str(i): layer.self_attn.o_proj.weight.device for i, layer in enumerate(model.get_decoder().layers)}
     with ThreadPoolExecutor(1) as aside:
         digest = aside.submit(_digest, header, tensors)
-        moved = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        moved = {name: t.to(homes.get(name.partition(".")[0], model.device)) for name, t in tensors.items()}
     if digest.result() != header["sha256"]:
         raise MemoryFileError(f"{path}: damaged memory file: its checksum does not match")
     cache.restore(header, moved)

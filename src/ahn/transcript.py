@@ -57,6 +57,7 @@ class Transcript:
         for row, positions in enumerate(kept):
             at = rows[row][0]
             end = int(at[-1]) + 1 if len(at) else 0
+            positions = [stored[stored < end] for stored in positions]  # embeddings have no ids
             marks = torch.zeros(end + 2 * BESIDE + 1, dtype=torch.int64)  # BESIDE + 1 zeros before position 0
             for stored in positions:
                 marks[stored + BESIDE + 1] = 1

@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, D hidden size, N query heads, H head size, G gates of the cell.
 Heads come before tokens (BNTH), as the base model's attention has them.
 
-A cell owns a state of H x H numbers per query head and does three things:
+A cell owns a state of K x H numbers per query head (K = H, or more with wide maps) and does three things:
 
 1. `gates`: from the layer input of a token that is to be written, G numbers per head. **All gates zero must leave
    the state as it is**: the frame zeroes them where nothing is written (padding, sinks, the first window).

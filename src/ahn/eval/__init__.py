@@ -1,8 +1,15 @@
 """Measuring what is remembered.
 
-metrics.py   how good an answer is, in every benchmark's own terms
-tasks/       what is asked; one suite a file
-data/        prompts, lengths of answers and metrics of the benchmarks; words to hide
-articles.py  SQuAD in any of its forms
-squad.py     articles with questions, joined to contexts of one length
+tasks/         what is asked; one suite a file
+policies/      ways to remember; one a file
+runner.py      every task with every policy, what is not done yet; results.py: the files of it
+processes.py   the same by many processes
+prompts.py     a task's text as tokens
+metrics.py     how good an answer is, in every benchmark's own terms
+statistics.py  intervals, paired differences
+report.py      tables and a page of results; plots.py: its plots
+harness.py     the model `ahn` of lm-evaluation-harness
+data/          prompts, lengths of answers and metrics of the benchmarks; words to hide
+articles.py    SQuAD in any of its forms
+squad.py       articles with questions, joined to contexts of one length
 """

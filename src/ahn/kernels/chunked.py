@@ -24,9 +24,9 @@ def gated_delta_rule(
     """S <- a S; S <- S + beta k (v - S^T k)^T; o = scale * S^T q   (Gated DeltaNet, arXiv 2412.06464).
 
     Args:
-        q, k, v: [B, N, T, H] float32, q and k of unit length.
+        q, k: [B, N, T, K], v: [B, N, T, H], float32, q and k of unit length.
         beta: [B, N, T] in 0..1. log_decay: [B, N, T], log a <= 0, or None for a = 1.
-        state: [B, N, H, H] float32 (key, value).
+        state: [B, N, K, H] float32 (key, value).
 
     Returns:
         o [B, N, T, H] and the state after the last token.
@@ -60,7 +60,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: 
 
 
 def _faded_sums(log_decay: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States before each block [B, N, L, H, H] and after the last: S <- decay S + added, many blocks in one product."""
+    """States before each block [B, N, L, K, H] and after the last: S <- decay S + added, many blocks in one product."""
     before = []
     for decays, adds in zip(log_decay.split(BLOCKS, 2), added.split(BLOCKS, 2), strict=True):
         total = F.pad(decays.cumsum(-1), (1, 0))  # up to before block l, and to the end

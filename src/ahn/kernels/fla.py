@@ -1,11 +1,12 @@
 """The one place that imports flash-linear-attention, and only its public `fla.ops` names. CUDA only.
 
-Tensors are [B, T, N, H] in half precision, gates [B, T, N] float32, states [B, N, H, H] float32.
+Tensors are [B, T, N, H] in half precision, gates [B, T, N] float32, states [B, N, K, H] float32.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import torch
 from torch import Tensor
@@ -39,10 +40,10 @@ def backward_problem(operation: str) -> str | None:
     """Why fla's gradients of `operation` cannot be trusted here, or None."""
     import triton
 
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
     hopper = torch.cuda.get_device_capability()[0] == HOPPER
     if operation == "gated_delta_rule" and importlib.util.find_spec("tilelang"):
         return None  # fla then takes that kernel from it
-    if operation != "delta_rule" and hopper and version >= (3, 4) and triton.__version__ < "3.7.1":
+    if operation != "delta_rule" and hopper and (3, 4) <= version < (3, 7, 1):
         return f"gradients: flash-linear-attention's gated kernels are wrong on Hopper with triton {triton.__version__}"
     return None

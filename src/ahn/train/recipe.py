@@ -115,6 +115,9 @@ class Recipe:
             raise ConfigError("data=[]: expected at least one source")
         if not any(self.length / 8 <= size < self.length for size in self.lossless):
             raise ConfigError(f"lossless={list(self.lossless)}: none is in {self.length}/8 .. {self.length - 1}")
+        if self.store is not None:
+            window = min(size - sinks for size, sinks in windows.pairs(self.length, self.lossless, self.sinks))
+            _expect("store_span", self.store_span, self.store_span < window, f"less than the least window, {window}")
         self.memory()
 
     def memory(self) -> AHNConfig:

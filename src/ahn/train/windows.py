@@ -16,6 +16,11 @@ def allowed(length: int, lossless: tuple[int, ...] = LOSSLESS) -> list[int]:
     return fitting
 
 
+def pairs(length: int, lossless: tuple[int, ...] = LOSSLESS, sinks: tuple[int, ...] = SINKS) -> list[tuple[int, int]]:
+    """All lossless sizes and sinks that can be drawn: the sinks are at most half. Raises ValueError as `allowed`."""
+    return [(size, kept) for size in allowed(length, lossless) for kept in [n for n in sinks if n <= size / 2] or [0]]
+
+
 def draw(
     seed: int, step: int, length: int, lossless: tuple[int, ...] = LOSSLESS, sinks: tuple[int, ...] = SINKS
 ) -> tuple[int, int]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from torch import nn
 
 from ahn.augmentation import layers_of
 from ahn.eval.policies.ahn import Ahn
@@ -23,18 +21,4 @@ class AhnZeroed(Ahn):
         super().prepare()
         for layer in layers_of(self.model):
             if layer.cell is not None:
-                _silence(layer.cell)
-
-
-def _silence(cell: Any) -> None:
-    run, step = cell.run, cell.step
-
-    def silent_run(*args: Any) -> tuple[Tensor, Tensor]:
-        read, state = run(*args)
-        return read.new_zeros(read.shape), state
-
-    def silent_step(*args: Any) -> Tensor:
-        read = step(*args)
-        return read.new_zeros(read.shape)
-
-    cell.run, cell.step = silent_run, silent_step
+                nn.init.zeros_(layer.cell.o_proj.weight)  # however a read is computed, it goes through this
