@@ -38,7 +38,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
     group.add_argument(
-        "--chunk", type=at_least(1), metavar="N", help="tokens read at once (default: 512, on CUDA thousands)"
+        "--chunk", type=at_least(1), metavar="N", help="tokens read at once (default: 512; on CUDA more)"
     )
 
 
