@@ -17,8 +17,8 @@ def allowed(length: int, lossless: tuple[int, ...] = LOSSLESS) -> list[int]:
 
 
 def pairs(length: int, lossless: tuple[int, ...] = LOSSLESS, sinks: tuple[int, ...] = SINKS) -> list[tuple[int, int]]:
-    """All lossless sizes and sinks that can be drawn: the sinks are at most half. Raises ValueError as `allowed`."""
-    return [(size, kept) for size in allowed(length, lossless) for kept in [n for n in sinks if n <= size / 2] or [0]]
+    """All lossless sizes and sinks that can be drawn. Raises ValueError as `allowed`."""
+    return [(size, kept) for size in allowed(length, lossless) for kept in _at_most_half(size, sinks)]
 
 
 def draw(
@@ -31,5 +31,9 @@ def draw(
     """
     chance = random.Random(f"{seed}/{step}")
     size = chance.choice(allowed(length, lossless))
-    kept = chance.choice([count for count in sinks if count <= size / 2] or [0])
+    kept = chance.choice(_at_most_half(size, sinks))
     return size - kept, kept
+
+
+def _at_most_half(size: int, sinks: tuple[int, ...]) -> list[int]:
+    return [count for count in sinks if count <= size / 2] or [0]
