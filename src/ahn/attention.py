@@ -287,7 +287,8 @@ class Rotary:
         if self.halves and self._in_one_kernel(q):
             from ahn.kernels import rotate
 
-            return rotate.turn(q, *angles)
+            with kernels.on(q.device):
+                return rotate.turn(q, *angles)
         width = angles[0].shape[-1]
         turning, rest = q[..., :width], q[..., width:]
         turned = self.apply(turning.float(), turning[:, :0].float(), *angles)[0].to(q.dtype)
@@ -299,7 +300,8 @@ class Rotary:
             from ahn.kernels import rotate
 
             assert self.frequencies is not None
-            return rotate.turn_by(q, delta, self.frequencies)
+            with kernels.on(q.device):
+                return rotate.turn_by(q, delta, self.frequencies)
         return self.turn(q, self.angles(delta))
 
     def _in_one_kernel(self, q: Tensor) -> bool:

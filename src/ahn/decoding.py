@@ -160,7 +160,8 @@ class Graph:
         graph = torch.cuda.CUDAGraph()
         # one pool is enough for all: they are replayed one after the other
         pool = next((captured.pool() for captured, _ in self._captured.values()), None)
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        # torch's own stream for captures is on the device of the first one
+        with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
             hidden = self._run(self._shell(cache, self.layers), due)
         self._captured[due] = graph, hidden
 

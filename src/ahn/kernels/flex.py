@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ahn.attention import Softmax, merge
 
+SHAPES = 256  # compiled for at most so many: torch's own limit of 8 is soon met by several lengths and batches
+
 
 def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Softmax:
     """q [B, N, T, H], as the window and as the sinks meet it, k, v [B, M, T, H], one sequence from its start."""
@@ -36,7 +38,16 @@ def _apart(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, on_sinks: Any, on_w
 
 @cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=False)
+    """Compiled for every shape and mode of gradients, however many: without, FlexAttention keeps all scores."""
+    from torch._dynamo import config
+
+    compiled = torch.compile(function, dynamic=False)
+
+    def call(*inputs: Any) -> Any:
+        with config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=4 * SHAPES):
+            return compiled(*inputs)
+
+    return call
 
 
 class _Masks:

@@ -29,7 +29,8 @@ from ahn.retention import NOBODY
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
 BLOCK, WARPS, STAGES = 64, 4, 3  # of attention: slots at a time, their loads under way
 PARTS = 256  # combined at once, at most
-GATE_ROWS = 8  # of a store's gate by one program
+GATE_ROWS = 1  # of a store's gate by one program: each waits for its weights once
+PLACES = 8192  # of a store, looked at at once by the one program of a head
 COLUMNS = 16  # of state, projection and combined parts by one program, for there are few heads
 EPSILON = 1e-6  # on the squared length of queries and keys (`ahn.cells.base.unit`)
 NORM_EPSILON = 1e-5
@@ -180,13 +181,14 @@ def displace(
     places = memory.ranks.shape[2]
     turn = turn or Turn(None, False, 0, 0)
     half = 0 if turn.frequencies is None else len(turn.frequencies)
+    block = min(PLACES, triton.next_power_of_2(places))
     _displace[(batch, kv_heads)](
         memory.keys, memory.values, memory.inputs, memory.ranks, memory.scores, k, v, new,
         lost_k, lost_v, lost, ranks, start, turn.frequencies,
         memory.sinks, memory.window, memory.keys.shape[2], places, memory.scores.shape[2], span,
         HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates, GROUP=group,
         GATE_WIDTH=triton.next_power_of_2(gates * group), GATED=new is not None, BY_ROW=len(start) > 1,
-        BLOCK=min(1024, triton.next_power_of_2(places)), NOBODY=NOBODY, HIGHEST=-1 - NOBODY, HALF=half,
+        BLOCK=block, num_warps=max(4, block // 256), NOBODY=NOBODY, HIGHEST=-1 - NOBODY, HALF=half,
         ENTERS=turn.enters, BY_POSITION=turn.by_position, BY_SINKS=turn.by_sinks, **options(k.device.type),
     )  # fmt: skip
     return (lost_k, lost_v, *(() if lost is None else (lost,))), ranks
@@ -202,7 +204,7 @@ def put_score(gate: Gate, memory: Any, start: Tensor, x: Tensor) -> None:
     x, inner = x.contiguous(), x.new_empty(batch, width, dtype=torch.float32)
     _gate[(batch, triton.cdiv(width, GATE_ROWS))](
         x, gate.inner.weight, gate.inner.bias, inner, width, EPSILON=gate.epsilon, LENGTH=x.shape[-1], ROWS=GATE_ROWS,
-        BLOCK=min(512, triton.next_power_of_2(x.shape[-1])), **options(x.device.type),
+        BLOCK=min(2048, triton.next_power_of_2(x.shape[-1])), **options(x.device.type),
     )  # fmt: skip
     heads = memory.scores.shape[1]
     _put_score[(batch,)](
