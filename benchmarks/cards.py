@@ -91,12 +91,18 @@ def store(folder: Path, base: str) -> list[str]:
         f"({tokens:.1f} M), on {data(recipe)}. KL (nats) by step:",
         curve(log),
     ]
-    found = json.loads(
-        (RESULTS / f"recall-{base.rpartition('/')[2].lower().removesuffix('-instruct')}.json").read_text()
-    )
-    by = recalled(found)
+    of = base.rpartition("/")[2].lower().removesuffix("-instruct")
+    for path in (RESULTS / f"recall-{of}.json", RESULTS / f"recall-{of}-default.json"):
+        if path.is_file():
+            parts += found_by(json.loads(path.read_text()))
+    return parts
+
+
+def found_by(results: dict[str, Any]) -> list[str]:
+    by = recalled(results)
     columns = {"window": ("window", 0), "memory": ("ahn", 0), "store, spans of 1": ("ahn", 1), "spans of 4": ("ahn", 4)}
     columns["full"] = ("full", 0)
+    columns = {name: key for name, key in columns.items() if any((task, *key) in by for task, *_ in by)}
     shown = [task for task in dict.fromkeys(task for task, *_ in by) if any((task, "ahn", n) in by for n in (1, 4))]
     cells = [
         [
@@ -105,12 +111,11 @@ def store(folder: Path, base: str) -> list[str]:
         ]
         for task in shown
     ]
-    parts += [
-        f"Share found (examples), {found['note'].partition(';')[0]}, with the cells of {found['adapter']} "
+    return [
+        f"Share found (examples), {results['note'].partition(';')[0]}, with the cells of {results['adapter']} "
         "(`benchmarks/recall.py`):",
         table(["task", *columns], cells),
     ]
-    return parts
 
 
 def form(recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ from ahn.attention import attend
 from ahn.augmentation import layers_of, set_window
 from ahn.cache import PAST
 from ahn.cells.base import unit
+from ahn.kernels import flex
 from ahn.train import distill
 from ahn.train.trainer import compile_layers
 from conftest import FORMS, golden_base, golden_tensors, in_pieces, storing, tiny, token_ids, with_memory
@@ -103,6 +104,14 @@ def test_another_device_than_the_current_one(store):
         assert torch.cuda.current_device() == 0
         found.append(in_pieces(model, ids.to(device), [60, *[1] * 30]).cpu())
     assert relative(found[1], found[0]) < 1e-4
+
+
+def test_attention_of_a_sequence_is_compiled_for_every_length():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for blocks in range(1, 12):
+            q, k, v = torch.randn(3, 1, 2, 128 * blocks, 64, device="cuda").bfloat16()
+            flex.attend_sequence(q, q, k, v, sinks=4, window=40, scale=0.125)
 
 
 def test_kernel_choice_is_visible():
