@@ -380,7 +380,8 @@ def baseline(found: dict[str, Result], label: str) -> Result | None:
 
 def _place(result: Result) -> tuple[float, int, str]:
     policy, length = result.config["policy"], result.config["length"]
-    return length or math.inf, ORDER.index(policy) if policy in ORDER else len(ORDER), str(result.config["adapter"])
+    which = f"{result.config['adapter']} {result.config['settings'].get('store') or ''}"  # without a store first
+    return length or math.inf, ORDER.index(policy) if policy in ORDER else len(ORDER), which
 
 
 def _all_labels(by_task: dict[str, dict[str, Result]]) -> list[str]:
