@@ -248,4 +248,3 @@ def test_stores_are_named_and_stand_behind_the_memory_without(tmp_path):
     labels = ("ahn", "ahn (learned store of 1,468)", "ahn (learned store of 1,468 in spans of 4)")
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ahn")]
     assert rows == [*labels] * (len(rows) // 3)
-
