@@ -245,6 +245,8 @@ def test_stores_are_named_and_stand_behind_the_memory_without(tmp_path):
         for span in (1, 4):
             write(tmp_path, "ahn", length=length, store={"name": "learned", "size": 1468, "span": span})
     text = report.markdown(results.find([tmp_path]))
+    alone = report.markdown([r for r in results.find([tmp_path]) if "store" in r.config["settings"]][:1])
+    assert "| ahn (learned store of 1,468" in alone
     labels = ("ahn", "ahn (learned store of 1,468)", "ahn (learned store of 1,468 in spans of 4)")
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ahn")]
     assert rows == [*labels] * (len(rows) // 3)

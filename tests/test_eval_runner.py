@@ -408,3 +408,9 @@ def test_two_processes_say_what_one_does(folder, tmp_path):
         assert done.stdout.count("### standin, 120 tokens: scores") == 1, "one process speaks for all"
     assert numbers(one) == numbers(two)
     assert {path.name for path in two.rglob("predictions*")} == {"predictions.jsonl"}
+
+
+def test_the_harness_without_its_library():
+    code = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('ahn.eval.harness', run_name='__main__')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 2 and "pip install 'ahn[harness]'" in found.stderr and "Traceback" not in found.stderr

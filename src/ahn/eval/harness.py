@@ -15,15 +15,22 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ahn.bases import base_config
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.eval import policies
 from ahn.eval.policies.base import exact_sizes
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    print("ahn.eval.harness: error: lm_eval is not installed: pip install 'ahn[harness]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 MAX_NEW_TOKENS = 256  # lm_eval's own default
 

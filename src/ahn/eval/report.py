@@ -195,7 +195,7 @@ def _scores(at: str, by_task: dict[str, dict[str, Result]]) -> Table:
     }
     for task, found in by_task.items():
         count = max(len(result.rows) for result in found.values())
-        columns[f"{_short(task)} (n={count})"] = _column(found, loss)
+        columns[f"{_short(task)} (n={count})"] = _column(found, loss, count)
     if len(by_task) > 1:
         columns["average"] = lambda label: _shown(_mean(by_task, label), loss)
     return _laid_out(f"{at}: {'losses' if loss else 'scores'}", note, labels, columns, len(by_task) > WIDE)
@@ -264,8 +264,14 @@ def _laid_out(
     )
 
 
-def _column(found: dict[str, Result], loss: bool) -> Callable[[str], str]:
-    return lambda label: _shown(statistics.interval(statistics.scores(found[label])), loss) if label in found else "-"
+def _column(found: dict[str, Result], loss: bool, count: int) -> Callable[[str], str]:
+    def cell(label: str) -> str:
+        if label not in found:
+            return "-"
+        value = statistics.interval(statistics.scores(found[label]))
+        return _shown(value, loss) + ("" if value.count == count else f" n={value.count}")
+
+    return cell
 
 
 def _mean(by_task: dict[str, dict[str, Result]], label: str) -> Interval | None:
@@ -340,31 +346,27 @@ def _made_with(group: Group) -> str:
 
 
 def _labels(results: Sequence[Result]) -> dict[int, str]:
-    """Names of policies, by the identity of the result: with what differs where one policy is there with several
-    settings, which for a memory is its adapter. Window and sinks are the group's."""
+    """Names of policies, by the identity of the result: with its store, and with what differs where one policy is there
+    with several settings, which for a memory is its adapter. Window and sinks are the group's."""
     names: dict[int, str] = {}
     for result in results:
         config = result.config
         variants = [r.config for r in results if r.config["policy"] == config["policy"]]
-        keys = config["settings"].keys() - {"window", "sinks"}
+        keys = config["settings"].keys() - {"window", "sinks", "store"}
         keys = [
             key
             for key in config["settings"]
             if key in keys and len({str(v["settings"].get(key)) for v in variants}) > 1
         ]
-        parts = [_setting(key, config["settings"][key]) for key in keys]
+        parts = [f"{key} {config['settings'][key]}" for key in keys]
         if "adapter_digest" in keys:
             alike = {v["settings"]["adapter_digest"] for v in variants if v["adapter"] == config["adapter"]}
             parts = [config["adapter"], *([config["settings"]["adapter_digest"][:6]] if len(alike) > 1 else [])]
+        if store := config["settings"].get("store"):
+            span = f" in spans of {store['span']}" if store["span"] > 1 else ""
+            parts.append(f"{store['name']} store of {store['size']:,}{span}")
         names[id(result)] = f"{config['policy']} ({', '.join(parts)})" if parts else config["policy"]
     return names
-
-
-def _setting(key: str, value: Any) -> str:
-    if key == "store" and value is not None:
-        span = f" in spans of {value['span']}" if value["span"] > 1 else ""
-        return f"{value['name']} store of {value['size']:,}{span}"
-    return f"{key} {value}"
 
 
 def baseline(found: dict[str, Result], label: str) -> Result | None:

@@ -23,8 +23,8 @@ class StoreAlone(Policy):
             raise ConfigError("policy store: expected the name and size of a store (--store, --store-size)")
         if stores.get(kept.store.name).trained:
             raise ConfigError(
-                f"policy store: store={kept.store.name!r} needs the gates of an adapter, and here is none: expected a "
-                "store without weights, or policy ahn"
+                f"policy store: store={kept.store.name!r} needs the gates of an adapter, which this policy leaves out: "
+                "expected --store with one that is not trained, or policy ahn"
             )
         kept.store.fill(exact_part(kept.window, kept.sinks, kept.adapter))
 

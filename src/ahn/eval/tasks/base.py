@@ -216,7 +216,11 @@ def found(data: Path, names: Sequence[str], task: str) -> Path:
         if path.is_file():
             return path
     expected = ", ".join(f"{name}.jsonl" for name in names)
-    raise EvalError(f"{data}: no data of {task} in this folder; expected {expected}, or one of these with .xz")
+    there = sorted(path.name for path in data.iterdir() if path.is_file())
+    shown = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "") or "no file"
+    raise EvalError(
+        f"{data}: no data of {task} in this folder; expected {expected}, or one of these with .xz; there is {shown}"
+    )
 
 
 def open_text(path: Path) -> str:
