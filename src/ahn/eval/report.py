@@ -10,7 +10,6 @@ import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ahn.eval import statistics
 from ahn.eval.results import Result
