@@ -221,13 +221,16 @@ def test_a_finished_run_takes_no_step_more(run, tmp_path, capsys):
         assert torch.equal(weights(tmp_path / "r")[name], tensor), name
 
 
-@pytest.mark.parametrize("damage", ["cut", "removed", "unfinished", "no list"])
+@pytest.mark.parametrize("damage", ["cut", "zeros", "removed", "unfinished", "no list"])
 def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog, damage):
     assert main(["train", run("r")]) == 0
     expected, curve = weights(tmp_path / "r"), losses(tmp_path / "r")
     newest = tmp_path / "r" / "checkpoint-6"
     if damage == "cut":
         os.truncate(newest / "optimizer.pt", 1000)
+    elif damage == "zeros":
+        weights_file = newest / "adapter.safetensors"
+        weights_file.write_bytes(bytes(weights_file.stat().st_size))
     elif damage == "removed":
         (newest / "trainer_state.json").unlink()
     elif damage == "unfinished":
@@ -393,6 +396,17 @@ def test_an_output_folder_belongs_to_one_run(run, capsys, caplog):
     assert "--resume" in capsys.readouterr().err
     assert main(["train", run("r"), "--resume", "steps=4", "lr=1e-3"]) == 0
     assert "lr: 0.01 before, 0.001 now" in caplog.text and "steps: 2 before, 4 now" in caplog.text
+
+
+def test_a_resumed_run_has_the_rate_it_is_given(run, tmp_path):
+    assert main(["train", run("r"), "steps=2"]) == 0
+    assert main(["train", run("r"), "--resume", "steps=6", "lr=1e-3"]) == 0
+    assert main(["train", run("anew"), "steps=6", "lr=1e-3"]) == 0
+    resumed, anew = (
+        {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry and entry["step"] > 2}
+        for log in (json.loads((tmp_path / name / "log.json").read_text()) for name in ("r", "anew"))
+    )
+    assert resumed == anew and anew
 
 
 # data

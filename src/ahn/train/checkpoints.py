@@ -1,8 +1,9 @@
 """Which checkpoint of a run to go on from. A checkpoint is whole when a list of its files, written last, says so: a
-process that was killed, or a disk that lost power, leaves one without it, or with files shorter than it says."""
+process that was killed, or a disk that lost power, leaves one without it, or with other bytes than it says."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def seal(folder: Path) -> None:
-    """Bring a checkpoint's files to the disk, and list them with their sizes. Raises OSError, MemoryFileError."""
-    sizes = {}
+    """Bring a checkpoint's files to the disk, and list them with their SHA-256. Raises OSError, MemoryFileError."""
+    digests = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-        sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+            digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
     with atomic(folder / SEAL) as temporary:
-        temporary.write_text(json.dumps(sizes, indent=1) + "\n")
+        temporary.write_text(json.dumps(digests, indent=1) + "\n")
 
 
 def unseal(folder: Path) -> None:
@@ -54,10 +55,11 @@ def _step(folder: Path) -> str:
 
 def _defect(folder: Path) -> str | None:
     try:
-        sizes = json.loads((folder / SEAL).read_text())
-        for name, size in sizes.items():
-            if (is_now := (folder / name).stat().st_size) != size:
-                return f"{name} has {is_now} bytes, not {size}"
+        digests = json.loads((folder / SEAL).read_text())
+        for name, digest in digests.items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"it was never finished: no {Path(error.filename).name}"
     except (OSError, ValueError, AttributeError) as error:

@@ -125,6 +125,19 @@ class MemoryTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `train` has loaded the adapter, before the weights were sharded."""
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The recipe's rate and weight decay count, not the ones the checkpoint was written with."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        ours = [{key: group[key] for key in ("initial_lr", "weight_decay") if key in group} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not ours:
+            return
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule.base_lrs = [group["initial_lr"] for group in ours]
+        for group, own, shape in zip(self.optimizer.param_groups, ours, schedule.lr_lambdas, strict=True):
+            group.update(own, lr=own["initial_lr"] * shape(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def last_good(self) -> str:
         """What a run that ends here can go on from, for messages."""
         folder = checkpoints.latest(Path(self.args.output_dir))
