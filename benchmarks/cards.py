@@ -100,9 +100,9 @@ def store(folder: Path, base: str) -> list[str]:
 
 def found_by(results: dict[str, Any]) -> list[str]:
     by = recalled(results)
-    columns = {"window": ("window", 0), "memory": ("ahn", 0), "store, spans of 1": ("ahn", 1), "spans of 4": ("ahn", 4)}
-    columns["full"] = ("full", 0)
-    columns = {name: key for name, key in columns.items() if any((task, *key) in by for task, *_ in by)}
+    every = {"window": ("window", 0), "memory": ("ahn", 0), "store, spans of 1": ("ahn", 1), "spans of 4": ("ahn", 4)}
+    every["full"] = ("full", 0)
+    columns = {name: key for name, key in every.items() if any((task, *key) in by for task, *_ in by)}
     shown = [task for task in dict.fromkeys(task for task, *_ in by) if any((task, "ahn", n) in by for n in (1, 4))]
     cells = [
         [

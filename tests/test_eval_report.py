@@ -249,4 +249,11 @@ def test_stores_are_named_and_stand_behind_the_memory_without(tmp_path):
     assert "| ahn (learned store of 1,468" in alone
     labels = ("ahn", "ahn (learned store of 1,468)", "ahn (learned store of 1,468 in spans of 4)")
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ahn")]
-    assert rows == [*labels] * (len(rows) // 3)
+    assert rows and rows == [*labels] * (len(rows) // 3)
+
+
+def test_a_cell_of_fewer_examples_says_so(tmp_path):
+    write(tmp_path, "window", count=3)
+    write(tmp_path, "ahn", count=2)
+    text = report.markdown(results.find([tmp_path]))
+    assert "one (n=3)" in text and "50.0 [50.0, 50.0] n=2 |" in text

@@ -428,6 +428,14 @@ def test_a_folder_without_the_data_is_named_with_what_was_expected(tmp_path, nam
         examples(name, tmp_path, 6000)
 
 
+def test_what_a_folder_has_instead_is_named(tmp_path):
+    with pytest.raises(EvalError, match="there is no file"):
+        examples("longbench/qmsum", tmp_path, 6000)
+    (tmp_path / "longbench-samsum.jsonl").write_text("")
+    with pytest.raises(EvalError, match=r"there is longbench-samsum\.jsonl"):
+        examples("longbench/qmsum", tmp_path, 6000)
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [

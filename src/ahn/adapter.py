@@ -20,7 +20,7 @@ from torch import Tensor
 from ahn import bases, cells, stores, zoo
 from ahn.augmentation import augment, layers_of
 from ahn.config import AHNConfig
-from ahn.errors import AdapterError, AHNError, ConfigError
+from ahn.errors import AdapterError, AHNError, ConfigError, some
 from ahn.memory_file import atomic
 
 if TYPE_CHECKING:
@@ -274,9 +274,9 @@ def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> 
             f"store={adapter.config.store!r})"
         )
     if missing:
-        raise AdapterError(f"{source}: {len(missing)} tensors missing: {_some(missing)}")
+        raise AdapterError(f"{source}: {len(missing)} tensors missing: {some(missing)}")
     if extra:
-        raise AdapterError(f"{source}: {len(extra)} tensors too many: {_some(extra)}")
+        raise AdapterError(f"{source}: {len(extra)} tensors too many: {some(extra)}")
     parameters = {name: parameter for name, parameter in parameters.items() if name in tensors}
     for name, parameter in parameters.items():
         tensor = tensors[name]
@@ -425,10 +425,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object")
     return values
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _first_line(error: Exception) -> str:

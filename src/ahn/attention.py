@@ -287,8 +287,7 @@ class Rotary:
         if self.halves and self._in_one_kernel(q):
             from ahn.kernels import rotate
 
-            with kernels.on(q.device):
-                return rotate.turn(q, *angles)
+            return rotate.turn(q, *angles)
         width = angles[0].shape[-1]
         turning, rest = q[..., :width], q[..., width:]
         turned = self.apply(turning.float(), turning[:, :0].float(), *angles)[0].to(q.dtype)
@@ -300,8 +299,7 @@ class Rotary:
             from ahn.kernels import rotate
 
             assert self.frequencies is not None
-            with kernels.on(q.device):
-                return rotate.turn_by(q, delta, self.frequencies)
+            return rotate.turn_by(q, delta, self.frequencies)
         return self.turn(q, self.angles(delta))
 
     def _in_one_kernel(self, q: Tensor) -> bool:
@@ -330,8 +328,9 @@ class Rotary:
             return True
         q = torch.randn(1, 1, 1, attention.head_dim, device=device, generator=torch.Generator(device).manual_seed(0))
         try:
-            there = self.turn(q, self.angles(torch.tensor([[23]], device=device)))
-            back = self.turn(there, self.angles(torch.tensor([[-23]], device=device)))
+            with kernels.on(device):
+                there = self.turn(q, self.angles(torch.tensor([[23]], device=device)))
+                back = self.turn(there, self.angles(torch.tensor([[-23]], device=device)))
         except (TypeError, ValueError, RuntimeError):
             return False
         return torch.allclose(back, q, atol=1e-4)

@@ -1,5 +1,7 @@
 """Everything `ahn` raises on purpose. Each message names the value that was wrong and what is allowed."""
 
+from collections.abc import Sequence
+
 
 class AHNError(Exception):
     """Base of all errors of this package."""
@@ -39,3 +41,8 @@ class DocumentError(AHNError, ValueError):
 
 class EvalError(AHNError, ValueError):
     """A measurement that cannot be made: an unknown task or metric, missing data, a library that is not installed."""
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -30,7 +30,6 @@ from ahn.cache import PAST
 from ahn.cells.base import Linear
 
 MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
-SHAPES = 64  # that one function is compiled for, such as numbers of rows; torch's own limit is 8
 
 _changing = threading.RLock()
 
@@ -46,7 +45,7 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
     forms: dict[type, Any] = {}
     changed = [module for module in decoder.modules() if _is_norm(module)]
     changed += [layer.mlp for layer in decoder.layers if hasattr(layer, "mlp")]
-    with _changing, config.patch(recompile_limit=SHAPES), ExitStack() as undo:
+    with _changing, config.patch(recompile_limit=kernels.SHAPES), ExitStack() as undo:
         for module in changed:
             kind = type(module)
             if "forward" in vars(module):

@@ -351,11 +351,10 @@ def _labels(results: Sequence[Result]) -> dict[int, str]:
     for result in results:
         config = result.config
         variants = [r.config for r in results if r.config["policy"] == config["policy"]]
-        keys = config["settings"].keys() - {"window", "sinks", "store"}
         keys = [
             key
             for key in config["settings"]
-            if key in keys and len({str(v["settings"].get(key)) for v in variants}) > 1
+            if key not in ("window", "sinks", "store") and len({str(v["settings"].get(key)) for v in variants}) > 1
         ]
         parts = [f"{key} {config['settings'][key]}" for key in keys]
         if "adapter_digest" in keys:

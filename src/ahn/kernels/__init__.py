@@ -33,6 +33,7 @@ KERNELS = {
 FLEX_BLOCK = 128
 FEW_ROWS = 4
 NARROW = 2048  # a window up to this is read in longer pieces than itself, where `band` is one kernel
+SHAPES = 64  # that one function is compiled for, such as lengths or numbers of rows; torch's own limit is 8
 LONG = 65536  # tokens of a text from which on compiling is worth its seconds
 
 

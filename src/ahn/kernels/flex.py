@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ahn.attention import Softmax, merge
-
-SHAPES = 256  # compiled for at most so many: torch's own limit of 8 is soon met by several lengths and batches
+from ahn.kernels import SHAPES
 
 
 def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Softmax:
@@ -38,13 +37,13 @@ def _apart(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, on_sinks: Any, on_w
 
 @cache
 def _compiled(function: Any) -> Any:
-    """Compiled for every shape and mode of gradients, however many: without, FlexAttention keeps all scores."""
+    """Compiled for up to `SHAPES` shapes and modes of gradients: without, FlexAttention keeps all scores."""
     from torch._dynamo import config
 
     compiled = torch.compile(function, dynamic=False)
 
     def call(*inputs: Any) -> Any:
-        with config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=4 * SHAPES):
+        with config.patch(recompile_limit=SHAPES):
             return compiled(*inputs)
 
     return call

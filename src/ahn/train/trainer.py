@@ -127,12 +127,11 @@ class MemoryTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The recipe's rate and weight decay count, not the ones the checkpoint was written with."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        ours = [{key: group[key] for key in ("initial_lr", "weight_decay") if key in group} for group in groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not ours:
+        if checkpoint is None:
             return
-        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        ours = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule: Any = self.lr_scheduler
         schedule.base_lrs = [group["initial_lr"] for group in ours]
         for group, own, shape in zip(self.optimizer.param_groups, ours, schedule.lr_lambdas, strict=True):
             group.update(own, lr=own["initial_lr"] * shape(schedule.last_epoch))

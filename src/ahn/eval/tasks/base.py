@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ahn.errors import EvalError
+from ahn.errors import EvalError, some
 from ahn.eval import metrics
 from ahn.registry import did_you_mean
 
@@ -217,9 +217,9 @@ def found(data: Path, names: Sequence[str], task: str) -> Path:
             return path
     expected = ", ".join(f"{name}.jsonl" for name in names)
     there = sorted(path.name for path in data.iterdir() if path.is_file())
-    shown = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "") or "no file"
     raise EvalError(
-        f"{data}: no data of {task} in this folder; expected {expected}, or one of these with .xz; there is {shown}"
+        f"{data}: no data of {task} in this folder; expected {expected}, or one of these with .xz; there is "
+        f"{some(there, 12) or 'no file'}"
     )
 
 
