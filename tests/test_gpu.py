@@ -490,19 +490,19 @@ def test_the_state_does_not_drift(cell):
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(96, 64), (1000, 64), (640, 128)])
-def test_soft_places(tokens, size):
-    """Compiled, in bfloat16, against float32 as it is written, with the gradients by the gate's scores."""
+def test_soft_places(tokens, size, monkeypatch):
+    """The kernel in bfloat16 against plain torch in float32, with the gradients by the gate's scores."""
     from ahn.train import soft_store
     from test_store import soft_inputs
 
     q, k, v, scores, least = soft_inputs("cuda", torch.bfloat16, size, tokens)
     outs, gradients = [], []
-    for plain in (False, True):
-        leaves = [t.to(torch.float32 if plain else t.dtype).requires_grad_() for t in (q.clone(), k.clone(), v.clone())]
+    for dtype, kernel in ((torch.bfloat16, "triton"), (torch.float32, "torch")):
+        monkeypatch.setenv("AHN_KERNEL", kernel)
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
         gate = scores.clone().requires_grad_()
-        with torch.compiler.set_stance("force_eager" if plain else "default"):
-            out = soft_store.attend(*leaves, gate, least, 0.4, 4, 16, size**-0.5)
-            (out.float() * torch.arange(1, size + 1, device="cuda")).sum().backward()
+        out = soft_store.attend(*leaves, gate, least, 0.4, 4, 16, size**-0.5)
+        (out.float() * torch.arange(1, size + 1, device="cuda")).sum().backward()
         outs.append(out)
         gradients.append([t.grad for t in (*leaves, gate)])
     assert relative(*outs) < 1e-2

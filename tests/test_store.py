@@ -669,6 +669,17 @@ def test_the_weights_of_soft_places_add_up_to_them():
                 torch.testing.assert_close(total, torch.full_like(total, 10), atol=0.05, rtol=0)
 
 
+def test_spans_have_the_best_of_their_scores():
+    from ahn.train import soft_store
+
+    scores = torch.tensor([[[9.0, 1.0, 5.0, 2.0, 3.0, 4.0, 0.0, -1.0]]], requires_grad=True)
+    found = soft_store.pooled(scores, 1, 3)
+    assert found.tolist() == [[[9.0, 5.0, 5.0, 5.0, 4.0, 4.0, 4.0, -1.0]]]
+    found[..., 1:4].sum().backward()
+    assert scores.grad.tolist() == [[[0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0]]]
+    assert soft_store.pooled(scores, 1, 1) is scores
+
+
 def test_gates_learn_from_the_loss_itself():
     """Less is lost with the places given as learned than with the gates as they began, nearly yes or no."""
     from ahn.train import soft_store

@@ -27,7 +27,7 @@ KERNELS = {
     "graph": "a CUDA graph of the whole step: one token",
     "inductor": "torch.compile, for the elementwise work between products: in that graph, and reading",
     "gemv": "this package's own, for the linear layers of the base in that graph",
-    "triton": "this package's own: attention and cell of one token, and a store while reading",
+    "triton": "this package's own: attention and cell of one token, a store while reading and in training",
     "pdl": "programmatic launch: each of the own kernels starts while the one before it ends",
 }
 FLEX_BLOCK = 128
@@ -129,6 +129,17 @@ def band(like: Tensor, gradients: bool = False) -> Kernel:
     return _allowed("triton", f"{like.device.type}: one kernel, which reads no key that is not seen")
 
 
+def soft_places(like: Tensor) -> Kernel:
+    """Training the gates of a store: attention in which what is behind the window has a weight; `like`: the queries."""
+    import torch
+
+    if reason := _no_triton(like.device.type):
+        return Kernel("torch", reason)
+    if like.dtype == torch.float64 or like.shape[-1] > 128:
+        return Kernel("torch", f"{like.dtype}, heads of {like.shape[-1]}: the kernel is for up to 128, no float64")
+    return _allowed("triton", f"{like.device.type}: forward and backward, no score is kept")
+
+
 def one_token(device: str) -> Kernel:
     """Attention and cell of one new token a row."""
     if reason := _no_triton(device):
@@ -196,6 +207,7 @@ def report() -> list[tuple[str, str, str]]:
         ("reading: narrow window, store", *band(like)),
         ("reading: who loses", *contest(device)),
         ("training: sinks and window", *whole_sequence(device, 64, 4096)),
+        ("training: gates of a store", *soft_places(like)),
     ]
     rows += [(f"{name}, many tokens", *choose(cells.get(name).fla_operation, like)) for name in cells.names()]
     return [

@@ -5,7 +5,8 @@ Letters: B rows, T tokens, D hidden size, N query heads, M key/value heads, H he
 Who is kept is a yes or no without a gradient. So the student keeps everything, but what is behind the window counts
 less the further its score is from a place: its weight in the softmax is sigmoid((score - least) / warmth), where
 `least` is such that the weights of all tokens that are behind the window by then add up to P. That is the budget: a
-token can only gain what others lose. `warmth` falls while it trains, until weights are nearly yes or no.
+token can only gain what others lose. `warmth` falls while it trains, until weights are nearly yes or no. Spans are
+judged by the best of their scores, as in the store.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid, pad
 from torch.utils.checkpoint import checkpoint
 
+from ahn import kernels
 from ahn.augmentation import full_attention
 from ahn.train import distill
 from ahn.train.data import Rows
@@ -23,7 +26,7 @@ from ahn.train.retention import BLOCKS, Progress, scores_of, train_gates
 
 WARMTH = (1.0, 0.1)  # at first and at last
 ALWAYS = -1e4  # `least` while there are free places
-HALVINGS = 30  # of the interval that `least` is sought in
+HALVINGS = 30  # of the interval that `least` is sought in, in plain torch
 
 
 def tune(
@@ -52,7 +55,8 @@ def tune(
 
         def softly(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float) -> Tensor:
             layer = attention.ahn
-            scores, near = scores_of(layer, x), (layer.sinks, layer.reach)
+            near = layer.sinks, layer.reach
+            scores = pooled(scores_of(layer, x), layer.sinks, layer.span)
             least = least_kept(scores.detach(), layer.size, *near, now)
             return attend(q, k, v, centred(scores, least, *near, now), least, now, *near, scale)
 
@@ -67,12 +71,26 @@ def tune(
     return train_gates(model, rows, steps, batch, lr, seed, step, progress)
 
 
+def pooled(scores: Tensor, sinks: int, span: int) -> Tensor:
+    """[B, M, T]: in each span of so many tokens, counted from the sinks, the best score of them."""
+    if span == 1:
+        return scores
+    first, rest = scores[..., :sinks], scores[..., sinks:]
+    parts = pad(rest, (0, -rest.shape[-1] % span), value=-torch.inf).unflatten(-1, (-1, span))
+    best = parts.amax(-1, keepdim=True).expand_as(parts).flatten(-2)
+    return torch.cat([first, best[..., : rest.shape[-1]]], -1)
+
+
 def least_kept(scores: Tensor, places: int, sinks: int, window: int, warmth: float) -> Tensor:
     """[B, M, Q]: `least` when the first query of each block comes.
 
     Args:
         scores: [B, M, T].
     """
+    if kernels.contest(scores.device.type).name == "triton":
+        from ahn.kernels import soft
+
+        return soft.least(scores, BLOCKS, places, sinks, window, warmth, ALWAYS)
     behind = _behind(scores, sinks, window)
     low, high = (
         bound[..., None].expand(*scores.shape[:2], BLOCKS)
@@ -115,28 +133,27 @@ def attend(
     Args:
         q: [B, N, T, H]. k, v: [B, M, T, H]. scores: [B, M, T] float32. least: [B, M, Q].
 
-    Scores exist for one block of queries at a time, and are computed again in the backward.
+    Scores of queries and keys exist for one block of queries at a time, or less, and are computed again in the
+    backward.
     """
+    kept = logsigmoid((scores[..., None, :] - least[..., None]) / warmth)
+    if kernels.soft_places(q).name == "triton":
+        from ahn.kernels import soft
+
+        return soft.attend(q, k, v, kept, sinks, window, scale).transpose(1, 2)
     tokens = q.shape[2]
     size, out = -(-tokens // least.shape[-1]), []
-    numbers = (torch.tensor(number, device=q.device) for number in (warmth, sinks, window))  # not compiled for each
-    warm, first, reach = numbers
     for block, low in enumerate(range(0, tokens, size)):
         high = min(low + size, tokens)
-        part = q[:, :, low:high], k[:, :, :high], v[:, :, :high], scores[..., :high], least[..., block, None]
-        out.append(checkpoint(_attend, *part, warm, first, reach, scale, use_reentrant=False))
+        part = q[:, :, low:high], k[:, :, :high], v[:, :, :high], kept[..., block, :high]
+        out.append(checkpoint(_attend, *part, sinks, window, scale, use_reentrant=False))
     return torch.cat(out, 2).transpose(1, 2)
 
 
-@torch.compile(dynamic=True, disable=not torch.cuda.is_available())
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, least: Tensor, warmth: Tensor, sinks: Tensor, window: Tensor,
-    scale: float,
-) -> Tensor:  # fmt: skip
+def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, sinks: int, window: int, scale: float) -> Tensor:
     """The last queries of k's tokens, [B, N, C, H]."""
     j = torch.arange(k.shape[2], device=q.device)
     i = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
-    kept = torch.nn.functional.logsigmoid((scores - least) / warmth)
     logits = (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2)).float() * scale
     logits = logits + torch.where((i - j >= window) & (j >= sinks), kept[:, :, None, None], 0)
     weights = logits.masked_fill(j > i, -torch.inf).softmax(-1).to(v.dtype)

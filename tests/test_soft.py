@@ -1,0 +1,55 @@
+"""The Triton kernels that train a store's gates against plain torch: on CUDA, or interpreted on a CPU
+(TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu]
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from ahn.train import soft_store  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "sinks", "window", "heads", "kv_heads"),
+    [(96, 8, 4, 16, 4, 2), (100, 16, 0, 7, 3, 1), (70, 24, 5, 40, 4, 2), (33, 16, 2, 10, 2, 2)],
+)
+def test_attention_and_gradients(monkeypatch, tokens, size, sinks, window, heads, kv_heads):
+    torch.manual_seed(0)
+    q = torch.randn(2, tokens, heads, size, device=DEVICE).transpose(1, 2)
+    k, v = torch.randn(2, 2, kv_heads, tokens, size, device=DEVICE).unbind()
+    scores, wanted = torch.randn(2, kv_heads, tokens, device=DEVICE), torch.randn(2, tokens, heads, size, device=DEVICE)
+    found = []
+    for kernel in ("triton", "torch"):
+        monkeypatch.setenv("AHN_KERNEL", kernel)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, scores)]
+        least = soft_store.least_kept(scores, 10, sinks, window, 1.0)
+        out = soft_store.attend(*leaves, least, 0.4, sinks, window, 0.3)
+        (out * wanted).sum().backward()
+        found.append([out, *(t.grad for t in leaves)])
+    for fast, plain in zip(*found, strict=True):
+        assert relative(fast, plain) < 1e-4
+
+
+@pytest.mark.parametrize("warmth", [0.05, 1.0])
+@pytest.mark.parametrize(("tokens", "sinks", "window"), [(96, 4, 16), (100, 0, 7), (33, 2, 50)])
+def test_the_weights_add_up_to_the_places(monkeypatch, tokens, sinks, window, warmth):
+    monkeypatch.setenv("AHN_KERNEL", "triton")
+    torch.manual_seed(0)
+    scores = torch.randn(2, 2, tokens, device=DEVICE)
+    least = soft_store.least_kept(scores, 10, sinks, window, warmth)
+    behind = soft_store._behind(scores, sinks, window)
+    few = (behind.sum(-1) <= 10).expand_as(least)
+    assert (least[few] == soft_store.ALWAYS).all()
+    total = soft_store._weights(scores, least, warmth, behind).sum(-1)[~few]
+    torch.testing.assert_close(total, torch.full_like(total, 10), atol=0.01, rtol=0)
