@@ -6,7 +6,8 @@
 
 DATA holds `benchmarks`, `qa` and `books`. Every step of `STEPS` is done with every model that has a third of the
 positions for it, with 1/8 of the tokens lossless; first with a third of the examples and the policies that matter most,
-then with all policies, then with all examples. Results are files, written batch by batch: what is there is not done
+then with all policies, then with all examples; `--steps` takes some of them, for several GPUs with a folder of results
+each (`ahn report` takes several). Results are files, written batch by batch: what is there is not done
 again, and a step that fails is named and left out. `--prepare` makes the prompts beforehand, so that no GPU waits for a
 tokenizer, and says what a run costs. `--divide 4` is the same in small, for a rehearsal on a CPU.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import keep, kept, run_in_memory, stored
+from common import SHARE, keep, kept, run_in_memory, stored
 
 if TYPE_CHECKING:
     from ahn.eval.runner import Options, Work
@@ -115,14 +116,18 @@ class Plan:
         return made
 
 
-def plans(models: Sequence[str], folder: Path | None, divide: int, device: str | None) -> list[Plan]:
-    """All steps with all models that can have them, in order."""
+def plans(
+    models: Sequence[str], folder: Path | None, divide: int, device: str | None, names: Sequence[str] | None = None
+) -> list[Plan]:
+    """All steps, or those of these names, with all models that can have them, in order."""
     from ahn.bases import base_config
     from ahn.eval.policies.base import exact_sizes
     from ahn.eval.runner import Options
 
     found = []
     for step in STEPS:
+        if names and step.name not in names:
+            continue
         length = step.length and step.length // divide
         step = replace(step, length=length, about=step.about // divide, examples=max(STRIDE, step.examples // divide))
         for model in models:
@@ -200,9 +205,11 @@ def main() -> None:
     parser.add_argument("--divide", type=int, default=1, help="lengths and numbers of examples by this")
     parser.add_argument("--device")
     parser.add_argument("--store", metavar="NAME[:SPAN]", help="measure each adapter with a store, too")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the window's places, for the store")
+    parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], metavar="STEP")
     given = parser.parse_args()
     begun = time.monotonic()
-    planned = plans(given.model, given.prompts, given.divide, given.device)
+    planned = plans(given.model, given.prompts, given.divide, given.device, given.steps)
     if given.prepare:
         for plan in planned:
             say_cost(plan, plan.works(given.data))
@@ -238,7 +245,7 @@ def main() -> None:
                 works = [thinned(work, stride) for work in prompts[plan.name]]
                 ways = [(able(plan, policies, works), plan.options)]
                 if given.store and plan.options.adapter and "ahn" in policies:
-                    ways.append((["ahn"], replace(plan.options, store=stored(given.store, plan.options.window))))
+                    ways.append((["ahn"], replace(plan.options, store=stored(given.store, plan.options.window, given.share))))
                 for names, options in ways:
                     run_in_memory(works, names, options, given.output, stop, models[base])
             except Exception as error:  # one cell that fails must not cost the others
