@@ -82,10 +82,10 @@ def main() -> None:
                 cells[-1] += f" ({row['control_closed_of_clipped']:>3.0%})"
             rows.append(row)
         print(f"{name:<40}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
+        about = {"base": options.base, "tokens": options.tokens, "books": len(books), "full": round(full, 4)}
+        path = write(options.name, **about, rows=rows)
     print("shares of the two gaps that are closed; in brackets, of the second with the memory of another book")
-    print(
-        write(options.name, base=options.base, tokens=options.tokens, books=len(books), full=round(full, 4), rows=rows)
-    )
+    print(path)
 
 
 def state_in_tokens(model: Any) -> int:
