@@ -532,9 +532,8 @@ def test_a_document_precedes_the_first_question(tmp_path, tokenizer):
         ("a.txt", b"too short", "tokens to train on: expected at least the 64 of one row"),
         ("a.txt", b"caf\xe9 " * 100, "not UTF-8"),
         ("a.jsonl", b"[1]\n", "list: expected a record"),
-        ("a.jsonl", b'{"text": 3}\n', "not of the shape"),
         ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "no 'role'"),
-        ("a.jsonl", b'{"messages": "x"}\n', "not of the shape"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: not JSON: .*surrogates"),
         ("a.jsonl.xz", b"not xz", "cannot be read"),
         ("a.csv", b"a,b\n", "unknown kind of file '.csv'; expected .txt"),
         ("a.json", b"{}", "unknown kind of file '.json'"),
@@ -544,6 +543,29 @@ def test_bad_sources(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DocumentError, match=message):
         data.rows([str(tmp_path / name)], tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": 5}, "'text' is 5: expected text"),
+        ({"text": None}, "'text' is None: expected text"),
+        ({"messages": "hi"}, "'messages' is 'hi': expected a list of records"),
+        ({"messages": ["hi"]}, r"'messages' is \['hi'\]: expected a list of records"),
+        ({"messages": [{"role": 1}]}, "'role' is 1: expected text"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "'content' is .*: expected text"),
+        ({"messages": [{"role": "user", "content": "hi"}], "document": 3}, "'document' is 3: expected text"),
+        ({"messages": [{"role": "user", "content": "hi"}], "answers": "yes"}, "'answers' is 'yes': .* list of texts"),
+        ({"paragraphs": {"context": "a"}}, "'paragraphs' is .*: expected a list of records"),
+        ({"context": 3, "qas": []}, "'context' is 3: expected text"),
+        ({"context": "a", "qas": [{"question": "b", "answers": [{"text": "c"}]}]}, "'answers' is .* list of texts"),
+        ({"context": "a", "input": 3, "answers": ["b"]}, "'input' is 3: expected text"),
+    ],
+)
+def test_values_of_the_wrong_type(tmp_path, tokenizer, record, message):
+    source = jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, record])
+    with pytest.raises(DocumentError, match=f"a.jsonl, line 2: not of the shape that its keys promise: {message}"):
+        data.rows([source], tokenizer, 64)
 
 
 def test_folders_are_no_sources(tmp_path, tokenizer):
