@@ -330,10 +330,13 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(run, monkeypatch, capsys):
     assert said.startswith("interrupted at step 4; to go on from") and "checkpoint-2" in said
 
 
-def test_what_a_run_says(run, base, capsys, caplog):
-    assert main(["train", run("r", log_every=3, report_to=["nothing"])]) == 0
+def test_what_a_run_says(run, base, monkeypatch, capsys, caplog):
+    from ahn.train import trainer
+
+    monkeypatch.setattr(trainer, "get_available_reporting_integrations", lambda: [])
+    assert main(["train", run("r", log_every=3, report_to=["clearml"])]) == 0
     out, said = capsys.readouterr()
-    assert "nothing is written for nothing, which is not installed" in caplog.text
+    assert "nothing is written for clearml, which is not installed" in caplog.text
     assert out.count("\n") == 1 and out.startswith("adapter in")
     lines = said.splitlines()
     assert any(line.startswith(f"{base} with gated_deltanet: ") and line.endswith("train, on cpu") for line in lines)
@@ -617,7 +620,14 @@ def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
         ("data=", "data=[None]: expected a list"),
         ("sinks=[a]", "sinks=['a']: expected a list, each an integer"),
         ("sinks=[]", "sinks=[]: expected integers"),
-        ("lossless=64", "lossless=[64]: none is in 64/8 .. 63"),
+        ("lossless=64", "lossless=[64] with length=64: expected a size of 8 (1/8 of the length) to 63"),
+        ("sinks=[32,64]", "sinks=[32, 64] with a lossless size of 16: expected sinks of at most 8"),
+        ("report_to=tensorbord", "unknown logger 'tensorbord': expected one of"),
+        ("output=long.jsonl", "output='long.jsonl': long.jsonl is no folder"),
+        ("output=long.jsonl/r", "long.jsonl is no folder"),
+        ("output=/proc/r", "output='/proc/r': cannot be written: "),
+        ("data=none.jsonl", "none.jsonl: no such file"),
+        ("data=empty.txt", "empty.txt: empty"),
         ("warmup=7", "warmup=7.0: expected a share"),
         ("limit=0", "limit=0: expected"),
         ("cell=lstm", "lstm"),
@@ -637,14 +647,18 @@ def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
 def test_bad_recipes_are_said_in_one_line(run, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    long = {} if "100000" in message else {"data": [jsonl(tmp_path / "long.jsonl", chats(300))]}
-    assert main(["train", run("r", **long), *change.split()]) == 2
+    (tmp_path / "empty.txt").touch()
+    monkeypatch.setattr("ahn.train.trainer.load_base", lambda *args, **options: pytest.fail("the base was loaded"))
+    long = jsonl(tmp_path / "long.jsonl", chats(300))
+    changes = {} if "100000" in message else {"data": [long]}
+    assert main(["train", run("r", **changes), *change.split()]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "r").exists()
 
 
-def test_a_tokenizer_of_another_base(run, base, tmp_path, capsys):
+def test_a_tokenizer_of_another_base(run, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ahn.train.trainer.load_base", lambda *args, **options: pytest.fail("the base was loaded"))
     tiny(vocab_size=100, eos_token_id=1).save_pretrained(tmp_path / "small")
     tiny_tokenizer().save_pretrained(tmp_path / "small")
     assert main(["train", run("r", base=str(tmp_path / "small"))]) == 2
@@ -656,7 +670,7 @@ def test_nothing_to_predict(run):
 
     rows = data.Rows(torch.zeros(0, 64, dtype=torch.int32), torch.zeros(0, 64, dtype=torch.bool))  # all left out
     with pytest.raises(DocumentError, match="no token is to be predicted behind the first 16 of 64"):
-        _check_rows(rows, recipe.load(run("r")), tiny(), 1)
+        _check_rows(rows, recipe.load(run("r")), tiny().config, 1)
 
 
 def test_an_empty_recipe(tmp_path):

@@ -45,7 +45,7 @@ class Recipe:
         soft_steps: behind those, steps in which the gates are trained by the loss of the distillation
             (`ahn.train.soft_store`), at a third of gate_lr.
         checkpointing: recompute activations. compile: compile the frozen layers.
-        fsdp: shard the base over the processes of `torchrun` (FSDP2), for bases that do not fit one GPU.
+        fsdp: shard the base over the GPUs of `torchrun`'s processes (FSDP2), for bases that do not fit one.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
         report_to: loggers of the Trainer, used where they are installed.
     """
@@ -113,10 +113,8 @@ class Recipe:
             raise ConfigError("loss='attention' with fsdp=True: its layers learn apart from each other: expected DDP")
         if not self.data:
             raise ConfigError("data=[]: expected at least one source")
-        if not any(self.length / 8 <= size < self.length for size in self.lossless):
-            raise ConfigError(f"lossless={list(self.lossless)}: none is in {self.length}/8 .. {self.length - 1}")
+        window = min(size - sinks for size, sinks in windows.pairs(self.length, self.lossless, self.sinks))
         if self.store is not None:
-            window = min(size - sinks for size, sinks in windows.pairs(self.length, self.lossless, self.sinks))
             _expect("store_span", self.store_span, self.store_span < window, f"less than the least window, {window}")
         self.memory()
 
