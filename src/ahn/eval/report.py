@@ -216,7 +216,7 @@ def _against(at: str, by_task: dict[str, dict[str, Result]]) -> Table | None:
     )
     note = (
         "Paired difference to sinks and window on the same examples, and its 95% interval; better or worse where the "
-        "interval leaves out 0."
+        f"interval leaves out 0 and is of at least {statistics.ENOUGH} examples, else unclear."
     )
     return _laid_out(f"{at}: difference to the window", note, labels, columns, len(tasks) > WIDE)
 
