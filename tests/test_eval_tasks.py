@@ -493,16 +493,27 @@ def test_records_of_the_hub_are_read_from_its_archives(tmp_path, monkeypatch):
         return load(path, data_files=data_files.replace("hf://datasets/zai-org/LongBench", str(tmp_path)), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda *_, **__: None)
     assert [e.id for e in examples("longbench/qmsum")] == ["x", "y"]
     assert asked == ["zip://**/qmsum.jsonl::hf://datasets/zai-org/LongBench/data.zip"]
 
 
 def test_a_hub_that_cannot_be_reached_and_a_missing_library(monkeypatch):
-    def unreachable(**options):
+    def unreachable(*_, **__):
         raise ConnectionError("no route\nto host")
 
+    def slow(**options):
+        pytest.fail("the datasets library was asked, which retries for half a minute")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.dataset_info", unreachable)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=slow))
+    message = "xinrongzhang2022/InfiniteBench/passkey.jsonl: cannot be loaded from the hub: no route; .* --data FOLDER"
+    with pytest.raises(EvalError, match=message):
+        examples("infinitebench/passkey")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
-    with pytest.raises(EvalError, match="cannot be loaded from the hub: no route; or give a folder"):
+    with pytest.raises(EvalError, match=message):  # after a look into the library's cache
         examples("infinitebench/passkey")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EvalError, match=r"needs the datasets library: pip install 'ahn\[eval\]'"):

@@ -493,6 +493,8 @@ def test_hub_datasets_are_streamed(tokenizer, monkeypatch):
         asked.append((path, config, options))
         return stream()
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(data, "CHARACTERS_AT_ONCE", 1000)
     data.rows(["hub:nvidia/ChatQA2-Long-SFT-data/long_sft:train"], tokenizer, 64, limit=128)
@@ -500,7 +502,8 @@ def test_hub_datasets_are_streamed(tokenizer, monkeypatch):
     assert 0 < len(read) < 50
     data.rows(["hub:owner/books"], tokenizer, 64, limit=64)
     assert asked[1] == ("owner/books", None, {"split": "train", "streaming": True})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked, though it retries for long"))
     with pytest.raises(DocumentError, match=r"hub:owner/books: cannot be loaded: no route"):
         data.rows(["hub:owner/books"], tokenizer, 64)
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ahn.bases import check_dataset
 from ahn.errors import AHNError, BaseModelError, DocumentError
 
 QUESTIONS = 24  # of a document, at most, in one chat
@@ -221,11 +222,13 @@ def _dataset(source: str) -> Iterator[tuple[str, Any]]:
             found = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
         else:
             path, config, split = _hub_parts(source)
+            if not Path(path).is_dir():
+                check_dataset(path)
             found = datasets.load_dataset(path, config, split=split, streaming=True)
         for number, record in enumerate(found, 1):
             # absent keys of a record come as None when other records have them
             yield f"{source}, record {number}", {key: value for key, value in record.items() if value is not None}
-    except AHNError:
+    except DocumentError:
         raise
     except Exception as error:  # the library's own, those of its readers, and those of the hub client's HTTP library
         reason = str(error).strip() or type(error).__name__
