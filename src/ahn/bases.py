@@ -7,7 +7,6 @@ blocks takes longer than everything else a short run does.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
+from ahn.registry import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -188,11 +188,9 @@ def _source(base: str | os.PathLike[str]) -> _Source:
     elif isinstance(base, os.PathLike) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise BaseModelError(f"no such file or folder: {name}")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        near = difflib.get_close_matches(name.lower(), [DEFAULT_BASE])
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise BaseModelError(
             f"unknown base {name!r}: expected a model folder, a .gguf file, a hub id (owner/name) "
-            f"or {DEFAULT_BASE!r}{hint}"
+            f"or {DEFAULT_BASE!r}{nearest(name, [DEFAULT_BASE])}"
         )
     return _Source(name, on_hub=True, unreachable=hub_unreachable(name))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any
 
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
+from ahn.registry import nearest
 from ahn.train import windows
 
 LOSSES = ("kl", "ce", "kl+ce", "attention")
@@ -195,8 +195,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     known = {field.name: field for field in dataclasses.fields(Recipe)}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"unknown key {key!r} in the recipe" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(f"unknown key {key!r} in the recipe{nearest(key, known)}")
     missing = [key for key in ("base", "output", "data") if key not in values]
     if missing:
         raise ConfigError(f"the recipe has no {', '.join(missing)}")
