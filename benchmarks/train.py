@@ -103,8 +103,10 @@ def build(recipe: Any, shape: Any | None) -> Any:
     with mock.patch.object(trainer.data, "rows", return_value=rows):
         if shape is None:
             return trainer.build(recipe)
+        model = random_model(shape, device)
         with (
-            mock.patch.object(trainer, "load_base", return_value=random_model(shape, device)),
+            mock.patch.object(trainer, "load_base", return_value=model),
+            mock.patch.object(trainer, "base_config", return_value=model.config),
             mock.patch.object(trainer, "load_tokenizer"),
         ):
             return trainer.build(recipe)

@@ -293,8 +293,8 @@ def test_a_closed_pipe_is_no_error(base: str) -> None:
 
 DOCUMENT = ["ask", "--document", "BOOK"]
 BAD = [
-    (["aks"], "unknown command 'aks'", "did you mean ask?"),
-    (["ask", "--docment", "BOOK", "Who?"], "unknown option --docment", "did you mean --document?"),
+    (["aks"], "unknown command 'aks'", "did you mean 'ask'?"),
+    (["ask", "--docment", "BOOK", "Who?"], "unknown option --docment", "did you mean '--document'?"),
     (["ask", "Who?"], "--document --memory", "required"),
     (DOCUMENT, "question", "required"),
     ([*DOCUMENT, " "], "question ' '", "expected some text"),
@@ -307,6 +307,7 @@ BAD = [
     ([*DOCUMENT, "--base", "BASE", "--dtype", "int8", "Who?"], "int8", "expected"),
     ([*DOCUMENT, "--base", "BASE", "--device", "gpu", "Who?"], "device gpu", "expected cpu"),
     ([*DOCUMENT, "--base", "BASE", "--adapter", "TMP", "Who?"], "TMP", "expected"),
+    ([*DOCUMENT, "--base", "BASE", "--adapter", "qwen", "Who?"], "qwen: no such", "did you mean 'qwen2.5-coder"),
     (["ask", "--memory", "TMP/none.ahn", "Who?"], "none.ahn", "no such memory file"),
     (["ask", "--memory", "BOOK", "Who?"], "book.txt", "not a memory file"),
     (["ask", "--memory", "MEMORY", "--window", "16", "Who?"], "--window 16", "window=24"),

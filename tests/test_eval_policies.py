@@ -321,7 +321,7 @@ def test_a_store_takes_its_places_from_the_window(store, make):
 def test_a_store_needs_room_and_a_name(make):
     with pytest.raises(ConfigError, match="leaves no window"):
         make("ahn", store=Stored("recency", WINDOW))
-    with pytest.raises(ConfigError, match="expected the name and size"):
+    with pytest.raises(ConfigError, match="expected --store with one of"):
         make("store", store=None)
     with pytest.raises(ConfigError, match="needs the gates of an adapter"):
         make("store", store=Stored("learned", 8))

@@ -68,6 +68,7 @@ def test_interval_of_several_tasks_is_of_the_mean_of_their_means():
 
 def test_interval_of_little():
     assert math.isnan(statistics.interval([0.3]).low) and statistics.interval([0.3]).sign == 0
+    assert statistics.interval([0.3] * 9).sign == 0 and statistics.interval([0.3] * 10).sign == 1
     with pytest.raises(ValueError, match="no values"):
         statistics.interval([])
 
@@ -131,8 +132,8 @@ def test_markdown(folder):
 
 
 def test_wins_and_losses_come_first_and_those_of_memory_beside_them(folder):
-    write(folder, "window", "made/book", kind="loss", score=lambda i: 3.0 + i % 2, count=9)
-    write(folder, "ahn", "made/book", kind="loss", score=lambda i: 3.1 + i % 2, count=9)
+    write(folder, "window", "made/book", kind="loss", score=lambda i: 3.0 + i % 2, count=10)
+    write(folder, "ahn", "made/book", kind="loss", score=lambda i: 3.1 + i % 2, count=10)
     text = report.markdown(results.find([folder]))
     summary = text.split("\n### ")[1]
     assert summary.startswith("Wins and losses")
@@ -168,6 +169,14 @@ def test_less_loss_is_better(tmp_path):
     write(tmp_path, "ahn", kind="loss", score=lambda i: 2.9 + i / 90)
     text = report.markdown(results.find([tmp_path]))
     assert "1,000 tokens: losses" in text and re.search(r"\| ahn \| -0\.0\d\d \[.*\] better", text)
+
+
+def test_two_examples_say_nothing(tmp_path):
+    write(tmp_path, "window", count=2, score=lambda i: 0.0)
+    write(tmp_path, "ahn", count=2, score=lambda i: 1.0)
+    text = report.markdown(results.find([tmp_path]))
+    assert "| +100.0 [+100.0, +100.0] | 0 / 0 / 1 |" in text
+    assert not re.search(r"\] (better|worse) ", text)
 
 
 def test_two_adapters_have_their_names_and_their_own_baseline(tmp_path):

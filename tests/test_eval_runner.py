@@ -276,10 +276,21 @@ def test_exact_tokens_at_the_edges():
 def test_command(folder, tmp_path, capsys):
     argv = command(folder, tmp_path, "--policies", "window", "ahn", "compressive-avg", "--length", "120", "240")
     assert cli.main(argv) == 0
-    out = capsys.readouterr().out
-    assert "### standin, 120 tokens: scores" in out and "| compressive-avg |" in out and "better" in out
+    out, err = capsys.readouterr()
+    _, head, *rows = out.splitlines()
+    assert head.split() == ["task", "tokens", "n", "window", "compressive-avg", "ahn"]
+    named = ["standin/needle 120", "standin/needle 240", "standin/text (loss) 120", "standin/text (loss) 240"]
+    assert [" ".join(row.split()[: 3 if "loss" in row else 2]) for row in rows] == named
+    assert {len(row) for row in (head, *rows)} == {len(head)}
+    assert err.endswith(f": ahn report {tmp_path}\n")
     assert cli.main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == out
+    report = capsys.readouterr().out
+    assert "### standin, 120 tokens: scores" in report and "| compressive-avg |" in report
+    for cell in rows[0].split("  ")[-3:]:
+        assert cell.strip() in report
+    assert cli.main(command(folder, tmp_path, "--policies", "window", "--length", "120")) == 0
+    again = capsys.readouterr().out.splitlines()[1:]
+    assert len(again) == 3 and again[0].split() == ["task", "tokens", "n", "window"], "of this run alone"
 
 
 @pytest.mark.parametrize(
@@ -312,6 +323,7 @@ def test_list(capsys):
     assert cli.main(["eval", "--list"]) == 0
     out = capsys.readouterr().out
     assert "standin" in out and "needle, text" in out and "compressive-max" in out
+    assert re.search(r"^store +.*--store, --store-size", out, re.M)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +345,10 @@ def test_list(capsys):
         (["--batch", "0"], "at least 1"),
         (["--store", "random", "--store-size", "9", "--policies", "window"], "no policy of window has one"),
         (["--store", "none", "--store-size", "9"], "expected the name of a --store"),
+        (
+            ["--policies", "store"],
+            "--store with one of attention, random, recency, surprise, and --store-size",
+        ),
     ],
 )
 def test_bad_input_before_any_model(folder, tmp_path, monkeypatch, capsys, change, message):
@@ -405,7 +421,7 @@ def test_two_processes_say_what_one_does(folder, tmp_path):
         assert shares == ({"lines-0": 16} if output == one else {"lines-0": 8, "lines-1": 8})
         for path in tmp_path.glob("lines-*"):
             path.unlink()
-        assert done.stdout.count("### standin, 120 tokens: scores") == 1, "one process speaks for all"
+        assert done.stdout.count("standin/needle") == 1, "one process speaks for all"
     assert numbers(one) == numbers(two)
     assert {path.name for path in two.rglob("predictions*")} == {"predictions.jsonl"}
 

@@ -4,6 +4,7 @@ import json
 import lzma
 import os
 import random
+import re
 import sys
 import types
 import zipfile
@@ -16,6 +17,7 @@ from ahn.eval import tasks
 from ahn.eval.data import benchmark
 from ahn.eval.tasks import ruler
 from ahn.eval.tasks.base import Example, Task, read, template_tokens
+from ahn.registry import nearest
 from tiny_tokenizer import tiny_tokenizer
 
 SHARED = Path(os.environ.get("AHN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -113,6 +115,26 @@ def test_groups_are_expanded_once():
 def test_an_unknown_task_is_named_with_the_nearest(name):
     with pytest.raises(EvalError, match="'longbench/hotpotqa'|did you mean 'hotpotqa'"):
         tasks.get(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("niah", r"; did you mean 'ruler/niah'\?"),
+        ("squad", r"; did you mean 'squad/spread', 'squad/0', 'squad/25', ...\?"),
+        ("SQuAD", r"; did you mean 'squad'\?"),
+        ("ruler/nia", r"; did you mean 'ruler/niah', "),
+        ("hotpot", r"; did you mean 'longbench/hotpotqa', 'lveval/hotpotwikiqa_mixup'\?"),
+        ("books", "$"),
+    ],
+)
+def test_what_can_be_meant(name, expected):
+    assert re.match(expected, nearest(name, [*tasks.groups(), *tasks.names()]))
+
+
+def test_adapters_that_begin_so_can_be_meant():
+    names = ["other", "smollm2-135m-deltanet", "smollm2-135m-mamba2"]
+    assert nearest("smollm2", names) == "; did you mean 'smollm2-135m-deltanet', 'smollm2-135m-mamba2'?"
 
 
 def test_a_depth_of_squad_is_a_percentage():
@@ -493,16 +515,27 @@ def test_records_of_the_hub_are_read_from_its_archives(tmp_path, monkeypatch):
         return load(path, data_files=data_files.replace("hf://datasets/zai-org/LongBench", str(tmp_path)), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda *_, **__: None)
     assert [e.id for e in examples("longbench/qmsum")] == ["x", "y"]
     assert asked == ["zip://**/qmsum.jsonl::hf://datasets/zai-org/LongBench/data.zip"]
 
 
 def test_a_hub_that_cannot_be_reached_and_a_missing_library(monkeypatch):
-    def unreachable(**options):
+    def unreachable(*_, **__):
         raise ConnectionError("no route\nto host")
 
+    def slow(**options):
+        pytest.fail("the datasets library was asked, which retries for half a minute")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.dataset_info", unreachable)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=slow))
+    message = "xinrongzhang2022/InfiniteBench/passkey.jsonl: cannot be loaded from the hub: no route; .* --data FOLDER"
+    with pytest.raises(EvalError, match=message):
+        examples("infinitebench/passkey")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
-    with pytest.raises(EvalError, match="cannot be loaded from the hub: no route; or give a folder"):
+    with pytest.raises(EvalError, match=message):  # after a look into the library's cache
         examples("infinitebench/passkey")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EvalError, match=r"needs the datasets library: pip install 'ahn\[eval\]'"):

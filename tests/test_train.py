@@ -23,7 +23,7 @@ def test_windows_are_drawn_within_the_papers_bounds():
     assert {window + sinks for window, sinks in seen} == {512, 1024, 2048}
     assert {sinks for _, sinks in seen} == {0, 32, 64, 128, 512}
     assert windows.draw(3, 7, 4096) == windows.draw(3, 7, 4096)
-    with pytest.raises(ValueError, match="no lossless size"):
+    with pytest.raises(ConfigError, match="expected a size of 4 "):
         windows.draw(0, 0, 32)
 
 
@@ -256,7 +256,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
         ({"steps": 0}, "steps=0"),
         ({"lr": "fast"}, "lr='fast'"),
         ({"loss": "mse"}, "expected one of kl, ce"),
-        ({"lossless": [8192]}, "none is in"),
+        ({"lossless": [8192]}, "lossless=.8192. with length=64: expected a size of 8 .* to 63"),
+        ({"lossless": [16, 32], "sinks": [16]}, "sinks=.16. with a lossless size of 16: expected sinks of at most 8"),
         (
             {"lossless": [16, 32], "sinks": [8], "store": "recency", "store_size": 8, "store_span": 8},
             "store_span=8: expected less than the least window, 8",

@@ -330,10 +330,13 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(run, monkeypatch, capsys):
     assert said.startswith("interrupted at step 4; to go on from") and "checkpoint-2" in said
 
 
-def test_what_a_run_says(run, base, capsys, caplog):
-    assert main(["train", run("r", log_every=3, report_to=["nothing"])]) == 0
+def test_what_a_run_says(run, base, monkeypatch, capsys, caplog):
+    from ahn.train import trainer
+
+    monkeypatch.setattr(trainer, "get_available_reporting_integrations", lambda: [])
+    assert main(["train", run("r", log_every=3, report_to=["clearml"])]) == 0
     out, said = capsys.readouterr()
-    assert "nothing is written for nothing, which is not installed" in caplog.text
+    assert "nothing is written for clearml, which is not installed" in caplog.text
     assert out.count("\n") == 1 and out.startswith("adapter in")
     lines = said.splitlines()
     assert any(line.startswith(f"{base} with gated_deltanet: ") and line.endswith("train, on cpu") for line in lines)
@@ -490,6 +493,8 @@ def test_hub_datasets_are_streamed(tokenizer, monkeypatch):
         asked.append((path, config, options))
         return stream()
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(data, "CHARACTERS_AT_ONCE", 1000)
     data.rows(["hub:nvidia/ChatQA2-Long-SFT-data/long_sft:train"], tokenizer, 64, limit=128)
@@ -497,7 +502,8 @@ def test_hub_datasets_are_streamed(tokenizer, monkeypatch):
     assert 0 < len(read) < 50
     data.rows(["hub:owner/books"], tokenizer, 64, limit=64)
     assert asked[1] == ("owner/books", None, {"split": "train", "streaming": True})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked, though it retries for long"))
     with pytest.raises(DocumentError, match=r"hub:owner/books: cannot be loaded: no route"):
         data.rows(["hub:owner/books"], tokenizer, 64)
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -532,9 +538,8 @@ def test_a_document_precedes_the_first_question(tmp_path, tokenizer):
         ("a.txt", b"too short", "tokens to train on: expected at least the 64 of one row"),
         ("a.txt", b"caf\xe9 " * 100, "not UTF-8"),
         ("a.jsonl", b"[1]\n", "list: expected a record"),
-        ("a.jsonl", b'{"text": 3}\n', "not of the shape"),
         ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "no 'role'"),
-        ("a.jsonl", b'{"messages": "x"}\n', "not of the shape"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: not JSON: .*surrogates"),
         ("a.jsonl.xz", b"not xz", "cannot be read"),
         ("a.csv", b"a,b\n", "unknown kind of file '.csv'; expected .txt"),
         ("a.json", b"{}", "unknown kind of file '.json'"),
@@ -544,6 +549,29 @@ def test_bad_sources(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DocumentError, match=message):
         data.rows([str(tmp_path / name)], tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": 5}, "'text' is 5: expected text"),
+        ({"text": None}, "'text' is None: expected text"),
+        ({"messages": "hi"}, "'messages' is 'hi': expected a list of records"),
+        ({"messages": ["hi"]}, r"'messages' is \['hi'\]: expected a list of records"),
+        ({"messages": [{"role": 1}]}, "'role' is 1: expected text"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "'content' is .*: expected text"),
+        ({"messages": [{"role": "user", "content": "hi"}], "document": 3}, "'document' is 3: expected text"),
+        ({"messages": [{"role": "user", "content": "hi"}], "answers": "yes"}, "'answers' is 'yes': .* list of texts"),
+        ({"paragraphs": {"context": "a"}}, "'paragraphs' is .*: expected a list of records"),
+        ({"context": 3, "qas": []}, "'context' is 3: expected text"),
+        ({"context": "a", "qas": [{"question": "b", "answers": [{"text": "c"}]}]}, "'answers' is .* list of texts"),
+        ({"context": "a", "input": 3, "answers": ["b"]}, "'input' is 3: expected text"),
+    ],
+)
+def test_values_of_the_wrong_type(tmp_path, tokenizer, record, message):
+    source = jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, record])
+    with pytest.raises(DocumentError, match=f"a.jsonl, line 2: not of the shape that its keys promise: {message}"):
+        data.rows([source], tokenizer, 64)
 
 
 def test_folders_are_no_sources(tmp_path, tokenizer):
@@ -595,7 +623,14 @@ def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
         ("data=", "data=[None]: expected a list"),
         ("sinks=[a]", "sinks=['a']: expected a list, each an integer"),
         ("sinks=[]", "sinks=[]: expected integers"),
-        ("lossless=64", "lossless=[64]: none is in 64/8 .. 63"),
+        ("lossless=64", "lossless=[64] with length=64: expected a size of 8 (1/8 of the length) to 63"),
+        ("sinks=[32,64]", "sinks=[32, 64] with a lossless size of 16: expected sinks of at most 8"),
+        ("report_to=tensorbord", "unknown logger 'tensorbord': expected one of"),
+        ("output=long.jsonl", "output='long.jsonl': long.jsonl is no folder"),
+        ("output=long.jsonl/r", "long.jsonl is no folder"),
+        ("output=/proc/r", "output='/proc/r': cannot be written: "),
+        ("data=none.jsonl", "none.jsonl: no such file"),
+        ("data=empty.txt", "empty.txt: empty"),
         ("warmup=7", "warmup=7.0: expected a share"),
         ("limit=0", "limit=0: expected"),
         ("cell=lstm", "lstm"),
@@ -615,14 +650,18 @@ def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
 def test_bad_recipes_are_said_in_one_line(run, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    long = {} if "100000" in message else {"data": [jsonl(tmp_path / "long.jsonl", chats(300))]}
-    assert main(["train", run("r", **long), *change.split()]) == 2
+    (tmp_path / "empty.txt").touch()
+    monkeypatch.setattr("ahn.train.trainer.load_base", lambda *args, **options: pytest.fail("the base was loaded"))
+    long = jsonl(tmp_path / "long.jsonl", chats(300))
+    changes = {} if "100000" in message else {"data": [long]}
+    assert main(["train", run("r", **changes), *change.split()]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "r").exists()
 
 
-def test_a_tokenizer_of_another_base(run, base, tmp_path, capsys):
+def test_a_tokenizer_of_another_base(run, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ahn.train.trainer.load_base", lambda *args, **options: pytest.fail("the base was loaded"))
     tiny(vocab_size=100, eos_token_id=1).save_pretrained(tmp_path / "small")
     tiny_tokenizer().save_pretrained(tmp_path / "small")
     assert main(["train", run("r", base=str(tmp_path / "small"))]) == 2
@@ -634,7 +673,7 @@ def test_nothing_to_predict(run):
 
     rows = data.Rows(torch.zeros(0, 64, dtype=torch.int32), torch.zeros(0, 64, dtype=torch.bool))  # all left out
     with pytest.raises(DocumentError, match="no token is to be predicted behind the first 16 of 64"):
-        _check_rows(rows, recipe.load(run("r")), tiny(), 1)
+        _check_rows(rows, recipe.load(run("r")), tiny().config, 1)
 
 
 def test_an_empty_recipe(tmp_path):

@@ -22,6 +22,7 @@ from ahn.augmentation import augment, layers_of
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, AHNError, ConfigError, some
 from ahn.memory_file import atomic
+from ahn.registry import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -338,6 +339,7 @@ def _folder(source: str | os.PathLike[str]) -> Path:
         known = ", ".join(zoo.names()) or "none"
         raise AdapterError(
             f"{name}: no such adapter: expected a folder, a hub id OWNER/NAME, or a shipped one ({known})"
+            f"{nearest(name, zoo.names())}"
         )
     from huggingface_hub import snapshot_download
 

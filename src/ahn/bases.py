@@ -7,7 +7,6 @@ blocks takes longer than everything else a short run does.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
+from ahn.registry import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -135,24 +135,34 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ahn"
 
 
-def hub_unreachable(repo: str) -> str | None:
-    """Why the model hub cannot be asked for `repo`, so that only its local cache is left; None if it answers.
+def hub_unreachable(repo: str, kind: str = "model") -> str | None:
+    """Why the hub cannot be asked for the "model" or "dataset" `repo`, so that only its local cache is left; None if it
+    answers.
 
     One quick question: the loaders themselves would retry for half a minute. Raises BaseModelError if the hub says
     that there is no such repository.
     """
-    from huggingface_hub import constants, model_info
+    from huggingface_hub import constants, dataset_info, model_info
     from huggingface_hub.errors import RepositoryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        model_info(repo, timeout=_HUB_TIMEOUT_S)
+        (dataset_info if kind == "dataset" else model_info)(repo, timeout=_HUB_TIMEOUT_S)
     except RepositoryNotFoundError:
-        raise BaseModelError(f"the hub has no model {repo!r}, or it is private and you are not logged in") from None
+        raise BaseModelError(f"the hub has no {kind} {repo!r}, or it is private and you are not logged in") from None
     except Exception as error:  # the hub client's HTTP library, and so its errors, differ between its versions
         return str(error) or type(error).__name__
     return None
+
+
+def check_dataset(repo: str) -> None:
+    """Raises ConnectionError or BaseModelError at once where the hub has no answer about a dataset. With HF_HUB_OFFLINE
+    nothing is asked: the datasets library then looks for a copy in its cache, without retries."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and (reason := hub_unreachable(repo, "dataset")):
+        raise ConnectionError(reason)
 
 
 class _Source(NamedTuple):
@@ -178,11 +188,9 @@ def _source(base: str | os.PathLike[str]) -> _Source:
     elif isinstance(base, os.PathLike) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise BaseModelError(f"no such file or folder: {name}")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        near = difflib.get_close_matches(name.lower(), [DEFAULT_BASE])
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise BaseModelError(
             f"unknown base {name!r}: expected a model folder, a .gguf file, a hub id (owner/name) "
-            f"or {DEFAULT_BASE!r}{hint}"
+            f"or {DEFAULT_BASE!r}{nearest(name, [DEFAULT_BASE])}"
         )
     return _Source(name, on_hub=True, unreachable=hub_unreachable(name))
 

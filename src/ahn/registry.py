@@ -10,7 +10,7 @@ from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from ahn.errors import ConfigError
+from ahn.errors import ConfigError, some
 
 T = TypeVar("T", bound=type)
 
@@ -22,9 +22,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message: the nearest name, if one is near."""
-    near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The end of a message: which of the `known` can be meant, the first ones first. Those that `name` is but for its
+    case, or without their suite; else those it is a part of; else the most similar one, if one is similar."""
+    wanted, names = str(name).lower(), {one.lower(): one for one in known if one != name}
+    found = (
+        [one for one in names if one == wanted]
+        or [one for one in names if wanted in one.split("/")]
+        or [one for one in names if wanted in one and len(wanted) > 2]
+        or difflib.get_close_matches(wanted, names, n=1)
+    )
+    return f"; did you mean {some([repr(names[one]) for one in found])}?" if found else ""
 
 
 class Registry(Generic[T]):

@@ -7,16 +7,16 @@ torch and transformers inside `run` only, so that help comes at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import pkgutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 from ahn import __version__
 from ahn.errors import AHNError
+from ahn.registry import nearest
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -65,7 +65,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.print_help()
         parser.exit(BAD_INPUT)
     if not argv[0].startswith("-") and argv[0] not in known:
-        parser.error(f"unknown command {argv[0]!r}: expected one of {', '.join(known)}{_hint(argv[0], known)}")
+        parser.error(f"unknown command {argv[0]!r}: expected one of {', '.join(known)}{nearest(argv[0], known)}")
     return parser.parse_args(argv)
 
 
@@ -92,7 +92,7 @@ class _CommandParser(_Parser):
                 break
             option = word.partition("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
-                self.error(f"unknown option {option}{_hint(option, self._option_string_actions)}")
+                self.error(f"unknown option {option}{nearest(option, self._option_string_actions)}")
         if self._mixing:
             return super().parse_known_args(args, namespace)
         self._mixing = True
@@ -100,8 +100,3 @@ class _CommandParser(_Parser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._mixing = False
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -24,7 +24,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="show tasks and policies")
     parser.add_argument("--tasks", nargs="+", metavar="T", default=[], help="tasks, suites or groups of tasks")
     parser.add_argument(
-        "--policies", nargs="+", metavar="P", help="default: window, and with a memory ahn (--list shows all)"
+        "--policies",
+        nargs="+",
+        metavar="P",
+        help="default: window, and with a memory ahn; store needs --store and --store-size (--list shows all)",
     )
     parser.add_argument("--length", nargs="+", type=one, metavar="N", help="tokens of a prompt (default: the task's)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the benchmarks' data (default: from the hub)")
@@ -96,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
     from ahn.eval.processes import first_process
 
     if first_process():
-        print(report.markdown([results.load(folder) for folder in folders]))
+        print(report.brief([results.load(folder) for folder in folders]).text())
+        console.print(f"differences, costs, and what other runs left in {args.output}: ahn report {args.output}")
 
 
 def _stored(args: argparse.Namespace, names: list[str], adapter: str | None, window: int) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ahn.eval import statistics
 from ahn.eval.results import Result
@@ -34,6 +35,14 @@ class Table:
         lines = [f"### {self.title}", "", self.note, ""] if self.note else [f"### {self.title}", ""]
         lines += [_line(self.head), _line(["-"] * len(self.head)), *map(_line, self.rows), ""]
         return "\n".join(lines)
+
+    def text(self) -> str:
+        """Aligned, for a terminal: the first column to the left."""
+        columns = []
+        for i, column in enumerate(zip(self.head, *self.rows, strict=True)):
+            width = max(map(len, column))
+            columns.append([cell.rjust(width) if i else cell.ljust(width) for cell in column])
+        return "\n".join([self.title, *map("  ".join, zip(*columns, strict=True))])
 
     def html(self) -> str:
         def cell(text: str) -> str:
@@ -114,6 +123,22 @@ def grouped(results: Sequence[Result]) -> list[Group]:
                     exacts[config["length"]] = config["window"], config["sinks"]
             found.append(Group(str(mine[0].config["base"]), size[0] if size else None, exacts, by_length))
     return found
+
+
+def brief(results: Sequence[Result]) -> Table:
+    """What one run measured: a row for each task and length, a column for each policy."""
+    labels = _labels(results)
+    found: dict[tuple[str, int | None], dict[str, Result]] = {}
+    for result in results:
+        found.setdefault((result.config["task"], result.config["length"]), {})[labels[id(result)]] = result
+    columns, rows = _all_labels(found), []
+    for (task, length), by_label in found.items():
+        loss, count = _kind(by_label)[1] == "loss", max(len(result.rows) for result in by_label.values())
+        cell = _column(by_label, loss, count)
+        tokens = "its own" if length is None else f"{length:,}"
+        rows.append([f"{task} (loss)" if loss else task, tokens, str(count), *map(cell, columns)])
+    title = "mean score, 0 to 100 (loss: nats a token, less is better), and its 95% interval over n examples"
+    return Table(title, "", ["task", "tokens", "n", *columns], rows)
 
 
 def markdown(results: Sequence[Result]) -> str:
@@ -216,7 +241,7 @@ def _against(at: str, by_task: dict[str, dict[str, Result]]) -> Table | None:
     )
     note = (
         "Paired difference to sinks and window on the same examples, and its 95% interval; better or worse where the "
-        "interval leaves out 0."
+        f"interval leaves out 0 and is of at least {statistics.ENOUGH} examples, else unclear."
     )
     return _laid_out(f"{at}: difference to the window", note, labels, columns, len(tasks) > WIDE)
 
@@ -384,7 +409,7 @@ def _place(result: Result) -> tuple[float, int, str]:
     return length or math.inf, ORDER.index(policy) if policy in ORDER else len(ORDER), which
 
 
-def _all_labels(by_task: dict[str, dict[str, Result]]) -> list[str]:
+def _all_labels(by_task: Mapping[Any, dict[str, Result]]) -> list[str]:
     results = {label: result for found in by_task.values() for label, result in found.items()}
     return sorted(results, key=lambda label: _place(results[label]))
 

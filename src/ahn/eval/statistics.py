@@ -17,6 +17,10 @@ from ahn.eval.prompts import exact_tokens
 from ahn.eval.results import Result, Row
 
 RESAMPLES = 10_000
+ENOUGH = 10
+"""Examples that a verdict needs. The interval is too narrow where there are few: drawn from one normal distribution,
+two policies that are alike differ by it in half of all trials with 2 examples, in 14% with 6, 10% with 10 and 7% with
+20, instead of 5%; less often where many scores are equal. Of a mean over tasks the examples of all count."""
 BLOCK = 4_000_000  # numbers drawn at once
 WHERE = ("outside", "inside", "partly", "cut", "unknown")  # the first is what memory is for
 
@@ -32,7 +36,9 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval is above or below zero, else 0."""
+        """1 or -1 where the whole interval is above or below zero, and of `ENOUGH` examples; else 0."""
+        if self.count < ENOUGH:
+            return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 

@@ -20,6 +20,7 @@ import json
 import logging
 import lzma
 import random
+import reprlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ahn.bases import check_dataset
 from ahn.errors import AHNError, BaseModelError, DocumentError
 
 QUESTIONS = 24  # of a document, at most, in one chat
@@ -182,9 +184,11 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"{source}, line {number}"
             try:
-                yield where, json.loads(line)
+                record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair, which a tokenizer cannot read
             except ValueError as error:
                 raise DocumentError(f"{where}: not JSON: {error}") from error
+            yield where, record
 
 
 def _lines(source: str) -> Iterator[str]:
@@ -218,11 +222,13 @@ def _dataset(source: str) -> Iterator[tuple[str, Any]]:
             found = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
         else:
             path, config, split = _hub_parts(source)
+            if not Path(path).is_dir():
+                check_dataset(path)
             found = datasets.load_dataset(path, config, split=split, streaming=True)
         for number, record in enumerate(found, 1):
             # absent keys of a record come as None when other records have them
             yield f"{source}, record {number}", {key: value for key, value in record.items() if value is not None}
-    except AHNError:
+    except DocumentError:
         raise
     except Exception as error:  # the library's own, those of its readers, and those of the hub client's HTTP library
         reason = str(error).strip() or type(error).__name__
@@ -249,15 +255,17 @@ def _text(record: Any, tokenizer: Any, chance: random.Random, where: str) -> _Te
         if "messages" in record:
             return _chat(_conversation(record), tokenizer)
         if "text" in record:
-            return _Text([(record["text"] + "", True)], ends=True)
+            return _Text([(_text_of(record, "text"), True)], ends=True)
         if "paragraphs" in record or "qas" in record:
-            parts = record.get("paragraphs") or [record]
-            text = "\n\n".join(part["context"] for part in parts)
-            asked = [(qa["question"], qa["answers"][0]) for part in parts for qa in part["qas"] if qa["answers"]]
+            parts = _list_of(dict, record, "paragraphs") if record.get("paragraphs") else [record]
+            text = "\n\n".join(_text_of(part, "context") for part in parts)
+            qas = [qa for part in parts for qa in _list_of(dict, part, "qas")]
+            asked = [(_text_of(qa, "question"), answers[0]) for qa in qas if (answers := _list_of(str, qa, "answers"))]
             chance.shuffle(asked)
             return _chat(_questions(text, asked[:QUESTIONS]), tokenizer)
         if "input" in record and "answers" in record:
-            return _chat(_questions(record["context"], [(record["input"], record["answers"][0])]), tokenizer)
+            asked = [(_text_of(record, "input"), answer) for answer in _list_of(str, record, "answers")[:1]]
+            return _chat(_questions(_text_of(record, "context"), asked), tokenizer)
     except KeyError as error:
         raise DocumentError(f"{where}: no {error} where one is expected") from error
     except (AttributeError, IndexError, TypeError, TemplateError) as error:
@@ -266,15 +274,30 @@ def _text(record: Any, tokenizer: Any, chance: random.Random, where: str) -> _Te
 
 
 def _conversation(record: dict[str, Any]) -> list[dict[str, str]]:
-    messages = [{"role": message["role"], "content": message["content"]} for message in record["messages"]]
-    if document := record.get("document"):
+    said = _list_of(dict, record, "messages")
+    messages = [{key: _text_of(message, key) for key in ("role", "content")} for message in said]
+    if record.get("document") is not None and (document := _text_of(record, "document")):
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise TypeError("a document, and no user to ask about it")
         first["content"] = f"{document}\n\n{first['content']}"
     if record.get("answers") and messages and messages[-1]["role"] == "user":
-        messages.append({"role": "assistant", "content": record["answers"][0]})
+        messages.append({"role": "assistant", "content": _list_of(str, record, "answers")[0]})
     return messages
+
+
+def _text_of(record: dict[str, Any], key: str) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key!r} is {reprlib.repr(value)}: expected text")
+    return value
+
+
+def _list_of(kind: type, record: dict[str, Any], key: str) -> list[Any]:
+    value = record[key]
+    if not (isinstance(value, list) and all(isinstance(item, kind) for item in value)):
+        raise TypeError(f"{key!r} is {reprlib.repr(value)}: expected a list of {'texts' if kind is str else 'records'}")
+    return value
 
 
 def _questions(text: str, asked: list[tuple[str, str]]) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any
 
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
+from ahn.registry import nearest
 from ahn.train import windows
 
 LOSSES = ("kl", "ce", "kl+ce", "attention")
@@ -45,7 +45,7 @@ class Recipe:
         soft_steps: behind those, steps in which the gates are trained by the loss of the distillation
             (`ahn.train.soft_store`), at a third of gate_lr.
         checkpointing: recompute activations. compile: compile the frozen layers.
-        fsdp: shard the base over the processes of `torchrun` (FSDP2), for bases that do not fit one GPU.
+        fsdp: shard the base over the GPUs of `torchrun`'s processes (FSDP2), for bases that do not fit one.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
         report_to: loggers of the Trainer, used where they are installed.
     """
@@ -113,10 +113,8 @@ class Recipe:
             raise ConfigError("loss='attention' with fsdp=True: its layers learn apart from each other: expected DDP")
         if not self.data:
             raise ConfigError("data=[]: expected at least one source")
-        if not any(self.length / 8 <= size < self.length for size in self.lossless):
-            raise ConfigError(f"lossless={list(self.lossless)}: none is in {self.length}/8 .. {self.length - 1}")
+        window = min(size - sinks for size, sinks in windows.pairs(self.length, self.lossless, self.sinks))
         if self.store is not None:
-            window = min(size - sinks for size, sinks in windows.pairs(self.length, self.lossless, self.sinks))
             _expect("store_span", self.store_span, self.store_span < window, f"less than the least window, {window}")
         self.memory()
 
@@ -197,8 +195,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     known = {field.name: field for field in dataclasses.fields(Recipe)}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"unknown key {key!r} in the recipe" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(f"unknown key {key!r} in the recipe{nearest(key, known)}")
     missing = [key for key in ("base", "output", "data") if key not in values]
     if missing:
         raise ConfigError(f"the recipe has no {', '.join(missing)}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -25,6 +27,7 @@ from ahn.augmentation import augment, layers_of, set_window
 from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError
 from ahn.memory_file import atomic
+from ahn.registry import did_you_mean
 from ahn.train import checkpoints, data, distill, retention, soft_store, windows
 from ahn.train.check import Difference, check
 from ahn.train.progress import GateProgress, Progress
@@ -150,13 +153,14 @@ def build(recipe: Recipe) -> MemoryTrainer:
         raise ConfigError("fsdp=True: one process has nobody to share with: expected torchrun --nproc-per-node N ...")
     if recipe.fsdp and machine.distributed_type == DistributedType.MULTI_CPU:
         raise ConfigError("fsdp=True: accelerate shards over GPUs only, and these processes have none")
-    torch.manual_seed(recipe.seed)
-    model = _model(recipe, machine.device)
+    _check_loggers(recipe)
     tokenizer, kept = load_tokenizer(recipe.base), cache_folder() / "rows"
     rows = data.rows(list(recipe.data), tokenizer, recipe.length, recipe.limit, recipe.seed, kept)
     found, least = len(rows), min(windows.allowed(recipe.length, recipe.lossless))
     rows = rows.where(rows.counts[:, least:].any(1))  # in a long document with few questions many teach nothing
-    _check_rows(rows, recipe, model, machine.num_processes)
+    _check_rows(rows, recipe, base_config(recipe.base).get_text_config(), machine.num_processes)
+    torch.manual_seed(recipe.seed)
+    model = _model(recipe, machine.device)
     if machine.is_main_process:
         print(_plan(recipe, rows, found - len(rows), model, machine), file=sys.stderr)
     if recipe.checkpointing:
@@ -181,6 +185,12 @@ def _model(recipe: Recipe, device: torch.device) -> Any:
         if layer.store is not None:
             layer.store.requires_grad_(False)  # its gates are fitted on their own
     return model
+
+
+def _check_loggers(recipe: Recipe) -> None:
+    for name in recipe.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"report_to: unknown logger {name!r}: {did_you_mean(name, INTEGRATION_TO_CALLBACK)}")
 
 
 def _arguments(recipe: Recipe, layer_class: str) -> TrainingArguments:
@@ -245,15 +255,15 @@ def compile_layers(model: Any) -> None:
         memory.compile_for_training()
 
 
-def _check_rows(rows: data.Rows, recipe: Recipe, model: Any, processes: int) -> None:
-    """What cannot be trained is said before the first step."""
+def _check_rows(rows: data.Rows, recipe: Recipe, base: Any, processes: int) -> None:
+    """What cannot be trained is said before the base, of this transformers config, is loaded."""
     if not len(rows):
         least = min(windows.allowed(recipe.length, recipe.lossless))
         raise DocumentError(
             f"no token is to be predicted behind the first {least} of {recipe.length}: expected answers further back, "
             "longer rows, or a smaller lossless size"
         )
-    top, size = int(rows.ids.max()), model.get_input_embeddings().weight.shape[0]
+    top, size = int(rows.ids.max()), base.vocab_size
     if top >= size:
         raise BaseModelError(
             f"{recipe.base}: its tokenizer gives the token {top}, its embedding has {size} rows: "
@@ -264,7 +274,7 @@ def _check_rows(rows: data.Rows, recipe: Recipe, model: Any, processes: int) -> 
             f"the data fill {len(rows)} rows of {recipe.length} tokens: expected at least the {recipe.batch} x "
             f"{processes} rows of one step (batch x processes); a smaller batch or length may do"
         )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or recipe.length
+    context = getattr(base, "max_position_embeddings", None) or recipe.length
     if recipe.loss != "ce" and recipe.length > context:
         raise ConfigError(
             f"length={recipe.length}: the base, which is the teacher, has {context} positions: expected at most those"
@@ -289,11 +299,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         resume: go on from the newest whole checkpoint in the output folder; without one, start.
 
     Raises:
-        ConfigError: the output folder holds another run, and `resume` is false.
+        ConfigError: the output folder cannot be made, or holds another run and `resume` is false.
         BaseModelError, DocumentError: see `build`.
         TrainingError: the disk is full, a GPU was lost or has too little memory; says what to go on from.
     """
     output = Path(recipe.output)
+    _check_output(output)
     start = checkpoints.latest(output) if resume else None
     if resume and start is None:
         logger.warning("%s: no checkpoint to go on from; starting", output)
@@ -331,6 +342,17 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if first:
         _write(output / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
     return output / "adapter"
+
+
+def _check_output(output: Path) -> None:
+    """Raises ConfigError if no folder can be there, or nothing be written into it. Leaves nothing behind."""
+    try:
+        there = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"output={os.fspath(output)!r}: {there} is no folder")
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise ConfigError(f"output={os.fspath(output)!r}: cannot be written: {error.strerror}") from error
 
 
 def _train_gates(trainer: MemoryTrainer) -> dict[str, list[float]]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import random
+
+from ahn.errors import ConfigError
 
 LOSSLESS = tuple(2**i for i in range(5, 14))  # 32 .. 8,192
 SINKS = (0, 32, 64, 128, 512, 2048, 4096)
 
 
 def allowed(length: int, lossless: tuple[int, ...] = LOSSLESS) -> list[int]:
-    """The lossless sizes that fit a sequence of `length` tokens. Raises ValueError if none does."""
+    """The lossless sizes that fit a sequence of `length` tokens. Raises ConfigError if none does."""
     fitting = [size for size in lossless if length / 8 <= size < length]
     if not fitting:
-        raise ValueError(f"no lossless size of {list(lossless)} is in {length}/8 .. {length - 1}")
+        raise ConfigError(
+            f"lossless={list(lossless)} with length={length}: expected a size of {math.ceil(length / 8)} (1/8 of the "
+            f"length) to {length - 1}, so that tokens to train on lie behind it"
+        )
     return fitting
 
 
 def pairs(length: int, lossless: tuple[int, ...] = LOSSLESS, sinks: tuple[int, ...] = SINKS) -> list[tuple[int, int]]:
-    """All lossless sizes and sinks that can be drawn. Raises ValueError as `allowed`."""
+    """All lossless sizes and sinks that can be drawn. Raises ConfigError: no size fits, or no sinks fit one."""
     return [(size, kept) for size in allowed(length, lossless) for kept in _at_most_half(size, sinks)]
 
 
@@ -36,4 +42,10 @@ def draw(
 
 
 def _at_most_half(size: int, sinks: tuple[int, ...]) -> list[int]:
-    return [count for count in sinks if count <= size / 2] or [0]
+    fitting = [count for count in sinks if count <= size / 2]
+    if not fitting:
+        raise ConfigError(
+            f"sinks={list(sinks)} with a lossless size of {size}: expected sinks of at most {size // 2}, half of it: "
+            "the rest is the window"
+        )
+    return fitting

@@ -11,7 +11,7 @@ from ahn.eval.policies.base import Kept, Policy, exact_part
 
 
 class StoreAlone(Policy):
-    """Sinks, window and a store, without a compressed memory: what the store itself gives."""
+    """Sinks, window and a store (--store, --store-size), without a compressed memory: what the store itself gives."""
 
     name = "store"
     uses_store = True
@@ -19,12 +19,13 @@ class StoreAlone(Policy):
     @classmethod
     def _check(cls, base: Any, longest: int, kept: Kept) -> None:
         super()._check(base, longest, kept)
+        untrained = ", ".join(name for name in stores.names() if not stores.get(name).trained)
         if kept.store is None:
-            raise ConfigError("policy store: expected the name and size of a store (--store, --store-size)")
+            raise ConfigError(f"policy store: expected --store with one of {untrained}, and --store-size")
         if stores.get(kept.store.name).trained:
             raise ConfigError(
                 f"policy store: store={kept.store.name!r} needs the gates of an adapter, which this policy leaves out: "
-                "expected --store with one that is not trained, or policy ahn"
+                f"expected --store with one of {untrained}, or policy ahn"
             )
         kept.store.fill(exact_part(kept.window, kept.sinks, kept.adapter))
 

@@ -37,7 +37,7 @@ def get(name: str) -> "Task":
     suite, _, set_name = name.partition("/")
     if suite not in _registry.names() or not set_name:
         suites = ", ".join(_registry.names())
-        hint = nearest(name, [*names(), *groups()])
+        hint = nearest(name, [*groups(), *names()])
         raise EvalError(f"unknown task {name!r}: expected a suite ({suites}) or SUITE/SET, see `ahn eval --list`{hint}")
     return _registry.get(suite)(set_name)
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ahn.bases import check_dataset
 from ahn.errors import EvalError, some
 from ahn.eval import metrics
 from ahn.registry import did_you_mean
 
 SUFFIXES = (".jsonl", ".jsonl.xz", ".json", ".json.xz")
+COPY = "or give a copy with --data FOLDER"
 Span = tuple[int, int]
 
 
@@ -271,7 +273,7 @@ def hub(source: str, **options: Any) -> Iterator[Record]:
     try:
         import datasets
     except ImportError as error:
-        raise EvalError(f"{source}: needs the datasets library: pip install 'ahn[eval]'; or give a folder") from error
+        raise EvalError(f"{source}: needs the datasets library: pip install 'ahn[eval]'; {COPY}") from error
     owner, name, *rest = source.split("/", 2)
     arguments: dict[str, Any] = {"path": f"{owner}/{name}", "streaming": True, **options}
     if rest:
@@ -279,13 +281,14 @@ def hub(source: str, **options: Any) -> Iterator[Record]:
         url = f"hf://datasets/{owner}/{name}/{archive}"
         arguments |= {"path": "json", "data_files": f"zip://**/{member}::{url}" if member else url, "split": "train"}
     try:
+        check_dataset(f"{owner}/{name}")
         for number, fields in enumerate(datasets.load_dataset(**arguments), 1):
             yield Record(f"{source}, record {number}", fields)
     except EvalError:
         raise
     except Exception as error:  # the library's own, those of its readers, and those of the hub client's HTTP library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EvalError(f"{source}: cannot be loaded from the hub: {reason}; or give a folder") from error
+        raise EvalError(f"{source}: cannot be loaded from the hub: {reason}; {COPY}") from error
 
 
 def fill(template: str, context: str, **fields: str) -> tuple[str, int]:
