@@ -82,12 +82,12 @@ def store(folder: Path, base: str) -> list[str]:
     """How its gates were trained, and what they find."""
     name = f"{folder.name.rpartition('-')[0]}-store"
     recipe = load(ROOT / "recipes" / f"{name}.yaml")
-    losses = json.loads((folder / "gates.json").read_text())["soft_steps"]
-    tokens = len(losses) * recipe.batch * recipe.length / 1e6
-    log = [{"step": number, "loss": loss} for number, loss in enumerate(losses, 1)]
+    log = [entry for entry in json.loads((folder / "gates.json").read_text()) if "loss" in entry]
+    steps = log[-1]["step"]
+    tokens = steps * recipe.batch * recipe.length / 1e6
     parts = [
         f"**The store.** Gates choose which tokens are kept exactly. They were trained by `recipes/{name}.yaml`, seed "
-        f"{recipe.seed} (log: `gates.json`), {len(losses)} steps of {recipe.batch} rows of {recipe.length:,} tokens "
+        f"{recipe.seed} (log: `gates.json`), {steps} steps of {recipe.batch} rows of {recipe.length:,} tokens "
         f"({tokens:.1f} M), on {data(recipe)}. KL (nats) by step:",
         curve(log),
     ]

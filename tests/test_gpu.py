@@ -492,7 +492,7 @@ def test_the_state_does_not_drift(cell):
 @pytest.mark.parametrize(("tokens", "size"), [(96, 64), (1000, 64), (640, 128)])
 def test_soft_places(tokens, size, monkeypatch):
     """The kernel in bfloat16 against plain torch in float32, with the gradients by the gate's scores."""
-    from ahn.train import soft_store
+    from ahn.train import gates
     from test_store import soft_inputs
 
     q, k, v, scores, least = soft_inputs("cuda", torch.bfloat16, size, tokens)
@@ -501,7 +501,7 @@ def test_soft_places(tokens, size, monkeypatch):
         monkeypatch.setenv("AHN_KERNEL", kernel)
         leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
         gate = scores.clone().requires_grad_()
-        out = soft_store.attend(*leaves, gate, least, 0.4, 4, 16, size**-0.5)
+        out = gates.attend(*leaves, gate, least, 0.4, 4, 16, size**-0.5)
         (out.float() * torch.arange(1, size + 1, device="cuda")).sum().backward()
         outs.append(out)
         gradients.append([t.grad for t in (*leaves, gate)])

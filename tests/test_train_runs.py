@@ -25,6 +25,7 @@ from ahn.train import checkpoints, data, recipe
 from conftest import tiny
 from tiny_tokenizer import tiny_tokenizer
 
+GATES = {"store": "learned", "store_size": 8, "window": 16, "lossless": [32], "sinks": [4], "gate_lr": 1e-2}
 SETTINGS = {
     "cell": "gated_deltanet",
     "length": 64,
@@ -135,8 +136,8 @@ def torchrun(*command):
     return out
 
 
-def losses(folder):
-    return [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+def losses(folder, log="log.json"):
+    return [entry["loss"] for entry in json.loads((folder / log).read_text()) if "loss" in entry]
 
 
 def weights(folder):
@@ -144,15 +145,18 @@ def weights(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "gates", "fsdp"])
 def test_two_processes_train_as_one_with_the_double_batch(run, tmp_path, base, kind):
     sharded, program = kind == "fsdp", ["-m", "ahn"]
     if sharded:
         (tmp_path / "sharded.py").write_text(SHARDED)
         program = [str(tmp_path / "sharded.py")]
     # a small rate: where a gradient is next to nothing, Adam makes a whole step of how it was rounded
-    assert main(["train", run("one", checkpointing=sharded, lr=1e-3)]) == 0
-    command = [*program, "train", run("two", batch=2, fsdp=sharded, checkpointing=sharded, lr=1e-3)]
+    plan = {"checkpointing": sharded, "lr": 1e-3}
+    if kind == "gates":
+        plan |= GATES | {"gate_steps": 4, "gate_lr": 1e-3}
+    assert main(["train", run("one", **plan)]) == 0
+    command = [*program, "train", run("two", batch=2, fsdp=sharded, **plan)]
     out = torchrun(*command)
     assert out.count("adapter in") == 1 and "Traceback" not in out
     expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -160,7 +164,9 @@ def test_two_processes_train_as_one_with_the_double_batch(run, tmp_path, base, k
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    assert ahn.from_pretrained(base, tmp_path / "two" / "adapter").ahn_config == ahn.AHNConfig("gated_deltanet", 24, 4)
+    config = ahn.from_pretrained(base, tmp_path / "two" / "adapter").ahn_config
+    places = {"store": "learned", "store_size": 8} if kind == "gates" else {}
+    assert config == ahn.AHNConfig("gated_deltanet", 16 if places else 24, 4, **places)
     if sharded:
         measured = json.loads((tmp_path / "two" / "shards.json").read_text())
         assert measured["shards"] == pytest.approx(0.5, abs=0.01)
@@ -184,11 +190,14 @@ def test_one_process_cannot_shard(run, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_it_had_not_been(run, tmp_path):
-    long = {"steps": 80, "save_every": 5}
+@pytest.mark.parametrize("stage", ["cells", "gates"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(run, tmp_path, stage):
+    long, folder = {"steps": 80, "save_every": 5}, tmp_path / "killed"
+    if stage == "gates":
+        long, folder = GATES | {"gate_steps": 60, "steps": 4, "save_every": 5}, folder / "gates"
     process = start("-m", "ahn", "train", run("killed", **long))
     deadline = time.monotonic() + 100
-    while not (tmp_path / "killed" / "checkpoint-10" / checkpoints.SEAL).exists():
+    while not (folder / "checkpoint-10" / checkpoints.SEAL).exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     time.sleep(0.13)  # somewhere in a later step, or while it saves
@@ -197,8 +206,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run, tmp_path):
     process.stdout.close()
     assert main(["train", run("killed", **long), "--resume"]) == 0
     assert main(["train", run("whole", **long)]) == 0
-    assert len(losses(tmp_path / "whole")) == 80
+    assert len(losses(tmp_path / "whole")) == long["steps"]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    if stage == "gates":
+        curves = [losses(tmp_path / name, "gates.json") for name in ("killed", "whole")]
+        assert curves[0] == curves[1] and len(curves[0]) == 60
     rates = [
         [entry["learning_rate"] for entry in json.loads((tmp_path / name / "log.json").read_text()) if "loss" in entry]
         for name in ("killed", "whole")

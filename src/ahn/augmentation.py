@@ -184,13 +184,14 @@ def full_attention(
     in place of full attention, in layers that do not keep everything.
     """
     layers = layers_of(model)
+    before = [(layer.full, layer.observe, layer.attend) for layer in layers]
     for layer in layers:
         layer.full, layer.observe, layer.attend = True, observe, attend if layer.window is not None else None
     try:
         yield
     finally:
-        for layer in layers:
-            layer.full, layer.observe, layer.attend = False, None, None
+        for layer, states in zip(layers, before, strict=True):
+            layer.full, layer.observe, layer.attend = states
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
 Letters: B batch, N query heads, M key/value heads, T tokens, H head size, Q blocks of queries, W window.
 
-It is the training of a store's gates (`ahn.train.soft_store`): to the score of a key that is W or more back, and no
+It is the training of a store's gates (`ahn.train.gates`): to the score of a key that is W or more back, and no
 sink, the log of its weight is added, which differs from one block of queries to the next. Forward one program has some
 queries of one head, backward once more so, and once some keys of one key/value head, with all queries that see them.
 Scores exist for a tile at a time.

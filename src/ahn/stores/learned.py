@@ -1,4 +1,4 @@
-"""A small gate says what will be needed (the idea of TRIM-KV, arXiv 2512.03324). Trained by `ahn.train.retention`."""
+"""A small gate says what will be needed (the idea of TRIM-KV, arXiv 2512.03324). Trained by `ahn.train.gates`."""
 
 from __future__ import annotations
 

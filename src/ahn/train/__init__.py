@@ -6,8 +6,7 @@ data.py         texts and chats as rows of equal length, with the tokens that co
 windows.py      which sinks and window a batch is trained with
 distill.py      the two forwards and the loss, without ever holding all logits
 trainer.py      the Hugging Face Trainer around them: loop, resume, logging, several GPUs
-soft_store.py   gates of a store, trained by the loss
-retention.py    the same by labels, and how well their order is met
+gates.py        the same for the gates of a store, which then decides softly
 check.py        this machine's gradients against plain torch
 progress.py     what a run says while it runs
 checkpoints.py  which checkpoint is whole

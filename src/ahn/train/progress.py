@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 class Progress(TrainerCallback):
     """Only the first process speaks, on standard error."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, what: str, tokens: int) -> None:
+        self.what = what  # goes before the number of a step
         self.tokens = tokens  # of a step, all processes together
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -32,36 +33,10 @@ class Progress(TrainerCallback):
         self.since, self.step = now, state.global_step
         width = len(f"{state.max_steps:,}")
         line = (
-            f"step {state.global_step:>{width},} of {state.max_steps:,}   loss {logs['loss']:<9.4g}   gradient "
+            f"{self.what} {state.global_step:>{width},} of {state.max_steps:,}   loss {logs['loss']:<9.4g}   gradient "
             f"{logs['grad_norm']:<9.3g}   lr {logs['learning_rate']:.2e}   {speed:>9,.0f} tokens/s"
         )
         tqdm.write(line, file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
-
-
-class GateProgress:
-    """The same for the gates of a store: called with the losses of all steps so far.
-
-    Args:
-        steps: in all. tokens: of a step. hidden: this process says nothing.
-    """
-
-    EVERY = 10  # steps a line
-
-    def __init__(self, steps: int, tokens: int, hidden: bool) -> None:
-        self.steps, self.tokens, self.hidden = steps, tokens, hidden
-        self.bar = tqdm(total=steps, unit="step", leave=False, disable=True if hidden else None)
-        self.since = time.monotonic()
-
-    def __call__(self, losses: list[float]) -> None:
-        self.bar.update()
-        if not self.hidden and len(losses) % self.EVERY == 0:
-            now = time.monotonic()
-            speed, self.since = self.EVERY * self.tokens / (now - self.since), now
-            last, width = losses[-self.EVERY :], len(f"{self.steps:,}")
-            line = f"gates {len(losses):>{width},} of {self.steps:,}   loss {sum(last) / len(last):<9.4g}"
-            tqdm.write(f"{line}   {speed:>9,.0f} tokens/s", file=sys.stderr)
-        if len(losses) == self.steps:
-            self.bar.close()

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ahn import stores
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.registry import nearest
 from ahn.train import windows
 
 LOSSES = ("kl", "ce", "kl+ce", "attention")
-GATE_LABELS = ("max", "mean")  # of the attention that a token gets from far away
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class Recipe:
         window, kept_sinks: what the finished adapter suggests to use.
         sink_positions, memory_positions, key_maps, make_room, store, store_size, store_span: see AHNConfig. In
             training the store has the share of each lossless size, sinks apart, that it has of window + store_size.
-        gate_steps, gate_lr, gate_label: of a store that is trained (`ahn.train.retention`), before the cells are;
-            with steps: 0 that is all.
-        soft_steps: behind those, steps in which the gates are trained by the loss of the distillation
-            (`ahn.train.soft_store`), at a third of gate_lr.
+        gate_steps, gate_lr: steps in which the gates of a store are trained (`ahn.train.gates`), before the cells are,
+            with its window and kept_sinks; with steps: 0 that is all.
         checkpointing: recompute activations. compile: compile the frozen layers.
         fsdp: shard the base over the GPUs of `torchrun`'s processes (FSDP2), for bases that do not fit one.
         save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
@@ -76,9 +74,7 @@ class Recipe:
     store_size: int = 0
     store_span: int = 1
     gate_steps: int = 0
-    gate_lr: float = 1e-3
-    gate_label: str = "max"
-    soft_steps: int = 0
+    gate_lr: float = 2e-3
     checkpointing: bool = False
     compile: bool = True
     fsdp: bool = False
@@ -92,13 +88,15 @@ class Recipe:
             _check_type(key.name, str(key.type), getattr(self, key.name))
         for name in ("length", "batch", "save_every", "log_every"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
-        least = 0 if self.gate_steps or self.soft_steps else 1
+        least = 0 if self.gate_steps else 1
         _expect("steps", self.steps, self.steps >= least, f"an integer of at least {least}")
-        for name in ("gate_steps", "soft_steps"):
-            _expect(name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
-            if getattr(self, name) and self.store is None:
-                raise ConfigError(f"{name}={getattr(self, name)} without a store: expected the name of a store, or 0")
-        _expect("gate_label", self.gate_label, self.gate_label in GATE_LABELS, f"one of {', '.join(GATE_LABELS)}")
+        _expect("gate_steps", self.gate_steps, self.gate_steps >= 0, "an integer of at least 0")
+        if self.gate_steps and self.store is None:
+            raise ConfigError(f"gate_steps={self.gate_steps} without a store: expected the name of a store, or 0")
+        if self.gate_steps and self.store is not None and not stores.get(self.store).trained:
+            raise ConfigError(f"gate_steps={self.gate_steps}: store={self.store!r} has nothing to train: expected 0")
+        if self.gate_steps and self.fsdp:
+            raise ConfigError("gate_steps with fsdp=True: gates are trained with a whole base: expected DDP")
         for name in ("lr", "clip", "gate_lr"):
             _expect(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
         _expect("warmup", self.warmup, 0 <= self.warmup <= 1, "a share of the steps, 0 to 1")
@@ -117,6 +115,13 @@ class Recipe:
         if self.store is not None:
             _expect("store_span", self.store_span, self.store_span < window, f"less than the least window, {window}")
         self.memory()
+
+    def of_gates(self) -> Recipe:
+        """Their part of the run, in a folder of its own."""
+        return dataclasses.replace(
+            self, output=str(Path(self.output) / "gates"), steps=self.gate_steps, lr=self.gate_lr, loss="kl",
+            weight_decay=0.0, gate_steps=0,
+        )  # fmt: skip
 
     def memory(self) -> AHNConfig:
         """What is put on the base. Raises ConfigError."""

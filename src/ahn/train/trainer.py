@@ -28,9 +28,9 @@ from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError
 from ahn.memory_file import atomic
 from ahn.registry import did_you_mean
-from ahn.train import checkpoints, data, distill, retention, soft_store, windows
+from ahn.train import checkpoints, data, distill, gates, windows
 from ahn.train.check import Difference, check
-from ahn.train.progress import GateProgress, Progress
+from ahn.train.progress import Progress
 from ahn.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -50,11 +50,14 @@ class Distiller(nn.Module):
 class MemoryTrainer(Trainer):
     """Trains the cells of a Distiller; checkpoints hold the adapter, not the base."""
 
-    def __init__(self, recipe: Recipe, **options: Any) -> None:
-        super().__init__(**options)
+    what = "step"  # before its number, for people
+
+    def __init__(self, recipe: Recipe, model: Any, rows: data.Rows) -> None:
+        arguments = _arguments(recipe, type(model.get_decoder().layers[0]).__name__)
+        super().__init__(model=Distiller(model, recipe.loss), args=arguments, train_dataset=rows)
         self.recipe = recipe
         self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(recipe.batch * recipe.length * self.args.world_size))
+        self.add_callback(Progress(self.what, recipe.batch * recipe.length * self.args.world_size))
 
     @property
     def augmented(self) -> Any:
@@ -66,10 +69,35 @@ class MemoryTrainer(Trainer):
             compile_layers(self.augmented)
         return super().train(*args, **options)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, start: Path | None) -> None:
+        """All steps, or those behind a checkpoint. Raises TrainingError, see `train`."""
+        reached = TrainerState()
+        if start is not None:
+            apply(read_adapter(start), self.augmented)
+            reached = TrainerState.load_from_json(str(start / TRAINER_STATE_NAME))
+        if reached.global_step >= self.recipe.steps:  # the Trainer would take one step more
+            self.state = reached
+            return
+        try:
+            self.train(resume_from_checkpoint=None if start is None else str(start))
+        except (OSError, RuntimeError) as error:
+            if not (reason := str(error) if isinstance(error, OSError) else _lost(error)):
+                raise
+            at = f"{self.what} {self.state.global_step + 1}"
+            raise TrainingError(f"{at}: {reason}; {self.last_good()}") from error
+        except KeyboardInterrupt as interrupt:
+            at = f"{self.what} {self.state.global_step + 1}"
+            raise KeyboardInterrupt(f"interrupted at {at}; {self.last_good()}") from interrupt
+
+    def draw(self) -> tuple[int, int, int]:
+        """Window, sinks and places of the store of this step."""
         recipe = self.recipe
-        size = windows.draw(recipe.seed, self.state.global_step, recipe.length, recipe.lossless, recipe.sinks)
-        set_window(self.augmented, *self.with_store(*size))
+        step = self.state.global_step
+        return self.with_store(*windows.draw(recipe.seed, step, recipe.length, recipe.lossless, recipe.sinks))
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        size = self.draw()
+        set_window(self.augmented, *size)
         loss = model(**inputs)["loss"]
         if self.args.world_size == 1:
             return loss
@@ -146,6 +174,36 @@ class MemoryTrainer(Trainer):
         return f"to go on from {folder}: the same command with --resume" if folder else "no checkpoint was written yet"
 
 
+class GateTrainer(MemoryTrainer):
+    """Trains the gates of the stores instead (`ahn.train.gates`), with the window that the recipe suggests to use."""
+
+    what = "gates"
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        mine = gates.parameters(self.augmented)
+        others = [p for p in self.augmented.parameters() if p.requires_grad]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        for parameter in mine:
+            parameter.requires_grad_(True)
+        try:
+            return Trainer.train(self, *args, **options)
+        finally:
+            for parameter in mine:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def draw(self) -> tuple[int, int, int]:
+        return self.recipe.window, self.recipe.kept_sinks, self.recipe.store_size
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        done = self.state.global_step / max(self.recipe.steps - 1, 1)
+        with gates.attending(self.augmented, gates.warmth_at(done)):
+            return super().training_step(*args, **options)
+
+
 def build(recipe: Recipe) -> MemoryTrainer:
     """Model, data and trainer of a recipe. Raises BaseModelError, ConfigError, DocumentError."""
     machine = PartialState(cpu=not torch.cuda.is_available())  # of the process's own GPU, if torchrun started several
@@ -167,8 +225,7 @@ def build(recipe: Recipe) -> MemoryTrainer:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
         model.train()  # checkpointing is off in eval mode; there is no dropout to turn on
-    arguments = _arguments(recipe, type(model.get_decoder().layers[0]).__name__)
-    return MemoryTrainer(recipe, model=Distiller(model, recipe.loss), args=arguments, train_dataset=rows)
+    return MemoryTrainer(recipe, model, rows)
 
 
 def _model(recipe: Recipe, device: torch.device) -> Any:
@@ -183,7 +240,7 @@ def _model(recipe: Recipe, device: torch.device) -> Any:
         if layer.cell is not None:
             layer.cell.float()  # the weights that are trained; the base stays in its dtype
         if layer.store is not None:
-            layer.store.requires_grad_(False)  # its gates are fitted on their own
+            layer.store.requires_grad_(False)  # its gates are trained apart
     return model
 
 
@@ -234,14 +291,17 @@ def _plan(recipe: Recipe, rows: data.Rows, idle: int, model: Any, machine: Parti
     processes = f" x {machine.num_processes}" if machine.num_processes > 1 else ""
     counting = rows.counts[:, min(windows.allowed(recipe.length, recipe.lossless)) :]
     taken = recipe.batch * machine.num_processes
-    gate_steps = recipe.gate_steps + recipe.soft_steps
-    gates = f"{gate_steps:,} steps of {recipe.batch} rows for the store's gates, then " if gate_steps else ""
+    stages = {"the store's gates": recipe.gate_steps, "the cells": recipe.steps}
+    steps = [
+        f"{count:,} steps of {taken:,} rows for {what}: {count * taken / len(rows):.2g} passes over the data"
+        for what, count in stages.items()
+        if count
+    ]
     return (
         f"{recipe.base} with {recipe.cell}: {trained:,} weights to train, on {machine.device.type}{processes}\n"
         f"{len(rows):,} rows of {recipe.length:,} tokens; of those behind the lossless ones "
         f"{counting.float().mean().item():.1%} are to be predicted"
-        f"{f' ({idle:,} rows without any are left out)' if idle else ''}\n"
-        f"{gates}{recipe.steps:,} steps of {taken:,} rows: {recipe.steps * taken / len(rows):.2g} passes over the data"
+        f"{f' ({idle:,} rows without any are left out)' if idle else ''}\n" + "\n".join(steps)
     )
 
 
@@ -305,39 +365,26 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """
     output = Path(recipe.output)
     _check_output(output)
-    start = checkpoints.latest(output) if resume else None
-    if resume and start is None:
+    folder = Path(recipe.of_gates().output) if recipe.gate_steps else output
+    start, gate_start = (checkpoints.latest(where) if resume else None for where in (output, folder))
+    if resume and start is None and gate_start is None:
         logger.warning("%s: no checkpoint to go on from; starting", output)
-    elif not resume and checkpoints.found(output):
+    elif not resume and (checkpoints.found(output) or checkpoints.found(folder)):
         raise ConfigError(
             f"output={recipe.output!r}: holds the checkpoints of a run: expected --resume, or a new folder"
         )
     trainer = build(recipe)
     first = trainer.is_world_process_zero()
     if first:
-        _note_recipe(recipe, output, changed=start is not None)
-    if start is not None:
-        apply(read_adapter(start), trainer.augmented)
-    elif recipe.start is not None:
-        apply(_first_weights(recipe), trainer.augmented, new_store=recipe.gate_steps + recipe.soft_steps > 0)
-    if start is None and recipe.gate_steps + recipe.soft_steps:
-        losses = _train_gates(trainer)
+        _note_recipe(recipe, output, changed=bool(start or gate_start))
+    if recipe.start is not None and start is None and gate_start is None:
+        apply(_first_weights(recipe), trainer.augmented, new_store=recipe.gate_steps > 0)
+    if recipe.gate_steps and start is None:
+        of_gates = GateTrainer(recipe.of_gates(), trainer.augmented, trainer.train_dataset)
+        of_gates.run(gate_start)
         if first:
-            _write(output / "gates.json", json.dumps(losses, indent=1) + "\n")
-    reached = TrainerState() if start is None else TrainerState.load_from_json(str(start / TRAINER_STATE_NAME))
-    try:
-        if reached.global_step >= recipe.steps:  # the Trainer would take one step more
-            trainer.state = reached
-        else:
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    except (OSError, RuntimeError) as error:
-        if not (reason := str(error) if isinstance(error, OSError) else _lost(error)):
-            raise
-        raise TrainingError(f"step {trainer.state.global_step + 1}: {reason}; {trainer.last_good()}") from error
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(
-            f"interrupted at step {trainer.state.global_step + 1}; {trainer.last_good()}"
-        ) from interrupt
+            _write(output / "gates.json", json.dumps(of_gates.state.log_history, indent=1) + "\n")
+    trainer.run(start)
     trainer.save_model(str(output / "adapter"))
     if first:
         _write(output / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
@@ -353,25 +400,6 @@ def _check_output(output: Path) -> None:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise ConfigError(f"output={os.fspath(output)!r}: cannot be written: {error.strerror}") from error
-
-
-def _train_gates(trainer: MemoryTrainer) -> dict[str, list[float]]:
-    """The gates of the store, by labels and by the loss; the loss of each step."""
-    recipe, model, rows = trainer.recipe, trainer.augmented, trainer.train_dataset
-    losses, seed, batch = {}, recipe.seed, recipe.batch
-
-    def progress(steps: int) -> GateProgress:
-        return GateProgress(steps, batch * recipe.length, not trainer.is_world_process_zero())
-
-    if steps := recipe.gate_steps:
-        losses["gate_steps"] = retention.fit(
-            model, rows, steps, batch, recipe.gate_lr, recipe.gate_label, seed, progress(steps)
-        )
-    if steps := recipe.soft_steps:
-        losses["soft_steps"] = soft_store.tune(
-            model, rows, steps, batch, recipe.gate_lr / 3, seed, progress=progress(steps)
-        )
-    return losses
 
 
 def _first_weights(recipe: Recipe) -> Adapter:

@@ -1,4 +1,5 @@
-"""Trains the gates of a store by the loss of the distillation itself (the idea of TRIM-KV, arXiv 2512.03324).
+"""How the gates of a store (`ahn.stores.learned`) are trained by the loss of the distillation itself (the idea of
+TRIM-KV, arXiv 2512.03324).
 
 Letters: B rows, T tokens, D hidden size, N query heads, M key/value heads, H head size, P places, Q blocks of queries.
 
@@ -11,6 +12,8 @@ judged by the best of their scores, as in the store.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,56 +22,49 @@ from torch.nn.functional import logsigmoid, pad
 from torch.utils.checkpoint import checkpoint
 
 from ahn import kernels
-from ahn.augmentation import full_attention
-from ahn.train import distill
-from ahn.train.data import Rows
-from ahn.train.retention import BLOCKS, Progress, scores_of, train_gates
+from ahn.augmentation import full_attention, layers_of
+from ahn.errors import ConfigError
 
+BLOCKS = 16  # of queries in a row: times to choose at
 WARMTH = (1.0, 0.1)  # at first and at last
 ALWAYS = -1e4  # `least` while there are free places
 HALVINGS = 30  # of the interval that `least` is sought in, in plain torch
 
 
-def tune(
-    model: Any,
-    rows: Rows,
-    steps: int,
-    batch: int = 2,
-    lr: float = 1e-3,
-    seed: int = 0,
-    warmth: tuple = WARMTH,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Train the gates of all layers; returns the loss of each step, KL(teacher || student) in nats.
+def warmth_at(done: float) -> float:
+    """When this share of the steps is done, 0 to 1."""
+    return WARMTH[0] * (WARMTH[1] / WARMTH[0]) ** done
 
-    The window, sinks and places are those the model has now. Base and cells stay as they are, and the cells are not in
-    it: what loses its place is gone. Rows are drawn with `seed`, each once before any again.
 
-    Raises:
-        ConfigError: the store of the model is not one that is trained.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
+@contextmanager
+def attending(model: Any, warmth: float) -> Iterator[None]:
+    """Within, whole sequences are attended as described above, with the window, sinks and places the model has now.
+    The cells are not in it: what loses its place is gone."""
 
-    def step(ids: Tensor, counts: Tensor, done: float) -> Tensor:
-        counts[:, : model.ahn_config.lossless] = False
-        now = warmth[0] * (warmth[1] / warmth[0]) ** done
+    def softly(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float) -> Tensor:
+        layer = attention.ahn
+        near = layer.sinks, layer.reach
+        scores = pooled(scores_of(layer, x), layer.sinks, layer.span)
+        least = least_kept(scores.detach(), layer.size, *near, warmth)
+        return attend(q, k, v, centred(scores, least, *near, warmth), least, warmth, *near, scale)
 
-        def softly(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float) -> Tensor:
-            layer = attention.ahn
-            near = layer.sinks, layer.reach
-            scores = pooled(scores_of(layer, x), layer.sinks, layer.span)
-            least = least_kept(scores.detach(), layer.size, *near, now)
-            return attend(q, k, v, centred(scores, least, *near, now), least, now, *near, scale)
+    with full_attention(model, attend=softly):
+        yield
 
-        with torch.no_grad(), full_attention(model):
-            teacher = decoder(ids, use_cache=False).last_hidden_state[counts]
-        with full_attention(model, attend=softly):
-            student = decoder(ids, use_cache=False).last_hidden_state[counts]
-        loss = distill.head_loss(student, teacher, ids, counts, head)
-        loss.backward()
-        return loss.detach()
 
-    return train_gates(model, rows, steps, batch, lr, seed, step, progress)
+def parameters(model: Any) -> list[torch.nn.Parameter]:
+    """The weights of all stores."""
+    return [p for layer in layers_of(model) if layer.store is not None for p in layer.store.parameters()]
+
+
+def scores_of(layer: Any, x: Tensor) -> Tensor:
+    """What the store of a layer gives the tokens of whole sequences x [B, T, D], [B, M, T]."""
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    return layer.store.score(x, positions, _no_state)
+
+
+def _no_state() -> Tensor:
+    raise ConfigError("a store that is trained cannot also ask the cell's state")
 
 
 def pooled(scores: Tensor, sinks: int, span: int) -> Tensor:

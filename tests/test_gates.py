@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.gpu]
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from ahn.train import soft_store  # noqa: E402
+from ahn.train import gates  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -33,8 +33,8 @@ def test_attention_and_gradients(monkeypatch, tokens, size, sinks, window, heads
     for kernel in ("triton", "torch"):
         monkeypatch.setenv("AHN_KERNEL", kernel)
         leaves = [t.clone().requires_grad_() for t in (q, k, v, scores)]
-        least = soft_store.least_kept(scores, 10, sinks, window, 1.0)
-        out = soft_store.attend(*leaves, least, 0.4, sinks, window, 0.3)
+        least = gates.least_kept(scores, 10, sinks, window, 1.0)
+        out = gates.attend(*leaves, least, 0.4, sinks, window, 0.3)
         (out * wanted).sum().backward()
         found.append([out, *(t.grad for t in leaves)])
     for fast, plain in zip(*found, strict=True):
@@ -47,9 +47,9 @@ def test_the_weights_add_up_to_the_places(monkeypatch, tokens, sinks, window, wa
     monkeypatch.setenv("AHN_KERNEL", "triton")
     torch.manual_seed(0)
     scores = torch.randn(2, 2, tokens, device=DEVICE)
-    least = soft_store.least_kept(scores, 10, sinks, window, warmth)
-    behind = soft_store._behind(scores, sinks, window)
+    least = gates.least_kept(scores, 10, sinks, window, warmth)
+    behind = gates._behind(scores, sinks, window)
     few = (behind.sum(-1) <= 10).expand_as(least)
-    assert (least[few] == soft_store.ALWAYS).all()
-    total = soft_store._weights(scores, least, warmth, behind).sum(-1)[~few]
+    assert (least[few] == gates.ALWAYS).all()
+    total = gates._weights(scores, least, warmth, behind).sum(-1)[~few]
     torch.testing.assert_close(total, torch.full_like(total, 10), atol=0.01, rtol=0)
