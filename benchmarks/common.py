@@ -20,6 +20,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 NO_STORE = "@none"
+UNFINISHED = 75  # exit code of a script whose time was over: the same command goes on
 SHARE = 0.74  # of the window's places, for a store
 BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import SHARE, keep, kept, run_in_memory, stored
+from common import SHARE, UNFINISHED, keep, kept, run_in_memory, stored
 
 if TYPE_CHECKING:
     from ahn.eval.runner import Options, Work
@@ -232,7 +232,7 @@ def main() -> None:
         for plan in planned:
             if stop():
                 print("time is over: the same command goes on from here", flush=True)
-                return
+                raise SystemExit(UNFINISHED)
             if plan.name in failed:
                 continue
             at = time.monotonic()

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import SHARE, keep, kept, run_in_memory, stored, write
+from common import SHARE, UNFINISHED, keep, kept, run_in_memory, stored, write
 
 if TYPE_CHECKING:
     from ahn.eval.runner import Work
@@ -51,16 +51,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch after these")
     parser.add_argument("--name", help="of the result file")
     options = parser.parse_args()
+    end = time.monotonic() + options.seconds
     works = prompts(options)
     if options.prepare:
         print(f"{sum(len(prompt.ids) for work in works for prompt in work.prompts):,} tokens, read once a row")
         return
     name, rows = options.name or f"recall-{Path(options.base).stem}", []
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    for row in _rows(options, works):
+    for row in _rows(options, works, end):
         rows.append(row)
         path = write(name, settings=settings, rows=rows)
-    print(path)
+    if rows:
+        print(path)
+    if time.monotonic() > end:
+        print("time is over: the same command goes on from here", flush=True)
+        raise SystemExit(UNFINISHED)
 
 
 def prompts(options: argparse.Namespace) -> list[Work]:
@@ -85,12 +90,12 @@ def prompts(options: argparse.Namespace) -> list[Work]:
     return [replace(work, examples=work.examples[first], prompts=work.prompts[first]) for work in made]
 
 
-def _rows(options: argparse.Namespace, works: list[Work]) -> Iterator[dict[str, Any]]:
+def _rows(options: argparse.Namespace, works: list[Work], end: float) -> Iterator[dict[str, Any]]:
     from ahn.bases import base_config, load_base
     from ahn.eval import results, runner
     from ahn.eval.policies.base import exact_sizes
 
-    model, end = load_base(options.base), time.monotonic() + options.seconds
+    model = load_base(options.base)
     for number, lossless in enumerate(options.lossless):
         window, sinks = exact_sizes(base_config(options.base), options.adapter, lossless, None)
         plain = [] if options.no_plain else ["window"] + (["ahn"] if options.adapter else [])

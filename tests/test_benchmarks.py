@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,9 @@ def test_evaluate_goes_on_where_time_was_over_and_names_what_fails(tmp_path, mon
     said = run("--prepare")
     assert "6 examples" in said and "too long" not in said and "broken, tiny-base: without standin/needle" in said
     assert not (tmp_path / "out").exists()
-    assert "time is over" in run("--seconds", "0")
+    with pytest.raises(SystemExit, match="75"):
+        run("--seconds", "0")
+    assert "time is over" in capsys.readouterr().out
 
     def counts():
         return {(r.config["task"], r.config["policy"]): len(r.rows) for r in results.find([tmp_path / "out"])}
@@ -219,3 +222,47 @@ def test_a_share_for_the_store(tmp_path):
     put_on(model, f"{tmp_path / 'a'}@0.25")
     set_lossless(model, 26, 2)
     assert (model.ahn_config.store_size, model.ahn_config.window) == (6, 18)
+
+
+def test_jobs_run_behind_those_they_build_on(tmp_path, capsys):
+    from all import Job, Runner
+
+    asleep = "-c __import__('time').sleep(100)"
+    jobs = (
+        Job("second", "-c pass", ("first",)),
+        Job("first", "-c pass"),
+        Job("broken", "-c 1/0"),
+        Job("hopeless", "-c pass", ("broken",)),
+        Job("long", asleep, (), 0.5),
+        Job("behind long", "-c pass", ("long",)),
+        Job("unfinished", "-c exit(75)"),
+        Job("free", "-c pass", ("not asked for",)),
+    )
+    left = Runner(jobs, 2, 60, tmp_path, {}).run()
+    assert left == ["broken", "hopeless", "long", "behind long", "unfinished"]
+    assert "ZeroDivisionError" in (tmp_path / "logs" / "broken").read_text()
+    said = capsys.readouterr().out
+    assert said.index("first: done") < said.index("second: begins") and "long: time is over" in said
+    # what is done or has failed is not begun again, what had no time is
+    assert Runner(jobs, 2, 60, tmp_path, {}).run() == left
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "begins" in line] == [
+        "long",
+        "unfinished",
+    ]
+    # nothing is left behind when the time of all is over
+    began = time.monotonic()
+    assert Runner((Job("endless", asleep),), 1, 0.5, tmp_path, {}).run() == ["endless"]
+    assert time.monotonic() - began < 20
+
+
+def test_commands_of_jobs_are_whole():
+    from all import JOBS, filled
+
+    values = dict.fromkeys(("data", "qwen", "smollm2", "output"), "X") | {"name": "N", "left": "5"}
+    names = [job.name for job in JOBS]
+    for job in JOBS:
+        script, *rest = filled(job.command, values).split()
+        assert script == "-m" or (BENCHMARKS / script).is_file()
+        assert set(job.after) <= set(names)
+        for word in rest:
+            assert not word.startswith("../") or (BENCHMARKS / word).exists()

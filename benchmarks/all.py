@@ -1,0 +1,217 @@
+"""Everything that is measured and trained on GPUs, the most important first, on as many of them as there are.
+
+    python benchmarks/all.py DATA --qwen QWEN.gguf --smollm2 SMOLLM2.gguf --output FOLDER [--seconds 1500]
+        [--only NAME ...] [--list]
+
+A job is one of the scripts beside this one, or `ahn train`, alone on its GPU. It begins when the jobs it builds on are
+done and a GPU is free. When the time is over what runs is ended; the same command goes on from there: what is done is
+not done again, and training, recall and evaluation go on from what they have written. `FOLDER/logs` has what the jobs
+print, `FOLDER/done` which are done or have failed, benchmarks/results what they found.
+
+DATA holds `books`, `qa` and `benchmarks`, and what the recipes of the stores name (their first lines say how it is
+made): facts-16k, far-16k and books-part for Qwen, facts-long and far-8k for SmolLM2, all .jsonl.xz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import UNFINISHED
+
+HERE = Path(__file__).parent
+PATIENCE = 5  # seconds between asking a job to end and ending it
+
+
+@dataclass(frozen=True)
+class Job:
+    """`command`: words, with {data}, {qwen}, {smollm2} and {output} as given, {name}, {left}, the seconds it has, and
+    those of `WORDS`. `after`: jobs that must have succeeded. `seconds`: that it gets at most."""
+
+    name: str
+    command: str
+    after: tuple[str, ...] = ()
+    seconds: float = 600
+
+
+WORDS = {
+    "gates": "{output}/qwen-gates/adapter",
+    "small_gates": "{output}/smollm2-gates/adapter",
+    "qwen_data": "data=[{data}/facts-16k.jsonl.xz,{data}/far-16k.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,"
+    "{data}/books-part.jsonl.xz]",
+    "smollm2_data": "data=[{data}/facts-long.jsonl.xz,{data}/far-8k.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,"
+    "{data}/books/train-03.jsonl.xz]",
+    "to_train": "output={output}/{name} report_to=[] --resume",
+    "qwen_recall": "recall.py --base {qwen} --length 16384 --batch 24 --no-full --no-plain {prompts}",
+    "smollm2_recall": "recall.py --base {smollm2} --length 8192 --batch 32 --no-full --no-plain {prompts}",
+    "prompts": "--prompts {output}/prompts/{name} --output {output}/recall/{name} --seconds {left} "
+    "--name recall-{name}",
+    "evaluate": "evaluate.py {data} --prompts {output}/prompts/evaluate --output {output}/evaluate/{name} "
+    "--seconds {left} --store learned:4",
+    "curve": "--limit 48 --tasks ruler/niah_single_2 ruler/niah_multikey_1 ruler/niah_multiquery",
+    "qwen_gdn": "qwen2.5-coder-0.5b-gated_deltanet",
+    "small_dn": "smollm2-135m-deltanet",
+}
+JOBS = (
+    Job("qwen-gates", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store-16k.yaml base={qwen} {qwen_data} "
+        "{to_train}", (), 900),
+    Job("smollm2-gates", "-m ahn train ../recipes/smollm2-135m-store.yaml base={smollm2} {smollm2_data} {to_train} "
+        "lossless=[2048] window=1488 store_size=496 store_span=4 gate_steps=400 limit=2200000"),
+    *(Job(f"qwen-recall-{part}", "{qwen_recall} --adapter {gates} --stores learned:4 --lossless 2048 --limit 200 "
+          f"--tasks {tasks}", ("qwen-gates",)) for part, tasks in enumerate((
+        "ruler/niah_single_3 infinitebench/passkey={data}/benchmarks/infinitebench-passkey-16384.jsonl.xz",
+        "ruler/niah_multikey_1 ruler/niah_single_1",
+        "squad/spread={data}/qa ruler/niah_multiquery",
+        "ruler/niah_multivalue ruler/niah_single_2",
+    ))),
+    Job("qwen-gap", "gap.py {data}/books/valid.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 "
+        "--adapter {gates}@0.25 {gates}@0.5 {gates}@0.74 --name gap-{name}", ("qwen-gates",), 300),
+    Job("qwen-quarter", "{qwen_recall} --adapter {gates} --share 0.25 --stores learned:4 --lossless 2048 {curve} "
+        "ruler/niah_single_3", ("qwen-gates", "qwen-recall-0")),
+    Job("qwen-curve", "{qwen_recall} --adapter {gates} --stores learned:4 --lossless 1024 4096 512 8192 {curve}",
+        ("qwen-gates", "qwen-recall-0")),
+    Job("qwen-rules", "{qwen_recall} --adapter {qwen_gdn} --stores surprise:4 attention:4 random:4 recency --lossless "
+        "2048 1024 4096 512 8192 {curve}"),
+    Job("smollm2-gap", "gap.py {data}/books/valid.jsonl.xz --base {smollm2} --lossless 1024 2048 --adapter "
+        "{small_dn}@0.25 {small_gates}@0.25 {small_gates}@0.125 {small_dn}@none --name gap-{name}",
+        ("smollm2-gates",), 200),
+    Job("smollm2-quarter", "{smollm2_recall} --adapter {small_gates} --share 0.25 --stores learned:4 --lossless 2048 "
+        "--limit 200 --tasks ruler/niah squad/spread={data}/qa", ("smollm2-gates",)),
+    Job("smollm2-rules", "{smollm2_recall} --adapter {small_dn} --stores attention:4 surprise:4 --lossless 1024 2048 "
+        "256 4096 512 {curve}"),
+    Job("qwen-evaluate", "{evaluate} --model {qwen}={gates}", ("qwen-gates", "qwen-recall-0"), 900),
+    Job("smollm2-evaluate", "{evaluate} --model {smollm2}={small_gates} --share 0.25", ("smollm2-quarter",), 900),
+    Job("qwen-answers", "qa.py {data}/qa/squad-dev.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 --contexts 10 "
+        "--rows 16 --adapter {qwen_gdn}@none {gates}@0.74 {gates}@0.25 --name qa-{name}", ("qwen-gates",), 300),
+    *(Job(f"train-qwen2.5-coder-0.5b-{cell}", f"train.py --recipe ../recipes/qwen2.5-coder-0.5b-{cell}.yaml "
+          "base={qwen} --steps 15 --name {name}", (), 200) for cell in ("deltanet", "gated_deltanet")),
+    Job("gpu", "gpu.py --only qwen2.5-coder-0.5b qwen2.5-3b --seconds {left} --name {name}", (), 400),
+    Job("lengths-smollm2-135m-gpu", "lengths.py --base {smollm2} --lengths 4096 8192 16384 32768 65536 131072 --cells "
+        "window deltanet full --name {name}", (), 200),
+    Job("where-smollm2-135m", "where.py {data}/books/valid.jsonl.xz --base {smollm2} --name {name}", (), 200),
+    Job("tests", "-m pytest -q -m gpu ../tests"),
+)  # fmt: skip
+
+
+class Runner:
+    """Runs jobs on GPUs, for `seconds` at most. `values`: of the words in braces."""
+
+    def __init__(self, jobs: tuple[Job, ...], gpus: int, seconds: float, output: Path, values: dict[str, str]) -> None:
+        self.jobs, self.free, self.values = {job.name: job for job in jobs}, list(range(gpus)), values
+        self.end = time.monotonic() + seconds
+        self.done, self.logs = output / "done", output / "logs"
+        self.running: dict[str, tuple[subprocess.Popen[bytes], int, float]] = {}
+        for folder in (self.done, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.waiting = [name for name in self.jobs if self.outcome(name) is None]
+
+    def run(self) -> list[str]:
+        """Names of the jobs that are not done in the end."""
+        while (self.running or any(map(self.able, self.waiting))) and time.monotonic() < self.end:
+            for name in list(self.waiting):
+                if self.free and all(self.outcome(other) == "done" for other in self.jobs[name].after):
+                    self.waiting.remove(name)
+                    self.begin(name)
+            time.sleep(0.1)
+            for name in list(self.running):
+                self.look_at(name)
+        for name in list(self.running):
+            self.look_at(name)
+        return [name for name in self.jobs if self.outcome(name) != "done"]
+
+    def outcome(self, name: str) -> str | None:
+        """That it is "done" or "failed", in this run or an earlier one. Jobs that are not asked for count as done."""
+        path = self.done / name
+        return path.read_text() if path.is_file() else None if name in self.jobs else "done"
+
+    def able(self, name: str) -> bool:
+        """Whether it may begin, now or later: nothing that it builds on has failed or was given up."""
+        return all(
+            self.outcome(other) == "done" or other in self.running or (other in self.waiting and self.able(other))
+            for other in self.jobs[name].after
+        )
+
+    def begin(self, name: str) -> None:
+        job, gpu = self.jobs[name], self.free.pop(0)
+        left = int(min(job.seconds, self.end - time.monotonic()))
+        words = filled(job.command, self.values | {"name": name, "left": str(max(1, left - 15))}).split()
+        script = words if words[0].startswith("-") else [str(HERE / words[0]), *words[1:]]
+        with (self.logs / name).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *script], stdout=log, stderr=log, cwd=HERE, start_new_session=True,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+            )  # fmt: skip
+        self.running[name] = process, gpu, time.monotonic()
+        print(f"{name}: begins, at most {left} s", flush=True)
+
+    def look_at(self, name: str) -> None:
+        """Note how a job has ended, or end it if its time is over."""
+        process, gpu, since = self.running[name]
+        now = time.monotonic()
+        over = now > self.end or now - since > self.jobs[name].seconds
+        if (code := process.poll()) is None and not over:
+            return
+        if code is None:
+            stop(process)
+        elif code != UNFINISHED:
+            (self.done / name).write_text("failed" if code else "done")
+        said = {None: "time is over", UNFINISHED: "time is over", 0: "done"}.get(
+            code, f"failed, see {self.logs / name}"
+        )
+        print(f"{name}: {said}, {now - since:.0f} s", flush=True)
+        self.free.append(gpu)
+        del self.running[name]
+
+
+def filled(command: str, values: dict[str, str]) -> str:
+    while "{" in command:
+        command = command.format(**WORDS | values)
+    return command
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """With all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(PATIENCE)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--qwen", type=Path, required=True)
+    parser.add_argument("--smollm2", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=1500)
+    parser.add_argument("--gpus", type=int, help="default: all")
+    parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    options = parser.parse_args()
+    paths = {name: str(getattr(options, name).absolute()) for name in ("data", "qwen", "smollm2", "output")}
+    jobs = tuple(job for job in JOBS if not options.only or job.name in options.only)
+    if options.list:
+        for job in jobs:
+            print(job.name + (f", after {', '.join(job.after)}" if job.after else ""))
+            print(f"    python {filled(job.command, paths | {'name': job.name, 'left': str(int(job.seconds))})}")
+        return
+    if options.gpus is None:
+        import torch
+
+        options.gpus = torch.cuda.device_count()
+    if options.gpus < 1:
+        parser.error("no GPU: expected a machine with at least one, or --gpus")
+    if left := Runner(jobs, options.gpus, options.seconds, options.output, paths).run():
+        print(f"not done: {', '.join(left)}")
+
+
+if __name__ == "__main__":
+    main()
