@@ -1,5 +1,5 @@
 """Draws the plots of docs from the results of positions.py, lengths.py and recall.py: loss-by-position, cost-by-length,
-facts-found (at one size) and facts-by-budget.
+facts-found and facts-by-depth (at one size), and facts-by-budget.
 
     python benchmarks/plot.py [--positions FILE] [--lengths FILE] [--recall FILE] [--budgets FILE] [--into docs]
 
@@ -202,6 +202,33 @@ def facts_found(results: dict[str, Any]) -> Any:
     return figure
 
 
+def facts_by_depth(results: dict[str, Any]) -> Any:
+    """A panel a way to read: the share found, a row a task, a column a fifth of the text in which the fact lies."""
+    by = recalled(results)
+    ways = {"window": ("window", 0), "learned store": ("ahn", 4), "full attention": ("full", 0)}
+    tasks = [
+        task for task, *way in by if tuple(way) == ways["learned store"] and None not in by[task, *way]["by_depth"]
+    ]
+    figure, panels = plt.subplots(1, len(ways), figsize=(9.5, 0.42 * len(tasks) + 1.3), sharey=True)
+    for axes, (name, way) in zip(panels, ways.items(), strict=True):
+        shares = [by[task, *way]["by_depth"] for task in tasks]
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for row, of_task in enumerate(shares):
+            for column, share in enumerate(of_task):
+                colour = "white" if share > 0.6 else "#222222"
+                axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=8)
+        axes.set(title=name, xlabel="fifth of the text", xticks=range(len(shares[0])), yticks=range(len(tasks)))
+        axes.set_xticklabels(range(1, len(shares[0]) + 1))
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+    panels[0].set_yticklabels([task.partition("/")[2] if "ruler" in task else "SQuAD (F1)" for task in tasks])
+    figure.suptitle(
+        f"found, {results['tokens']:,} tokens, {results['lossless']:,} lossless, {results['adapter']}",
+        fontsize=10, x=0.01, ha="left",
+    )  # fmt: skip
+    return figure
+
+
 def facts_by_budget(results: dict[str, Any]) -> Any:
     """A panel a task: the share found by lossless tokens, a line a store; where fewer than `ENOUGH` examples were done
     there is no point."""
@@ -245,6 +272,7 @@ def main() -> None:
         "loss-by-position": (loss_by_position, options.positions),
         "cost-by-length": (cost_by_length, options.lengths),
         "facts-found": (facts_found, options.recall),
+        "facts-by-depth": (facts_by_depth, options.recall),
         "facts-by-budget": (facts_by_budget, options.budgets),
     }
     with plt.rc_context(STYLE):
