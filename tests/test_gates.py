@@ -53,3 +53,20 @@ def test_the_weights_add_up_to_the_places(monkeypatch, tokens, sinks, window, wa
     assert (least[few] == gates.ALWAYS).all()
     total = gates._weights(scores, least, warmth, behind).sum(-1)[~few]
     torch.testing.assert_close(total, torch.full_like(total, 10), atol=0.01, rtol=0)
+
+
+def test_a_machine_is_checked(monkeypatch):
+    """Their kernel is compared before a run starts, and a wrong one is named."""
+    from ahn.errors import AHNError
+    from ahn.kernels import soft
+    from ahn.train.check import check
+
+    monkeypatch.setattr("ahn.train.check.TOKENS", 70)
+    machine = "deltanet", 2, 16, torch.device(DEVICE), torch.float32
+    names = [row.name for row in check(*machine, gates=True)]
+    assert "gates, gradient of weights" in names
+    assert not any(row.name.startswith("gates") for row in check(*machine))
+    right = soft.attend
+    monkeypatch.setattr(soft, "attend", lambda q, k, v, kept, *rest: right(q, k, v, kept * 1.1, *rest))
+    with pytest.raises(AHNError, match="gates, gradient of weights is off by"):
+        check(*machine, gates=True)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ahn import cells
+from ahn import cells, kernels
 from ahn.attention import attend_window
 from ahn.errors import AHNError
+from ahn.train.gates import attend_plainly
 
 TOKENS = 321  # more than five blocks, and not a whole number of them
 ATTENTION_TOLERANCE = 2e-2
@@ -25,9 +26,11 @@ class Difference(NamedTuple):
 
 
 def check(
-    cell: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, key_maps: int = 0
-) -> list[Difference]:
-    """Compare outputs and every gradient of the cell, and of the attention, with their plain forms.
+    cell: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, key_maps: int = 0,
+    gates: bool = False,
+) -> list[Difference]:  # fmt: skip
+    """Compare outputs and every gradient of the cell, of the attention, and with `gates` of the one that the gates of a
+    store are trained by, with their plain forms.
 
     Raises:
         AHNError: one is off by more than its tolerance; names it.
@@ -35,6 +38,8 @@ def check(
     found = _cell(cell, heads, head_dim, device, dtype, key_maps)
     if device.type == "cuda":
         found += _attention(heads, head_dim, device, dtype)
+    if gates and kernels.soft_places(torch.empty(0, head_dim, device=device, dtype=dtype)).name == "triton":
+        found += _gates(heads, head_dim, device, dtype)
     wrong = [d for d in found if not d.value <= d.allowed]
     if wrong:
         rows = "; ".join(f"{d.name} is off by {d.value:.1e}, allowed {d.allowed:.0e}" for d in wrong)
@@ -54,9 +59,9 @@ def _cell(
         torch.nn.init.normal_(cell.o_proj.weight, std=size**-0.5)
         q, k, v = (torch.randn(2, heads, TOKENS, size, device=device).to(dtype).requires_grad_() for _ in range(3))
         x = torch.randn(2, TOKENS, heads * size, device=device).to(dtype).requires_grad_()
-        gates = cell.gates(cell.gate_inputs(x))
+        of_cell = cell.gates(cell.gate_inputs(x))
         state = torch.zeros(2, heads, cell.key_size, size, device=device)
-        form = cell.naive(*cell.keys(q, k), v.float(), gates, state) if plain else cell.scan(q, k, v, gates, state)
+        form = cell.naive(*cell.keys(q, k), v.float(), of_cell, state) if plain else cell.scan(q, k, v, of_cell, state)
         out = cell.output(form[0], x)
         (out.float() * torch.randn(out.shape, device=device)).sum().backward()
         leaves = {"q": q, "k": k, "v": v, "x": x, **dict(cell.named_parameters())}
@@ -90,6 +95,25 @@ def _attention(heads: int, size: int, device: torch.device, dtype: torch.dtype) 
         }
 
     return _compare("attention, ", run(plain=False), run(plain=True), ATTENTION_TOLERANCE)
+
+
+def _gates(heads: int, size: int, device: torch.device, dtype: torch.dtype) -> list[Difference]:
+    from ahn.kernels import soft
+
+    sinks, window, blocks = 10, 50, 16
+
+    def run(plain: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, heads, TOKENS, size, device=device).to(dtype) for _ in range(3))
+        leaves = {"q": q, "k": k, "v": v, "weights": -torch.rand(2, heads, blocks, TOKENS, device=device)}
+        if plain:
+            leaves = {name: leaf.float() for name, leaf in leaves.items()}
+        q, k, v, kept = (leaf.requires_grad_() for leaf in leaves.values())
+        out = (attend_plainly if plain else soft.attend)(q, k, v, kept, sinks, window, size**-0.5)
+        (out.float() * torch.randn(out.shape, device=device)).sum().backward()
+        return {"output": out} | {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
+
+    return _compare("gates, ", run(plain=False), run(plain=True), ATTENTION_TOLERANCE)
 
 
 def _compare(prefix: str, fast: dict[str, Tensor], plain: dict[str, Tensor], allowed: float) -> list[Difference]:

@@ -137,13 +137,18 @@ def attend(
         from ahn.kernels import soft
 
         return soft.attend(q, k, v, kept, sinks, window, scale).transpose(1, 2)
+    return attend_plainly(q, k, v, kept, sinks, window, scale).transpose(1, 2)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, sinks: int, window: int, scale: float) -> Tensor:
+    """As `ahn.kernels.soft.attend`."""
     tokens = q.shape[2]
-    size, out = -(-tokens // least.shape[-1]), []
+    size, out = -(-tokens // kept.shape[2]), []
     for block, low in enumerate(range(0, tokens, size)):
         high = min(low + size, tokens)
         part = q[:, :, low:high], k[:, :, :high], v[:, :, :high], kept[..., block, :high]
         out.append(checkpoint(_attend, *part, sinks, window, scale, use_reentrant=False))
-    return torch.cat(out, 2).transpose(1, 2)
+    return torch.cat(out, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, sinks: int, window: int, scale: float) -> Tensor:

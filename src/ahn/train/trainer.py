@@ -349,7 +349,8 @@ def check_machine(recipe: Recipe) -> list[Difference]:
     cuda = torch.cuda.is_available()
     device = PartialState(cpu=not cuda).device
     dtype = torch.bfloat16 if cuda else torch.float32
-    return check(recipe.cell, min(base["num_heads"], 4), base["head_dim"], device, dtype, recipe.key_maps)
+    heads, gates_too = min(base["num_heads"], 4), recipe.gate_steps > 0
+    return check(recipe.cell, heads, base["head_dim"], device, dtype, recipe.key_maps, gates_too)
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
