@@ -245,7 +245,9 @@ def main() -> None:
                 works = [thinned(work, stride) for work in prompts[plan.name]]
                 ways = [(able(plan, policies, works), plan.options)]
                 if given.store and plan.options.adapter and "ahn" in policies:
-                    ways.append((["ahn"], replace(plan.options, store=stored(given.store, plan.options.window, given.share))))
+                    ways.append(
+                        (["ahn"], replace(plan.options, store=stored(given.store, plan.options.window, given.share)))
+                    )
                 for names, options in ways:
                     run_in_memory(works, names, options, given.output, stop, models[base])
             except Exception as error:  # one cell that fails must not cost the others
