@@ -2,6 +2,8 @@
 
 import heapq
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -544,15 +546,62 @@ def test_inspect_shows_the_stored_words(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main(["inspect", file]) == 0
     shown = capsys.readouterr().out
-    assert "⟦" in shown and "tokens ⋯" in shown and "4 store (marked, spans of 1)" in shown
+    assert "4 store (marked, spans of 1)" in shown and "\n\n\n" not in shown
+    lines = shown.splitlines()[4:]
+    heads = [int(line.split()[0]) for line in lines]
+    assert heads == sorted(heads, reverse=True) and heads[0] == 2 and all("⟦" in line for line in lines)
+    assert re.fullmatch(r" +2 +60   \S.*⟦.+⟧.*", next(line for line in lines if line[:15].split()[1:] == ["60"]))
+    assert cli.main(["inspect", file, "--show", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
     assert cli.main(["inspect", file, "--html", str(page), "--layer", "1"]) == 0
     html = page.read_text()
-    assert "token 60: 1 of 2 heads" in html and "<svg" in html
+    assert "token 60: 1 of 2 heads" in html and "heads of layer 1" in html
+    assert re.search(r'kept by <b style="--k:0.50">1</b> <b style="--k:1.00">2</b> of 2 heads', html)
+    assert "<span>layer 1</span></div><svg" in html and "<span>token 0</span>" in html
+    capsys.readouterr()
+    assert cli.main(["inspect", file, "--html", "-", "--layer", "1"]) == 0
+    assert capsys.readouterr().out.strip() == html.strip()
+    assert cli.main(["inspect", file, "--html", str(tmp_path / "none" / "a.html")]) == 2
+    assert "error: --html" in capsys.readouterr().err
     assert cli.main(["inspect", file, "--layer", "7"]) == 2
     assert cli.main([*read]) == 0
     capsys.readouterr()
     assert cli.main(["inspect", file]) == 2
     assert "read without a store" in capsys.readouterr().err
+
+
+def test_passages_are_lines_that_end_nowhere_inside():
+    from ahn.cli import _pages
+
+    texts = ["Hi", ".\n\n", '"', " the", " key", None, " a", "\n"]
+    heads = [0, 1, 1, 0, 3, 0, 4, 0]
+    shown = [_pages.Piece(text, count, at) for at, (text, count) in enumerate(zip(texts, heads, strict=True))]
+    lines = [_pages.terminal(passage, 4).plain for passage in _pages.passages(shown)]
+    assert lines == ["    4         6    ⟦a⟧↵", '    3         4   Hi⟦.↵"⟧ the ⟦key⟧']
+
+
+def test_inspect_refuses_what_ask_refuses(tmp_path, capsys):
+    """A damaged file, and a base with another tokenizer."""
+    from ahn import cli
+    from tiny_base import write_base
+
+    base, _ = write_base(tmp_path)
+    (tmp_path / "a.txt").write_text("The old cat sat on the mat and looked at 12 mice.\n" * 30)
+    file, other = tmp_path / "a.ahn", tmp_path / "other"
+    options = ["--base", base, "--window", "24", "--sinks", "8", "--store", "recency", "--store-size", "4"]
+    assert cli.main(["read", str(tmp_path / "a.txt"), "-o", str(file), *options]) == 0
+    shutil.copytree(base, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 1}))
+    capsys.readouterr()
+    assert cli.main(["inspect", str(file), "--base", str(other)]) == 2
+    assert re.search(r"memory of another model .* words in the vocabulary, not", capsys.readouterr().err)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for command in (["inspect"], ["ask", "Who?", "--memory"]):
+        assert cli.main([*command, str(file)]) == 2
+        assert "damaged memory file: its checksum does not match" in capsys.readouterr().err
 
 
 def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):

@@ -221,14 +221,14 @@ def check_question(text: str) -> str:
     return text
 
 
-def check_writable(path: str | None) -> None:
+def check_writable(path: str | None, option: str = "-o") -> None:
     """Raises ConfigError if no file can be made at `path`: said now, not after an hour of reading."""
     if path is None:
         return
     if Path(path).is_dir():
-        raise ConfigError(f"-o {path}: is a folder; expected a file name")
+        raise ConfigError(f"{option} {path}: is a folder; expected a file name")
     if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"-o {path}: no folder {Path(path).parent}")
+        raise ConfigError(f"{option} {path}: no folder {Path(path).parent}")
 
 
 def _header(memory: str, args: argparse.Namespace) -> dict[str, Any]:
