@@ -1,5 +1,6 @@
 """The exact store: one answer however the text is cut, every token in one place, and what is kept is read exactly."""
 
+import contextlib
 import heapq
 import json
 import re
@@ -450,6 +451,7 @@ def test_gradients_reach_the_cells_through_the_losers(store):
         ({"store": "recent", "store_size": 5}, "did you mean 'recency'"),
         ({"store": "recency", "store_size": -1}, "store_size=-1: expected an integer of at least 0"),
         ({"store": "recency", "store_size": 4, "store_span": 17}, "store_span=17: expected at most the window of 16"),
+        ({"store": "recency", "store_size": 4, "store_span": 5}, "store_span=5: expected at most the store_size of 4"),
     ],
 )
 def test_settings_that_cannot_be(changes, message):
@@ -604,6 +606,41 @@ def test_inspect_refuses_what_ask_refuses(tmp_path, capsys):
         assert "damaged memory file: its checksum does not match" in capsys.readouterr().err
 
 
+def test_commands_say_what_is_kept(tmp_path, capsys):
+    from ahn import cli
+    from tiny_base import write_base
+
+    base, adapter = write_base(tmp_path, store="recency", store_size=8, store_span=2)
+    (tmp_path / "a.txt").write_text("The old cat. " * 40)
+    file = str(tmp_path / "a.ahn")
+    read = ["read", str(tmp_path / "a.txt"), "-o", file, "--base", base]
+    random = ["--store", "random", "--store-size", "4", "--window", "24", "--sinks", "8"]
+    for options, said in (
+        (["--adapter", adapter], "; exact: the first 8 tokens, 8 chosen ones (recency in spans of 2), the last 24\n"),
+        (
+            ["--adapter", adapter, "--lossless", "36", "--sinks", "4"],
+            "4 tokens, 8 chosen ones (recency in spans of 2), the last 24\n",
+        ),
+        (["--adapter", adapter, "--lossless", "80"], "8 tokens, 18 chosen ones (recency in spans of 2), the last 54\n"),
+        (
+            ["--adapter", "none", *random],
+            "the window with sinks and a store only; exact: the first 8 tokens, 4 chosen ones (random), the last 24\n",
+        ),
+    ):
+        assert cli.main([*read, *options]) == 0
+        assert said in capsys.readouterr().err
+    for options, code in ((["--lossless", "36"], 0), (["--lossless", "40"], 2)):
+        assert cli.main(["ask", "Who?", "--memory", file, *options]) == code
+    assert "--lossless 40: " in capsys.readouterr().err
+    for options, said in (
+        (["--lossless", "80", "--window", "8"], "not allowed with"),
+        (["--lossless", "8", "--sinks", "8"], "8 lossless tokens with 8 sinks"),
+    ):
+        with contextlib.suppress(SystemExit):
+            assert cli.main([*read, *options]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):
     from ahn import cli
     from tiny_base import write_base
@@ -613,11 +650,32 @@ def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):
     read = ["read", str(tmp_path / "a.txt"), "-o", str(tmp_path / "a.ahn"), "--base", base, "--window", "24"]
     for options, said in (
         (["--store", "recent", "--store-size", "4"], "did you mean 'recency'"),
-        (["--store", "recency"], "expected at least 1 (--store-size), or no store"),
-        (["--store-size", "4"], "without a store"),
+        (["--store", "recency"], "--store recency: expected --store-size as well"),
+        (["--store-size", "4"], "--store-size 4: expected the name of a --store as well\n"),
+        (["--store", "none", "--store-span", "4"], "--store-span 4: expected the name of a --store as well"),
+        (
+            ["--store", "random", "--store-size", "4", "--store-span", "5"],
+            "--store-span 5: expected at most the --store-",
+        ),
+        (
+            ["--store", "learned", "--store-size", "4", "--adapter", "smollm2-135m-mamba2"],
+            " smollm2-135m-mamba2 has none",
+        ),
     ):
         assert cli.main([*read, *options]) == 2
         assert said in capsys.readouterr().err
+    qwen = [
+        "read",
+        str(tmp_path / "a.txt"),
+        "-o",
+        "a.ahn",
+        "--base",
+        "none/Qwen2.5-Coder-0.5B.gguf",
+        "--store-size",
+        "4",
+    ]
+    assert cli.main(qwen) == 2
+    assert "or an --adapter that has one (qwen2.5-coder-0.5b-deltanet, qwen2.5-" in capsys.readouterr().err
     assert cli.main(["eval", "--base", base, "--tasks", "ruler", "--store", "recency"]) == 2
     assert "expected --store-size as well" in capsys.readouterr().err
     assert cli.main(["cost", "--base", "qwen2.5-3b", "--store", "random", "--store-size", "1000"]) == 0

@@ -83,7 +83,7 @@ class MemoryTrainer(Trainer):
         if recipe.store is None:
             return window, sinks, 0
         share = recipe.store_size / (recipe.window + recipe.store_size)
-        store = min(max(1, round(window * share)), window - recipe.store_span)
+        store = min(max(recipe.store_span, round(window * share)), window - recipe.store_span)
         return window - store, sinks, store
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
