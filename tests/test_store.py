@@ -819,7 +819,7 @@ def test_attention_transfer_through_a_store(store):
         assert all(parameter.grad is None for parameter in layer.store.parameters())
 
 
-def test_a_recipe_trains_gates_then_cells(tmp_path):
+def test_a_recipe_trains_gates_then_cells(tmp_path, capsys):
     from ahn.train import recipe
     from ahn.train.trainer import train
     from tiny_base import write_base
@@ -832,6 +832,9 @@ def test_a_recipe_trains_gates_then_cells(tmp_path):
         "store": "learned", "store_size": 8, "gate_steps": 3, "gate_lr": 1e-2, "report_to": [],
     }  # fmt: skip
     folder = train(recipe.from_dict(plan))
+    passes = r"[\d.]+ passes over the data"
+    gates = rf"\n3 steps of 4 rows for the store's gates: {passes}"
+    assert re.search(rf"{gates}, then 2 steps of 4 rows: {passes}\n", capsys.readouterr().err)
     tensors = read_adapter(folder).tensors
     untrained = stores.get("learned")(32, 2, 0)
     assert tensors["layers.0.store.decay"].shape == untrained.decay.shape
@@ -840,6 +843,7 @@ def test_a_recipe_trains_gates_then_cells(tmp_path):
     assert not torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
     only = recipe.from_dict(plan | {"steps": 0, "output": str(tmp_path / "gates")})
     tensors = read_adapter(train(only)).tensors
+    assert re.search(rf"{gates}\n", capsys.readouterr().err)
     assert torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
     softly = recipe.from_dict(plan | {"steps": 0, "soft_steps": 2, "output": str(tmp_path / "soft")})
     tuned = read_adapter(train(softly)).tensors

@@ -235,13 +235,18 @@ def _plan(recipe: Recipe, rows: data.Rows, idle: int, model: Any, machine: Parti
     counting = rows.counts[:, min(windows.allowed(recipe.length, recipe.lossless)) :]
     taken = recipe.batch * machine.num_processes
     gate_steps = recipe.gate_steps + recipe.soft_steps
-    gates = f"{gate_steps:,} steps of {recipe.batch} rows for the store's gates, then " if gate_steps else ""
+    stages = [(gate_steps, recipe.batch, " for the store's gates"), (recipe.steps, taken, "")]
+    said = ", then ".join(
+        f"{steps:,} steps of {rows_taken:,} rows{what}: {steps * rows_taken / len(rows):.2g} passes over the data"
+        for steps, rows_taken, what in stages
+        if steps
+    )
     return (
         f"{recipe.base} with {recipe.cell}: {trained:,} weights to train, on {machine.device.type}{processes}\n"
         f"{len(rows):,} rows of {recipe.length:,} tokens; of those behind the lossless ones "
         f"{counting.float().mean().item():.1%} are to be predicted"
         f"{f' ({idle:,} rows without any are left out)' if idle else ''}\n"
-        f"{gates}{recipe.steps:,} steps of {taken:,} rows: {recipe.steps * taken / len(rows):.2g} passes over the data"
+        f"{said}"
     )
 
 
