@@ -264,6 +264,8 @@ def test_lossless_tokens_in_all(tmp_path):
     assert sizes(lossless=16) == (2, 4, 10)
     assert sizes(lossless=84, sinks=14, store_size=3) == (14, 3, 67)
     assert sizes(lossless=84, store="none") == (4, 0, 80)
+    alone = ahn.from_pretrained(tmp_path / "base", store="recency", store_size=300, lossless=400).ahn_config
+    assert (alone.sinks, alone.store_size, alone.window) == (8, 300, 92)
     with pytest.raises(ConfigError, match="84 lossless tokens with 4 sinks and 80 store"):
         sizes(lossless=84, store_size=80)
     with pytest.raises(ConfigError, match="lossless=84 with window=3: expected one"):

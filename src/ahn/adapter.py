@@ -109,7 +109,7 @@ def from_pretrained(
     model = bases.load_base(base, dtype=dtype, device=device)
     base_config = model.config.get_text_config()
     config = _fitting(trained.config, base_config) if trained else default_config(base_config, cell)
-    if window is None and not trained:
+    if window is None and lossless is None and not trained:
         changes["window"] = config.lossless - (config.sinks if sinks is None else sinks) - (store_size or 0)
     augment(model, _sized(config, changes, lossless))
     model.ahn_names["base"] = os.fspath(base)

@@ -1,6 +1,6 @@
 """Show which words of a text a memory file keeps exactly, in their context.
 
-  ahn read book.txt -o book.ahn --store attention --store-size 1024
+  ahn read book.txt -o book.ahn
   ahn inspect book.ahn
   ahn inspect book.ahn --html book.html
 
@@ -21,7 +21,7 @@ LINES, WORDS = 100, 400  # kept tokens that are shown in a terminal and on a pag
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("memory", metavar="FILE", help="a memory file that was read with --store")
+    parser.add_argument("memory", metavar="FILE", help="a memory file that was read with a store")
     parser.add_argument("--html", metavar="FILE", help="write a page, with a map of the layers (- for standard output)")
     parser.add_argument(
         "--show",
