@@ -25,15 +25,8 @@ if TYPE_CHECKING:
     from ahn.cache import AHNCache
 
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
-SEEN_IN_MEMORY = (
-    "window",
-    "lossless",
-    "sinks",
-    "cell",
-    "store",
-    "store_size",
-    "store_span",
-)  # settings that a memory file fixes
+# settings that a memory file fixes
+SEEN_IN_MEMORY = "window", "lossless", "sinks", "cell", "store", "store_size", "store_span"
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
