@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     shown = _pages.pieces(load_tokenizer(base), positions.tolist(), ids.tolist(), dict(most), BESIDE)
     of = "" if args.layer is None else f" of layer {args.layer}"
     facts = [
-        f"{length:,} tokens read by {base}; {config['sinks']:,} sinks + {config['store_size']:,} store "
+        f"{length:,} tokens read by {header.get('base') or base}; "
+        f"{config['sinks']:,} sinks + {config['store_size']:,} store "
         f"({config['store']}, spans of {config['store_span']}) + {config['window']:,} window",
         f"{len(counts):,} tokens are stored by at least one of {total} heads{of}; "
         f"shown: the {len(most):,} that most heads keep",
