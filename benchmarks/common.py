@@ -107,9 +107,8 @@ def set_lossless(model: Any, size: int, sinks: int) -> None:
     """As many lossless tokens in all: sinks, and of the rest the store has the share that it has now."""
     from ahn.augmentation import set_window
 
-    config, rest = model.ahn_config, size - sinks
-    store = round(rest * config.store_size / (config.store_size + config.window))
-    set_window(model, rest - store, sinks, store)
+    config = model.ahn_config.with_lossless(size, sinks)
+    set_window(model, config.window, sinks, config.store_size)
 
 
 def records(path: str) -> list[dict[str, Any]]:

@@ -240,6 +240,38 @@ def test_a_shipped_adapter_is_the_default_of_its_base(tmp_path, monkeypatch):
     assert ahn.from_pretrained(tmp_path / "base", "tiny-gdn").ahn_config.cell == "gated_deltanet"
 
 
+def test_shipped_adapters_are_found_for_files_and_folders():
+    from ahn import zoo
+
+    shape = json.loads((zoo.path("qwen2.5-coder-0.5b-deltanet") / "ahn.json").read_text())["shape"]
+    ours = [name for name in zoo.names() if name.startswith("qwen")]
+    assert len(ours) > 1
+    for base in ("/x/qwen2.5-coder-0.5b-instruct.gguf", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "a/Qwen2.5-Coder-0.5B/"):
+        assert zoo.made_for(base, shape) == zoo.made_for(base) == ours
+        assert zoo.made_for(base, shape | {"num_layers": 25}) == [] and zoo.default_for(base) is None
+    assert zoo.made_for("/qwen2.5-coder-0.5b/other.gguf") == []
+
+
+def test_lossless_tokens_in_all(tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+    ahn.save_adapter(with_memory(tiny(), window=30, sinks=4, store="recency", store_size=10), tmp_path / "a")
+
+    def sizes(**options):
+        config = ahn.from_pretrained(tmp_path / "base", tmp_path / "a", **options).ahn_config
+        return config.sinks, config.store_size, config.window
+
+    assert sizes(lossless=84) == (4, 20, 60)
+    assert sizes(lossless=16) == (2, 4, 10)
+    assert sizes(lossless=84, sinks=14, store_size=3) == (14, 3, 67)
+    assert sizes(lossless=84, store="none") == (4, 0, 80)
+    alone = ahn.from_pretrained(tmp_path / "base", store="recency", store_size=300, lossless=400).ahn_config
+    assert (alone.sinks, alone.store_size, alone.window) == (8, 300, 92)
+    with pytest.raises(ConfigError, match="84 lossless tokens with 4 sinks and 80 store"):
+        sizes(lossless=84, store_size=80)
+    with pytest.raises(ConfigError, match="lossless=84 with window=3: expected one"):
+        sizes(lossless=84, window=3)
+
+
 def test_a_trained_store_needs_its_gates(tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     ahn.save_adapter(with_memory(tiny()), tmp_path / "gdn")

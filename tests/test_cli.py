@@ -173,8 +173,10 @@ def test_chat_carries_the_memory_over_turns(
     code, out, err = run("chat", "--memory", memory, *SMALL[4:])
     assert code == 0 and out.startswith(first) and len(out) > len(first)
     assert err.count("tokens/s") == 2
-    type_in(monkeypatch, "Hello\n")
-    assert run("chat", "--base", base, *SMALL)[0] == 0
+    for leave in ("/quit", "/exit"):
+        type_in(monkeypatch, f"/help\nHello\n{leave}\nnot asked\n")
+        code, _, err = run("chat", "--base", base, *SMALL)
+        assert code == 0 and err.count("tokens/s") == 1 and "/quit, /exit or Ctrl-D leaves" in err
 
 
 def test_turns_are_one_conversation(base: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,10 @@
 """The exact store: one answer however the text is cut, every token in one place, and what is kept is read exactly."""
 
+import contextlib
 import heapq
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -448,6 +451,7 @@ def test_gradients_reach_the_cells_through_the_losers(store):
         ({"store": "recent", "store_size": 5}, "did you mean 'recency'"),
         ({"store": "recency", "store_size": -1}, "store_size=-1: expected an integer of at least 0"),
         ({"store": "recency", "store_size": 4, "store_span": 17}, "store_span=17: expected at most the window of 16"),
+        ({"store": "recency", "store_size": 4, "store_span": 5}, "store_span=5: expected at most the store_size of 4"),
     ],
 )
 def test_settings_that_cannot_be(changes, message):
@@ -544,15 +548,97 @@ def test_inspect_shows_the_stored_words(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main(["inspect", file]) == 0
     shown = capsys.readouterr().out
-    assert "⟦" in shown and "tokens ⋯" in shown and "4 store (marked, spans of 1)" in shown
+    assert "4 store (marked, spans of 1)" in shown and "\n\n\n" not in shown
+    lines = shown.splitlines()[4:]
+    heads = [int(line.split()[0]) for line in lines]
+    assert heads == sorted(heads, reverse=True) and heads[0] == 2 and all("⟦" in line for line in lines)
+    assert re.fullmatch(r" +2 +60   \S.*⟦.+⟧.*", next(line for line in lines if line[:15].split()[1:] == ["60"]))
+    assert cli.main(["inspect", file, "--show", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
     assert cli.main(["inspect", file, "--html", str(page), "--layer", "1"]) == 0
     html = page.read_text()
-    assert "token 60: 1 of 2 heads" in html and "<svg" in html
+    assert "token 60: 1 of 2 heads" in html and "heads of layer 1" in html
+    assert re.search(r'kept by <b style="--k:0.50">1</b> <b style="--k:1.00">2</b> of 2 heads', html)
+    assert "<span>layer 1</span></div><svg" in html and "<span>token 0</span>" in html
+    capsys.readouterr()
+    assert cli.main(["inspect", file, "--html", "-", "--layer", "1"]) == 0
+    assert capsys.readouterr().out.strip() == html.strip()
+    assert cli.main(["inspect", file, "--html", str(tmp_path / "none" / "a.html")]) == 2
+    assert "error: --html" in capsys.readouterr().err
     assert cli.main(["inspect", file, "--layer", "7"]) == 2
     assert cli.main([*read]) == 0
     capsys.readouterr()
     assert cli.main(["inspect", file]) == 2
     assert "read without a store" in capsys.readouterr().err
+
+
+def test_passages_are_lines_that_end_nowhere_inside():
+    from ahn.cli import _pages
+
+    texts = ["Hi", ".\n\n", '"', " the", " key", None, " a", "\n"]
+    heads = [0, 1, 1, 0, 3, 0, 4, 0]
+    shown = [_pages.Piece(text, count, at) for at, (text, count) in enumerate(zip(texts, heads, strict=True))]
+    lines = [_pages.terminal(passage, 4).plain for passage in _pages.passages(shown)]
+    assert lines == ["    4         6    ⟦a⟧↵", '    3         4   Hi⟦.↵"⟧ the ⟦key⟧']
+
+
+def test_inspect_refuses_what_ask_refuses(tmp_path, capsys):
+    """A damaged file, and a base with another tokenizer."""
+    from ahn import cli
+    from tiny_base import write_base
+
+    base, _ = write_base(tmp_path)
+    (tmp_path / "a.txt").write_text("The old cat sat on the mat and looked at 12 mice.\n" * 30)
+    file, other = tmp_path / "a.ahn", tmp_path / "other"
+    options = ["--base", base, "--window", "24", "--sinks", "8", "--store", "recency", "--store-size", "4"]
+    assert cli.main(["read", str(tmp_path / "a.txt"), "-o", str(file), *options]) == 0
+    shutil.copytree(base, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] + 1}))
+    capsys.readouterr()
+    assert cli.main(["inspect", str(file), "--base", str(other)]) == 2
+    assert re.search(r"memory of another model .* words in the vocabulary, not", capsys.readouterr().err)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for command in (["inspect"], ["ask", "Who?", "--memory"]):
+        assert cli.main([*command, str(file)]) == 2
+        assert "damaged memory file: its checksum does not match" in capsys.readouterr().err
+
+
+def test_commands_say_what_is_kept(tmp_path, capsys):
+    from ahn import cli
+    from tiny_base import write_base
+
+    base, adapter = write_base(tmp_path, store="recency", store_size=8, store_span=2)
+    (tmp_path / "a.txt").write_text("The old cat. " * 40)
+    file = str(tmp_path / "a.ahn")
+    read = ["read", str(tmp_path / "a.txt"), "-o", file, "--base", base]
+    random = ["--store", "random", "--store-size", "4", "--window", "24", "--sinks", "8"]
+    for options, said in (
+        (["--adapter", adapter], "; exact: the first 8 tokens, 8 chosen ones (recency in spans of 2), the last 24\n"),
+        (
+            ["--adapter", adapter, "--lossless", "36", "--sinks", "4"],
+            "4 tokens, 8 chosen ones (recency in spans of 2), the last 24\n",
+        ),
+        (["--adapter", adapter, "--lossless", "80"], "8 tokens, 18 chosen ones (recency in spans of 2), the last 54\n"),
+        (
+            ["--adapter", "none", *random],
+            "the window with sinks and a store only; exact: the first 8 tokens, 4 chosen ones (random), the last 24\n",
+        ),
+    ):
+        assert cli.main([*read, *options]) == 0
+        assert said in capsys.readouterr().err
+    for options, code in ((["--lossless", "36"], 0), (["--lossless", "40"], 2)):
+        assert cli.main(["ask", "Who?", "--memory", file, *options]) == code
+    assert "--lossless 40: " in capsys.readouterr().err
+    for options, said in (
+        (["--lossless", "80", "--window", "8"], "not allowed with"),
+        (["--lossless", "8", "--sinks", "8"], "8 lossless tokens with 8 sinks"),
+    ):
+        with contextlib.suppress(SystemExit):
+            assert cli.main([*read, *options]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):
@@ -564,11 +650,32 @@ def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):
     read = ["read", str(tmp_path / "a.txt"), "-o", str(tmp_path / "a.ahn"), "--base", base, "--window", "24"]
     for options, said in (
         (["--store", "recent", "--store-size", "4"], "did you mean 'recency'"),
-        (["--store", "recency"], "expected at least 1 (--store-size), or no store"),
-        (["--store-size", "4"], "without a store"),
+        (["--store", "recency"], "--store recency: expected --store-size as well"),
+        (["--store-size", "4"], "--store-size 4: expected the name of a --store as well\n"),
+        (["--store", "none", "--store-span", "4"], "--store-span 4: expected the name of a --store as well"),
+        (
+            ["--store", "random", "--store-size", "4", "--store-span", "5"],
+            "--store-span 5: expected at most the --store-",
+        ),
+        (
+            ["--store", "learned", "--store-size", "4", "--adapter", "smollm2-135m-mamba2"],
+            " smollm2-135m-mamba2 has none",
+        ),
     ):
         assert cli.main([*read, *options]) == 2
         assert said in capsys.readouterr().err
+    qwen = [
+        "read",
+        str(tmp_path / "a.txt"),
+        "-o",
+        "a.ahn",
+        "--base",
+        "none/Qwen2.5-Coder-0.5B.gguf",
+        "--store-size",
+        "4",
+    ]
+    assert cli.main(qwen) == 2
+    assert "or an --adapter that has one (qwen2.5-coder-0.5b-deltanet, qwen2.5-" in capsys.readouterr().err
     assert cli.main(["eval", "--base", base, "--tasks", "ruler", "--store", "recency"]) == 2
     assert "expected --store-size as well" in capsys.readouterr().err
     assert cli.main(["cost", "--base", "qwen2.5-3b", "--store", "random", "--store-size", "1000"]) == 0
@@ -671,7 +778,7 @@ def test_attention_transfer_through_a_store(store):
         assert all(parameter.grad is None for parameter in layer.store.parameters())
 
 
-def test_a_recipe_trains_gates_then_cells(tmp_path):
+def test_a_recipe_trains_gates_then_cells(tmp_path, capsys):
     from ahn.train import recipe
     from ahn.train.trainer import train
     from tiny_base import write_base
@@ -684,6 +791,9 @@ def test_a_recipe_trains_gates_then_cells(tmp_path):
         "store": "learned", "store_size": 8, "gate_steps": 3, "gate_lr": 1e-2, "log_every": 1, "report_to": [],
     }  # fmt: skip
     folder = train(recipe.from_dict(plan))
+    passes = r"[\d.]+ passes over the data"
+    gates = rf"\n3 steps of 4 rows for the store's gates: {passes}"
+    assert re.search(rf"{gates}, then 2 steps of 4 rows: {passes}\n", capsys.readouterr().err)
     tensors = read_adapter(folder).tensors
     untrained = stores.get("learned")(32, 2, 0)
     assert tensors["layers.0.store.decay"].shape == untrained.decay.shape
@@ -692,6 +802,7 @@ def test_a_recipe_trains_gates_then_cells(tmp_path):
     assert not torch.equal(tensors["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
     only = recipe.from_dict(plan | {"steps": 0, "output": str(tmp_path / "gates")})
     alone = read_adapter(train(only)).tensors
+    assert re.search(rf"{gates}\n", capsys.readouterr().err)
     assert torch.equal(alone["layers.0.o_proj.weight"], cells["layers.0.o_proj.weight"])
     assert torch.equal(alone["layers.0.store.decay"], tensors["layers.0.store.decay"])
     curve = [entry for entry in json.loads((tmp_path / "gates" / "gates.json").read_text()) if "loss" in entry]

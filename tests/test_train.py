@@ -260,7 +260,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
         ({"lossless": [16, 32], "sinks": [16]}, "sinks=.16. with a lossless size of 16: expected sinks of at most 8"),
         (
             {"lossless": [16, 32], "sinks": [8], "store": "recency", "store_size": 8, "store_span": 8},
-            "store_span=8: expected less than the least window, 8",
+            "store_span=8: expected at most 4, half the least window",
         ),
         ({"data": []}, "at least one source"),
     ],

@@ -44,7 +44,7 @@ class Adapter:
         config: the memory they were made for; window and sinks are defaults the user may change.
         shape: `hidden_size`, `num_heads`, `head_dim`, `num_layers` of the base.
         tensors: by `layers.{i}.{parameter}`.
-        base: name of the base, for people. source: where it was read from, for messages.
+        base: name of the base, for people. source: a shipped one's name, or where it was read from.
     """
 
     config: AHNConfig
@@ -64,6 +64,7 @@ def from_pretrained(
     store: str | None = None,
     store_size: int | None = None,
     store_span: int | None = None,
+    lossless: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
@@ -78,7 +79,9 @@ def from_pretrained(
             base has that many positions, else a quarter of them.
         cell: an untrained cell by name, to be trained; with an adapter, must be the adapter's.
         store, store_size, store_span: which of the tokens that leave the window are kept exactly, how many, judged in
-            spans of how many (AHNConfig, docs/store.md); store "none": none are. Default: the adapter's.
+            spans of how many (AHNConfig, docs/store.md). None: each as in the adapter, so without one no store; "none":
+            no store, whatever the adapter has.
+        lossless: in place of `window`: sinks, store and window in all (`AHNConfig.with_lossless`).
         dtype: default float32 on a CPU, bfloat16 on CUDA. device: default CUDA if there is one.
 
     Returns:
@@ -87,13 +90,7 @@ def from_pretrained(
     Raises:
         BaseModelError, UnsupportedModelError, AdapterError, ConfigError.
     """
-    trained = None
-    if adapter is None and (Path(base).expanduser() / SETTINGS).is_file():
-        adapter = base
-    elif adapter is None and cell is None:
-        adapter = zoo.default_for(os.fspath(base))
-    elif adapter == NONE:
-        adapter = None
+    trained, adapter = None, chosen(base, adapter, cell)
     if adapter is not None:
         trained = read_adapter(adapter)
         if cell not in (None, trained.config.cell):
@@ -102,21 +99,41 @@ def from_pretrained(
         cells.check_name(cell)
     given = {"window": window, "sinks": sinks, "store": store, "store_size": store_size, "store_span": store_span}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if lossless is not None and window is not None:
+        raise ConfigError(f"lossless={lossless} with window={window}: expected one of them")
     if store == NONE:
         changes = {"store_size": 0, "store_span": 1} | changes | {"store": None}
     # what is wrong is said before gigabytes are loaded
-    wanted = trained.config.replace(**changes) if trained else AHNConfig(cell=None, **changes)
+    wanted = _sized(trained.config if trained else AHNConfig(cell=None), changes, lossless)
     check_gates(wanted.store, trained)
     model = bases.load_base(base, dtype=dtype, device=device)
     base_config = model.config.get_text_config()
     config = _fitting(trained.config, base_config) if trained else default_config(base_config, cell)
-    if window is None and not trained:
+    if window is None and lossless is None and not trained:
         changes["window"] = config.lossless - (config.sinks if sinks is None else sinks) - (store_size or 0)
-    augment(model, config.replace(**changes))
+    augment(model, _sized(config, changes, lossless))
     model.ahn_names["base"] = os.fspath(base)
     if trained:
         apply(trained, model)
     return model.eval()
+
+
+def chosen(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, cell: str | None = None
+) -> str | os.PathLike[str] | None:
+    """The adapter that `from_pretrained` takes, or None."""
+    if adapter is None and (Path(base).expanduser() / SETTINGS).is_file():
+        return base
+    if adapter is None and cell is None:
+        return zoo.default_for(os.fspath(base))
+    return None if adapter == NONE else adapter
+
+
+def _sized(config: AHNConfig, changes: dict[str, Any], lossless: int | None) -> AHNConfig:
+    config = config.replace(**changes)
+    if lossless is None:
+        return config
+    return config.with_lossless(lossless, changes.get("sinks"), changes.get("store_size"))
 
 
 def check_gates(store: str | None, adapter: Adapter | None) -> None:
@@ -290,7 +307,7 @@ def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    model.ahn_names["adapter"] = source if zoo.path(name := Path(source).name) != Path(source) else name
+    model.ahn_names["adapter"] = source
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
@@ -368,7 +385,8 @@ def _read_ours(folder: Path) -> Adapter:
     weights = folder / WEIGHTS
     if weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
         raise AdapterError(f"{weights}: damaged: its checksum is not the one in {SETTINGS}")
-    return Adapter(config, shape, _tensors(weights), settings.get("base"), str(folder))
+    source = folder.name if zoo.path(folder.name) == folder else str(folder)
+    return Adapter(config, shape, _tensors(weights), settings.get("base"), source)
 
 
 def _read_authors(folder: Path) -> Adapter:

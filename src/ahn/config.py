@@ -35,7 +35,8 @@ class AHNConfig:
         store: which tokens that leave the window are kept exactly (`ahn.stores.names()`), or None (paper). See
             docs/store.md.
         store_size: how many of them, per key/value head; 0 if and only if there is no store.
-        store_span: tokens that are judged together, by the best of them: facts are several tokens long. 1 to `window`.
+        store_span: tokens that are judged together, by the best of them: facts are several tokens long. 1 to `window`,
+            and to `store_size`.
 
     Raises:
         ConfigError: names the value and what is allowed.
@@ -96,11 +97,11 @@ class AHNConfig:
 
         stores.check_name(self.store)
         if not self.store_size:
-            raise ConfigError(
-                f"store={self.store!r} with store_size=0: expected at least 1 (--store-size), or no store"
-            )
+            raise ConfigError(f"store={self.store!r} with store_size=0: expected at least 1, or no store")
         if self.store_span > self.window:
             raise ConfigError(f"store_span={self.store_span}: expected at most the window of {self.window}")
+        if self.store_span > self.store_size:
+            raise ConfigError(f"store_span={self.store_span}: expected at most the store_size of {self.store_size}")
 
     @property
     def lossless(self) -> int:
@@ -109,6 +110,19 @@ class AHNConfig:
 
     def replace(self, **changes: Any) -> AHNConfig:
         return dataclasses.replace(self, **changes)
+
+    def with_lossless(self, lossless: int, sinks: int | None = None, store_size: int | None = None) -> AHNConfig:
+        """The same with so many tokens kept exactly in all, at most an eighth of them sinks; of the others the store
+        has the share that it has now. `sinks` and `store_size` are kept if they are given. Raises ConfigError."""
+        sinks = min(self.sinks, lossless // 8) if sinks is None else sinks
+        rest = lossless - sinks
+        if store_size is None:
+            store_size = round(rest * self.store_size / (self.store_size + self.window))
+        if store_size >= rest:
+            raise ConfigError(
+                f"{lossless} lossless tokens with {sinks} sinks and {store_size} store: expected room for a window"
+            )
+        return self.replace(window=rest - store_size, sinks=sinks, store_size=store_size)
 
     def without_store(self) -> AHNConfig:
         """The same sinks and window, and no store."""

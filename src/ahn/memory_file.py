@@ -25,7 +25,7 @@ from ahn.config import AHNConfig
 from ahn.errors import ConfigError, MemoryFileError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ahn.cache import AHNCache
 
@@ -66,8 +66,6 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     Raises:
         MemoryFileError: not a memory file, damaged, of another version, base, adapter, dtype or config.
     """
-    from safetensors.torch import load_file
-
     from ahn.cache import AHNCache
 
     header = peek(path)
@@ -81,16 +79,12 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
             raise MemoryFileError(
                 f"{path}: memory of another model ({_whose(header)}; {key} {header[key]}, not {ours[key]})"
             )
-    try:
-        tensors = load_file(path)
-    except Exception as error:  # safetensors raises its own type and OSError; both mean the same to the user
-        raise MemoryFileError(f"{path}: damaged memory file: {error}") from error
+    tensors = _tensors(path)
     homes = {str(i): layer.self_attn.o_proj.weight.device for i, layer in enumerate(model.get_decoder().layers)}
     with ThreadPoolExecutor(1) as aside:
         digest = aside.submit(_digest, header, tensors)
         moved = {name: t.to(homes.get(name.partition(".")[0], model.device)) for name, t in tensors.items()}
-    if digest.result() != header["sha256"]:
-        raise MemoryFileError(f"{path}: damaged memory file: its checksum does not match")
+    _check_digest(path, header, digest.result())
     cache.restore(header, moved)
     return cache
 
@@ -122,30 +116,37 @@ def peek(path: str | Path) -> dict[str, Any]:
     return header
 
 
-def retained(path: str | Path) -> tuple[Tensor, Tensor, Tensor]:
-    """What the store of a memory file keeps of its first text, without a model.
+def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """What the store of a memory file keeps of its first text, without a model: `base` is the config of one that has
+    the tokenizer.
 
     Returns:
         positions [n] and token ids [n] of the words that are known, ascending, and the ranks [L, M, P] of the store in
         each layer that has one (`ahn.retention`).
 
     Raises:
-        MemoryFileError: no memory file, or one without a store, or of so short a text that nothing has left the window.
+        MemoryFileError: no memory file, a damaged one, one without a store or of another base, or of so short a text
+            that nothing has left the window.
     """
-    from safetensors import safe_open
-
     from ahn.cache import TEXT
 
     header = peek(path)
     if not header["config"].get("store"):
         raise MemoryFileError(f"{path}: was read without a store: expected one of `ahn read --store ...`")
-    with safe_open(path, "pt") as file:
-        names = sorted((n for n in file.keys() if n.endswith(".ranks")), key=lambda n: int(n.partition(".")[0]))  # noqa: SIM118
-        if not names:
-            raise MemoryFileError(f"{path}: nothing has left the window yet, so nothing is stored")
-        ranks = torch.stack([file.get_tensor(name)[0] for name in names])
-        known = file.get_tensor(f"{TEXT}.0")
-    return known[0], known[1], ranks
+    tensors = _tensors(path)
+    _check_digest(path, header, _digest(header, tensors))
+    names = sorted((n for n in tensors if n.endswith(".ranks")), key=lambda n: int(n.partition(".")[0]))
+    if not names:
+        raise MemoryFileError(f"{path}: nothing has left the window yet, so nothing is stored")
+    ranks = torch.stack([tensors[name][0] for name in names])
+    text, logits = base.get_text_config(), tensors.get("last_logits")
+    count = 1 + max(int(i) for name in tensors if (i := name.partition(".")[0]).isdigit())
+    kept = [("layers", count, text.num_hidden_layers), ("key/value heads", ranks.shape[1], text.num_key_value_heads)]
+    if logits is not None:
+        kept.append(("words in the vocabulary", logits.shape[-1], text.vocab_size))
+    if different := [f"{theirs:,} {what}, not {ours:,}" for what, theirs, ours in kept if theirs != ours]:
+        raise MemoryFileError(f"{path}: memory of another model ({_whose(header)}; {'; '.join(different)})")
+    return (*tensors[f"{TEXT}.0"], ranks)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -189,6 +190,20 @@ def atomic(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise MemoryFileError(f"{path}: cannot be written: {error}") from error
         raise
+
+
+def _tensors(path: str | Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own type and OSError; both mean the same to the user
+        raise MemoryFileError(f"{path}: damaged memory file: {error}") from error
+
+
+def _check_digest(path: str | Path, header: dict[str, Any], digest: str) -> None:
+    if digest != header["sha256"]:
+        raise MemoryFileError(f"{path}: damaged memory file: its checksum does not match")
 
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:

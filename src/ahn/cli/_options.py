@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from ahn.errors import ConfigError
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -31,9 +33,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adapter", metavar="A", help="trained memory: folder, hub id, the name of a shipped one, or none"
     )
-    group.add_argument("--window", type=at_least(1), metavar="N", help="last tokens kept exactly")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--window", type=at_least(1), metavar="N", help="last tokens kept exactly")
+    either.add_argument(
+        "--lossless", type=at_least(1), metavar="N", help="sinks, store and window in all; the store keeps its share"
+    )
     group.add_argument("--sinks", type=at_least(0), metavar="N", help="first tokens kept exactly")
-    add_store(group)
+    add_store(group, "the adapter's", "the adapter's, else 1")
     group.add_argument("--cell", metavar="C", help="an untrained cell, to see what it costs (ahn info lists them)")
     group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
@@ -42,15 +48,42 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_store(group: Any) -> None:
-    """What of the text behind the window is kept exactly."""
+def add_store(group: Any, size: str = "none", span: str = "1") -> None:
+    """What of the text behind the window is kept exactly. `size` and `span` say the defaults."""
     group.add_argument(
         "--store", metavar="S", help="keep some of what leaves the window exactly (docs/store.md), or none"
     )
-    group.add_argument("--store-size", type=at_least(1), metavar="N", help="how many tokens of it, by head")
     group.add_argument(
-        "--store-span", type=at_least(1), metavar="N", help="judge so many neighbours together (default: 1)"
+        "--store-size", type=at_least(1), metavar="N", help=f"how many tokens of it, by head (default: {size})"
     )
+    group.add_argument(
+        "--store-span", type=at_least(1), metavar="N", help=f"judge so many neighbours together (default: {span})"
+    )
+
+
+def check_store(
+    args: argparse.Namespace, name: str | None, size: int, span: int, adapters: Sequence[str] = ()
+) -> str | None:
+    """The name of the store, None without one. Raises ConfigError, in the words of the options of `add_store`, if they
+    do not go together.
+
+    Args:
+        name, size, span: what is given or the default. adapters: some that have a store.
+    """
+    from ahn import stores
+
+    if name in (None, "none"):
+        for option, given in (("--store-size", args.store_size), ("--store-span", args.store_span)):
+            if given:
+                hint = f", or an --adapter that has one ({', '.join(adapters)})" if adapters else ""
+                raise ConfigError(f"{option} {given}: expected the name of a --store as well{hint}")
+        return None
+    stores.check_name(name)
+    if not size:
+        raise ConfigError(f"--store {name}: expected --store-size as well")
+    if span > size:
+        raise ConfigError(f"--store-span {span}: expected at most the --store-size of {size}")
+    return name
 
 
 def add_answer(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from typing import Any
 
 BINS = 160  # columns of the map
@@ -19,19 +21,24 @@ PAGE = """<!doctype html>
 body {{ margin: 0 auto; max-width: 46rem; padding: 2.5rem 1.25rem 6rem; color: var(--ink); background: var(--paper);
   font: 1.06rem/1.75 Georgia, "Times New Roman", serif }}
 h1 {{ font-size: 1.5rem; margin: 0 0 .2rem }}
-header, figcaption, .gap {{ font: .82rem/1.5 system-ui, sans-serif; color: var(--dim) }}
-figure {{ margin: 1.6rem 0 2.2rem }}
+header, .axis, figcaption, .gap {{ font: .82rem/1.5 system-ui, sans-serif; color: var(--dim) }}
+figure {{ margin: 1.6rem 0 2.2rem; display: grid; grid-template-columns: auto 1fr; gap: .3rem .6rem }}
+figcaption {{ grid-column: 2 }}
+.axis {{ display: flex; justify-content: space-between }}
+.side {{ flex-direction: column; text-align: right }}
 svg {{ width: 100%; height: auto; display: block; border: 1px solid var(--line); border-radius: 4px }}
 rect {{ fill: rgb(var(--hot)) }}
 .text {{ white-space: pre-wrap; overflow-wrap: anywhere; color: var(--dim) }}
-.text b {{ font-weight: normal; color: var(--ink); border-radius: 2px; padding: .08em 0;
+b {{ font-weight: normal; color: var(--ink); border-radius: 2px; padding: .08em 0;
   background: rgba(var(--hot), calc(var(--k) * .75)) }}
+.key b {{ padding: .08em .5em }}
 .gap {{ display: block; text-align: center; margin: .9rem 0; white-space: normal }}
 .gap::before, .gap::after {{ content: ""; display: inline-block; width: 22%; margin: 0 .8em;
   border-top: 1px solid var(--line); vertical-align: middle }}
 </style>
-<header><h1>{title}</h1>{facts}</header>
-<figure>{map}<figcaption>{caption}</figcaption></figure>
+<header><h1>{title}</h1>{facts}<br><span class="key">kept by {key} of {total} heads</span></header>
+<figure><div class="axis side">{sides}</div>{map}
+<figcaption><div class="axis"><span>token 0</span><span>token {last:,}</span></div>{caption}</figcaption></figure>
 <div class="text">{text}</div>
 </html>
 """
@@ -71,46 +78,51 @@ def pieces(tokenizer: Any, positions: list[int], ids: list[int], heads: dict[int
     return found
 
 
-def terminal(shown: list[Piece], total: int, colour: bool) -> Any:
-    """A rich Text; without colour, what is kept stands in ⟦ ⟧."""
+def passages(shown: list[Piece]) -> list[list[Piece]]:
+    """What stands between two gaps, first that of which the most heads keep a token."""
+    whole = [list(run) for gap, run in groupby(shown, lambda piece: piece.text is None) if not gap]
+    return sorted(whole, key=lambda run: -_best(run).heads)
+
+
+def terminal(passage: list[Piece], total: int) -> Any:
+    """A line as a rich Text: the most heads that keep a token, where that is, and the words; those kept in ⟦ ⟧."""
     from rich.text import Text
 
-    text, inside = Text(), False
-    for piece in shown:
-        kept = piece.text is not None and piece.heads > 0
-        if not colour and kept != inside:
-            text.append("⟦" if kept else "⟧")
-        inside = kept
-        if piece.text is None:
-            text.append(f"\n   ⋯ {piece.tokens:,} tokens ⋯\n", style="dim")
-        elif not kept:
-            text.append(piece.text, style="dim")
-        else:
-            shade = SHADES[min(len(SHADES) - 1, piece.heads * len(SHADES) // (total + 1))]
-            text.append(piece.text, style=f"bold {shade}" if colour else "")
-    return text.append("⟧") if inside and not colour else text
+    best = _best(passage)
+    text = Text(f"{best.heads:>5,} {best.position:>9,}   ")
+    for heads, run in groupby(passage, lambda piece: piece.heads):
+        words = re.sub(r"\s*\n\s*", "↵", "".join(piece.text or "" for piece in run))
+        if not heads:
+            text.append(words, style="dim")
+        elif words:
+            shade = SHADES[min(len(SHADES) - 1, heads * len(SHADES) // (total + 1))]
+            text.append(" " * (len(words) - len(words.lstrip())))
+            text.append(f"⟦{words.lstrip()}⟧", style=f"bold {shade}")
+    return text
 
 
-def legend(total: int) -> Any:
-    from rich.text import Text
-
-    text, step = Text("kept by "), -(-total // len(SHADES))
-    for i, shade in enumerate(SHADES):
-        text.append(f" {i * step + 1}–{min((i + 1) * step, total)} ", style=f"bold {shade}")
-    return text.append(f"of {total} heads")
+def _best(passage: list[Piece]) -> Piece:
+    return max(passage, key=lambda piece: piece.heads)
 
 
-def page(title: str, facts: list[str], shown: list[Piece], layers: list[list[int]], length: int, total: int) -> str:
+def page(
+    title: str, facts: list[str], shown: list[Piece], layers: dict[int, list[int]], length: int, total: int
+) -> str:
     """A whole HTML page.
 
     Args:
         layers: by layer, the positions that its heads keep, each as often as it is kept. length: tokens of the text.
     """
+    some = dict.fromkeys(max(1, round(total * i / 4)) for i in range(5))
     return PAGE.format(
         title=escape(title),
         facts="<br>".join(map(escape, facts)),
-        map=_map(layers, length),
-        caption="Where in the text each layer keeps tokens: the first layer on top, the start of the text on the left.",
+        key=" ".join(f'<b style="--k:{heads / total:.2f}">{heads:,}</b>' for heads in some),
+        total=f"{total:,}",
+        sides="".join(f"<span>layer {layer}</span>" for layer in dict.fromkeys([min(layers), max(layers)])),
+        map=_map(list(layers.values()), length),
+        last=length - 1,
+        caption="Where in the text each layer keeps tokens: the more, the darker.",
         text="".join(_html(shown, total)),
     )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ahn.cli import _options
 from ahn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from ahn.cache import AHNCache
 
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
-SEEN_IN_MEMORY = ("window", "sinks", "cell", "store", "store_size", "store_span")  # settings that a memory file fixes
+# settings that a memory file fixes
+SEEN_IN_MEMORY = "window", "lossless", "sinks", "cell", "store", "store_size", "store_span"
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
@@ -68,7 +70,7 @@ class Session:
             import transformers
 
             import ahn
-            from ahn import zoo
+            from ahn.adapter import NONE
             from ahn.cost import Shape
             from ahn.dialogue import Dialogue
             from ahn.generation import end_tokens
@@ -77,7 +79,9 @@ class Session:
             config = header.get("config", {})
             adapter = args.adapter or header.get("adapter")
             if header and not adapter and not config["cell"]:
-                adapter = "none"  # it was read without a memory, so it goes on without the shipped one
+                adapter = NONE  # it was read without a memory, so it goes on without the shipped one
+            if not header:
+                _check_store(args, base)
             self.tokenizer = ahn.load_tokenizer(base)
             self.model = ahn.from_pretrained(
                 base,
@@ -88,6 +92,7 @@ class Session:
                 store=(config.get("store") or "none") if header else args.store,
                 store_size=config.get("store_size", args.store_size) or None,
                 store_span=config.get("store_span", args.store_span),
+                lossless=None if header else args.lossless,
                 dtype=args.dtype or str(header.get("dtype", "")).removeprefix("torch.") or None,
                 device=args.device,
             )
@@ -97,17 +102,26 @@ class Session:
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
         self._ends = end_tokens(self.model, self.tokenizer)
         self._unread: Tensor | None = None  # generated, but not in the cache yet
-        settings = self.model.ahn_config
+        console.print(self._kind(wanted=adapter != NONE))
+
+    def _kind(self, wanted: bool) -> str:
+        """What this memory is, for people. `wanted`: a trained one was not refused."""
+        from ahn import zoo
+        from ahn.adapter import base_shape
+
+        settings, store = self.model.ahn_config, ""
+        if settings.store:
+            spans = f" in spans of {settings.store_span}" if settings.store_span > 1 else ""
+            store = f"{settings.store_size:,} chosen ones ({settings.store}{spans}), "
+        exact = f"exact: the first {settings.sinks:,} tokens, {store}the last {settings.window:,}"
         if adapter := self.model.ahn_names["adapter"]:
-            chosen = f"{settings.store_size:,} chosen ones, " if settings.store else ""
-            exact = f"the first {settings.sinks:,} tokens, {chosen}the last {settings.window:,}"
-            console.print(f"memory  {adapter}; exact: {exact}")
-        else:
-            cell = settings.cell
-            what = f"an untrained {cell} memory, which adds nothing" if cell else "the window with sinks only"
-            shipped = ", ".join(zoo.made_for(base))
-            hint = f" (to try: --adapter {shipped})" if shipped else ""
-            console.print(f"no trained memory for {base}: running {what}{hint}")
+            return f"memory  {adapter}; {exact}"
+        what = f"the window with sinks{' and a store' if store else ''} only"
+        if settings.cell:
+            what = f"an untrained {settings.cell} memory, which adds nothing"
+        shipped = zoo.made_for(self.base, base_shape(self.model.config))
+        hint = f" (to try: --adapter {', '.join(shipped)})" if shipped and wanted else ""
+        return f"no trained memory{'' if shipped else f' for {self.base}'}: running {what}{hint}; {exact}"
 
     @property
     def held(self) -> str:
@@ -221,22 +235,37 @@ def check_question(text: str) -> str:
     return text
 
 
-def check_writable(path: str | None) -> None:
+def check_writable(path: str | None, option: str = "-o") -> None:
     """Raises ConfigError if no file can be made at `path`: said now, not after an hour of reading."""
     if path is None:
         return
     if Path(path).is_dir():
-        raise ConfigError(f"-o {path}: is a folder; expected a file name")
+        raise ConfigError(f"{option} {path}: is a folder; expected a file name")
     if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"-o {path}: no folder {Path(path).parent}")
+        raise ConfigError(f"{option} {path}: no folder {Path(path).parent}")
+
+
+def _check_store(args: argparse.Namespace, base: str) -> None:
+    """Raises ConfigError, before anything is loaded, if the options of the store do not go together."""
+    from ahn import zoo
+    from ahn.adapter import chosen, read_adapter
+    from ahn.config import AHNConfig
+
+    if args.store or args.store_size or args.store_span:
+        name = chosen(base, args.adapter, args.cell)
+        own = read_adapter(name).config if name else AHNConfig(None)
+        size, span = args.store_size or own.store_size, args.store_span or own.store_span
+        _options.check_store(args, args.store or own.store, size, span, zoo.with_store(base))
 
 
 def _header(memory: str, args: argparse.Namespace) -> dict[str, Any]:
+    from ahn.config import AHNConfig
     from ahn.memory_file import peek
 
     header = peek(memory)
+    config = AHNConfig.from_dict(header["config"])
     for name in SEEN_IN_MEMORY:
-        given, kept = getattr(args, name), header["config"].get(name)
+        given, kept = getattr(args, name), getattr(config, name)
         if given is not None and given != kept:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} {given}: {memory} was read with {name}={kept}; leave the option out")

@@ -2,7 +2,7 @@
 
   ahn chat --memory book.ahn
 
-Ctrl-C stops an answer; exit or Ctrl-D leaves.
+Ctrl-C stops an answer; /quit, /exit or Ctrl-D leaves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from contextlib import suppress
 
 from ahn.cli import _options
 from ahn.errors import ConfigError
+
+HELP = "/quit, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says so"
+LEAVE = ("exit", "quit", "/exit", "/quit")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
-        console.print("exit or Ctrl-D leaves, Ctrl-C stops an answer")
+        console.print(HELP)
         with suppress(ImportError):
             import readline  # noqa: F401 - importing it gives input() line editing and history
     first = session.dialogue.question if args.document or args.memory else session.dialogue.start
@@ -53,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _next(prompt: str) -> str | None:
-    """The next line with something in it, or None at the end."""
+    """The next question, or None at the end."""
+    from ahn.cli._session import console
+
     while True:
         try:
             text = input(prompt).strip()
@@ -61,7 +66,9 @@ def _next(prompt: str) -> str | None:
             if prompt:
                 print()
             return None
-        if text in ("exit", "quit"):
+        if text in LEAVE:
             return None
-        if text:
+        if text == "/help":
+            console.print(HELP)
+        elif text:
             return text

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from ahn.config import AHNConfig
     from ahn.cost import cost, shape_of
 
+    _options.check_store(args, args.store, args.store_size or 0, args.store_span or 1)
     config = AHNConfig(
         None if args.cell == "none" else args.cell,
         args.window,

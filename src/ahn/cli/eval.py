@@ -44,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lossless", type=one, metavar="N", help="tokens kept exactly, sinks included")
     group.add_argument("--sinks", type=_options.at_least(0), metavar="N", help="first tokens of these")
-    _options.add_store(group)
+    _options.add_store(group, "its share in the adapter", "the adapter's for its own store, else 1")
     group.add_argument("--yarn", type=float, metavar="F", help="for full: extend the base's positions F times")
     group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
@@ -105,26 +105,23 @@ def run(args: argparse.Namespace) -> None:
 
 def _stored(args: argparse.Namespace, names: list[str], adapter: str | None, window: int) -> Any:
     """The store asked for, else the adapter's own, with the share of the window that it has there."""
-    from ahn import stores
+    from ahn import zoo
     from ahn.config import AHNConfig
     from ahn.eval import policies
     from ahn.eval.policies.base import Stored, trained
 
     own = trained(adapter).config if adapter else AHNConfig(None)
     name = args.store or own.store
-    if name in (None, "none"):
-        if args.store_size or args.store_span:
-            raise ConfigError("--store-size and --store-span: expected the name of a --store as well")
-        return None
-    stores.check_name(name)
     if name != own.store:
         own = own.without_store()
     size = args.store_size or round(window * own.store_size / (own.store_size + own.window))
-    if not size:
-        raise ConfigError(f"--store {name}: expected --store-size as well, of the --lossless tokens")
+    span = args.store_span or own.store_span
+    name = _options.check_store(args, name, size, span, zoo.with_store(args.base))
+    if name is None:
+        return None
     if args.store and not any(policies.get(policy).uses_store for policy in names):
         raise ConfigError(f"--store {name}: no policy of {', '.join(names)} has one; expected ahn or store among them")
-    return Stored(name, size, args.store_span or own.store_span)
+    return Stored(name, size, span)
 
 
 def _listing() -> Iterator[str]:

@@ -1,11 +1,12 @@
 """Show which words of a text a memory file keeps exactly, in their context.
 
-  ahn read book.txt -o book.ahn --store attention --store-size 1024
+  ahn read book.txt -o book.ahn
   ahn inspect book.ahn
   ahn inspect book.ahn --html book.html
 
-Each layer's heads keep tokens of their own. Words are coloured by how many heads keep them; those that most heads keep
-are shown. No model is loaded.
+Each layer's heads keep tokens of their own. What most heads keep comes first, a line for each passage: how many heads
+keep a token of it, where that is, and the words kept, in ⟦ ⟧, coloured by how many heads keep them, with those around
+them. A page has them in the order of the text. No model is loaded.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from pathlib import Path
 
 from ahn.cli import _options
 
+LINES, WORDS = 100, 400  # kept tokens that are shown in a terminal and on a page
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("memory", metavar="FILE", help="a memory file that was read with --store")
-    parser.add_argument("--html", metavar="FILE", help="write a page, with a map of the layers, instead")
+    parser.add_argument("memory", metavar="FILE", help="a memory file that was read with a store")
+    parser.add_argument("--html", metavar="FILE", help="write a page, with a map of the layers (- for standard output)")
     parser.add_argument(
         "--show",
         type=_options.at_least(1),
-        default=400,
         metavar="N",
-        help="kept tokens to show (default: %(default)s)",
+        help=f"kept tokens to show (default: {LINES}, on a page {WORDS})",
     )
     parser.add_argument("--layer", type=_options.at_least(0), metavar="N", help="only this layer's, counted from 0")
     parser.add_argument("--base", metavar="B", help="base with the tokenizer (default: the one the file names)")
@@ -35,43 +37,47 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ahn import retention
-    from ahn.bases import load_tokenizer
+    from ahn.bases import base_config, load_tokenizer
     from ahn.cli import _pages
     from ahn.cli._session import check_writable
     from ahn.errors import ConfigError
     from ahn.memory_file import peek, retained
     from ahn.transcript import BESIDE
 
-    check_writable(args.html)
+    check_writable(None if args.html == "-" else args.html, "--html")
     header = peek(args.memory)
-    positions, ids, ranks = retained(args.memory)
-    if args.layer is not None:
-        if args.layer >= len(ranks):
-            raise ConfigError(f"--layer {args.layer}: expected 0 to {len(ranks) - 1}")
-        ranks = ranks[args.layer : args.layer + 1]
     base = args.base or header.get("base")
     if not base:
         raise ConfigError(f"{args.memory} does not say which base it is of: expected --base")
-    tokenizer = load_tokenizer(base)
-    layers = [retention.position(layer[layer >= retention.TOKEN]).tolist() for layer in ranks]
-    total, length, config = ranks.shape[0] * ranks.shape[1], header["seen"][0], header["config"]
-    most = Counter(at for layer in layers for at in layer).most_common(args.show)
-    shown = _pages.pieces(tokenizer, positions.tolist(), ids.tolist(), dict(most), BESIDE)
-    kept = len({at for layer in layers for at in layer})
+    positions, ids, ranks = retained(args.memory, base_config(base))
+    layers = dict(enumerate(retention.position(layer[layer >= retention.TOKEN]).tolist() for layer in ranks))
+    if args.layer is not None:
+        if args.layer not in layers:
+            raise ConfigError(f"--layer {args.layer}: expected 0 to {len(layers) - 1}")
+        layers = {args.layer: layers[args.layer]}
+    total, length, config = len(layers) * ranks.shape[1], header["seen"][0], header["config"]
+    counts = Counter(at for layer in layers.values() for at in layer)
+    most = counts.most_common(args.show or (WORDS if args.html else LINES))
+    shown = _pages.pieces(load_tokenizer(base), positions.tolist(), ids.tolist(), dict(most), BESIDE)
+    of = "" if args.layer is None else f" of layer {args.layer}"
     facts = [
-        f"{length:,} tokens read by {base}; {config['sinks']:,} sinks + {config['store_size']:,} store "
+        f"{length:,} tokens read by {header.get('base') or base}; "
+        f"{config['sinks']:,} sinks + {config['store_size']:,} store "
         f"({config['store']}, spans of {config['store_span']}) + {config['window']:,} window",
-        f"{kept:,} tokens are stored by at least one of {total} heads; shown: the {len(most):,} that most heads keep",
+        f"{len(counts):,} tokens are stored by at least one of {total} heads{of}; "
+        f"shown: the {len(most):,} that most heads keep",
     ]
     if args.html:
-        text = _pages.page(Path(args.memory).name, facts, shown, layers, length, total)
-        Path(args.html).write_text(text, encoding="utf-8")
+        page = _pages.page(Path(args.memory).name, facts, shown, layers, length, total)
+        if args.html == "-":
+            print(page)
+            return
+        Path(args.html).write_text(page, encoding="utf-8")
         print(args.html)
         return
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for fact in facts:
         console.print(fact, style="dim")
-    if console.is_terminal:
-        console.print(_pages.legend(total))
-    console.print()
-    console.print(_pages.terminal(shown, total, console.is_terminal))
+    console.print(f"\n{'heads':>5} {'token':>9}", style="dim")
+    for passage in _pages.passages(shown):
+        console.print(_pages.terminal(passage, total))

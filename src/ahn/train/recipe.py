@@ -113,7 +113,8 @@ class Recipe:
             raise ConfigError("data=[]: expected at least one source")
         window = min(size - sinks for size, sinks in windows.pairs(self.length, self.lossless, self.sinks))
         if self.store is not None:
-            _expect("store_span", self.store_span, self.store_span < window, f"less than the least window, {window}")
+            most = window // 2  # half for the store, half for the window
+            _expect("store_span", self.store_span, self.store_span <= most, f"at most {most}, half the least window")
         self.memory()
 
     def of_gates(self) -> Recipe:

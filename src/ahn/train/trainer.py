@@ -111,7 +111,7 @@ class MemoryTrainer(Trainer):
         if recipe.store is None:
             return window, sinks, 0
         share = recipe.store_size / (recipe.window + recipe.store_size)
-        store = min(max(1, round(window * share)), window - recipe.store_span)
+        store = min(max(recipe.store_span, round(window * share)), window - recipe.store_span)
         return window - store, sinks, store
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -291,17 +291,18 @@ def _plan(recipe: Recipe, rows: data.Rows, idle: int, model: Any, machine: Parti
     processes = f" x {machine.num_processes}" if machine.num_processes > 1 else ""
     counting = rows.counts[:, min(windows.allowed(recipe.length, recipe.lossless)) :]
     taken = recipe.batch * machine.num_processes
-    stages = {"the store's gates": recipe.gate_steps, "the cells": recipe.steps}
-    steps = [
-        f"{count:,} steps of {taken:,} rows for {what}: {count * taken / len(rows):.2g} passes over the data"
-        for what, count in stages.items()
-        if count
-    ]
+    stages = [(recipe.gate_steps, " for the store's gates"), (recipe.steps, "")]
+    said = ", then ".join(
+        f"{steps:,} steps of {taken:,} rows{what}: {steps * taken / len(rows):.2g} passes over the data"
+        for steps, what in stages
+        if steps
+    )
     return (
         f"{recipe.base} with {recipe.cell}: {trained:,} weights to train, on {machine.device.type}{processes}\n"
         f"{len(rows):,} rows of {recipe.length:,} tokens; of those behind the lossless ones "
         f"{counting.float().mean().item():.1%} are to be predicted"
-        f"{f' ({idle:,} rows without any are left out)' if idle else ''}\n" + "\n".join(steps)
+        f"{f' ({idle:,} rows without any are left out)' if idle else ''}\n"
+        f"{said}"
     )
 
 

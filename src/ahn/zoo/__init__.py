@@ -26,15 +26,22 @@ def default_for(base: str) -> str | None:
     return None
 
 
-def made_for(base: str) -> list[str]:
-    """Names of the shipped adapters trained for a base."""
-    return [name for name in names() if _settings(name)["base"] == base]
+def made_for(base: str, shape: dict[str, int] | None = None) -> list[str]:
+    """Names of the shipped adapters trained for a base, or for one that the last part of its path or hub id names; only
+    those of the `shape` of `ahn.adapter.base_shape`, if it is given."""
+    called = Path(base).name.lower()
+    return [name for name in names() if name.rpartition("-")[0] in called and shape in (None, _settings(name)["shape"])]
 
 
 def store(name: str) -> str | None:
     """Name of the store that a shipped adapter has, or None."""
     found: str | None = _settings(name)["config"].get("store")
     return found
+
+
+def with_store(base: str) -> list[str]:
+    """Names of those `made_for` a base that have a store."""
+    return [name for name in made_for(base) if store(name)]
 
 
 def _settings(name: str) -> dict[str, Any]:

@@ -143,7 +143,10 @@ class Policy:
             check_shape(trained(kept.adapter), base_shape(base))
         if cls.uses_window:
             text = base.get_text_config()
-            check_fits(exact_part(kept.window, kept.sinks, kept.adapter), text, text.num_hidden_layers)
+            exact = exact_part(kept.window, kept.sinks, kept.adapter)
+            check_fits(exact, text, text.num_hidden_layers)
+            if cls.uses_store and kept.store is not None:
+                kept.store.fill(exact)
 
     @classmethod
     def settings(

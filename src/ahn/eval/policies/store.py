@@ -25,9 +25,8 @@ class StoreAlone(Policy):
         if stores.get(kept.store.name).trained:
             raise ConfigError(
                 f"policy store: store={kept.store.name!r} needs the gates of an adapter, which this policy leaves out: "
-                f"expected --store with one of {untrained}, or policy ahn"
+                f"expected --store with one of {untrained}, and --store-size, or policy ahn without policy store"
             )
-        kept.store.fill(exact_part(kept.window, kept.sinks, kept.adapter))
 
     @classmethod
     def _settings(cls, kept: Kept) -> dict[str, Any]:
