@@ -248,7 +248,9 @@ def test_shipped_adapters_are_found_for_files_and_folders():
     assert len(ours) > 1
     for base in ("/x/qwen2.5-coder-0.5b-instruct.gguf", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "a/Qwen2.5-Coder-0.5B/"):
         assert zoo.made_for(base, shape) == zoo.made_for(base) == ours
-        assert zoo.made_for(base, shape | {"num_layers": 25}) == [] and zoo.default_for(base) is None
+        assert zoo.made_for(base, shape | {"num_layers": 25}) == []
+    assert zoo.default_for("/x/qwen2.5-coder-0.5b-instruct.gguf") is None
+    assert zoo.default_for("Qwen/Qwen2.5-Coder-0.5B-Instruct") == "qwen2.5-coder-0.5b-gated_deltanet"
     assert zoo.made_for("/qwen2.5-coder-0.5b/other.gguf") == []
 
 
