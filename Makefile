@@ -33,7 +33,7 @@ test-oldest: $(VENV)-oldest/.dev ## run a fast part of the tests with the oldest
 	$(VENV)-oldest/bin/pytest -m "not slow" $(OLDEST_TESTS)
 
 bench: $(VENV)/.installed ## measure reading and decoding on this CPU
-	$(VENV)/bin/python benchmarks/cpu.py
+	$(VENV)/bin/python benchmarks/cpu.py --name local
 
 clean: ## remove the environments, caches and builds
 	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .pytest_cache .ruff_cache build dist

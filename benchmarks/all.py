@@ -92,6 +92,8 @@ JOBS = (
     *(Job(f"train-qwen2.5-coder-0.5b-{cell}", f"train.py --recipe ../recipes/qwen2.5-coder-0.5b-{cell}.yaml "
           "base={qwen} --steps 15 --name {name}", (), 200) for cell in ("deltanet", "gated_deltanet")),
     Job("gpu", "gpu.py --only qwen2.5-coder-0.5b qwen2.5-3b --seconds {left} --name {name}", (), 400),
+    Job("gpu-large", "gpu.py --only qwen2.5-7b qwen2.5-14b --seconds {left} --name {name}", (), 400),
+    Job("gpu-real", "gpu.py --base {qwen} --seconds {left} --name {name}", (), 200),
     Job("lengths-smollm2-135m-gpu", "lengths.py --base {smollm2} --lengths 4096 8192 16384 32768 65536 131072 --cells "
         "window deltanet full --name {name}", (), 200),
     Job("where-smollm2-135m", "where.py {data}/books/valid.jsonl.xz --base {smollm2} --name {name}", (), 200),

@@ -3,7 +3,7 @@
     python benchmarks/cpu.py [--base smollm2-135m] [--text FILE] [--lossless 512] [--lengths 4096 16384 65536]
 
 Every figure is measured in a process of its own, so that peaks of resident memory do not mix. Full attention at 65,536
-tokens takes half an hour on two cores.
+tokens takes a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--kinds", nargs="+", default=["window", "gated_deltanet", "deltanet", "mamba2", "full"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--name", default="cpu", help="of the file in results/ (%(default)s)")
     options = parser.parse_args()
     if options.one:
         (length,) = options.lengths
@@ -111,7 +112,7 @@ def main() -> None:
                 f"{row['decode_ms']:>11.1f}{row['peak_mib']:>10.0f}{row['cache_mib']:>10.1f}",
                 flush=True,
             )
-            path = write("cpu", lossless=options.lossless, sinks=SINKS, base=options.base, rows=rows)
+            path = write(options.name, lossless=options.lossless, sinks=SINKS, base=options.base, rows=rows)
     print(path)
 
 

@@ -306,7 +306,12 @@ def cells_of_table(options: argparse.Namespace) -> list[Cell]:
             table += [Cell(shape, cell, what, 1, 128 * K) for cell in (gdn, full) for what in ("decode", "read")]
             table += [Cell(shape, gdn, "decode", 8, 128 * K)]
     wanted = [set(words.split(":")) for words in options.only or [""]]
-    return [cell for cell in table if any(words - {""} <= set(map(str, cell)) for words in wanted)]
+    found = [cell for cell in table if any(words - {""} <= set(map(str, cell)) for words in wanted)]
+    if not found:
+        sys.exit(
+            f"--only {' '.join(options.only)}: nothing of that; expected parts of {', '.join(map(str, table[:3]))}, ..."
+        )
+    return found
 
 
 def line(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import ahn
 from ahn import stores
 from ahn.augmentation import layers_of
 from ahn.cache import PAST
+from ahn.cells.base import unit
 
 torch.set_num_threads(1)  # tiny products gain nothing from more, and parallel test processes lose
 
@@ -137,3 +138,29 @@ def small_grids(monkeypatch):
     monkeypatch.setattr(stores.get("surprise"), "grid", 16)
     monkeypatch.setattr(stores.get("attention"), "grid", 24)
     monkeypatch.setattr(stores.get("attention"), "every", 8)
+
+
+@torch.no_grad()
+def drifting(cell, device, dtype, total, chunk, steps=2048):
+    """A cell, and its state after a random stream: by its fastest form of many tokens ("chunks"), with the last tokens one
+    by one ("steps"), and in float64 on the CPU ("exact")."""
+    torch.manual_seed(0)
+    heads, size, hidden = 2, 64, 32
+    module = ahn.cells.get(cell)(hidden, heads, size, dtype, device)
+    state, exact = torch.zeros(1, heads, size, size, device=device), torch.zeros(1, heads, size, size).double()
+    for left in range(total // chunk, 0, -1):
+        count = chunk if left > 1 else steps
+        q, k, v = torch.randn(3, 1, heads, count, size, device=device).to(dtype).unbind()
+        gates = module.gates(module.gate_inputs(torch.randn(1, count, hidden, device=device).to(dtype)))
+        before = state.clone()
+        _, state = module.scan(q, k, v, gates, state)
+        keys, values, doubles = (
+            (unit(x).double().cpu() for x in (q, k)),
+            v.double().cpu(),
+            [g.double().cpu() for g in gates],
+        )
+        _, exact = module.chunk(*keys, values, doubles, exact)
+    for t in range(steps):
+        at = slice(t, t + 1)
+        module.step(unit(q[:, :, at]), unit(k[:, :, at]), v[:, :, at].float(), [g[:, :, at] for g in gates], before)
+    return module, {"chunks": state.double().cpu(), "steps": before.double().cpu(), "exact": exact}

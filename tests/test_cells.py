@@ -6,6 +6,7 @@ import torch
 import ahn
 from ahn.cells.base import Cell, unit
 from ahn.kernels import chunked
+from conftest import CELLS, drifting
 
 HEADS, SIZE, HIDDEN = 3, 8, 24
 LENGTHS = (1, 63, 64, 65, 150)
@@ -180,3 +181,11 @@ def test_a_cell_from_an_entry_point(monkeypatch):
     assert "toy_from_elsewhere" in ahn.cells.names()
     assert ahn.cells.get("toy_from_elsewhere").name == "toy"
     assert ahn.AHNConfig(cell="toy_from_elsewhere").cell == "toy_from_elsewhere"
+
+
+@pytest.mark.parametrize("cell", sorted(CELLS))
+def test_the_state_does_not_drift(cell):
+    """In small, in float32; `test_gpu.py` has a million tokens."""
+    _, states = drifting(cell, "cpu", torch.float32, 2**14, 2**11, steps=200)
+    for way in ("chunks", "steps"):
+        assert ((states[way] - states["exact"]).norm() / states["exact"].norm()).item() < 1e-4

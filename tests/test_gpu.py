@@ -14,7 +14,7 @@ from ahn.cells.base import unit
 from ahn.kernels import flex
 from ahn.train import distill
 from ahn.train.trainer import compile_layers
-from conftest import FORMS, golden_base, golden_tensors, in_pieces, storing, tiny, token_ids, with_memory
+from conftest import FORMS, drifting, golden_base, golden_tensors, in_pieces, storing, tiny, token_ids, with_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -458,35 +458,11 @@ def test_generate_with_a_store(monkeypatch):
 
 
 def test_the_state_does_not_drift(cell):
-    """A million tokens through the chunked kernels in bfloat16, 2,000 steps of decoding behind: the state against the
-    recurrence in float64 on the same numbers. Gates that forget bound every error; DeltaNet overwrites."""
-    torch.manual_seed(0)
-    heads, size, hidden, chunk = 2, 64, 32, 8192
-    module = ahn.cells.get(cell)(hidden, heads, size, torch.bfloat16, "cuda")
-    state = torch.zeros(1, heads, size, size, device="cuda")
-    steps = 2048
-
-    def tokens(count):
-        q, k, v = torch.randn(3, 1, heads, count, size, device="cuda", dtype=torch.bfloat16).unbind()
-        return q, k, v, module.gates(module.gate_inputs(torch.randn(1, count, hidden, device="cuda").bfloat16()))
-
-    with torch.no_grad():
-        for _ in range(2**20 // chunk):
-            _, state = module.scan(*tokens(chunk), state)
-        assert state.isfinite().all()
-        exact = state.double().cpu()
-        # what came long ago no longer counts: from any state on, the last tokens must give the same in float64
-        q, k, v, gates = tokens(steps)
-        _, after = module.scan(q, k, v, gates, state)
-        stepped = state.clone()
-        for t in range(steps):
-            at = slice(t, t + 1)
-            now = tuple(gate[:, :, at] for gate in gates)
-            module.step(unit(q[:, :, at]), unit(k[:, :, at]), v[:, :, at].float(), now, stepped)
-        k, v, gates = unit(k).double().cpu(), v.double().cpu(), tuple(gate.double().cpu() for gate in gates)
-        _, exact = module.naive(unit(q).double().cpu(), k, v, gates, exact)
-    assert relative(stepped.double().cpu(), exact) < 1e-4
-    assert relative(after.double().cpu(), exact) < module.tolerance[torch.bfloat16]
+    """A million random tokens through the chunked kernels in bfloat16, and 2,048 steps of decoding behind them, against
+    the recurrence in float64 over all of the same numbers on the CPU."""
+    module, states = drifting(cell, "cuda", torch.bfloat16, 2**20, 8192)
+    assert relative(states["chunks"], states["exact"]) < module.tolerance[torch.bfloat16]
+    assert relative(states["steps"], states["exact"]) < module.tolerance[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(96, 64), (1000, 64), (640, 128)])
