@@ -1,6 +1,7 @@
 """Reading and decoding on a CPU: sinks, window and memory against transformers' full attention, and constant memory.
 
     python benchmarks/cpu.py [--base smollm2-135m] [--text FILE] [--lossless 512] [--lengths 4096 16384 65536]
+        [--dtypes float32 bfloat16]
 
 Every figure is measured in a process of its own, so that peaks of resident memory do not mix. Full attention at 65,536
 tokens takes a quarter of an hour on two cores.
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ DECODED = 32
 SINKS = 64
 
 
-def measure(kind: str, base: str, text: str, length: int, lossless: int) -> dict[str, Any]:
+def measure(kind: str, base: str, text: str, length: int, lossless: int, dtype: str) -> dict[str, Any]:
     """One process: read `length` tokens (a text that is too short is repeated), decode, and look at the peak."""
     import torch
 
@@ -36,11 +38,11 @@ def measure(kind: str, base: str, text: str, length: int, lossless: int) -> dict
     if kind == "full":
         from ahn.bases import load_base
 
-        model = load_base(base)
+        model = load_base(base, dtype)
     else:
         cell = None if kind == "window" else kind
         adapter = "none" if cell is None else None
-        model = ahn.from_pretrained(base, adapter, window=lossless - SINKS, sinks=SINKS, cell=cell)
+        model = ahn.from_pretrained(base, adapter, window=lossless - SINKS, sinks=SINKS, cell=cell, dtype=dtype)
     with torch.no_grad():
         model(ids[:, :64])
         start_rss = resident()
@@ -56,6 +58,7 @@ def measure(kind: str, base: str, text: str, length: int, lossless: int) -> dict
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "kind": kind,
+        "dtype": dtype,
         "length": length,
         "read_s": round(read, 2),
         "read_tokens_per_s": round(length / read, 1),
@@ -88,27 +91,28 @@ def main() -> None:
     parser.add_argument("--lossless", type=int, default=512)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--kinds", nargs="+", default=["window", "gated_deltanet", "deltanet", "mamba2", "full"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--name", default="cpu", help="of the file in results/ (%(default)s)")
     options = parser.parse_args()
     if options.one:
-        (length,) = options.lengths
-        print(json.dumps(measure(options.one, options.base, options.text, length, options.lossless)))
+        (length,), (dtype,) = options.lengths, options.dtypes
+        print(json.dumps(measure(options.one, options.base, options.text, length, options.lossless, dtype)))
         return
 
-    print(f"{'':<16}{'tokens':>8}{'read s':>9}{'tokens/s':>10}{'decode ms':>11}{'peak MiB':>10}{'cache MiB':>10}")
+    print(f"{'':<26}{'tokens':>8}{'read s':>9}{'tokens/s':>10}{'decode ms':>11}{'peak MiB':>10}{'cache MiB':>10}")
     rows: list[dict[str, Any]] = []
-    for length in options.lengths:
+    for length, dtype in product(options.lengths, options.dtypes):
         for kind in options.kinds:
             command = [sys.executable, __file__, "--one", kind, "--lengths", str(length), "--base", options.base]
-            command += ["--text", options.text, "--lossless", str(options.lossless)]
+            command += ["--dtypes", dtype, "--text", options.text, "--lossless", str(options.lossless)]
             out = subprocess.run(command, capture_output=True, text=True, check=False)
             if out.returncode:
                 sys.exit(out.stderr)
             row = json.loads(out.stdout.splitlines()[-1])
             rows.append(row)
             print(
-                f"{row['kind']:<16}{row['length']:>8,}{row['read_s']:>9.1f}{row['read_tokens_per_s']:>10.0f}"
+                f"{row['kind']:<16}{dtype:<10}{row['length']:>8,}{row['read_s']:>9.1f}{row['read_tokens_per_s']:>10.0f}"
                 f"{row['decode_ms']:>11.1f}{row['peak_mib']:>10.0f}{row['cache_mib']:>10.1f}",
                 flush=True,
             )
