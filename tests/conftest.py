@@ -142,8 +142,8 @@ def small_grids(monkeypatch):
 
 @torch.no_grad()
 def drifting(cell, device, dtype, total, chunk, steps=2048):
-    """A cell, and its state after a random stream: "chunks", by its fastest form of many tokens; "steps", the last ones one
-    by one; "exact", in float64 on the CPU."""
+    """A cell, and its state after a random stream. "chunks": by its fastest form of many tokens; "steps": the last ones
+    one by one; "exact": in float64 on the CPU."""
     torch.manual_seed(0)
     heads, size, hidden = 2, 64, 32
     module = ahn.cells.get(cell)(hidden, heads, size, dtype, device)
