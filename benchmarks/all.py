@@ -3,10 +3,11 @@
     python benchmarks/all.py DATA --qwen QWEN.gguf --smollm2 SMOLLM2.gguf --output FOLDER [--seconds 1500]
         [--only NAME ...] [--list]
 
-A job is one of the scripts beside this one, or `ahn train`, alone on its GPU. It begins when the jobs it builds on are
-done and a GPU is free. When the time is over what runs is ended; the same command goes on from there: what is done is
-not done again, and training, recall and evaluation go on from what they have written. `FOLDER/logs` has what the jobs
-print, `FOLDER/done` which are done or have failed, benchmarks/results what they found.
+A job is one of the scripts beside this one, or `ahn train`. It begins when the jobs it builds on are done and there is
+a GPU for it: what is timed has one for itself, the last of several until all of that is done; of the rest two share one.
+When the time is over what runs is ended; the same command goes on from there: what is done is not done again, and
+training, recall and evaluation go on from what they have written. `FOLDER/logs` has what the jobs print, `FOLDER/done`
+which are done or have failed, benchmarks/results what they found.
 
 DATA holds `books`, `qa` and `benchmarks`, and what the recipes of the stores name (their first lines say how it is
 made): facts-16k, far-16k and books-part for Qwen, facts-long and far-8k for SmolLM2, all .jsonl.xz.
@@ -27,29 +28,38 @@ from common import UNFINISHED
 
 HERE = Path(__file__).parent
 PATIENCE = 5  # seconds between asking a job to end and ending it
+TOGETHER = 2  # jobs on a GPU that are not timed
 
 
 @dataclass(frozen=True)
 class Job:
     """`command`: words, with {data}, {qwen}, {smollm2} and {output} as given, {name}, {left}, the seconds it has, and
-    those of `WORDS`. `after`: jobs that must have succeeded. `seconds`: that it gets at most."""
+    those of `WORDS`. `after`: jobs that must have succeeded. `seconds`: that it gets at most. `timed`: alone on a GPU."""
 
     name: str
     command: str
     after: tuple[str, ...] = ()
     seconds: float = 600
+    timed: bool = False
 
 
 WORDS = {
     "gates": "{output}/qwen-gates/adapter",
     "small_gates": "{output}/smollm2-gates/adapter",
-    "qwen_data": "data=[{data}/facts-16k.jsonl.xz,{data}/far-16k.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,"
+    "cells": "{output}/qwen-cells/adapter",
+    "small_cells": "{output}/smollm2-cells/adapter",
+    "facts": "{data}/facts-16k.jsonl.xz",
+    "qwen_data": "data=[{facts},{data}/far-16k.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,"
     "{data}/books-part.jsonl.xz]",
-    "smollm2_data": "data=[{data}/facts-long.jsonl.xz,{data}/far-8k.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,"
-    "{data}/books/train-03.jsonl.xz]",
+    "small_books": "{data}/books/train-03.jsonl.xz",
+    "small_facts": "{data}/facts-long.jsonl.xz",
+    "smollm2_data": "data=[{small_facts},{data}/far-8k.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,{small_books}]",
     "to_train": "output={output}/{name} report_to=[] --resume",
+    "quarter": "window=1488 store_size=496 store_span=4",
     "qwen_recall": "recall.py --base {qwen} --length 16384 --batch 24 --no-full --no-plain {prompts}",
     "smollm2_recall": "recall.py --base {smollm2} --length 8192 --batch 32 --no-full --no-plain {prompts}",
+    "qwen_gap": "gap.py {data}/books/valid.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 --name gap-{name}",
+    "smollm2_gap": "gap.py {data}/books/valid.jsonl.xz --base {smollm2} --lossless 1024 2048 --name gap-{name}",
     "prompts": "--prompts {output}/prompts/{name} --output {output}/recall/{name} --seconds {left} "
     "--name recall-{name}",
     "evaluate": "evaluate.py {data} --prompts {output}/prompts/evaluate --output {output}/evaluate/{name} "
@@ -62,7 +72,9 @@ JOBS = (
     Job("qwen-gates", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store-16k.yaml base={qwen} {qwen_data} "
         "{to_train}", (), 900),
     Job("smollm2-gates", "-m ahn train ../recipes/smollm2-135m-store.yaml base={smollm2} {smollm2_data} {to_train} "
-        "lossless=[2048] window=1488 store_size=496 store_span=4 gate_steps=400 limit=2200000"),
+        "lossless=[2048] {quarter} gate_steps=400 limit=2200000"),
+    Job("smollm2-cells", "-m ahn train ../recipes/smollm2-135m-store-cells.yaml base={smollm2} start={small_gates} "
+        "data=[{small_books},{small_facts}] {to_train}", ("smollm2-gates",)),
     *(Job(f"qwen-recall-{part}", "{qwen_recall} --adapter {gates} --stores learned:4 --lossless 2048 --limit 200 "
           f"--tasks {tasks}", ("qwen-gates",)) for part, tasks in enumerate((
         "ruler/niah_single_3 infinitebench/passkey={data}/benchmarks/infinitebench-passkey-16384.jsonl.xz",
@@ -70,34 +82,43 @@ JOBS = (
         "squad/spread={data}/qa ruler/niah_multiquery",
         "ruler/niah_multivalue ruler/niah_single_2",
     ))),
-    Job("qwen-gap", "gap.py {data}/books/valid.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 "
-        "--adapter {gates}@0.25 {gates}@0.5 {gates}@0.74 --name gap-{name}", ("qwen-gates",), 300),
+    Job("tests", "-m pytest -q -m gpu ../tests"),
+    Job("qwen-gap", "{qwen_gap} --adapter {gates}@0.125 {gates}@0.25 {gates}@0.5 {gates}@0.74 {qwen_gdn}@none",
+        ("qwen-gates",), 300),
+    Job("smollm2-gap", "{smollm2_gap} --adapter {small_gates}@0.25 {small_cells}@0.25 {small_cells}@0.125 "
+        "{small_cells}@none {small_dn}@0.25 {small_dn}@none", ("smollm2-cells",), 300),
+    Job("smollm2-cells-alone", "-m ahn train ../recipes/smollm2-135m-store-cells.yaml base={smollm2} start={small_dn} "
+        "data=[{small_books},{small_facts}] {to_train} store=null store_size=0 store_span=1 window=1984"),
+    Job("smollm2-alone-gap", "{smollm2_gap} --adapter {output}/smollm2-cells-alone/adapter",
+        ("smollm2-cells-alone",), 200),
+    Job("smollm2-quarter", "{smollm2_recall} --adapter {small_cells} --share 0.25 --stores learned:4 --lossless 2048 "
+        "--limit 200 --tasks ruler/niah squad/spread={data}/qa", ("smollm2-cells",)),
     Job("qwen-quarter", "{qwen_recall} --adapter {gates} --share 0.25 --stores learned:4 --lossless 2048 {curve} "
-        "ruler/niah_single_3", ("qwen-gates", "qwen-recall-0")),
+        "ruler/niah_single_3", ("qwen-gates",)),
     Job("qwen-curve", "{qwen_recall} --adapter {gates} --stores learned:4 --lossless 1024 4096 512 8192 {curve}",
-        ("qwen-gates", "qwen-recall-0")),
+        ("qwen-gates",)),
     Job("qwen-rules", "{qwen_recall} --adapter {qwen_gdn} --stores surprise:4 attention:4 random:4 recency --lossless "
-        "2048 1024 4096 512 8192 {curve}"),
-    Job("smollm2-gap", "gap.py {data}/books/valid.jsonl.xz --base {smollm2} --lossless 1024 2048 --adapter "
-        "{small_dn}@0.25 {small_gates}@0.25 {small_gates}@0.125 {small_dn}@none --name gap-{name}",
-        ("smollm2-gates",), 200),
-    Job("smollm2-quarter", "{smollm2_recall} --adapter {small_gates} --share 0.25 --stores learned:4 --lossless 2048 "
-        "--limit 200 --tasks ruler/niah squad/spread={data}/qa", ("smollm2-gates",)),
-    Job("smollm2-rules", "{smollm2_recall} --adapter {small_dn} --stores attention:4 surprise:4 --lossless 1024 2048 "
-        "256 4096 512 {curve}"),
-    Job("qwen-evaluate", "{evaluate} --model {qwen}={gates}", ("qwen-gates", "qwen-recall-0"), 900),
-    Job("smollm2-evaluate", "{evaluate} --model {smollm2}={small_gates} --share 0.25", ("smollm2-quarter",), 900),
+        "2048 1024 4096 512 8192 {curve}", ("qwen-recall-0", "qwen-recall-1")),
+    Job("qwen-evaluate", "{evaluate} --model {qwen}={gates}", ("qwen-gates",), 900),
+    Job("smollm2-evaluate", "{evaluate} --model {smollm2}={small_cells} --share 0.25", ("smollm2-cells",), 900),
     Job("qwen-answers", "qa.py {data}/qa/squad-dev.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 --contexts 10 "
         "--rows 16 --adapter {qwen_gdn}@none {gates}@0.74 {gates}@0.25 --name qa-{name}", ("qwen-gates",), 300),
-    *(Job(f"train-qwen2.5-coder-0.5b-{cell}", f"train.py --recipe ../recipes/qwen2.5-coder-0.5b-{cell}.yaml "
-          "base={qwen} --steps 15 --name {name}", (), 200) for cell in ("deltanet", "gated_deltanet")),
-    Job("gpu", "gpu.py --only qwen2.5-coder-0.5b qwen2.5-3b --seconds {left} --name {name}", (), 400),
-    Job("gpu-large", "gpu.py --only qwen2.5-7b qwen2.5-14b --seconds {left} --name {name}", (), 400),
-    Job("gpu-real", "gpu.py --base {qwen} --seconds {left} --name {name}", (), 200),
-    Job("lengths-smollm2-135m-gpu", "lengths.py --base {smollm2} --lengths 4096 8192 16384 32768 65536 131072 --cells "
-        "window deltanet full --name {name}", (), 200),
+    Job("qwen-cells", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store-16k.yaml base={qwen} start={gates} "
+        "data=[{data}/books-part.jsonl.xz,{facts}] {to_train} {quarter} gate_steps=0 steps=150 lr=2e-4 "
+        "checkpointing=true", ("qwen-gates",)),
+    Job("qwen-cells-gap", "{qwen_gap} --adapter {cells}@0.125 {cells}@0.25 {cells}@none", ("qwen-cells",), 300),
+    Job("smollm2-rules", "{smollm2_recall} --adapter {small_dn} --stores attention:4 surprise:4 --lossless 1024 2048 "
+        "256 4096 512 {curve}", ("smollm2-quarter",)),
     Job("where-smollm2-135m", "where.py {data}/books/valid.jsonl.xz --base {smollm2} --name {name}", (), 200),
-    Job("tests", "-m pytest -q -m gpu ../tests"),
+    Job("train-smollm2-135m-profile", "train.py --recipe ../recipes/smollm2-135m-deltanet.yaml base={smollm2} "
+        "--profile --name {name}", (), 200, timed=True),
+    Job("gpu", "gpu.py --only qwen2.5-coder-0.5b qwen2.5-3b --seconds {left} --name {name}", (), 400, timed=True),
+    *(Job(f"train-qwen2.5-coder-0.5b-{cell}", f"train.py --recipe ../recipes/qwen2.5-coder-0.5b-{cell}.yaml "
+          "base={qwen} --steps 15 --name {name}", (), 200, timed=True) for cell in ("deltanet", "gated_deltanet")),
+    Job("gpu-real", "gpu.py --base {qwen} --seconds {left} --name {name}", (), 200, timed=True),
+    Job("lengths-smollm2-135m-gpu", "lengths.py --base {smollm2} --lengths 4096 8192 16384 32768 65536 131072 --cells "
+        "window deltanet full --name {name}", (), 200, timed=True),
+    Job("gpu-large", "gpu.py --only qwen2.5-7b qwen2.5-14b --seconds {left} --name {name}", (), 300, timed=True),
 )  # fmt: skip
 
 
@@ -105,7 +126,7 @@ class Runner:
     """Runs jobs on GPUs, for `seconds` at most. `values`: of the words in braces."""
 
     def __init__(self, jobs: tuple[Job, ...], gpus: int, seconds: float, output: Path, values: dict[str, str]) -> None:
-        self.jobs, self.free, self.values = {job.name: job for job in jobs}, list(range(gpus)), values
+        self.jobs, self.gpus, self.values = {job.name: job for job in jobs}, gpus, values
         self.end = time.monotonic() + seconds
         self.done, self.logs = output / "done", output / "logs"
         self.running: dict[str, tuple[subprocess.Popen[bytes], int, float]] = {}
@@ -117,9 +138,9 @@ class Runner:
         """Names of the jobs that are not done in the end."""
         while (self.running or any(map(self.able, self.waiting))) and time.monotonic() < self.end:
             for name in list(self.waiting):
-                if self.free and all(self.outcome(other) == "done" for other in self.jobs[name].after):
-                    self.waiting.remove(name)
-                    self.begin(name)
+                ready = all(self.outcome(other) == "done" for other in self.jobs[name].after)
+                if ready and (gpu := self.gpu_for(name)) is not None:
+                    self.begin(name, gpu)
             time.sleep(0.1)
             for name in list(self.running):
                 self.look_at(name)
@@ -139,8 +160,25 @@ class Runner:
             for other in self.jobs[name].after
         )
 
-    def begin(self, name: str) -> None:
-        job, gpu = self.jobs[name], self.free.pop(0)
+    def gpu_for(self, name: str) -> int | None:
+        """The one with the least to do of those that may take it now."""
+        last, timed = self.gpus - 1, self.jobs[name].timed
+        on: list[list[str]] = [[] for _ in range(self.gpus)]
+        for other, (_, gpu, _) in self.running.items():
+            on[gpu].append(other)
+        kept = last > 0 and any(self.jobs[other].timed and self.able(other) for other in self.waiting)
+        if timed:
+            return last if not on[last] else None
+        fitting = [
+            gpu
+            for gpu in range(last if kept else self.gpus)
+            if len(on[gpu]) < TOGETHER and not any(self.jobs[other].timed for other in on[gpu])
+        ]
+        return min(fitting, key=lambda gpu: len(on[gpu]), default=None)
+
+    def begin(self, name: str, gpu: int) -> None:
+        self.waiting.remove(name)
+        job = self.jobs[name]
         left = int(min(job.seconds, self.end - time.monotonic()))
         words = filled(job.command, self.values | {"name": name, "left": str(max(1, left - 15))}).split()
         script = words if words[0].startswith("-") else [str(HERE / words[0]), *words[1:]]
@@ -154,7 +192,7 @@ class Runner:
 
     def look_at(self, name: str) -> None:
         """Note how a job has ended, or end it if its time is over."""
-        process, gpu, since = self.running[name]
+        process, _, since = self.running[name]
         now = time.monotonic()
         over = now > self.end or now - since > self.jobs[name].seconds
         if (code := process.poll()) is None and not over:
@@ -167,7 +205,6 @@ class Runner:
             code, f"failed, see {self.logs / name}"
         )
         print(f"{name}: {said}, {now - since:.0f} s", flush=True)
-        self.free.append(gpu)
         del self.running[name]
 
 
