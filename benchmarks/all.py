@@ -4,7 +4,7 @@
         [--only NAME ...] [--list]
 
 A job is one of the scripts beside this one, or `ahn train`. It begins when the jobs it builds on are done and there is
-a GPU for it: what is timed has one for itself, the last of several until all of that is done; of the rest two share one.
+a GPU for it: what is timed has one for itself, the last of several until all of that is done; others share one by two.
 When the time is over what runs is ended; the same command goes on from there: what is done is not done again, and
 training, recall and evaluation go on from what they have written. `FOLDER/logs` has what the jobs print, `FOLDER/done`
 which are done or have failed, benchmarks/results what they found.
@@ -34,7 +34,7 @@ TOGETHER = 2  # jobs on a GPU that are not timed
 @dataclass(frozen=True)
 class Job:
     """`command`: words, with {data}, {qwen}, {smollm2} and {output} as given, {name}, {left}, the seconds it has, and
-    those of `WORDS`. `after`: jobs that must have succeeded. `seconds`: that it gets at most. `timed`: alone on a GPU."""
+    those of `WORDS`. `after`: jobs that must have succeeded. `seconds`: at most. `timed`: alone on a GPU."""
 
     name: str
     command: str
@@ -46,8 +46,6 @@ class Job:
 WORDS = {
     "gates": "{output}/qwen-gates/adapter",
     "small_gates": "{output}/smollm2-gates/adapter",
-    "cells": "{output}/qwen-cells/adapter",
-    "small_cells": "{output}/smollm2-cells/adapter",
     "facts": "{data}/facts-16k.jsonl.xz",
     "qwen_data": "data=[{facts},{data}/far-16k.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,"
     "{data}/books-part.jsonl.xz]",
@@ -73,8 +71,6 @@ JOBS = (
         "{to_train}", (), 900),
     Job("smollm2-gates", "-m ahn train ../recipes/smollm2-135m-store.yaml base={smollm2} {smollm2_data} {to_train} "
         "lossless=[2048] {quarter} gate_steps=400 limit=2200000"),
-    Job("smollm2-cells", "-m ahn train ../recipes/smollm2-135m-store-cells.yaml base={smollm2} start={small_gates} "
-        "data=[{small_books},{small_facts}] {to_train}", ("smollm2-gates",)),
     *(Job(f"qwen-recall-{part}", "{qwen_recall} --adapter {gates} --stores learned:4 --lossless 2048 --limit 200 "
           f"--tasks {tasks}", ("qwen-gates",)) for part, tasks in enumerate((
         "ruler/niah_single_3 infinitebench/passkey={data}/benchmarks/infinitebench-passkey-16384.jsonl.xz",
@@ -85,14 +81,14 @@ JOBS = (
     Job("tests", "-m pytest -q -m gpu ../tests"),
     Job("qwen-gap", "{qwen_gap} --adapter {gates}@0.125 {gates}@0.25 {gates}@0.5 {gates}@0.74 {qwen_gdn}@none",
         ("qwen-gates",), 300),
-    Job("smollm2-gap", "{smollm2_gap} --adapter {small_gates}@0.25 {small_cells}@0.25 {small_cells}@0.125 "
-        "{small_cells}@none {small_dn}@0.25 {small_dn}@none", ("smollm2-cells",), 300),
+    Job("smollm2-gap", "{smollm2_gap} --adapter {small_gates}@0.125 {small_gates}@0.25 {small_gates}@0.5 "
+        "{small_dn}@0.25 {small_dn}@none", ("smollm2-gates",), 300),
     Job("smollm2-cells-alone", "-m ahn train ../recipes/smollm2-135m-store-cells.yaml base={smollm2} start={small_dn} "
         "data=[{small_books},{small_facts}] {to_train} store=null store_size=0 store_span=1 window=1984"),
     Job("smollm2-alone-gap", "{smollm2_gap} --adapter {output}/smollm2-cells-alone/adapter",
         ("smollm2-cells-alone",), 200),
-    Job("smollm2-quarter", "{smollm2_recall} --adapter {small_cells} --share 0.25 --stores learned:4 --lossless 2048 "
-        "--limit 200 --tasks ruler/niah squad/spread={data}/qa", ("smollm2-cells",)),
+    Job("smollm2-quarter", "{smollm2_recall} --adapter {small_gates} --share 0.25 --stores learned:4 --lossless 2048 "
+        "--limit 200 --tasks ruler/niah squad/spread={data}/qa", ("smollm2-gates",)),
     Job("qwen-quarter", "{qwen_recall} --adapter {gates} --share 0.25 --stores learned:4 --lossless 2048 {curve} "
         "ruler/niah_single_3", ("qwen-gates",)),
     Job("qwen-curve", "{qwen_recall} --adapter {gates} --stores learned:4 --lossless 1024 4096 512 8192 {curve}",
@@ -100,13 +96,9 @@ JOBS = (
     Job("qwen-rules", "{qwen_recall} --adapter {qwen_gdn} --stores surprise:4 attention:4 random:4 recency --lossless "
         "2048 1024 4096 512 8192 {curve}", ("qwen-recall-0", "qwen-recall-1")),
     Job("qwen-evaluate", "{evaluate} --model {qwen}={gates}", ("qwen-gates",), 900),
-    Job("smollm2-evaluate", "{evaluate} --model {smollm2}={small_cells} --share 0.25", ("smollm2-cells",), 900),
+    Job("smollm2-evaluate", "{evaluate} --model {smollm2}={small_gates} --share 0.25", ("smollm2-gates",), 900),
     Job("qwen-answers", "qa.py {data}/qa/squad-dev.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 --contexts 10 "
         "--rows 16 --adapter {qwen_gdn}@none {gates}@0.74 {gates}@0.25 --name qa-{name}", ("qwen-gates",), 300),
-    Job("qwen-cells", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store-16k.yaml base={qwen} start={gates} "
-        "data=[{data}/books-part.jsonl.xz,{facts}] {to_train} {quarter} gate_steps=0 steps=150 lr=2e-4 "
-        "checkpointing=true", ("qwen-gates",)),
-    Job("qwen-cells-gap", "{qwen_gap} --adapter {cells}@0.125 {cells}@0.25 {cells}@none", ("qwen-cells",), 300),
     Job("smollm2-rules", "{smollm2_recall} --adapter {small_dn} --stores attention:4 surprise:4 --lossless 1024 2048 "
         "256 4096 512 {curve}", ("smollm2-quarter",)),
     Job("where-smollm2-135m", "where.py {data}/books/valid.jsonl.xz --base {smollm2} --name {name}", (), 200),
