@@ -67,7 +67,7 @@ WORDS = {
     "small_dn": "smollm2-135m-deltanet",
 }
 JOBS = (
-    Job("qwen-gates", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store-16k.yaml base={qwen} {qwen_data} "
+    Job("qwen-gates", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store.yaml base={qwen} {qwen_data} "
         "{to_train}", (), 900),
     Job("smollm2-gates", "-m ahn train ../recipes/smollm2-135m-store.yaml base={smollm2} {smollm2_data} {to_train} "
         "lossless=[2048] {quarter} gate_steps=400 limit=2200000"),

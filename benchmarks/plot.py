@@ -263,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=Path, default=RESULTS / "positions-smollm2-135m.json")
     parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths-smollm2-135m-cpu.json")
-    parser.add_argument("--recall", type=Path, default=RESULTS / "recall-qwen2.5-coder-0.5b.json")
+    parser.add_argument("--recall", type=Path, default=RESULTS / "recall-qwen2.5-coder-0.5b-default.json")
     parser.add_argument("--budgets", type=Path, default=RESULTS / "recall-smollm2-135m.json")
     parser.add_argument("--into", type=Path, default=DOCS)
     parser.add_argument("--format", default="svg", choices=["svg", "png"])
