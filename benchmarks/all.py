@@ -54,7 +54,7 @@ WORDS = {
     "smollm2_data": "data=[{small_facts},{data}/far-8k.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,{small_books}]",
     "to_train": "output={output}/{name} report_to=[] --resume",
     "quarter": "window=1488 store_size=496 store_span=4",
-    "qwen_recall": "recall.py --base {qwen} --length 16384 --batch 24 --no-full --no-plain {prompts}",
+    "qwen_recall": "recall.py --base {qwen} --length 16384 --batch 24 --share 0.25 --no-full --no-plain {prompts}",
     "smollm2_recall": "recall.py --base {smollm2} --length 8192 --batch 32 --no-full --no-plain {prompts}",
     "qwen_gap": "gap.py {data}/books/valid.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 --name gap-{name}",
     "smollm2_gap": "gap.py {data}/books/valid.jsonl.xz --base {smollm2} --lossless 1024 2048 --name gap-{name}",
@@ -79,7 +79,7 @@ JOBS = (
         "ruler/niah_multivalue ruler/niah_single_2",
     ))),
     Job("tests", "-m pytest -q -m gpu ../tests"),
-    Job("qwen-gap", "{qwen_gap} --adapter {gates}@0.125 {gates}@0.25 {gates}@0.5 {gates}@0.74 {qwen_gdn}@none",
+    Job("qwen-gap", "{qwen_gap} --adapter {gates}@0.125 {gates}@0.25 {gates}@0.5 {qwen_gdn}@none",
         ("qwen-gates",), 300),
     Job("smollm2-gap", "{smollm2_gap} --adapter {small_gates}@0.125 {small_gates}@0.25 {small_gates}@0.5 "
         "{small_dn}@0.25 {small_dn}@none", ("smollm2-gates",), 300),
@@ -89,16 +89,14 @@ JOBS = (
         ("smollm2-cells-alone",), 200),
     Job("smollm2-quarter", "{smollm2_recall} --adapter {small_gates} --share 0.25 --stores learned:4 --lossless 2048 "
         "--limit 200 --tasks ruler/niah squad/spread={data}/qa", ("smollm2-gates",)),
-    Job("qwen-quarter", "{qwen_recall} --adapter {gates} --share 0.25 --stores learned:4 --lossless 2048 {curve} "
-        "ruler/niah_single_3", ("qwen-gates",)),
     Job("qwen-curve", "{qwen_recall} --adapter {gates} --stores learned:4 --lossless 1024 4096 512 8192 {curve}",
         ("qwen-gates",)),
     Job("qwen-rules", "{qwen_recall} --adapter {qwen_gdn} --stores surprise:4 attention:4 random:4 recency --lossless "
         "2048 1024 4096 512 8192 {curve}", ("qwen-recall-0", "qwen-recall-1")),
-    Job("qwen-evaluate", "{evaluate} --model {qwen}={gates}", ("qwen-gates",), 900),
+    Job("qwen-evaluate", "{evaluate} --model {qwen}={gates} --share 0.25", ("qwen-gates",), 900),
     Job("smollm2-evaluate", "{evaluate} --model {smollm2}={small_gates} --share 0.25", ("smollm2-gates",), 900),
     Job("qwen-answers", "qa.py {data}/qa/squad-dev.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 --contexts 10 "
-        "--rows 16 --adapter {qwen_gdn}@none {gates}@0.74 {gates}@0.25 --name qa-{name}", ("qwen-gates",), 300),
+        "--rows 16 --adapter {qwen_gdn}@none {gates}@0.25 --name qa-{name}", ("qwen-gates",), 300),
     Job("smollm2-rules", "{smollm2_recall} --adapter {small_dn} --stores attention:4 surprise:4 --lossless 1024 2048 "
         "256 4096 512 {curve}", ("smollm2-quarter",)),
     Job("where-smollm2-135m", "where.py {data}/books/valid.jsonl.xz --base {smollm2} --name {name}", (), 200),

@@ -26,6 +26,7 @@ BASES = {
 }
 SOURCES = {
     "train-": "public-domain books",
+    "books-part": "public-domain books (16 of `train-03`)",
     "far": "SQuAD articles, joined, with the questions behind all of them (`benchmarks/far.py`)",
     "squad": "SQuAD 1.1 train (CC BY-SA 4.0)",
     "fairytaleqa": "FairytaleQA train (Apache-2.0)",
