@@ -73,7 +73,9 @@ class Graph:
     """
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, rows: int) -> None:
-        self.decoder, self.weights = model.get_decoder(), _addresses(model.get_decoder())
+        self.decoder = model.get_decoder()
+        self._addresses = self._where()
+        self.kinds = _one_of_a_kind(self.decoder)
         device = model.device
         with torch.inference_mode(False):
             self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=device)
@@ -113,9 +115,15 @@ class Graph:
 
     def fits(self, cache: AHNCache, rows: int) -> bool:
         """Whether it is for caches of this shape, with rows at `rows` positions, and the weights lie where they lay."""
-        if rows != len(self.start) or self.weights != _addresses(self.decoder):
+        if rows != len(self.start) or self._addresses != self._where():
             return False
         return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]
+
+    def _where(self) -> list[int]:
+        """Where weights are: of a sample, for it is looked at with every token."""
+        modules = self.decoder.layers[-1].self_attn._modules.values()
+        weights = [weight for module in modules if module is not None for weight in module._parameters.values()]
+        return [weight.data_ptr() for weight in weights if weight is not None]
 
     def _run(self, cache: AHNCache, due: bool) -> Tensor:
         cache._span = Step(self.start, due)
@@ -218,14 +226,14 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
-    layers = {type(layer.self_attn.ahn): layer.self_attn.ahn for layer in decoder.layers}.values()  # one of a kind
+    layers = _one_of_a_kind(decoder) if frame.graph is None else frame.graph.kinds
     if not all(layer.steps_on_device(span) for layer in layers):
         return None
-    due = any(layer.due(span) for layer in layers)
+    due, room = any(layer.due(span) for layer in layers), max(span.first + 1, ROOM)
     for memory in cache.layers:
         assert memory.keys is not None
         state = None if memory.state is None else memory.state.shape[1:]
-        memory.reserve(max(span.first + 1, ROOM), memory.keys, state)
+        memory.reserve(room, memory.keys, state)
     try:
         if frame.graph is None or not frame.graph.fits(cache, len(span.start)):
             frame.graph = None  # its buffers go before others come
@@ -239,15 +247,15 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     return frame.graph, due
 
 
+def _one_of_a_kind(decoder: Any) -> list[Any]:
+    """A layer of each class."""
+    return [*{type(layer.self_attn.ahn): layer.self_attn.ahn for layer in decoder.layers}.values()]
+
+
 def _obstacle(model: PreTrainedModel) -> str:
     """Why this model cannot be one graph, or nothing."""
     devices = {parameter.device for parameter in model.parameters()}
     return "the weights are on several devices" if len(devices) > 1 else ""
-
-
-def _addresses(decoder: Any) -> list[int]:
-    """Where weights are: of a sample, for it is looked at with every token."""
-    return [weight.data_ptr() for weight in decoder.layers[-1].self_attn.parameters()]
 
 
 def _form(layer: LayerMemory) -> str:

@@ -170,7 +170,7 @@ def _next_tokens(
             break
         if places is not None:
             cache["position_ids"] = places = places + 1
-        logits = model(tokens[:, None], **cache).logits
+        logits = model(input_ids=tokens[:, None], **cache).logits  # by name: no look at the signature
     if streamer is not None:
         streamer.end()
     return input_ids
