@@ -376,3 +376,11 @@ def test_config_with_a_missing_size(run: Any, base: str, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(values))
     code, _, err = run("cost", "--base", str(tmp_path / "config.json"))
     assert code == cli.BAD_INPUT and "intermediate_size" in err
+
+
+def test_training_looks_for_its_data_before_it_loads_anything(run: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: no-such-base\ndata: [{tmp_path / 'none.txt'}]\noutput: {tmp_path / 'run'}\n")
+    code, _, err = run("train", str(recipe))
+    assert code == cli.BAD_INPUT and "none.txt: no such file" in err
+    assert not (tmp_path / "run").exists()

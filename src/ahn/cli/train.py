@@ -24,9 +24,12 @@ def run(args: argparse.Namespace) -> None:
     plan = recipe.load(args.recipe, args.changes)
     from torch import distributed
 
+    from ahn.train.data import check_there
     from ahn.train.trainer import check_machine, train
 
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes torchrun starts, one speaks
+    if not args.check:
+        check_there(list(plan.data))
     compared = check_machine(plan)
     for row in compared:
         if first and (args.check or row.value > row.allowed / 2):

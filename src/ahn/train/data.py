@@ -97,6 +97,13 @@ def rows(
     return Rows(torch.cat([part.ids for part in parts]), torch.cat([part.counts for part in parts]))
 
 
+def check_there(sources: list[str]) -> None:
+    """Before anything is loaded. Raises DocumentError: a file is missing."""
+    for source in sources:
+        if not source.startswith(HUB) and not Path(source).exists():
+            raise DocumentError(f"{source}: no such file")
+
+
 def _pack(source: str, tokenizer: Any, length: int, limit: int | None, seed: int) -> Rows:
     ids, counts = [], []
     packed: list[int] = []
