@@ -652,7 +652,7 @@ def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):
         (["--store", "recent", "--store-size", "4"], "did you mean 'recency'"),
         (["--store", "recency"], "--store recency: expected --store-size as well"),
         (["--store-size", "4"], "--store-size 4: expected the name of a --store as well\n"),
-        (["--store", "none", "--store-span", "4"], "--store-span 4: expected the name of a --store as well"),
+        (["--store", "none", "--store-span", "4"], "--store-span 4: goes with a store, and --store none takes it away"),
         (
             ["--store", "random", "--store-size", "4", "--store-span", "5"],
             "--store-span 5: expected at most the --store-",

@@ -132,7 +132,9 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
 
     header = peek(path)
     if not header["config"].get("store"):
-        raise MemoryFileError(f"{path}: was read without a store: expected one of `ahn read --store ...`")
+        raise MemoryFileError(
+            f"{path}: was read without a store: expected a memory file that `ahn read` wrote with one (--store NAME)"
+        )
     tensors = _tensors(path)
     _check_digest(path, header, _digest(header, tensors))
     names = sorted((n for n in tensors if n.endswith(".ranks")), key=lambda n: int(n.partition(".")[0]))
