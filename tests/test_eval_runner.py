@@ -344,7 +344,7 @@ def test_list(capsys):
         (["--dtype", "float99"], "unknown dtype 'float99'"),
         (["--batch", "0"], "at least 1"),
         (["--store", "random", "--store-size", "9", "--policies", "window"], "no policy of window has one"),
-        (["--store", "none", "--store-size", "9"], "expected the name of a --store"),
+        (["--store", "none", "--store-size", "9"], "goes with a store, and --store none takes it away"),
         (["--store", "random", "--store-size", "99"], "store_size=99 of .* lossless tokens leaves no window"),
         (
             ["--policies", "store"],

@@ -74,7 +74,7 @@ def check_store(
 
     if name in (None, "none"):
         for option, given in (("--store-size", args.store_size), ("--store-span", args.store_span)):
-            if given and name == "none":
+            if given and args.store == "none":
                 raise ConfigError(f"{option} {given}: goes with a store, and --store none takes it away")
             if given:
                 hint = f", or an --adapter that has one ({', '.join(adapters)})" if adapters else ""
