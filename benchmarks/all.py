@@ -61,7 +61,7 @@ WORDS = {
     "prompts": "--prompts {output}/prompts/{name} --output {output}/recall/{name} --seconds {left} "
     "--name recall-{name}",
     "evaluate": "evaluate.py {data} --prompts {output}/prompts/evaluate --output {output}/evaluate/{name} "
-    "--seconds {left} --store learned:4",
+    "--seconds {left} --store learned:4 --share 0.25",
     "curve": "--limit 48 --tasks ruler/niah_single_2 ruler/niah_multikey_1 ruler/niah_multiquery",
     "qwen_gdn": "qwen2.5-coder-0.5b-gated_deltanet",
     "small_dn": "smollm2-135m-deltanet",
@@ -91,10 +91,10 @@ JOBS = (
         "--limit 200 --tasks ruler/niah squad/spread={data}/qa", ("smollm2-gates",)),
     Job("qwen-curve", "{qwen_recall} --adapter {gates} --stores learned:4 --lossless 1024 4096 512 8192 {curve}",
         ("qwen-gates",)),
-    Job("qwen-rules", "{qwen_recall} --adapter {qwen_gdn} --stores surprise:4 attention:4 random:4 recency --lossless "
-        "2048 1024 4096 512 8192 {curve}", ("qwen-recall-0", "qwen-recall-1")),
-    Job("qwen-evaluate", "{evaluate} --model {qwen}={gates} --share 0.25", ("qwen-gates",), 900),
-    Job("smollm2-evaluate", "{evaluate} --model {smollm2}={small_gates} --share 0.25", ("smollm2-gates",), 900),
+    Job("qwen-rules", "{qwen_recall} --share 0.74 --adapter {qwen_gdn} --stores surprise:4 attention:4 random:4 "
+        "recency --lossless 2048 1024 4096 512 8192 {curve}", ("qwen-recall-0", "qwen-recall-1")),
+    Job("qwen-evaluate", "{evaluate} --model {qwen}={gates}", ("qwen-gates",), 900),
+    Job("smollm2-evaluate", "{evaluate} --model {smollm2}={small_gates}", ("smollm2-gates",), 900),
     Job("qwen-answers", "qa.py {data}/qa/squad-dev.jsonl.xz --base {qwen} --tokens 16384 --lossless 2048 --contexts 10 "
         "--rows 16 --adapter {qwen_gdn}@none {gates}@0.25 --name qa-{name}", ("qwen-gates",), 300),
     Job("smollm2-rules", "{smollm2_recall} --adapter {small_dn} --stores attention:4 surprise:4 --lossless 1024 2048 "

@@ -73,8 +73,7 @@ class Graph:
     """
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, rows: int) -> None:
-        self.decoder = model.get_decoder()
-        self._addresses = self._where()
+        self.decoder, self.weights = model.get_decoder(), _addresses(model.get_decoder())
         self.kinds = _one_of_a_kind(self.decoder)
         device = model.device
         with torch.inference_mode(False):
@@ -115,15 +114,9 @@ class Graph:
 
     def fits(self, cache: AHNCache, rows: int) -> bool:
         """Whether it is for caches of this shape, with rows at `rows` positions, and the weights lie where they lay."""
-        if rows != len(self.start) or self._addresses != self._where():
+        if rows != len(self.start) or self.weights != _addresses(self.decoder):
             return False
         return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]
-
-    def _where(self) -> list[int]:
-        """Where weights are: of a sample, for it is looked at with every token."""
-        modules = self.decoder.layers[-1].self_attn._modules.values()
-        weights = [weight for module in modules if module is not None for weight in module._parameters.values()]
-        return [weight.data_ptr() for weight in weights if weight is not None]
 
     def _run(self, cache: AHNCache, due: bool) -> Tensor:
         cache._span = Step(self.start, due)
@@ -256,6 +249,11 @@ def _obstacle(model: PreTrainedModel) -> str:
     """Why this model cannot be one graph, or nothing."""
     devices = {parameter.device for parameter in model.parameters()}
     return "the weights are on several devices" if len(devices) > 1 else ""
+
+
+def _addresses(decoder: Any) -> list[int]:
+    """Where weights are: of a sample, for it is looked at with every token."""
+    return [weight.data_ptr() for weight in decoder.layers[-1].self_attn.parameters()]
 
 
 def _form(layer: LayerMemory) -> str:
