@@ -307,6 +307,8 @@ def cells_of_table(options: argparse.Namespace) -> list[Cell]:
         for shape in ("qwen2.5-7b", "qwen2.5-14b"):
             table += [Cell(shape, cell, what, 1, 128 * K) for cell in (gdn, full) for what in ("decode", "read")]
             table += [Cell(shape, gdn, "decode", 8, 128 * K)]
+            others = ((cell, what) for cell in ("deltanet", "mamba2") for what in ("decode", "read"))
+            table += [Cell(shape, *other, 1, 128 * K) for other in others]
     wanted = [set(words.split(":")) for words in options.only or [""]]
     found = [cell for cell in table if any(words - {""} <= set(map(str, cell)) for words in wanted)]
     if not found:

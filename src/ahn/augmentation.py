@@ -42,7 +42,7 @@ CHUNK = 512  # tokens read at once: large enough for efficient products, small e
 Observer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
 Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 GPU_CHUNK = 8192  # tokens of all rows, at least: a GPU takes longer for them than Python for its part
-GPU_NUMBERS = 1 << 24  # in what passes between two layers: with few numbers a token, more tokens
+GPU_NUMBERS = 1 << 25  # in what passes between two layers: with few numbers a token, more tokens
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
 
@@ -432,9 +432,10 @@ def _read_in_chunks(
         return as_called
     cache = kwargs[PAST] = _own_cache(model, cache, kwargs.get("use_cache"))
     first, chunk = chunks(model, ids.shape[0], cache.tokens_seen)
-    if ids.shape[1] <= first:
+    ends = chunk_ends(ids.shape[1], first, chunk)
+    if len(ends) < 2:
         return as_called
-    head = first + (ids.shape[1] - first - 1) // chunk * chunk
+    head = ends[-2]
     mask = kwargs.get("attention_mask")
     seen = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head]
     from ahn.generation import read_chunks
@@ -462,6 +463,15 @@ def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
         return most, most
     chunk = config.window // -(-config.window // most)
     return chunk + (config.sinks - seen) % chunk, chunk
+
+
+def chunk_ends(total: int, first: int, chunk: int) -> list[int]:
+    """Where chunks of `total` tokens end: the first, all others, and one of less than an eighth is part of the one
+    before it, for it would take as long as Python needs for any."""
+    ends = [*range(first, total, chunk), total]
+    if len(ends) > 1 and total - ends[-2] < chunk // 8:
+        del ends[-2]
+    return ends
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
