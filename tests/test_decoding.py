@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ahn
-from ahn import decoding, fused, kernels
+from ahn import decoding, fused, generation, kernels
 from ahn.cache import PAST
 from ahn.kernels import Kernel
 from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
@@ -171,6 +171,48 @@ def test_generate(replays, options, monkeypatch):
     assert replays["replayed"] == 29
     monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(fast, generated(cache))
+
+
+def test_a_short_question_is_read_by_the_graph_that_is_there(replays, monkeypatch):
+    """The first one is not: its answer makes the graph. Nor is a long one, nor one of another model's."""
+    model = with_memory(tiny(), window=16, sinks=4)
+    cache, ids = ahn.read(model, token_ids(40)), token_ids(50, seed=3)
+
+    def answers(cache):
+        counts, out = [], []
+        for question in (ids[:, :2], ids[:, 2:7], ids[:, 7 : 7 + generation.FEW + 1]):
+            replays["replayed"] = 0
+            out.append(ahn.generate(model, question, cache, max_new_tokens=4, eos_token_id=None))
+            counts.append(replays["replayed"])
+        return torch.cat(out, 1), counts
+
+    fast, counts = answers(cache.fork())
+    assert counts == [3, 5 + 3, 3]
+    model._ahn_frame.graph = None
+    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+    assert torch.equal(fast, answers(cache)[0])
+
+
+def test_a_short_question_to_rows_at_different_positions(replays):
+    model = with_memory(tiny(), window=8, sinks=2)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, :9] = 0
+    cache = ahn.read(model, token_ids(30, batch=2), attention_mask=mask)
+    for _ in range(2):
+        replays["replayed"] = 0
+        ahn.generate(model, token_ids(3, batch=2), cache, max_new_tokens=4, eos_token_id=None)
+        assert replays["replayed"] == 3
+
+
+@pytest.mark.usefixtures("small_grids")
+def test_a_short_question_while_a_store_fills_up(replays):
+    """Its places are looked up on the host: no step of the graph, which another cache has made."""
+    model = storing("recency", "deltanet")
+    for length, replayed in ((60, 3), (10, 0), (60, 3 + 3)):
+        cache = ahn.read(model, token_ids(length))
+        replays["replayed"] = 0
+        ahn.generate(model, token_ids(3), cache, max_new_tokens=4, eos_token_id=None)
+        assert replays["replayed"] == replayed
 
 
 def test_what_a_graph_cannot_do_is_done_without(replays):

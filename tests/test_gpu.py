@@ -194,8 +194,12 @@ def test_masked_attention_and_its_normaliser(monkeypatch, queries, keys, by_head
 
 @pytest.mark.parametrize("sinks", [0, 13])
 @pytest.mark.parametrize("window", [100, 257])
-def test_reading_in_pieces_of_the_ring(cell, window, sinks):
+@pytest.mark.parametrize("form", ["one kernel", "dense", "by length"])
+def test_reading_in_pieces_of_the_ring(monkeypatch, cell, window, sinks, form):
     """Windows that are no multiple of anything, two rows, several times around the ring."""
+    if form != "one kernel":
+        monkeypatch.setattr(kernels, "NARROW", 0)
+        monkeypatch.setattr(kernels, "PLANNED", 0 if form == "dense" else 300)
     model = with_memory(tiny(head_dim=64, max_position_embeddings=2048).cuda().bfloat16(), cell, window, sinks)
     ids = token_ids(1100, batch=2).cuda()
     with torch.no_grad():
@@ -214,6 +218,8 @@ def test_reading_compiled(monkeypatch, cell):
     """Texts of several lengths by the same graphs; nothing that is compiled fails and is left plain."""
     monkeypatch.delenv("AHN_KERNEL")
     monkeypatch.setattr(kernels, "LONG", 100)
+    monkeypatch.setattr(kernels, "NARROW", 0)
+    monkeypatch.setattr(kernels, "PLANNED", 0)
     monkeypatch.setattr(fused, "MANY", 20)
     monkeypatch.setattr(fused, "of_any_length", functools.cache(fused.of_any_length.__wrapped__))
     shape = {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}

@@ -59,6 +59,29 @@ def test_chunks_of_a_gpu(monkeypatch):
     assert augmentation.chunks(model, 2, 0)[1] == 8160
 
 
+def test_where_chunks_end():
+    """A short rest is part of the last chunk, whatever the first was."""
+    assert augmentation.chunk_ends(90, 20, 16) == [20, 36, 52, 68, 84, 90]
+    assert augmentation.chunk_ends(85, 20, 16) == [20, 36, 52, 68, 85]
+    assert augmentation.chunk_ends(84, 20, 16) == [20, 36, 52, 68, 84]
+    assert augmentation.chunk_ends(21, 20, 16) == [21]
+    assert augmentation.chunk_ends(20, 20, 16) == augmentation.chunk_ends(20, 40, 16) == [20]
+    assert augmentation.chunk_ends(3, 1, 1) == [1, 2, 3]
+
+
+def test_short_chunks_of_a_wide_window_are_attended_by_one_kernel(monkeypatch):
+    """Where cuDNN would make a plan for their length; elsewhere the kernel is for narrow windows."""
+
+    def one(tokens, window, fused="cudnn", own="triton"):
+        monkeypatch.setattr(kernels, "attention", lambda like: kernels.Kernel(fused, ""))
+        monkeypatch.setattr(kernels, "band", lambda like: kernels.Kernel(own, ""))
+        return kernels.window_in_one(torch.empty(1, 1, tokens, 8), window)
+
+    assert one(20, 32640) and one(kernels.PLANNED - 1, 32640) and not one(kernels.PLANNED, 32640)
+    assert one(kernels.PLANNED, kernels.NARROW) and not one(20, kernels.NARROW, own="torch")
+    assert not one(20, 32640, fused="flash")
+
+
 def test_a_first_chunk_of_another_size(monkeypatch):
     model = with_memory(tiny(), window=16, sinks=4)
     ids = token_ids(90)

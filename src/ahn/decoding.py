@@ -195,6 +195,14 @@ def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     return type(decoder).forward(decoder, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
+def goes_on(model: PreTrainedModel, cache: AHNCache) -> bool:
+    """Whether the next tokens of `cache` can be steps of a graph that is there already."""
+    graph, span = model._ahn_frame.graph, Span.of(cache.tokens_per_row, 1, None)
+    if graph is None or len(span.start) > 1 or kernels.decoding(model.device.type).name != "graph":
+        return False
+    return graph.fits(cache, 1) and all(layer.steps_on_device(span) for layer in graph.kinds)
+
+
 def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
     """The graph for this call, made now if there is none of its shape, and what is due; None where the call needs more
     than one."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ahn import fused, kernels
+from ahn import decoding, fused, kernels
 from ahn.augmentation import chunk_ends, chunks
 from ahn.cache import PAST, AHNCache
 from ahn.errors import ConfigError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+FEW = 32  # new tokens that take longer at once, for which Python launches each kernel, than one by one by a graph
 PLAIN = {  # options with which `generate` uses its own loop
     "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
@@ -153,7 +154,11 @@ def _next_tokens(
     cache: dict[str, Any] = {PAST: inputs[PAST]}
     pad = generation_config._pad_token_tensor
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    logits = model(input_ids, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
+    if input_ids.shape[1] <= FEW and decoding.goes_on(model, cache[PAST]):
+        for token in input_ids.split(1, 1):
+            logits = model(input_ids=token, **cache).logits
+    else:
+        logits = model(input_ids, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
     rows, places = cache[PAST].tokens_per_row, None
     if len(set(rows)) > 1:  # rows at the same position are counted by the cache
         places = torch.tensor(rows, device=input_ids.device)[:, None] - 1

@@ -175,8 +175,8 @@ class AHNLayer(nn.Module):
     ) -> Tensor:
         """The next tokens of sequences that are remembered."""
         alike = not span.padded and len(span.start) == 1
-        at_once = (self.window or FOREVER) <= kernels.NARROW and kernels.band(q).name == "triton"
-        if alike and not at_once and kernels.attention(q).name != "torch":
+        in_parts = not kernels.window_in_one(q, self.window or FOREVER) and kernels.attention(q).name != "torch"
+        if alike and in_parts:
             return reading.read(self, q, k, v, x, inputs, span, memory, scale)
         (out, norm), window = self._attend_many(q, k, v, inputs, span, memory, scale)
         out, reach = out.transpose(1, 2), self.window or FOREVER

@@ -33,6 +33,7 @@ KERNELS = {
 FLEX_BLOCK = 128
 FEW_ROWS = 4
 NARROW = 2048  # a window up to this is read in longer pieces than itself, where `band` is one kernel
+PLANNED = 4096  # queries from which on it is worth a second for cuDNN to plan for their number, once in each process
 SHAPES = 64  # that one function is compiled for, such as lengths or numbers of rows; torch's own limit is 8
 LONG = 65536  # tokens of a text from which on compiling is worth its seconds
 
@@ -98,6 +99,14 @@ def attention(like: Tensor, gradients: bool = False) -> Kernel:
     if kernel.name == "cudnn" and size <= 128 and (reason := _cudnn_problem()) is None:
         return kernel
     return _allowed("flash", f"FlashAttention; cuDNN: {reason if kernel.name == 'cudnn' and size <= 128 else 'no'}")
+
+
+def window_in_one(like: Tensor, window: int) -> bool:
+    """Whether sinks and window are better attended by the one kernel of `band` than in dense parts; `like`: the queries
+    [..., T, H]."""
+    if band(like).name != "triton":
+        return False
+    return window <= NARROW or (like.shape[-2] < PLANNED and attention(like).name == "cudnn")
 
 
 def rotation(device: str, gradients: bool = False) -> Kernel:
