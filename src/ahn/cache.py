@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -122,6 +123,10 @@ class Span:
 
     def after(self) -> list[int]:
         return self.ends.tolist()
+
+    def aside(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Within is computed, from `x`, what nothing else that is done to the span waits for."""
+        return nullcontext()
 
 
 class LayerMemory(CacheLayerMixin):

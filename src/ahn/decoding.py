@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +45,9 @@ class Step(Span):
     on_device = True
     first = FOREVER
 
-    def __init__(self, start: Tensor, due: bool) -> None:
+    def __init__(self, start: Tensor, due: bool, beside: torch.cuda.Stream | None = None) -> None:
         super().__init__(start, 1, [1] * len(start))
-        self.due = due
+        self.due, self.beside, self.divided = due, beside, False
 
     def positions(self) -> Tensor:
         return self.start[:, None]
@@ -61,6 +61,20 @@ class Step(Span):
 
     def after(self) -> list[int]:
         return [0]  # there is room
+
+    def aside(self, x: Tensor) -> AbstractContextManager[Any]:
+        """On the stream `beside`, as another branch of the graph."""
+        if self.beside is None:
+            return nullcontext()
+        self.beside.wait_stream(torch.cuda.current_stream(x.device))
+        x.record_stream(self.beside)
+        self.divided = True
+        return torch.cuda.stream(self.beside)
+
+    def join(self) -> None:
+        """Wait for what is done aside."""
+        if self.divided and self.beside is not None:
+            torch.cuda.current_stream(self.beside.device).wait_stream(self.beside)
 
 
 class Graph:
@@ -80,6 +94,7 @@ class Graph:
             self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=device)
             self.position_ids = torch.zeros_like(self.ids)
             self.start = torch.zeros(rows, dtype=torch.long, device=device)
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.layers: list[LayerMemory] = [copy.copy(layer) for layer in cache.layers]
         self._lent_to = weakref.ref(cache)
         self._next: list[int] | None = None  # what `start` holds
@@ -119,10 +134,11 @@ class Graph:
         return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]
 
     def _run(self, cache: AHNCache, due: bool) -> Tensor:
-        cache._span = Step(self.start, due)
+        cache._span = step = Step(self.start, due, self._beside)
         out = type(self.decoder).forward(
             self.decoder, input_ids=self.ids, position_ids=self.position_ids, use_cache=True, **{PAST: cache}
         )
+        step.join()
         self.start.add_(1)
         return out.last_hidden_state
 

@@ -199,7 +199,8 @@ class StoringLayer(AHNLayer):
         if gate is not None:
             from ahn.kernels import step
 
-            step.put_score(gate, memory, span.start, x)
+            with span.aside(x):
+                step.put_score(gate, memory, span.start, x)
         else:
             memory.put_score(span, self._score(k, v, x, inputs, span, memory.snapshot))
         keys, values = memory.kept

@@ -15,9 +15,9 @@ import triton.language as tl
 from ahn import kernels
 
 
-def options(device: str) -> dict[str, Any]:
-    """How a kernel with the constant PDL is launched on this device."""
-    overlaps = kernels.launches(device).name == "pdl"
+def options(device: str, apart: bool = False) -> dict[str, Any]:
+    """How a kernel with the constant PDL is launched on this device. `apart`: beside others, not behind one."""
+    overlaps = not apart and kernels.launches(device).name == "pdl"
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 

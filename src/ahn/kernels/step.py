@@ -195,7 +195,8 @@ def displace(
 
 
 def put_score(gate: Gate, memory: Any, start: Tensor, x: Tensor) -> None:
-    """Scores of one token a row, at positions `start` [R] on the device, into their slots of a `StoringMemory`.
+    """Scores of one token a row, at positions `start` [R] on the device, into their slots of a `StoringMemory`. Nothing
+    else of a step needs them, so this may be launched on another stream.
 
     Args:
         x: [B, 1, D].
@@ -204,13 +205,13 @@ def put_score(gate: Gate, memory: Any, start: Tensor, x: Tensor) -> None:
     x, inner = x.contiguous(), x.new_empty(batch, width, dtype=torch.float32)
     _gate[(batch, triton.cdiv(width, GATE_ROWS))](
         x, gate.inner.weight, gate.inner.bias, inner, width, EPSILON=gate.epsilon, LENGTH=x.shape[-1], ROWS=GATE_ROWS,
-        BLOCK=min(2048, triton.next_power_of_2(x.shape[-1])), **options(x.device.type),
+        BLOCK=min(2048, triton.next_power_of_2(x.shape[-1])), **options(x.device.type, apart=True),
     )  # fmt: skip
     heads = memory.scores.shape[1]
     _put_score[(batch,)](
         inner, gate.outer.weight, gate.outer.bias, gate.decay, memory.scores, start, gate.unit, memory.scores.shape[2],
         HEADS=heads, HEAD_WIDTH=triton.next_power_of_2(heads), LENGTH=width, WIDTH=triton.next_power_of_2(width),
-        BY_ROW=len(start) > 1, **options(x.device.type),
+        BY_ROW=len(start) > 1, **options(x.device.type, apart=True),
     )  # fmt: skip
 
 
