@@ -37,6 +37,8 @@ STYLE = {
 }
 FULL, WINDOW, MEMORIES = "#c0392b", "#7a7a7a", ("#1f6fb4", "#2a9d66", "#8e5bb5", "#c98a1b")
 
+BUDGETS = tuple(f"recall-qwen2.5-coder-0.5b-{part}" for part in ("default", "rules", "curve"))
+SMALL_BUDGETS = "recall-smollm2-135m", "recall-smollm2-135m-curve"
 ENOUGH = 40  # examples
 
 Label = tuple[float, str, str]  # height in the units of the axes, text, colour
@@ -230,9 +232,9 @@ def facts_by_depth(results: dict[str, Any]) -> Any:
 
 
 def facts_by_budget(results: dict[str, Any]) -> Any:
-    """A panel a task: the share found by lossless tokens, a line a store; where fewer than `ENOUGH` examples were done
-    there is no point."""
-    rows = [r for r in results["rows"] if r["seed"] == 1 and r["n"] >= ENOUGH]
+    """A panel a task: the share found by lossless tokens, a line a store, of the most examples there are; where fewer
+    than `ENOUGH` were done there is no point."""
+    rows = sorted((r for r in results["rows"] if r.get("seed", 1) == 1 and r["n"] >= ENOUGH), key=lambda r: r["n"])
     sizes = sorted({r["lossless"] for r in rows if (r["store"] or {}).get("name") == "learned"})
     tasks = [task for task in dict.fromkeys(r["task"] for r in rows) if sum(r["task"] == task for r in rows) > 12]
     lines = {"window": WINDOW, "learned": MEMORIES[1], "surprise": MEMORIES[0], "attention": MEMORIES[2]}
@@ -246,10 +248,11 @@ def facts_by_budget(results: dict[str, Any]) -> Any:
                 for r in rows
                 if r["task"] == task and ((r["store"] or {}).get("name") or r["policy"]) == name
             }
-            at = [size for size in sizes if size in of_name]
+            if not (at := [size for size in sizes if size in of_name]):
+                continue
             axes.plot(at, [of_name[size] for size in at], color=colour, marker="o", markersize=3, label=name)
         full = next(r["score"] for r in rows if r["task"] == task and r["policy"] == "full")
-        axes.axhline(full, color=FULL, linewidth=1, label="full attention")
+        axes.axhline(full, color=FULL, linewidth=1, label="full attention", zorder=1)
         axes.xaxis.set_major_locator(FixedLocator(sizes))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(count))
@@ -264,7 +267,8 @@ def main() -> None:
     parser.add_argument("--positions", type=Path, default=RESULTS / "positions-smollm2-135m.json")
     parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths-smollm2-135m-cpu.json")
     parser.add_argument("--recall", type=Path, default=RESULTS / "recall-qwen2.5-coder-0.5b-default.json")
-    parser.add_argument("--budgets", type=Path, default=RESULTS / "recall-smollm2-135m.json")
+    parser.add_argument("--budgets", type=Path, nargs="+", default=[RESULTS / f"{name}.json" for name in BUDGETS])
+    parser.add_argument("--small-budgets", type=Path, nargs="+", default=[RESULTS / f"{n}.json" for n in SMALL_BUDGETS])
     parser.add_argument("--into", type=Path, default=DOCS)
     parser.add_argument("--format", default="svg", choices=["svg", "png"])
     options = parser.parse_args()
@@ -274,16 +278,18 @@ def main() -> None:
         "facts-found": (facts_found, options.recall),
         "facts-by-depth": (facts_by_depth, options.recall),
         "facts-by-budget": (facts_by_budget, options.budgets),
+        "facts-by-budget-smollm2": (facts_by_budget, options.small_budgets),
     }
     with plt.rc_context(STYLE):
-        for name, (draw, source) in plots.items():
-            if not source.is_file():
-                print(f"{source} is not there: no {name}")
+        for name, (draw, sources) in plots.items():
+            sources = sources if isinstance(sources, list) else [sources]
+            if missing := [source for source in sources if not source.is_file()]:
+                print(f"{missing[0]} is not there: no {name}")
                 continue
             path = options.into / f"{name}.{options.format}"
-            draw(json.loads(source.read_text())).savefig(
-                path, metadata={"Date": None} if options.format == "svg" else None, dpi=110
-            )
+            found = [json.loads(source.read_text()) for source in sources]
+            results = found[0] | {"rows": [row for result in found for row in result["rows"]]}
+            draw(results).savefig(path, metadata={"Date": None} if options.format == "svg" else None, dpi=110)
             print(path)
 
 

@@ -204,7 +204,9 @@ TURNS.append(TURNS[1] | TURNS[2])
 
 
 @pytest.mark.parametrize("positions", [[0], [11], [29], [40, 33]], ids=str)
-@pytest.mark.parametrize(("cell_name", "span", "size"), [("gated_deltanet", 1, 5), ("mamba2", 4, 70), (None, 3, 1)])
+@pytest.mark.parametrize(
+    ("cell_name", "span", "size"), [("gated_deltanet", 1, 5), ("mamba2", 4, 70), (None, 3, 3), (None, 1, 1)]
+)
 @pytest.mark.parametrize("form", TURNS, ids=str)
 def test_displace(plain, monkeypatch, cell_name, span, size, positions, form):
     """Several tokens one after the other, with priorities that tie: the same losers and the same store."""
