@@ -1,7 +1,7 @@
 """Draws the plots of docs from the results of positions.py, lengths.py and recall.py: loss-by-position, cost-by-length,
-facts-found and facts-by-depth (at one size), and facts-by-budget.
+facts-found and facts-by-depth (at one size), and facts-by-budget for two bases.
 
-    python benchmarks/plot.py [--positions FILE] [--lengths FILE] [--recall FILE] [--budgets FILE] [--into docs]
+    python benchmarks/plot.py [--positions FILE] [--lengths FILE] [--recall FILE] [--budgets FILE ...] [--into docs]
 
 Needs matplotlib (the `dev` extra). A results file that is not there is left out.
 """
