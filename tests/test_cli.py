@@ -105,6 +105,13 @@ def test_a_new_command_is_a_new_file(run: Any, monkeypatch: pytest.MonkeyPatch, 
     assert "Say hello." in run("--help")[1]
 
 
+def test_an_unknown_kernel_is_said_before_anything_is_loaded(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AHN_KERNEL", "flsh")
+    code, out, err = run("ask", "--document", "no-such-file", "Who?")
+    assert (code, out) == (2, "")
+    assert err.startswith("ahn ask: error: AHN_KERNEL=flsh: unknown flsh; expected auto, torch, or some of fla")
+
+
 def test_ask_a_document(run: Any, base: str, book: str) -> None:
     code, out, err = run("ask", "--document", book, "--base", base, *SMALL, "Who", "sat?")
     assert code == 0

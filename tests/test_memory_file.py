@@ -85,7 +85,7 @@ def test_another_model(saved, other):
 
 
 def test_another_window(saved):
-    with pytest.raises(MemoryFileError, match="window=16.*window=17"):
+    with pytest.raises(MemoryFileError, match=r"another model \(.*; window=16, not 17\)$"):
         ahn.AHNCache.load(saved, with_memory(tiny(), window=17))
 
 

@@ -72,7 +72,9 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     cache = AHNCache(model)
     config = AHNConfig.from_dict(header["config"])
     if config != cache.config:
-        raise MemoryFileError(f"{path}: memory of {config}, the model has {cache.config}")
+        pairs = zip(config.to_dict().items(), cache.config.to_dict().values(), strict=True)
+        differing = ", ".join(f"{name}={theirs!r}, not {ours!r}" for (name, theirs), ours in pairs if theirs != ours)
+        raise MemoryFileError(f"{path}: memory of another model ({_whose(header)}; {differing})")
     ours = cache.describe()
     for key in ("dtype", "fingerprint"):
         if header[key] != ours[key]:

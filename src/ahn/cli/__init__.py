@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ahn import __version__
+from ahn import __version__, kernels
 from ahn.errors import AHNError
 from ahn.registry import nearest
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parse(argv)
     try:
+        kernels.check_setting()
         return args.run(args) or 0
     except KeyboardInterrupt as interrupt:
         after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C

@@ -20,12 +20,13 @@ def run(args: argparse.Namespace) -> None:
     import ahn
 
     device = f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
     rows = [
         ("ahn", ahn.__version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("transformers", transformers.__version__),
-        ("device", f"{device}, {torch.get_num_threads()} CPU threads"),
+        ("device", f"{device}, {threads} CPU thread{'s' if threads > 1 else ''}"),
         ("cells", ", ".join(ahn.cells.names())),
         *zip(chain(["adapters"], repeat("")), map(_adapter, ahn.zoo.names()), strict=False),
         ("default base", _default_base()),

@@ -230,6 +230,11 @@ def report() -> list[tuple[str, str, str]]:
     ]
 
 
+def check_setting() -> None:
+    """Raises ConfigError if AHN_KERNEL names a kernel that does not exist."""
+    _names(os.environ.get("AHN_KERNEL", "auto"))
+
+
 def _allowed(name: str, reason: str) -> Kernel:
     setting = os.environ.get("AHN_KERNEL", "auto")
     return Kernel(name, reason) if name in _names(setting) else Kernel("torch", f"AHN_KERNEL={setting}")
