@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
@@ -119,6 +119,15 @@ def records(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, lzma.LZMAError) as error:
         print(f"{path}: cannot be read: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def write_records(path: str, made: Iterable[dict[str, Any]]) -> None:
+    """As `records` reads them."""
+    count = 0
+    with lzma.open(path, "wt", encoding="utf-8") if path.endswith(".xz") else open(path, "w", encoding="utf-8") as file:
+        for count, record in enumerate(made, 1):  # noqa: B007 - said at the end
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    print(f"{path}: {count} documents")
 
 
 def keep(file: Path, prompts: list[Any]) -> None:

@@ -10,14 +10,12 @@ still measure what they should. Names and values are drawn anew for every docume
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 import random
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from common import records
+from common import records, write_records
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -168,12 +166,8 @@ def main() -> None:
         parser.error(f"--documents {options.documents}: expected at least 1")
     chance = random.Random(options.seed)
     books = [record["text"] for record in records(options.books)]
-    opened = lzma.open if options.output.endswith(".xz") else open
-    with opened(options.output, "wt", encoding="utf-8") as file:
-        for _ in range(options.documents):
-            made = document(chance.choice(books), options.words, options.facts, chance)
-            file.write(json.dumps(made, ensure_ascii=False) + "\n")
-    print(f"{options.output}: {options.documents} documents")
+    made = (document(chance.choice(books), options.words, options.facts, chance) for _ in range(options.documents))
+    write_records(options.output, made)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ a chat as `ahn train` reads it. No paragraph is in two documents until all have 
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 import random
 from collections.abc import Iterator
 from typing import Any
 
 from ahn.eval.articles import articles
 from ahn.eval.tasks.base import Record
-from common import records
+from common import records, write_records
 
 
 def paragraphs(found: list[dict[str, Any]], chance: random.Random) -> Iterator[dict[str, Any]]:
@@ -57,12 +55,8 @@ def main() -> None:
     chance = random.Random(options.seed)
     read = (Record(f"{options.articles}:{n}", fields) for n, fields in enumerate(records(options.articles), 1))
     source = paragraphs(articles(read), chance)
-    opened = lzma.open if options.output.endswith(".xz") else open
-    with opened(options.output, "wt", encoding="utf-8") as file:
-        for _ in range(options.documents):
-            made = document(source, options.words, options.questions, chance)
-            file.write(json.dumps(made, ensure_ascii=False) + "\n")
-    print(f"{options.output}: {options.documents} documents")
+    made = (document(source, options.words, options.questions, chance) for _ in range(options.documents))
+    write_records(options.output, made)
 
 
 if __name__ == "__main__":

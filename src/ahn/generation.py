@@ -154,7 +154,7 @@ def _next_tokens(
     cache: dict[str, Any] = {PAST: inputs[PAST]}
     pad = generation_config._pad_token_tensor
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    if input_ids.shape[1] <= FEW and decoding.goes_on(model, cache[PAST]):
+    if 0 < input_ids.shape[1] <= FEW and decoding.goes_on(model, cache[PAST]):
         for token in input_ids.split(1, 1):
             logits = model(input_ids=token, **cache).logits
     else:
