@@ -635,6 +635,11 @@ def test_commands_say_what_is_kept(tmp_path, capsys):
     for options, said in (
         (["--lossless", "80", "--window", "8"], "not allowed with"),
         (["--lossless", "8", "--sinks", "8"], "8 lossless tokens with 8 sinks"),
+        (["--adapter", adapter, "--lossless", "5"], "--lossless 5: room for 1 in the store, which judges spans of 2: "),
+        (
+            ["--adapter", adapter, "--lossless", "80", "--store-span", "19"],
+            "80: room for 18 in the store, which judges",
+        ),
     ):
         with contextlib.suppress(SystemExit):
             assert cli.main([*read, *options]) == 2

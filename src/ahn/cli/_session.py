@@ -251,10 +251,17 @@ def _check_store(args: argparse.Namespace, base: str) -> None:
     from ahn.adapter import chosen, read_adapter
     from ahn.config import AHNConfig
 
-    if args.store or args.store_size or args.store_span:
+    if args.store or args.store_size or args.store_span or args.lossless:
         name = chosen(base, args.adapter, args.cell)
         own = read_adapter(name).config if name else AHNConfig(None)
         size, span = args.store_size or own.store_size, args.store_span or own.store_span
+        if args.lossless and own.store_size and args.store != "none" and not args.store_size:
+            size = own.replace(store_span=1).with_lossless(args.lossless, args.sinks).store_size
+            if span > size:
+                raise ConfigError(
+                    f"--lossless {args.lossless}: room for {size} in the store, which judges spans of {span}: "
+                    "expected more, --store none, or a shorter --store-span"
+                )
         _options.check_store(args, args.store or own.store, size, span, zoo.with_store(base))
 
 
