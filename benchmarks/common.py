@@ -123,11 +123,10 @@ def records(path: str) -> list[dict[str, Any]]:
 
 def write_records(path: str, made: Iterable[dict[str, Any]]) -> None:
     """As `records` reads them."""
-    count = 0
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in made]
     with lzma.open(path, "wt", encoding="utf-8") if path.endswith(".xz") else open(path, "w", encoding="utf-8") as file:
-        for count, record in enumerate(made, 1):  # noqa: B007 - said at the end
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    print(f"{path}: {count} documents")
+        file.writelines(lines)
+    print(f"{path}: {len(lines)} documents")
 
 
 def keep(file: Path, prompts: list[Any]) -> None:

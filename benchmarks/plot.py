@@ -273,16 +273,15 @@ def main() -> None:
     parser.add_argument("--format", default="svg", choices=["svg", "png"])
     options = parser.parse_args()
     plots = {
-        "loss-by-position": (loss_by_position, options.positions),
-        "cost-by-length": (cost_by_length, options.lengths),
-        "facts-found": (facts_found, options.recall),
-        "facts-by-depth": (facts_by_depth, options.recall),
+        "loss-by-position": (loss_by_position, [options.positions]),
+        "cost-by-length": (cost_by_length, [options.lengths]),
+        "facts-found": (facts_found, [options.recall]),
+        "facts-by-depth": (facts_by_depth, [options.recall]),
         "facts-by-budget": (facts_by_budget, options.budgets),
         "facts-by-budget-smollm2": (facts_by_budget, options.small_budgets),
     }
     with plt.rc_context(STYLE):
         for name, (draw, sources) in plots.items():
-            sources = sources if isinstance(sources, list) else [sources]
             if missing := [source for source in sources if not source.is_file()]:
                 print(f"{missing[0]} is not there: no {name}")
                 continue

@@ -174,7 +174,7 @@ def test_generate(replays, options, monkeypatch):
 
 
 def test_a_short_question_is_read_by_the_graph_that_is_there(replays, monkeypatch):
-    """The first one is not: its answer makes the graph. Nor is a long one, nor one of another model's."""
+    """The first one is not: its answer makes the graph. Nor is a long one."""
     model = with_memory(tiny(), window=16, sinks=4)
     cache, ids = ahn.read(model, token_ids(40)), token_ids(50, seed=3)
 

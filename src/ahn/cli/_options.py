@@ -83,6 +83,11 @@ def check_store(
     stores.check_name(name)
     if not size:
         raise ConfigError(f"--store {name}: expected --store-size as well")
+    if span > size and not args.store_size and getattr(args, "lossless", None):
+        raise ConfigError(
+            f"--lossless {args.lossless}: room for {size} in the store, which judges spans of {span}: "
+            "expected more, --store none, or a shorter --store-span"
+        )
     if span > size:
         raise ConfigError(f"--store-span {span}: expected at most the --store-size of {size}")
     return name

@@ -255,13 +255,8 @@ def _check_store(args: argparse.Namespace, base: str) -> None:
         name = chosen(base, args.adapter, args.cell)
         own = read_adapter(name).config if name else AHNConfig(None)
         size, span = args.store_size or own.store_size, args.store_span or own.store_span
-        if args.lossless and own.store_size and args.store != "none" and not args.store_size:
+        if args.lossless and not args.store_size:
             size = own.replace(store_span=1).with_lossless(args.lossless, args.sinks).store_size
-            if span > size:
-                raise ConfigError(
-                    f"--lossless {args.lossless}: room for {size} in the store, which judges spans of {span}: "
-                    "expected more, --store none, or a shorter --store-span"
-                )
         _options.check_store(args, args.store or own.store, size, span, zoo.with_store(base))
 
 
