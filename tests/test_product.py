@@ -1,6 +1,7 @@
 """Few vectors times the base's matrices, in Triton, against plain linear layers: on CUDA, or interpreted on a CPU."""
 
 import os
+from types import MethodType
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_whole_model(multiplied, family, cell_name, batch, launches):
     together, gated = launches
     assert multiplied == {"together": together * 2 * 5, "gated": gated * 2 * 5}
     assert [dict(vars(module)) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(("family", "left"), [("Qwen2", 0), ("Qwen3", 2 * 2 + 1), ("Phi3", 2 * 3 + 1)])
+def test_what_is_compiled_besides(monkeypatch, family, left):
+    """Norms on heads, or all of a layer that is no block; the last norm alone is not worth it."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    decoder = with_memory(tiny(family), window=9, sinks=3).to(DEVICE).model
+    with fused.products(decoder), fused.compiled(decoder):
+        forwards = {m: vars(m).get("forward") for m in decoder.modules() if m is not decoder}
+        assert sum(isinstance(f, MethodType) and f.__self__ is m for m, f in forwards.items()) == left
 
 
 def test_without_a_cell_and_with_a_store(monkeypatch, multiplied):

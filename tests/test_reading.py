@@ -1,5 +1,6 @@
 """Dense attention on pieces of the ring: the same logits as a whole sequence, however it is cut."""
 
+import contextlib
 import functools
 
 import pytest
@@ -138,3 +139,22 @@ def test_what_is_compiled_is_compiled_once_for_all_lengths(monkeypatch, family, 
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 5 <= graphs[0] <= graphs[-1] <= 12, graphs
     assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_a_short_rest_is_not_compiled_for(monkeypatch):
+    """It is attended otherwise, so that all would be compiled once more for it."""
+    compiled, seen = [], []
+
+    @contextlib.contextmanager
+    def noted(decoder):
+        compiled.append(seen[-1] if seen else 0)
+        yield
+
+    monkeypatch.setattr(kernels, "between_many", lambda device, tokens: kernels.Kernel("inductor", "as on CUDA"))
+    monkeypatch.setattr(fused, "compiled_for_reading", noted)
+    model = with_memory(tiny(), window=16, sinks=4)
+    for planned, expected in ((4096, [0, 40]), (30, [0, 40, 80]), (0, [0, 40, 80])):
+        monkeypatch.setattr(kernels, "PLANNED", planned)
+        seen.clear(), compiled.clear()
+        ahn.read(model, token_ids(115), chunk=40, progress=lambda done, total: seen.append(done))
+        assert compiled == expected

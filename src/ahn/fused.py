@@ -37,14 +37,14 @@ _changing = threading.RLock()
 @contextmanager
 def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
     """Within, norms, MLPs and rotations of the base are compiled, each class once: their dozens of elementwise
-    operations take longer to start than to run."""
+    operations take longer to start than to run. Not for the last norm alone, which takes longer to compile."""
     from torch._dynamo import config
 
     fast = of_any_length if any_length else of_one_length
     attention = decoder.layers[0].self_attn
     forms: dict[type, Any] = {}
-    changed = [module for module in decoder.modules() if _is_norm(module)]
-    changed += [layer.mlp for layer in decoder.layers if hasattr(layer, "mlp")]
+    changed = [module for layer in decoder.layers for module in _called(layer)]
+    changed += [module for module in decoder.children() if changed and _is_norm(module)]
     with _changing, config.patch(recompile_limit=kernels.SHAPES), ExitStack() as undo:
         for module in changed:
             kind = type(module)
@@ -379,6 +379,14 @@ def _rms_norm(module: Any) -> Any:
 
 def _hooks(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _called(layer: Any) -> list[Any]:
+    """Norms and MLP of a decoder layer of the base, if not a `Block` does what they do."""
+    in_block = isinstance(getattr(vars(layer).get("forward"), "__self__", None), Block)
+    rest = {*(layer.self_attn if in_block else layer).modules()} - {*layer.self_attn.ahn.modules()}
+    norms = [module for module in rest if _is_norm(module)]
+    return norms if in_block or not hasattr(layer, "mlp") else [*norms, layer.mlp]
 
 
 def _is_norm(module: Any) -> bool:

@@ -94,12 +94,13 @@ def read_chunks(
     past = 0 if mask is None else mask.shape[1] - total
     hidden: Tensor | None = None
     compiles = kernels.between_many(ids.device.type, total).name == "inductor"
+    worth = max(2, min(chunk, kernels.PLANNED))  # a shorter rest is attended otherwise: all would be compiled again
     with finish_before_interrupt() as interrupted:
         low = 0
         for high in chunk_ends(total, first or chunk, chunk):
             piece = ids[:, low:high]
             seen = None if mask is None else mask[:, : past + low + piece.shape[1]].to(piece.device)
-            with fused.compiled_for_reading(decoder) if compiles and piece.shape[1] > 1 else nullcontext():
+            with fused.compiled_for_reading(decoder) if compiles and piece.shape[1] >= worth else nullcontext():
                 states = decoder(piece, attention_mask=seen, **{PAST: cache}, use_cache=True).last_hidden_state
             hidden = _last_real(states, None if seen is None else seen[:, -piece.shape[1] :], hidden)
             low = high

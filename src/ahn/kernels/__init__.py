@@ -168,7 +168,7 @@ def between(device: str) -> Kernel:
     """Norms, rotations and gates of the base for one new token a row: what lies between its matrix products."""
     if decoding(device).name != "graph":
         return Kernel("torch", "only in a graph is it worth compiling")
-    return _allowed("inductor", "CUDA: compiled once, one kernel each")
+    return _allowed("inductor", "CUDA: what the kernels of products leave, compiled once")
 
 
 def between_many(device: str, tokens: int) -> Kernel:
