@@ -171,9 +171,9 @@ class LayerMemory(CacheLayerMixin):
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
-    def stored(self) -> list[Tensor]:
-        """By row, the positions that a store keeps, on the CPU."""
-        return []
+    def stored(self) -> Tensor | None:
+        """The positions that a store keeps, [B, places of all heads], -1 where it keeps none."""
+        return None
 
     @property
     def capacity(self) -> int:
@@ -382,7 +382,7 @@ class AHNCache(Cache):
         for name, tensor in sorted(tensors.items(), key=lambda item: (len(item[0]), item[0])):
             index, _, kind = name.partition(".")
             if index == TEXT and self.transcript is not None:
-                self.transcript.rows.append(tensor.cpu())
+                self.transcript.rows.append(tensor)
                 continue
             setattr(self.layers[int(index)], kind, tensor)
             self.layers[int(index)].is_initialized = True
@@ -418,8 +418,7 @@ class AHNCache(Cache):
     def settle_transcript(self) -> None:
         """Drop the ids of tokens that no store keeps any more."""
         assert self.transcript is not None
-        stored = [layer.stored for layer in self.layers]
-        kept = [[row for rows in stored for row in rows[b : b + 1]] for b in range(self._batch or 0)]
+        kept = [stored for layer in self.layers if (stored := layer.stored) is not None]
         self.transcript.settle(kept, self.config.sinks, self.config.window)
 
     @property

@@ -466,11 +466,11 @@ class StoringMemory(LayerMemory):
         return super().tensors | {name: tensor for name, tensor in held.items() if tensor is not None}
 
     @property
-    def stored(self) -> list[Tensor]:
+    def stored(self) -> Tensor | None:
         if self.ranks is None:
-            return []
-        ranks = self.ranks.flatten(1).cpu()
-        return [retention.position(row[row >= retention.TOKEN]) for row in ranks]
+            return None
+        ranks = self.ranks.flatten(1)
+        return torch.where(ranks >= retention.TOKEN, retention.position(ranks), -1)
 
     @property
     def shift(self) -> int:  # type: ignore[override]

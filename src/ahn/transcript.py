@@ -7,8 +7,6 @@ time to time. That bounds it by the number of places, whatever the length of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ PENDING = 4096  # tokens after which what nobody keeps is dropped
 
 
 class Transcript:
-    """Positions and ids by row, on the CPU."""
+    """Positions and ids by row, on the device of the ids."""
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []  # int64 [2, n]: positions, ascending, and ids
@@ -36,35 +34,39 @@ class Transcript:
     def is_due(self) -> bool:
         return sum(ids.shape[1] for *_, ids in self.pending) >= PENDING
 
-    def settle(self, kept: Iterable[list[Tensor]], sinks: int, last: int) -> None:
+    def settle(self, kept: list[Tensor], sinks: int, last: int) -> None:
         """Drop what is kept nowhere.
 
         Args:
-            kept: by row, positions that are kept. sinks, last: so many first and last tokens are kept as well.
+            kept: positions that are kept, by layer [B, n], below 0 where there is none. sinks, last: so many first and
+                last tokens are kept as well.
         """
         if not self.rows and not self.pending:
             return
         batch = max([len(self.rows), *(len(ids) for *_, ids in self.pending)])
-        rows = self.rows or [torch.zeros(2, 0, dtype=torch.int64)] * batch
-        rows = rows * batch if len(rows) == 1 else rows
+        device = self.pending[0][-1].device if self.pending else self.rows[0].device
+        rows = self.rows * batch if len(self.rows) == 1 else self.rows
+        pieces = [[row.to(device)] for row in rows] or [[] for _ in range(batch)]
         for starts, counts, ids in self.pending:
-            found = ids.cpu()
             for row in range(batch):
                 start, count = starts[row % len(starts)], counts[row % len(counts)]
-                new = torch.stack([torch.arange(start, start + count), found[row % len(found), :count].long()])
-                rows[row] = torch.cat([rows[row], new], 1)
-        self.pending = []
-        for row, positions in enumerate(kept):
-            at = rows[row][0]
+                places = torch.arange(start, start + count, device=device)
+                pieces[row].append(torch.stack([places, ids[row % len(ids), :count].to(device, torch.int64)]))
+        rows = [torch.cat(of_row, 1) for of_row in pieces]
+        self.rows, self.pending = rows, []
+        stored = torch.cat([positions.to(device) for positions in kept], 1) if kept else None
+        for row, known in enumerate(rows):
+            at = known[0]
             end = int(at[-1]) + 1 if len(at) else 0
-            positions = [stored[stored < end] for stored in positions]  # embeddings have no ids
-            marks = torch.zeros(end + 2 * BESIDE + 1, dtype=torch.int64)  # BESIDE + 1 zeros before position 0
-            for stored in positions:
-                marks[stored + BESIDE + 1] = 1
+            marks = torch.zeros(end + 2 * BESIDE + 1, dtype=torch.int64, device=device)  # BESIDE + 1 before position 0
+            if stored is not None:
+                positions = stored[row % len(stored)]
+                there = (positions >= 0) & (positions < end)  # embeddings have no ids
+                marks.index_fill_(0, torch.where(there, positions + BESIDE + 1, 0), 1)
+                marks[0] = 0
             before = marks.cumsum(0)  # of the positions below, BESIDE + 1 further on
             near = before[at + 2 * BESIDE + 1] > before[at]
-            rows[row] = rows[row][:, (at < sinks) | (at >= end - last) | near]
-        self.rows = rows
+            rows[row] = known[:, (at < sinks) | (at >= end - last) | near]
 
     def select(self, indices: list[int]) -> None:
         """Rows become copies of rows `indices`."""
