@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from ahn import retention
-from ahn.attention import Far, Rotary, attend_window
+from ahn import kernels, retention
+from ahn.attention import Far, Rotary, attend, attend_window
 from conftest import STORES, in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
@@ -75,7 +75,13 @@ def test_rank(plain):
         *([(1000, 512, 512, 64, 1472, 1000), (515, 300, 3000, 128, 2000, 0)] if CUDA else []),
     ],
 )
-def test_attention(plain, queries, before, window, sinks, places, entering, heads, kv_heads, size, dtype):
+@pytest.mark.parametrize("at_once", [0, 3])
+def test_attention(plain, monkeypatch, queries, before, window, sinks, places, entering, heads, kv_heads, size, dtype,
+                   at_once):  # fmt: skip
+    """At once: of what all see, so many or a multiple are attended by another kernel, on CUDA cuDNN's."""
+    monkeypatch.setattr(kernels, "dense_at_once", lambda q, count: at_once)
+    attended = []
+    monkeypatch.setattr(far, "attend_dense", lambda *args: attended.append(args[1].shape[2]) or attend(*args))
     torch.manual_seed(queries)
     batch, count = 2, sinks + places + entering
     q, q_far = torch.randn(2, batch, queries, heads, size, device=DEVICE).to(dtype).transpose(2, 3)
@@ -85,10 +91,14 @@ def test_attention(plain, queries, before, window, sinks, places, entering, head
     since = torch.cat([torch.full((sinks + places,), -1), first]).expand(batch, kv_heads, -1)
     until = torch.where(torch.rand(since.shape) < 0.5, since, torch.randint(queries + 1, since.shape))
     until[..., :sinks] = queries
+    until[torch.rand(until.shape) < 0.3] = queries
+    always = int(((since <= 0) & (until >= queries)).sum(-1).min())
     seen = Far(*keys, since.to(DEVICE), until.to(DEVICE), entering)
     for start in ([before + sinks], [before + sinks, max(0, before - 5)]):
         at = torch.tensor(start, device=DEVICE)
-        found = far.attend(q, q_far, tuple(near), at, window, size**-0.5, seen, sinks)
+        with monkeypatch.context() as free:
+            free.delenv("AHN_KERNEL")
+            found = far.attend(q, q_far, tuple(near), at, window, size**-0.5, seen, sinks)
         exact = Far(*(t.float() for t in keys), seen.since, seen.until, entering)
         nothing = tuple(near[:, :, :, :0].float())
         expected = attend_window(
@@ -99,6 +109,7 @@ def test_attention(plain, queries, before, window, sinks, places, entering, head
         assert found[0].isfinite().all()
         assert relative(found[0][real], expected[0][real]) < LIMIT[dtype]
         assert relative(found[1][real], expected[1][real]) < LIMIT[dtype]
+    assert attended == ([always // at_once * at_once] * 2 if at_once and always >= at_once else [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -138,6 +138,14 @@ def band(like: Tensor, gradients: bool = False) -> Kernel:
     return _allowed("triton", f"{like.device.type}: one kernel, which reads no key that is not seen")
 
 
+def dense_at_once(like: Tensor, keys: int) -> int:
+    """Of far keys that all queries see, how many or a multiple of it are attended by cuDNN instead of in `band`; 0:
+    none. Few different numbers, for each is planned; `like`: the queries [..., T, H]."""
+    if like.shape[-2] < PLANNED or keys < PLANNED or attention(like).name != "cudnn":
+        return 0
+    return keys // 8 // 128 * 128
+
+
 def soft_places(like: Tensor) -> Kernel:
     """Training the gates of a store: attention in which what is behind the window has a weight; `like`: the queries."""
     import torch

@@ -7,19 +7,24 @@ One program has a block of queries of one head. It goes through the part of the 
 through the far keys, met by the queries as the sinks are, with one running softmax over both. The far keys are put in
 order before: first those that all queries see, which need no mask, then those that some see, as they come, so that a
 program can stop where its last query does. Newcomers that lose their place at the step at which they come, most of
-them, are left out.
+them, are left out. Of many that all queries see most are attended by cuDNN, which is faster where there is no mask.
 
 Under TRITON_INTERPRET=1 it runs on a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ahn import kernels
+from ahn.attention import attend as attend_dense
+from ahn.attention import merge
 
 if TYPE_CHECKING:
     from ahn.attention import Far, Softmax
@@ -52,19 +57,40 @@ def attend(
     came = torch.empty(batch, kv_heads, count + 1, dtype=torch.int32, device=q.device)
     _order[(batch, kv_heads)](since, until, order, times, came, count, queries, *since.stride(), *until.stride(),
                               BLOCK=ORDERED)  # fmt: skip
-    listed = (t.gather(2, order[..., None].expand(-1, -1, -1, size)) for t in (far.keys, far.values))
+    listed = [t.gather(2, order[..., None].expand(-1, -1, -1, size)) for t in (far.keys, far.values)]
+    at_once = kernels.dense_at_once(q, count)
+    dense = came[..., 0].amin() // at_once * at_once if at_once else came.new_zeros(())
+    on_host = _soon(dense) if at_once else int
     block, against, warps, stages = _blocks(q)
     q, q_far, *kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, q_far, *near, *listed))
     out, norm = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
     _attend[(triton.cdiv(queries, block), batch * heads)](
-        q, q_far, *kv, times, came, start, out, norm,
+        q, q_far, *kv, times, came, dense, start, out, norm,
         scale * LOG2_E, queries, near[0].shape[2] - queries, min(window, 1 << 30), sinks, count, far.entering,
         *q.stride()[:3], *q_far.stride()[:3], *(n for t in kv for n in t.stride()[:3]), *out.stride()[:3],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, WIDTH=max(16, triton.next_power_of_2(size)), BLOCK=block,
         AGAINST=against, BY_ROW=len(start) > 1, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out, norm
+    if not (length := on_host()):
+        return out, norm
+    keys, values = (t[:, :, :length] for t in listed)
+    return merge(attend_dense(q_far, keys, values, None, scale), (out, norm))
+
+
+def _soon(number: Tensor) -> Callable[[], int]:
+    """A number as the host will know it: what is launched before it is asked for is not waited for."""
+    if number.device.type != "cuda":
+        return lambda: int(number)
+    copy = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def known() -> int:
+        event.synchronize()
+        return int(copy)
+
+    return known
 
 
 def _blocks(q: Tensor) -> tuple[int, int, int, int]:
@@ -169,7 +195,7 @@ def _of_far(total, weights, highest, query, k, v, k_t, v_t, low, high, i, times,
 
 
 @triton.jit
-def _attend(q, q_far, k, v, far_k, far_v, times, came, start, out, norm,
+def _attend(q, q_far, k, v, far_k, far_v, times, came, dense, start, out, norm,
             scale, queries, before, window, sinks, count, entering,
             q_b, q_n, q_t, f_b, f_n, f_t, k_b, k_m, k_t, v_b, v_m, v_t, fk_b, fk_m, fk_t, fv_b, fv_m, fv_t,
             o_b, o_n, o_t,
@@ -209,8 +235,9 @@ def _attend(q, q_far, k, v, far_k, far_v, times, came, start, out, norm,
     always = tl.load(came)
     last = count - tl.minimum(entering, queries - high)
     some = tl.load(came + last, mask=last > 0, other=0)
-    whole = always // AGAINST * AGAINST
-    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, 0, whole, i, times,
+    apart = tl.load(dense)
+    whole = apart + (always - apart) // AGAINST * AGAINST
+    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, apart, whole, i, times,
                                       count, channel, scale, SIZE, AGAINST, False, PRECISION)
     total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, whole, always + some, i,
                                       times, count, channel, scale, SIZE, AGAINST, True, PRECISION)
