@@ -413,7 +413,7 @@ class Bench:
     def _read(self, row: dict[str, Any], name: str, cell: str, batch: int, length: int) -> None:
         self.put(name, cell)
         start = now(self.device)
-        read(self.model, cell, batch, min(length, 2 * (self.window + self.sinks)), 1)  # builds kernels
+        read(self.model, cell, batch, self._as_long(cell, batch, length), 1)  # builds kernels
         row["first_s"] = now(self.device) - start
         self._reset_peak()
         found, cache = read(self.model, cell, batch, length, 1 if length > 256 * K else 3)
@@ -427,6 +427,16 @@ class Bench:
         if self.options.profile:
             cache = None
             profiled(lambda: read(self.model, cell, batch, min(length, 64 * K), 1))
+
+    def _as_long(self, cell: str, batch: int, length: int) -> int:
+        """Tokens of a short text that is read in chunks of all the lengths that those of a long one have."""
+        from ahn.augmentation import chunks
+
+        enough = 2 * (self.window + self.sinks)
+        if length <= enough or cell == "full":
+            return min(length, enough)
+        _, chunk = chunks(self.model, batch, 0)
+        return min(length, enough + (length - enough) % chunk)
 
     def _decode(self, row: dict[str, Any], name: str, cell: str, batch: int, length: int) -> None:
         import torch
