@@ -4,10 +4,9 @@ Letters: B batch, N query heads, M key/value heads, T queries, K far keys, H hea
 R rows of positions: 1 where all of the batch are at the same position, else B.
 
 One program has a block of queries of one head. It goes through the part of the window that any of them sees, then
-through the far keys, met by the queries as the sinks are, with one running softmax over both. The far keys are put in
-order before: first those that all queries see, which need no mask, then those that some see, as they come, so that a
-program can stop where its last query does. Newcomers that lose their place at the step at which they come, most of
-them, are left out. Of many that all queries see most are attended by cuDNN, which is faster where there is no mask.
+through the far keys, met by the queries as the sinks are, with one running softmax over both. The far keys are sorted
+before (`_in_order`), so that a program needs only those that one of its queries sees, and a mask only for the few that
+come or go meanwhile. Of many that all queries see most are attended by cuDNN, which is faster where there is no mask.
 
 Under TRITON_INTERPRET=1 it runs on a CPU.
 """
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from ahn.attention import Far, Softmax
 
 LOG2_E = 1.4426950408889634
-ORDERED = 1024  # far keys at once
 
 
 def attend(
@@ -52,21 +50,18 @@ def attend(
     batch, heads, queries, size = q.shape
     kv_heads, count = far.keys.shape[1:3]
     since, until = (t.expand(batch, kv_heads, count) for t in (far.since, far.until))
-    order = torch.zeros(batch, kv_heads, count, dtype=torch.int64, device=q.device)
-    times = torch.empty(batch, kv_heads, 2, count, dtype=torch.int32, device=q.device)
-    came = torch.empty(batch, kv_heads, count + 1, dtype=torch.int32, device=q.device)
-    _order[(batch, kv_heads)](since, until, order, times, came, count, queries, *since.stride(), *until.stride(),
-                              BLOCK=ORDERED)  # fmt: skip
+    order, below = _in_order(since, until, queries)
+    times = torch.stack([since.gather(2, order), until.gather(2, order)], 2).int()
     listed = [t.gather(2, order[..., None].expand(-1, -1, -1, size)) for t in (far.keys, far.values)]
     at_once = kernels.dense_at_once(q, count)
-    dense = came[..., 0].amin() // at_once * at_once if at_once else came.new_zeros(())
+    dense = below[..., 0].amin() // at_once * at_once if at_once else below.new_zeros(())
     on_host = _soon(dense) if at_once else int
     block, against, warps, stages = _blocks(q)
     q, q_far, *kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, q_far, *near, *listed))
     out, norm = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
     _attend[(triton.cdiv(queries, block), batch * heads)](
-        q, q_far, *kv, times, came, dense, start, out, norm,
-        scale * LOG2_E, queries, near[0].shape[2] - queries, min(window, 1 << 30), sinks, count, far.entering,
+        q, q_far, *kv, times, below, dense, start, out, norm,
+        scale * LOG2_E, queries, near[0].shape[2] - queries, min(window, 1 << 30), sinks, count,
         *q.stride()[:3], *q_far.stride()[:3], *(n for t in kv for n in t.stride()[:3]), *out.stride()[:3],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, WIDTH=max(16, triton.next_power_of_2(size)), BLOCK=block,
         AGAINST=against, BY_ROW=len(start) > 1, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -76,6 +71,20 @@ def attend(
         return out, norm
     keys, values = (t[:, :, :length] for t in listed)
     return merge(attend_dense(q_far, keys, values, None, scale), (out, norm))
+
+
+def _in_order(since: Tensor, until: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """Far keys [B, M, K] by a number: 0 where all T queries see them, T - until where they are there at first, where
+    they come later T + since if they stay, else 2 T + since; those that nobody sees are the last.
+
+    Returns: their order; how many have each of the numbers 0 to 3 T - 1 or a lower one, int32 [B, M, 3 T].
+    """
+    comes = torch.where(until >= queries, queries, 2 * queries) + since
+    number = torch.where(since > 0, comes, (queries - until).clamp(min=0))
+    seen = (since < until) & (until > 0) & (since < queries)
+    number, order = torch.where(seen, number, 3 * queries).int().sort(-1)
+    numbers = torch.arange(3 * queries, dtype=torch.int32, device=since.device).repeat(*since.shape[:2], 1)
+    return order, torch.searchsorted(number, numbers, right=True, out_int32=True)
 
 
 def _soon(number: Tensor) -> Callable[[], int]:
@@ -103,41 +112,6 @@ def _blocks(q: Tensor) -> tuple[int, int, int, int]:
 
 
 # fmt: off
-@triton.jit
-def _order(since, until, order, times, came, count, queries, s_b, s_m, s_k, u_b, u_m, u_k, BLOCK: tl.constexpr):
-    """The far keys of a head in the order in which they are gone through, with their times; `came`: how many all
-    queries see, then how many of the others are among the first 1, 2, ... keys."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    since += row * s_b + head * s_m
-    until += row * u_b + head * u_m
-    of_head = row * tl.num_programs(1) + head
-    order += of_head * count
-    times += of_head * 2 * count
-    came += of_head * (count + 1)
-    first = 0
-    for low in range(0, count, BLOCK):
-        key = low + tl.arange(0, BLOCK)
-        comes = tl.load(since + key * s_k, mask=key < count, other=1 << 30)
-        goes = tl.load(until + key * u_k, mask=key < count, other=0)
-        first += tl.sum(((comes <= 0) & (goes >= queries)).to(tl.int32), 0)
-    tl.store(came, first)
-    always, some = 0, 0
-    for low in range(0, count, BLOCK):
-        key = low + tl.arange(0, BLOCK)
-        comes = tl.load(since + key * s_k, mask=key < count, other=1 << 30).to(tl.int32)
-        goes = tl.load(until + key * u_k, mask=key < count, other=0).to(tl.int32)
-        is_always = (comes <= 0) & (goes >= queries)
-        is_some = (comes < goes) & (is_always == 0)
-        place = tl.where(is_always, always + tl.cumsum(is_always.to(tl.int32), 0) - 1,
-                         first + some + tl.cumsum(is_some.to(tl.int32), 0) - 1)
-        tl.store(order + place, key.to(tl.int64), mask=is_always | is_some)
-        tl.store(times + place, comes, mask=is_always | is_some)
-        tl.store(times + count + place, goes, mask=is_always | is_some)
-        tl.store(came + 1 + key, some + tl.cumsum(is_some.to(tl.int32), 0), mask=key < count)
-        always += tl.sum(is_always.to(tl.int32), 0)
-        some += tl.sum(is_some.to(tl.int32), 0)
-
-
 @triton.jit
 def _tile(x, token, step, channel, there, SIZE: tl.constexpr, MASKED: tl.constexpr):
     """Tokens of x [.., H], zeros where there are none."""
@@ -177,12 +151,17 @@ def _of_window(total, weights, highest, query, k, v, k_t, v_t, low, high, end, i
 
 
 @triton.jit
-def _of_far(total, weights, highest, query, k, v, k_t, v_t, low, high, i, times, count, channel, scale,
-            SIZE: tl.constexpr, AGAINST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """... with the far keys low .. high."""
-    for at in range(low, high, AGAINST):
+def _of_far(total, weights, highest, query, k, v, k_t, v_t, a, a_end, b, b_end, c, c_end, i, times, count, channel,
+            scale, SIZE: tl.constexpr, AGAINST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """... with the far keys a .. a_end, b .. b_end and c .. c_end."""
+    in_a, in_b, in_c = tl.cdiv(a_end - a, AGAINST), tl.cdiv(b_end - b, AGAINST), tl.cdiv(c_end - c, AGAINST)
+    for step in range(0, in_a + in_b + in_c):
+        is_a, is_c = step < in_a, step >= in_a + in_b
+        at = tl.where(is_a, a + step * AGAINST, b + (step - in_a) * AGAINST)
+        at = tl.where(is_c, c + (step - in_a - in_b) * AGAINST, at)
+        end = tl.where(is_a, a_end, tl.where(is_c, c_end, b_end))
         key = at + tl.arange(0, AGAINST)
-        there = key < high
+        there = key < end
         keys = _tile(k, key, k_t, channel, there, SIZE, MASKED)
         values = _tile(v, key, v_t, channel, there, SIZE, MASKED)
         seen = there[None, :]
@@ -195,8 +174,8 @@ def _of_far(total, weights, highest, query, k, v, k_t, v_t, low, high, i, times,
 
 
 @triton.jit
-def _attend(q, q_far, k, v, far_k, far_v, times, came, dense, start, out, norm,
-            scale, queries, before, window, sinks, count, entering,
+def _attend(q, q_far, k, v, far_k, far_v, times, below, dense, start, out, norm,
+            scale, queries, before, window, sinks, count,
             q_b, q_n, q_t, f_b, f_n, f_t, k_b, k_m, k_t, v_b, v_m, v_t, fk_b, fk_m, fk_t, fv_b, fv_m, fv_t,
             o_b, o_n, o_t,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
@@ -231,16 +210,20 @@ def _attend(q, q_far, k, v, far_k, far_v, times, came, dense, start, out, norm,
     far_v += row * fv_b + kv_head * fv_m
     of_head = row * KV_HEADS + kv_head
     times += of_head * 2 * count
-    came += of_head * (count + 1)
-    always = tl.load(came)
-    last = count - tl.minimum(entering, queries - high)
-    some = tl.load(came + last, mask=last > 0, other=0)
+    below += of_head * 3 * queries
     apart = tl.load(dense)
-    whole = apart + (always - apart) // AGAINST * AGAINST
-    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, apart, whole, i, times,
-                                      count, channel, scale, SIZE, AGAINST, False, PRECISION)
-    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, whole, always + some, i,
-                                      times, count, channel, scale, SIZE, AGAINST, True, PRECISION)
+    whole, some = tl.load(below + queries - high), tl.load(below + queries - low - 1)  # there at first
+    whole = apart + (whole - apart) // AGAINST * AGAINST
+    stay = tl.load(below + queries)  # the first that comes and stays
+    stay_whole, stay_some = tl.load(below + queries + low), tl.load(below + queries + high - 1)
+    stay_whole = stay + (stay_whole - stay) // AGAINST * AGAINST
+    pass_by, pass_some = tl.load(below + 2 * queries), tl.load(below + 2 * queries + high - 1)
+    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, apart, whole,
+                                      stay, stay_whole, 0, 0, i, times, count, channel, scale,
+                                      SIZE, AGAINST, False, PRECISION)
+    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, whole, some,
+                                      stay_whole, stay_some, pass_by, pass_some, i, times, count, channel, scale,
+                                      SIZE, AGAINST, True, PRECISION)
 
     none = weights == 0.0
     total = total / tl.where(none, 1.0, weights)[:, None]
