@@ -590,8 +590,9 @@ def main() -> None:
     parser.add_argument("--authors", metavar="SCRIPT")
     parser.add_argument("--profile", action="store_true", help="print the 25 kernels that take the most time")
     parser.add_argument("--raises", action="store_true", help="stop at the first error instead of noting it")
-    parser.add_argument("--name", default="gpu", help="of the file in results/ (%(default)s)")
+    parser.add_argument("--name", help="of the file in results/ (gpu; with --tiny local)")
     options = parser.parse_args()
+    options.name = options.name or ("local" if options.tiny else "gpu")
     faulthandler.dump_traceback_later(options.seconds + HANGS, exit=True)  # the file is written after each row
     bench = Bench(options)
     whole = bench.run()

@@ -51,7 +51,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_store(group: Any, size: str = "none", span: str = "1") -> None:
     """What of the text behind the window is kept exactly. `size` and `span` say the defaults."""
     group.add_argument(
-        "--store", metavar="S", help="keep some of what leaves the window exactly (docs/store.md), or none"
+        "--store", metavar="S", help="keep some of what leaves the window exactly (ahn info lists them), or none"
     )
     group.add_argument(
         "--store-size", type=at_least(1), metavar="N", help=f"how many tokens of it, by head (default: {size})"

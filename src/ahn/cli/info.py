@@ -1,4 +1,4 @@
-"""Show versions, cells, shipped adapters, and which kernels are used and why."""
+"""Show versions, cells, stores, shipped adapters, and which kernels are used and why."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
         ("transformers", transformers.__version__),
         ("device", f"{device}, {threads} CPU thread{'s' if threads > 1 else ''}"),
         ("cells", ", ".join(ahn.cells.names())),
+        ("stores", ", ".join(ahn.stores.names())),
         *zip(chain(["adapters"], repeat("")), map(_adapter, ahn.zoo.names()), strict=False),
         ("default base", _default_base()),
     ]

@@ -143,7 +143,7 @@ def dense_at_once(like: Tensor, keys: int) -> int:
     none. Few different numbers, for each is planned; `like`: the queries [..., T, H]."""
     if like.shape[-2] < PLANNED or keys < PLANNED or attention(like).name != "cudnn":
         return 0
-    return keys // 8 // 128 * 128
+    return keys // 16 // 128 * 128
 
 
 def soft_places(like: Tensor) -> Kernel:
