@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import ahn
-from ahn import retention, stores
+from ahn import retention, stores, transcript
 from ahn.adapter import read_adapter
 from ahn.augmentation import layers_of
 from ahn.cache import PAST
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
+from ahn.memory_file import retained
 from ahn.stores.base import Store
 from conftest import FORMS, STORES, in_pieces, storing, tiny, token_ids, with_memory
 
@@ -533,6 +534,39 @@ def test_transcripts_of_texts_without_ids(tmp_path):
         model(inputs_embeds=model.get_input_embeddings()(ids), **{PAST: cache})
     cache.save(tmp_path / "a.ahn")
     assert cache.transcript.rows[0][0].max() < 60
+    alone = ahn.AHNCache(model)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(ids), **{PAST: alone})
+    alone.save(tmp_path / "b.ahn")
+    with pytest.raises(MemoryFileError, match="no words are known"):
+        retained(tmp_path / "b.ahn", model.config)
+
+
+def test_transcripts_are_of_what_was_read():
+    """Not of what the caller's tensor holds later; and tokens that follow each other are one run."""
+    model, ids = storing("random", window=8, sinks=2, store_size=4), token_ids(60, batch=2)
+    cache, step = ahn.read(model, ids[:, :30]), torch.empty(2, 1, dtype=torch.int64)
+    with torch.no_grad():
+        for token in ids[:, 30:].split(1, 1):
+            model(step.copy_(token), **{PAST: cache})
+    twin = cache.fork()
+    assert len(cache.transcript.pending) == 1 and cache.transcript.waiting == 60
+    with torch.no_grad():
+        model(step.zero_(), **{PAST: twin})
+    for known, length in ((cache, 60), (twin, 61)):
+        known.settle_transcript()
+        for row, (at, words) in zip(ids, known.transcript.rows, strict=True):
+            assert at[-1] == length - 1
+            assert torch.equal(words[at < 60], row[at[at < 60]])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_beside(seed):
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.randperm(200, generator=generator)[: 10 * seed].sort().values
+    positions = torch.randint(-1, 250, (seed,), generator=generator)
+    near = (at[:, None] - positions).abs() <= transcript.BESIDE
+    assert torch.equal(transcript._beside(at, positions), (near & (positions >= 0)).any(1))
 
 
 def test_inspect_shows_the_stored_words(tmp_path, monkeypatch, capsys):

@@ -57,7 +57,7 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
         turn = getattr(family, "apply_rotary_pos_emb", None)
         if turn is not None and not isinstance(turn, Turns):
             undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast(turn)))
-        (rotary,) = attention.ahn.rotary
+        rotary = next((r for layer in decoder.layers for r in layer.self_attn.ahn.rotary if r is not None), None)
         if rotary is not None:
             _put(undo, rotary, "turn", MethodType(fast(type(rotary).turn), rotary))
         yield

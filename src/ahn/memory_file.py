@@ -127,8 +127,8 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
         each layer that has one (`ahn.retention`).
 
     Raises:
-        MemoryFileError: no memory file, a damaged one, one without a store or of another base, or of so short a text
-            that nothing has left the window.
+        MemoryFileError: no memory file, a damaged one, one without a store or of another base, of so short a text that
+            nothing has left the window, or of embeddings.
     """
     from ahn.cache import TEXT
 
@@ -150,6 +150,8 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
         kept.append(("words in the vocabulary", logits.shape[-1], text.vocab_size))
     if different := [f"{theirs:,} {what}, not {ours:,}" for what, theirs, ours in kept if theirs != ours]:
         raise MemoryFileError(f"{path}: memory of another model ({_whose(header)}; {'; '.join(different)})")
+    if f"{TEXT}.0" not in tensors:
+        raise MemoryFileError(f"{path}: was read from embeddings, so no words are known: expected one of a text")
     return (*tensors[f"{TEXT}.0"], ranks)
 
 

@@ -7,6 +7,8 @@ time to time. That bounds it by the number of places, whatever the length of the
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -14,25 +16,55 @@ BESIDE = 6  # neighbours to each side
 PENDING = 4096  # tokens after which what nobody keeps is dropped
 
 
+@dataclass
+class Run:
+    """Tokens that were read: row b has the first `counts[b]` of `ids` from position `starts[b]` on."""
+
+    starts: list[int]  # of these two one entry serves all rows
+    counts: list[int]
+    ids: list[Tensor]  # [B, T], one behind the other
+
+    @property
+    def batch(self) -> int:
+        return len(self.ids[0])
+
+    def part(self, row: int, ids: Tensor, device: torch.device) -> Tensor:
+        """Positions and ids of a row, int64 [2, n], `ids` being all of the run."""
+        start, count = self.starts[row % len(self.starts)], self.counts[row % len(self.counts)]
+        places = torch.arange(start, start + count, device=device)
+        return torch.stack([places, ids[row % len(ids), :count].to(device, torch.int64)])
+
+
 class Transcript:
     """Positions and ids by row, on the device of the ids."""
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []  # int64 [2, n]: positions, ascending, and ids
-        self.pending: list[tuple[list[int], list[int], Tensor]] = []  # starts, counts, ids [B, T] in order
+        self.pending: list[Run] = []
+        self.waiting = 0  # tokens that are pending
+        self.full = True  # whether all rows of the last run end where its ids do: what comes may go on from there
 
     def copy(self) -> Transcript:
         twin = Transcript()
-        twin.rows, twin.pending = list(self.rows), list(self.pending)
+        twin.rows, twin.waiting, twin.full = list(self.rows), self.waiting, self.full
+        twin.pending = [replace(run, ids=list(run.ids)) for run in self.pending]
         return twin
 
     def add(self, starts: list[int], counts: list[int], ids: Tensor) -> None:
         """Tokens that are read: row b has ids[b, :counts[b]] from position starts[b] on; one entry serves all rows."""
-        self.pending.append((starts, counts, ids))
+        last, length = self.pending[-1] if self.pending else None, ids.shape[1]
+        ids = ids.clone()  # whose it is may write into it
+        goes_on = last is not None and self.full and last.batch == len(ids)
+        if last is not None and goes_on and starts == [start + last.counts[0] for start in last.starts]:
+            last.ids.append(ids)
+            last.counts = [last.counts[0] + count for count in counts]
+        else:
+            self.pending.append(Run(starts, counts, [ids]))
+        self.full, self.waiting = set(counts) == {length}, self.waiting + length
 
     @property
     def is_due(self) -> bool:
-        return sum(ids.shape[1] for *_, ids in self.pending) >= PENDING
+        return self.waiting >= PENDING
 
     def settle(self, kept: list[Tensor], sinks: int, last: int) -> None:
         """Drop what is kept nowhere.
@@ -43,35 +75,47 @@ class Transcript:
         """
         if not self.rows and not self.pending:
             return
-        batch = max([len(self.rows), *(len(ids) for *_, ids in self.pending)])
-        device = self.pending[0][-1].device if self.pending else self.rows[0].device
+        batch = max([len(self.rows), *(run.batch for run in self.pending)])
+        device = self.pending[0].ids[0].device if self.pending else self.rows[0].device
         rows = self.rows * batch if len(self.rows) == 1 else self.rows
         pieces = [[row.to(device)] for row in rows] or [[] for _ in range(batch)]
-        for starts, counts, ids in self.pending:
-            for row in range(batch):
-                start, count = starts[row % len(starts)], counts[row % len(counts)]
-                places = torch.arange(start, start + count, device=device)
-                pieces[row].append(torch.stack([places, ids[row % len(ids), :count].to(device, torch.int64)]))
-        rows = [torch.cat(of_row, 1) for of_row in pieces]
-        self.rows, self.pending = rows, []
+        for run in self.pending:
+            ids = torch.cat(run.ids, 1)
+            for row, of_row in enumerate(pieces):
+                of_row.append(run.part(row, ids, device))
+        self.pending, self.waiting, self.full = [], 0, True
         stored = torch.cat([positions.to(device) for positions in kept], 1) if kept else None
-        for row, known in enumerate(rows):
+        self.rows = []
+        for row, of_row in enumerate(pieces):
+            known = torch.cat(of_row, 1)
             at = known[0]
-            end = int(at[-1]) + 1 if len(at) else 0
-            marks = torch.zeros(end + 2 * BESIDE + 1, dtype=torch.int64, device=device)  # BESIDE + 1 before position 0
+            needed = (at < sinks) | (at > at[-1:] - last)
             if stored is not None:
-                positions = stored[row % len(stored)]
-                there = (positions >= 0) & (positions < end)  # embeddings have no ids
-                marks.index_fill_(0, torch.where(there, positions + BESIDE + 1, 0), 1)
-                marks[0] = 0
-            before = marks.cumsum(0)  # of the positions below, BESIDE + 1 further on
-            near = before[at + 2 * BESIDE + 1] > before[at]
-            rows[row] = known[:, (at < sinks) | (at >= end - last) | near]
+                needed |= _beside(at, stored[row % len(stored)])
+            self.rows.append(known[:, needed])
 
     def select(self, indices: list[int]) -> None:
         """Rows become copies of rows `indices`."""
+
+        def of(row: int, entries: list[int]) -> int:
+            return entries[row % len(entries)]
+
         self.rows = [self.rows[i if len(self.rows) > 1 else 0] for i in indices] if self.rows else []
         self.pending = [
-            ([s[i % len(s)] for i in indices], [c[i % len(c)] for i in indices], ids[[i % len(ids) for i in indices]])
-            for s, c, ids in self.pending
+            Run(
+                [of(i, run.starts) for i in indices],
+                [of(i, run.counts) for i in indices],
+                [torch.cat(run.ids, 1)[[i % run.batch for i in indices]]],
+            )
+            for run in self.pending
         ]
+
+
+def _beside(at: Tensor, positions: Tensor) -> Tensor:
+    """Which of the ascending places `at` are at one of the `positions` (none where below 0) or near it: bool."""
+    positions = torch.where(positions < 0, -2 * BESIDE, positions)
+    change = torch.zeros(len(at) + 1, dtype=torch.int64, device=at.device)
+    one = torch.ones_like(positions)
+    change.index_add_(0, torch.searchsorted(at, positions - BESIDE), one)
+    change.index_add_(0, torch.searchsorted(at, positions + BESIDE, right=True), -one)
+    return change.cumsum(0)[:-1] > 0

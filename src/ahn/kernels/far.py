@@ -6,7 +6,8 @@ R rows of positions: 1 where all of the batch are at the same position, else B.
 One program has a block of queries of one head. It goes through the part of the window that any of them sees, then
 through the far keys, met by the queries as the sinks are, with one running softmax over both. The far keys are sorted
 before (`_in_order`), so that a program needs only those that one of its queries sees, and a mask only for the few that
-come or go meanwhile. Of many that all queries see most are attended by cuDNN, which is faster where there is no mask.
+come or go meanwhile; but of the keys that both come and go, all that have come. Of many that all queries see most are
+attended by cuDNN, which is faster where there is no mask.
 
 Under TRITON_INTERPRET=1 it runs on a CPU.
 """
