@@ -86,9 +86,9 @@ def resident() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--text", default=str(BOOK))
-    parser.add_argument("--lossless", type=int, default=512)
+    parser.add_argument("--base", default="smollm2-135m", help="name, folder or GGUF file (%(default)s)")
+    parser.add_argument("--text", default=str(BOOK), help="read again and again until it is long enough")
+    parser.add_argument("--lossless", type=int, default=512, help="sinks and window (%(default)s tokens)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--kinds", nargs="+", default=["window", "gated_deltanet", "deltanet", "mamba2", "full"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
