@@ -476,7 +476,7 @@ def test_old_settings_have_no_store():
 
 def test_surprise_needs_a_cell():
     with pytest.raises(ConfigError, match="expected a cell"):
-        ahn.AHNConfig(None, 16, 4, store="surprise", store_size=8)
+        ahn.augment(tiny(), ahn.AHNConfig(None, 16, 4, store="surprise", store_size=8))
 
 
 def test_adapters_carry_their_store(tmp_path):

@@ -96,8 +96,6 @@ class AHNConfig:
         from ahn import stores
 
         stores.check_name(self.store)
-        if self.cell is None and stores.get(self.store).reads_state:
-            raise ConfigError(f"store={self.store!r} asks what the cell does not know: expected a cell")
         if not self.store_size:
             raise ConfigError(f"store={self.store!r} with store_size=0: expected at least 1, or no store")
         if self.store_span > self.window:

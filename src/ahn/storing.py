@@ -24,6 +24,7 @@ from ahn import kernels, retention, stores
 from ahn.attention import Far, Rotary, Softmax, attend_one, attend_slots, attend_window, visible
 from ahn.cache import LayerMemory, Span, gather
 from ahn.config import AHNConfig
+from ahn.errors import ConfigError
 from ahn.layer import AHNLayer, Turn
 from ahn.retention import Outcome, by_head, put_by_head
 from ahn.stores.base import Store
@@ -61,6 +62,8 @@ class StoringLayer(AHNLayer):
         super().__init__(attention, config, rotary)
         assert config.store is not None
         kind = stores.get(config.store)
+        if kind.reads_state and self.cell is None:
+            raise ConfigError(f"store={config.store!r} asks what the cell does not know: expected a cell")
         base = attention.config
         kv_heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
         self.store = kind(base.hidden_size, kv_heads, attention.layer_idx, device=attention.o_proj.weight.device)
