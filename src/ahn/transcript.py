@@ -54,8 +54,8 @@ class Transcript:
         """Tokens that are read: row b has ids[b, :counts[b]] from position starts[b] on; one entry serves all rows."""
         last, length = self.pending[-1] if self.pending else None, ids.shape[1]
         ids = ids.clone()  # whose it is may write into it
-        goes_on = last is not None and self.full and last.batch == len(ids)
-        if last is not None and goes_on and starts == [start + last.counts[0] for start in last.starts]:
+        ends = [at + last.counts[0] for at in last.starts] if last is not None and self.full else None
+        if last is not None and starts == ends and last.batch == len(ids):
             last.ids.append(ids)
             last.counts = [last.counts[0] + count for count in counts]
         else:
