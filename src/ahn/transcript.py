@@ -30,7 +30,7 @@ class Run:
 
     def part(self, row: int, ids: Tensor, device: torch.device) -> Tensor:
         """Positions and ids of a row, int64 [2, n], `ids` being all of the run."""
-        start, count = self.starts[row % len(self.starts)], self.counts[row % len(self.counts)]
+        start, count = _of(self.starts, row), _of(self.counts, row)
         places = torch.arange(start, start + count, device=device)
         return torch.stack([places, ids[row % len(ids), :count].to(device, torch.int64)])
 
@@ -96,19 +96,20 @@ class Transcript:
 
     def select(self, indices: list[int]) -> None:
         """Rows become copies of rows `indices`."""
-
-        def of(row: int, entries: list[int]) -> int:
-            return entries[row % len(entries)]
-
         self.rows = [self.rows[i if len(self.rows) > 1 else 0] for i in indices] if self.rows else []
         self.pending = [
             Run(
-                [of(i, run.starts) for i in indices],
-                [of(i, run.counts) for i in indices],
+                [_of(run.starts, i) for i in indices],
+                [_of(run.counts, i) for i in indices],
                 [torch.cat(run.ids, 1)[[i % run.batch for i in indices]]],
             )
             for run in self.pending
         ]
+
+
+def _of(entries: list[int], row: int) -> int:
+    """The entry of a row; one serves all."""
+    return entries[row % len(entries)]
 
 
 def _beside(at: Tensor, positions: Tensor) -> Tensor:
