@@ -82,6 +82,9 @@ class Span:
         """[R, T] after compaction."""
         return self.start[:, None] + torch.arange(self.length)
 
+    def start_on(self, device: torch.device) -> Tensor:
+        return self.once(("start", device), lambda: self.start.to(device))
+
     def positions_on(self, device: torch.device) -> Tensor:
         return self.once(("positions", device), lambda: self.positions().to(device))
 

@@ -150,7 +150,7 @@ class AHNLayer(nn.Module):
             out, norm = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale)
         else:
             sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
-            start = span.start.to(q.device)
+            start = span.start_on(q.device)
             out, norm = attend_window(q, q_sinks, sinks, (k, v), start, self.window or FOREVER, scale)
         out = out.transpose(1, 2)
         if self.cell is None or inputs is None or max(span.counts) <= self.sinks + (self.window or FOREVER):
@@ -213,7 +213,7 @@ class AHNLayer(nn.Module):
         memory.put(span, k, v, inputs)
         keys, values = memory.kept
         sinks = keys[:, :, : self.sinks], values[:, :, : self.sinks]
-        start, reach = span.start.to(q.device), self.window or FOREVER
+        start, reach = span.start_on(q.device), self.window or FOREVER
         q_sinks = self._seen_by_sinks(q, span)
         return attend_window(q, q_sinks, sinks, (window[0], window[1]), start, reach, scale), window
 
@@ -277,7 +277,7 @@ class AHNLayer(nn.Module):
         `attend_one`."""
         old = self._exchange(k, v, inputs, span, memory)
         filled = min(span.first + 1, memory.capacity)
-        last = span.start.to(q.device) if len(span.start) > 1 or span.on_device else None
+        last = span.start_on(q.device) if len(span.start) > 1 or span.on_device else None
         keys, values = (t[:, :, :filled] for t in memory.kept)
         return attend_one(q, self._seen_by_sinks(q, span), keys, values, self.sinks, last, scale, in_parts), old
 

@@ -126,13 +126,13 @@ class StoringLayer(AHNLayer):
         old, new = memory.window_before(span), tuple(t for t in (k, v, inputs) if t is not None)
         window = tuple(torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(old, new, strict=True))
         memory.put(span, k, v, inputs)
-        (keys, values), sinks, places = memory.kept, slice(self.sinks), memory.places
+        (keys, values), sinks, far = memory.kept, slice(self.sinks), slice(memory.places.stop)
         q_far = self._seen_by_sinks(q, span)
         arrivals = Arrivals(span, q, q_far, k, v, x, inputs, keys[:, :, sinks], window[0], scale)
         ranks = memory.ranks
         outcome, trail = self._resolve(arrivals, memory.trail(span), ranks, memory.snapshot)
         memory.keep_trail(span, trail)
-        start, near = span.start.to(q.device), (window[0], window[1])
+        start, near = span.start_on(q.device), (window[0], window[1])
         if outcome is None or ranks is None:
             pair = keys[:, :, sinks], values[:, :, sinks]
             return attend_window(q, q_far, pair, near, start, self.reach, scale)[0].transpose(1, 2)
@@ -140,20 +140,16 @@ class StoringLayer(AHNLayer):
         steps = outcome.losers.shape[-1]
         oldest = window[0].shape[2] - steps - self.reach
         leaving = [t[:, oldest : oldest + steps] if t.dim() == 3 else t[:, :, oldest : oldest + steps] for t in window]
-        rivals = [
-            torch.cat([keys[:, :, places], self._turn_in(leaving[0], span)], 2),
-            torch.cat([values[:, :, places], leaving[1]], 2),
-        ]
-        if memory.inputs is not None:
-            rivals.append(self._heads(torch.cat([memory.inputs[:, places], leaving[2]], 1)))
-        far = Far(
-            torch.cat([keys[:, :, sinks], rivals[0]], 2),
-            torch.cat([values[:, :, sinks], rivals[1]], 2),
-            *self._seen(span, ranks, outcome),
-            steps,
+        behind = (
+            torch.cat([keys[:, :, far], self._turn_in(leaving[0], span)], 2),
+            torch.cat([values[:, :, far], leaving[1]], 2),
         )
+        rivals = [t[:, :, self.sinks :] for t in behind]
+        if memory.inputs is not None:
+            rivals.append(self._heads(torch.cat([memory.inputs[:, memory.places], leaving[2]], 1)))
+        seen = Far(*behind, *self._seen(span, ranks, outcome), steps)
         nothing = keys[:, :, :0], values[:, :, :0]
-        out, norm = attend_window(q, q_far, nothing, near, start, self.reach, scale, far, self.sinks)
+        out, norm = attend_window(q, q_far, nothing, near, start, self.reach, scale, seen, self.sinks)
         memory.settle(rivals, outcome, self._heads)
         out, first = out.transpose(1, 2), max(0, self.lossless - span.first)
         tokens = span.length - first
@@ -296,7 +292,7 @@ class StoringLayer(AHNLayer):
         since = torch.where(since < self.sinks, since, since + self.reach)
         turned = torch.cat([k[:, :, : self.sinks], self._turn_in(k[:, :, self.sinks : gone], span)], 2)
         far = Far(turned, v[:, :, :gone], since[None, None], until[..., :gone], max(0, gone - self.sinks))
-        start = span.start.to(q.device)
+        start = span.start_on(q.device)
         return attend_window(q, q_far, (k[:, :, :0],) * 2, (k, v), start, self.reach, scale, far, self.sinks)
 
     # Who loses.
@@ -379,7 +375,7 @@ class StoringLayer(AHNLayer):
         q, q_far = gather(new.q, at, 2), gather(new.q_far, at, 2)
         positions = (span.start[:, None] + index).to(device)[..., None]
         count = new.near.shape[2]
-        keys = span.start[:, None].to(device) + torch.arange(span.length - count, span.length, device=device)
+        keys = span.start_on(device)[:, None] + torch.arange(span.length - count, span.length, device=device)
         seen = [
             torch.arange(new.sinks.shape[2], device=device) <= positions,
             visible(positions, keys[:, None], self.sinks, self.reach),
@@ -394,7 +390,7 @@ class StoringLayer(AHNLayer):
         keys, _ = memory.kept
         far = self.sinks + memory.shift
         pairs = [(self._seen_by_sinks(q, span), keys[:, :, : self.sinks]), (q, keys[:, :, far:])]
-        filled = torch.arange(keys.shape[2] - memory.shift, device=q.device) <= span.start.to(q.device)[:, None]
+        filled = torch.arange(keys.shape[2] - memory.shift, device=q.device) <= span.start_on(q.device)[:, None]
         return _weights(pairs, filled[:, None], scale)[:, :, 0, self.sinks :]
 
     # Where keys are seen from, and how the cell is given them.
@@ -430,7 +426,7 @@ class StoringLayer(AHNLayer):
         """Since when and until when the queries of `span` see sinks, places and newcomers: [B, M, S + P + E] each."""
 
         def make(places: Tensor) -> Tensor:
-            sinks = torch.arange(self.sinks, device=device) - span.start[:, None].to(device)
+            sinks = torch.arange(self.sinks, device=device) - span.start_on(device)[:, None]
             newcomers = torch.arange(first, span.length, device=device)
             shape = (*ranks.shape[:2], -1)
             return torch.cat([sinks[:, None].expand(shape), places, newcomers.expand(shape)], -1)
@@ -552,11 +548,13 @@ class StoringMemory(LayerMemory):
     def trail(self, span: Span) -> Tensor:
         """Scores of the L tokens before `span`, in order, [B, M, L]."""
         assert self.scores is not None
-        return gather(self.scores, self._turned(span.start.to(self.scores.device)), 2)
+        device = self.scores.device
+        return gather(self.scores, span.once(("trail", device), lambda: self._turned(span.start_on(device))), 2)
 
     def keep_trail(self, span: Span, trail: Tensor) -> None:
         assert self.scores is not None
-        at = self._turned(span.ends.to(trail.device))
+        device = trail.device
+        at = span.once(("trail after", device), lambda: self._turned(span.ends.to(device)))
         self.scores.scatter_(2, at[:, None].expand_as(trail), trail)
 
     def trail_of_one(self, span: Span, length: int) -> Tensor:
@@ -573,7 +571,7 @@ class StoringMemory(LayerMemory):
         """Add what the ring's slots are given [B, M, W or fewer] by the one query of `span`, in rows where it is at a
         multiple of `every`."""
         assert self.scores is not None and self.window is not None
-        last = span.start.to(given.device)[:, None]
+        last = span.start_on(given.device)[:, None]
         at = last - (last - torch.arange(self.scores_kept, device=given.device)) % self.scores_kept  # by score
         seen = (last % every == 0) & (at >= self.sinks) & (at > last - self.window)
         slots = ((at - self.sinks) % self.window).clamp(max=given.shape[2] - 1)
