@@ -52,6 +52,22 @@ def test_contest(plain, places, steps):
         assert torch.equal(torch.cat([ranks, new], -1).gather(-1, found.kept), found.ranks)
 
 
+def test_contest_in_parts(plain, monkeypatch):
+    """More steps than are resolved together."""
+    torch.manual_seed(0)
+    positions, real = torch.arange(150, device=DEVICE)[None], torch.ones(1, 150, dtype=torch.bool, device=DEVICE)
+    ranks = retention.rank(torch.randn(2, 3, 150, device=DEVICE), positions, real)
+    before, new = ranks[..., :50].contiguous(), ranks[..., 50:].contiguous()
+    expected = retention.contest(before, new)
+    monkeypatch.delenv("AHN_KERNEL")
+    monkeypatch.setattr(retain, "at_once", lambda ranks: 32)
+    found = retention.contest(before, new)
+    assert torch.equal(found.losers, expected.losers)
+    assert torch.equal(found.lost, expected.lost)
+    assert torch.equal(torch.cat([before, new], -1).gather(-1, found.kept), found.ranks)
+    assert torch.equal(found.ranks.sort(-1).values, expected.ranks.sort(-1).values)
+
+
 def test_rank(plain):
     priority = torch.randn(2, 3, 77, device=DEVICE)
     priority[:, :, :5] = torch.tensor([0.0, -0.0, 1e-40, -1e30, 3e38])

@@ -78,15 +78,22 @@ class Span:
         """The furthest position any row starts at."""
         return int(self.start.max())
 
-    def positions(self) -> Tensor:
-        """[R, T] after compaction."""
-        return self.start[:, None] + torch.arange(self.length)
-
+    # What depends on each token is computed on the device that asks: a host takes milliseconds for a long span.
     def start_on(self, device: torch.device) -> Tensor:
         return self.once(("start", device), lambda: self.start.to(device))
 
-    def positions_on(self, device: torch.device) -> Tensor:
-        return self.once(("positions", device), lambda: self.positions().to(device))
+    def positions(self, device: torch.device) -> Tensor:
+        """[R, T] after compaction."""
+
+        def make() -> Tensor:
+            return self.start_on(device)[:, None] + torch.arange(self.length, device=device)
+
+        return self.once(("positions", device), make)
+
+    def real(self, device: torch.device) -> Tensor:
+        """bool [R, T] after compaction."""
+        counts = torch.tensor(self.counts, device=device)
+        return torch.arange(self.length, device=device) < counts[:, None]
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What is the same for all layers, made for the first that asks: positions, angles, indices."""
@@ -94,10 +101,6 @@ class Span:
             self.made[key] = make()
         found: T = self.made[key]
         return found
-
-    def real(self) -> Tensor:
-        """bool [R, T] after compaction."""
-        return torch.arange(self.length) < torch.tensor(self.counts)[:, None]
 
     def on_grid(self, grid: int) -> list[tuple[slice, Span]]:
         """After compaction, the tokens between multiples of `grid` of any row's positions; all at once if it is 0.
@@ -232,19 +235,26 @@ class LayerMemory(CacheLayerMixin):
         return self.window, self.shift, self.capacity, self.kept[0].device
 
     def _slots_before(self, span: Span) -> Tensor:
-        length = max(0, span.first - self.sinks)
+        length, device = max(0, span.first - self.sinks), self.kept[0].device
         length = length if self.window is None else min(length, self.window)
-        positions = span.start[:, None] + torch.arange(-length, 0)
-        slots = self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.shift - 1, 0))
-        return slots.to(self.kept[0].device)
+        positions = span.start_on(device)[:, None] + torch.arange(-length, 0, device=device)
+        return self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.shift - 1, 0))
 
     def _slots_of(self, span: Span) -> tuple[Tensor, ...]:
-        """Rows and tokens of a span that are still kept at its end, and where."""
-        positions, last, kept = span.positions(), torch.tensor(span.after())[:, None], span.real()
+        """Rows and tokens of a span that are still kept at its end, and where; of one row without the row."""
+        device = self.kept[0].device
+        if len(span.counts) == 1:
+            start, count = span.first, span.counts[0]
+            sinks = min(count, max(0, self.sinks - start))
+            near = sinks if self.window is None else max(sinks, count - self.window)
+            parts = torch.arange(sinks, device=device), torch.arange(near, count, device=device)
+            token = torch.cat(parts)
+            return token, token, self.slots(span.start_on(device) + token)
+        positions, last, kept = span.positions(device), torch.tensor(span.after(), device=device), span.real(device)
         if self.window is not None:
-            kept &= (positions < self.sinks) | (positions >= last - self.window)
+            kept = kept & ((positions < self.sinks) | (positions >= last[:, None] - self.window))
         row, token = kept.nonzero(as_tuple=True)
-        return tuple(t.to(self.kept[0].device) for t in (row, token, self.slots(positions)[row, token]))
+        return row, token, self.slots(positions)[row, token]
 
     def exchange(self, slots: Tensor, k: Tensor, v: Tensor, inputs: Tensor | None, old: bool) -> tuple[Tensor, ...]:
         """Put one token a row into `slots` [R]; returns copies of what was there before if `old`."""

@@ -49,10 +49,10 @@ class Step(Span):
         super().__init__(start, 1, [1] * len(start))
         self.due, self.beside, self.divided = due, beside, False
 
-    def positions(self) -> Tensor:
+    def positions(self, device: torch.device) -> Tensor:
         return self.start[:, None]
 
-    def real(self) -> Tensor:
+    def real(self, device: torch.device) -> Tensor:
         return torch.ones_like(self.start, dtype=torch.bool)[:, None]
 
     @property

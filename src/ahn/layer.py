@@ -298,13 +298,13 @@ class AHNLayer(nn.Module):
 
     def _make_leaving(self, span: Span, device: torch.device, first: int) -> Leaving:
         assert self.window is not None
-        positions = span.positions()[:, first:]
-        evicted = (positions - self.lossless + 1).clamp(min=1).to(device)
-        able = (positions >= self.lossless) & span.real()[:, first:]
-        writes = None if not span.on_device and bool(able.all()) else able.to(device)
+        positions = span.positions(device)[:, first:]
+        evicted = (positions - self.lossless + 1).clamp(min=1)
+        writes = None
+        if span.on_device or min(span.counts) < span.length or int(span.start.min()) + first < self.lossless:
+            writes = (positions >= self.lossless) & span.real(device)[:, first:]
         angles, (rotary,) = None, self.rotary
         if self.turns_back and rotary is not None:
-            positions = positions.to(device)
             angles = rotary.angles(-positions), self._turn_of_leaving(rotary, positions)
         return Leaving(writes, evicted, torch.full((), self.window, device=device), angles)
 
@@ -356,7 +356,7 @@ class AHNLayer(nn.Module):
         furthest = self.sinks + self.window
         if span.first + span.length - 1 <= furthest:
             return None
-        positions = span.positions_on(device)
+        positions = span.positions(device)
         angles = span.once("sinks", lambda: rotary.angles(positions.clamp(max=furthest) - positions))
         cos, sin = (t.to(device) for t in angles)
         return cos, sin

@@ -338,17 +338,16 @@ class StoringLayer(AHNLayer):
 
     def _make_pushed(self, span: Span, device: torch.device) -> Pushed:
         first = self._first(span) if span.length > 1 else 0
-        positions = span.positions()[:, first:] - self.reach
-        real = (positions >= self.sinks) & span.real()[:, first:]
-        back = (positions - self.sinks) % self.span
-        return Pushed(*(t.to(device) for t in (positions.clamp(min=0), real, back)))
+        positions = span.positions(device)[:, first:] - self.reach
+        real = (positions >= self.sinks) & span.real(device)[:, first:]
+        return Pushed(positions.clamp(min=0), real, (positions - self.sinks) % self.span)
 
     @torch.no_grad()
     def _score(
         self, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, state: Tensor | None
     ) -> Tensor:
         """Scores of new tokens [B, M, T], or what broadcasts to it."""
-        positions = span.positions_on(k.device)
+        positions = span.positions(k.device)
 
         def error() -> Tensor:
             assert self.cell is not None and inputs is not None and state is not None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 BESIDE = 6  # neighbours to each side
-PENDING = 4096  # tokens after which what nobody keeps is dropped
+PENDING = 65_536  # tokens after which what nobody keeps is dropped: all layers are asked what they keep
+LEAST = 16  # tokens that a piece counts for at least: each is a tensor
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Transcript:
     def __init__(self) -> None:
         self.rows: list[Tensor] = []  # int64 [2, n]: positions, ascending, and ids
         self.pending: list[Run] = []
-        self.waiting = 0  # tokens that are pending
+        self.waiting = 0  # tokens that are pending, of each piece at least LEAST
         self.full = True  # whether all rows of the last run end where its ids do: what comes may go on from there
 
     def copy(self) -> Transcript:
@@ -60,7 +61,7 @@ class Transcript:
             last.counts = [last.counts[0] + count for count in counts]
         else:
             self.pending.append(Run(starts, counts, [ids]))
-        self.full, self.waiting = set(counts) == {length}, self.waiting + length
+        self.full, self.waiting = set(counts) == {length}, self.waiting + max(length, LEAST)
 
     @property
     def is_due(self) -> bool:

@@ -14,6 +14,7 @@ Under TRITON_INTERPRET=1 it runs on a CPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -109,7 +110,18 @@ def _blocks(q: Tensor) -> tuple[int, int, int, int]:
         return 32, 32, 4, 2
     if q.shape[-1] <= 64:
         return 128, 64, 4, 2
-    return 64, 64 if q.shape[-1] <= 128 else 32, 4, 2
+    if q.shape[-1] > 128:
+        return 64, 32, 4, 2
+    return (128, 64, 8, 3) if _shared(q.device) >= 150_000 else (64, 64, 4, 2)
+
+
+@functools.cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 0
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
 
 
 # fmt: off

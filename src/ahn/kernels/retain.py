@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ahn.retention import Outcome
 
-AT_ONCE = 2048, 16384  # steps resolved together, at least and at most: the work grows with their square
+AT_ONCE = 2048, 8192  # steps resolved together, at least and at most: the work grows with their square
 ENOUGH = 1 << 30  # comparisons, for all rows and heads
 CANDIDATES, AGAINST, WARPS = 16, 512, 4  # counted by one program, and compared at once
 SCANNED = 1024  # given places at once

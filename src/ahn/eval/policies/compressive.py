@@ -104,8 +104,9 @@ class CompressiveLayer(AHNLayer):
             oldest = window[0].shape[2] - span.length + first - self.window
             leaving = tuple(t[:, :, oldest : oldest + span.length - first] for t in window)
         if first < span.length:
-            numbers = span.positions()[:, first:] - lossless
-            leaves = (numbers >= 0) & span.real()[:, first:]
+            host = torch.device("cpu")
+            numbers = span.positions(host)[:, first:] - lossless
+            leaves = (numbers >= 0) & span.real(host)[:, first:]
             pooled = attend(q[:, :, first:], *memory.absorb(leaving[0], leaving[1], numbers, leaves), scale)
             late = merge((exact[0][:, :, first:], exact[1][:, :, first:]), pooled)[0]
             exact = torch.cat([exact[0][:, :, :first], late], 2), exact[1]
