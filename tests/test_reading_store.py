@@ -92,12 +92,12 @@ def test_rank(plain):
         *([(4200, 600, 600, 128, 5000, 4200)] if CUDA else []),
     ],
 )
-@pytest.mark.parametrize("at_once", [0, 3, *([None] if CUDA else [])])
+@pytest.mark.parametrize("at_once", ["unsorted", 0, 3, *(["best"] if CUDA else [])])
 def test_attention(plain, monkeypatch, queries, before, window, sinks, places, entering, heads, kv_heads, size, dtype,
                    at_once):  # fmt: skip
-    """At once: of what all see, so many or a multiple are attended by another kernel, on CUDA cuDNN's; or None: as is
-    best."""
-    if at_once is not None:
+    """At once: of what all see, so many or a multiple are attended by another kernel, on CUDA cuDNN's."""
+    if at_once != "best":
+        monkeypatch.setattr(far, "FEW", 1 << 30 if at_once == "unsorted" else 0)
         monkeypatch.setattr(kernels, "dense_at_once", lambda q, count: at_once)
     attended = []
     monkeypatch.setattr(far, "attend_dense", lambda *args: attended.append(args[1].shape[2]) or attend(*args))
@@ -128,7 +128,7 @@ def test_attention(plain, monkeypatch, queries, before, window, sinks, places, e
         assert found[0].isfinite().all()
         assert relative(found[0][real], expected[0][real]) < LIMIT[dtype]
         assert relative(found[1][real], expected[1][real]) < LIMIT[dtype]
-    if at_once is not None:
+    if at_once in (0, 3):
         assert attended == ([always // at_once * at_once] * 2 if at_once and always >= at_once else [])
 
 

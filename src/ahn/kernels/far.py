@@ -4,10 +4,10 @@ Letters: B batch, N query heads, M key/value heads, T queries, K far keys, H hea
 R rows of positions: 1 where all of the batch are at the same position, else B.
 
 One program has a block of queries of one head. It goes through the part of the window that any of them sees, then
-through the far keys, met by the queries as the sinks are, with one running softmax over both. The far keys are sorted
-before (`_in_order`), so that a program needs only those that one of its queries sees, and a mask only for the few that
-come or go meanwhile; but of the keys that both come and go, all that have come. Of many that all queries see most are
-attended by cuDNN, which is faster where there is no mask.
+through the far keys, met by the queries as the sinks are, with one running softmax over both. Unless they are few, the
+far keys are sorted before (`_in_order`), so that a program needs only those that one of its queries sees, and a mask
+only for the few that come or go meanwhile; but of the keys that both come and go, all that have come. Of many that all
+queries see most are attended by cuDNN, which is faster where there is no mask.
 
 Under TRITON_INTERPRET=1 it runs on a CPU.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ahn.attention import Far, Softmax
 
 LOG2_E = 1.4426950408889634
+FEW = 1024  # far keys that are attended faster than they are sorted
 
 
 def attend(
@@ -52,27 +53,31 @@ def attend(
     batch, heads, queries, size = q.shape
     kv_heads, count = far.keys.shape[1:3]
     since, until = (t.expand(batch, kv_heads, count) for t in (far.since, far.until))
-    order, below = _in_order(since, until, queries)
-    times = torch.stack([since.gather(2, order), until.gather(2, order)], 2).int()
-    listed = [t.gather(2, order[..., None].expand(-1, -1, -1, size)) for t in (far.keys, far.values)]
-    at_once = kernels.dense_at_once(q, count)
-    dense = below[..., 0].amin() // at_once * at_once if at_once else below.new_zeros(())
-    on_host = _soon(dense) if at_once else int
+    keys, values, below, dense = far.keys, far.values, None, None
+    on_host: Callable[[], int] = int
+    if count > FEW:
+        order, below = _in_order(since, until, queries)
+        since, until = since.gather(2, order), until.gather(2, order)
+        keys, values = (t.gather(2, order[..., None].expand(-1, -1, -1, size)) for t in (keys, values))
+        at_once = kernels.dense_at_once(q, count)
+        dense = below[..., 0].amin() // at_once * at_once if at_once else below.new_zeros(())
+        on_host = _soon(dense) if at_once else int
+    times = torch.stack([since, until], 2).int()
     block, against, warps, stages = _blocks(q)
-    q, q_far, *kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, q_far, *near, *listed))
+    q, q_far, *kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, q_far, *near, keys, values))
     out, norm = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
     _attend[(triton.cdiv(queries, block), batch * heads)](
         q, q_far, *kv, times, below, dense, start, out, norm,
         scale * LOG2_E, queries, near[0].shape[2] - queries, min(window, 1 << 30), sinks, count,
         *q.stride()[:3], *q_far.stride()[:3], *(n for t in kv for n in t.stride()[:3]), *out.stride()[:3],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, WIDTH=max(16, triton.next_power_of_2(size)), BLOCK=block,
-        AGAINST=against, BY_ROW=len(start) > 1, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        AGAINST=against, SORTED=below is not None, BY_ROW=len(start) > 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not (length := on_host()):
         return out, norm
-    keys, values = (t[:, :, :length] for t in listed)
-    return merge(attend_dense(q_far, keys, values, None, scale), (out, norm))
+    return merge(attend_dense(q_far, keys[:, :, :length], values[:, :, :length], None, scale), (out, norm))
 
 
 def _in_order(since: Tensor, until: Tensor, queries: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +197,8 @@ def _attend(q, q_far, k, v, far_k, far_v, times, below, dense, start, out, norm,
             q_b, q_n, q_t, f_b, f_n, f_t, k_b, k_m, k_t, v_b, v_m, v_t, fk_b, fk_m, fk_t, fv_b, fv_m, fv_t,
             o_b, o_n, o_t,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-            BLOCK: tl.constexpr, AGAINST: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr):
+            BLOCK: tl.constexpr, AGAINST: tl.constexpr, SORTED: tl.constexpr, BY_ROW: tl.constexpr,
+            PRECISION: tl.constexpr):
     low = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK  # the last, which see the most, first
     high = tl.minimum(low + BLOCK, queries)
     row, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
@@ -223,20 +229,24 @@ def _attend(q, q_far, k, v, far_k, far_v, times, below, dense, start, out, norm,
     far_v += row * fv_b + kv_head * fv_m
     of_head = row * KV_HEADS + kv_head
     times += of_head * 2 * count
-    below += of_head * 3 * queries
-    apart = tl.load(dense)
-    whole, some = tl.load(below + queries - high), tl.load(below + queries - low - 1)  # there at first
-    whole = apart + (whole - apart) // AGAINST * AGAINST
-    stay = tl.load(below + queries)  # the first that comes and stays
-    stay_whole, stay_some = tl.load(below + queries + low), tl.load(below + queries + high - 1)
-    stay_whole = stay + (stay_whole - stay) // AGAINST * AGAINST
-    pass_by, pass_some = tl.load(below + 2 * queries), tl.load(below + 2 * queries + high - 1)
-    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, apart, whole,
-                                      stay, stay_whole, 0, 0, i, times, count, channel, scale,
-                                      SIZE, AGAINST, False, PRECISION)
-    total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, whole, some,
-                                      stay_whole, stay_some, pass_by, pass_some, i, times, count, channel, scale,
-                                      SIZE, AGAINST, True, PRECISION)
+    if SORTED:
+        below += of_head * 3 * queries
+        apart = tl.load(dense)
+        whole, some = tl.load(below + queries - high), tl.load(below + queries - low - 1)  # there at first
+        whole = apart + (whole - apart) // AGAINST * AGAINST
+        stay = tl.load(below + queries)  # the first that comes and stays
+        stay_whole, stay_some = tl.load(below + queries + low), tl.load(below + queries + high - 1)
+        stay_whole = stay + (stay_whole - stay) // AGAINST * AGAINST
+        pass_by, pass_some = tl.load(below + 2 * queries), tl.load(below + 2 * queries + high - 1)
+        total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, apart, whole,
+                                          stay, stay_whole, 0, 0, i, times, count, channel, scale,
+                                          SIZE, AGAINST, False, PRECISION)
+        total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, whole, some,
+                                          stay_whole, stay_some, pass_by, pass_some, i, times, count, channel, scale,
+                                          SIZE, AGAINST, True, PRECISION)
+    else:
+        total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, 0, count, 0, 0, 0,
+                                          0, i, times, count, channel, scale, SIZE, AGAINST, True, PRECISION)
 
     none = weights == 0.0
     total = total / tl.where(none, 1.0, weights)[:, None]
