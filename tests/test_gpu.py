@@ -1,6 +1,8 @@
 """What only a GPU can show: flash-linear-attention against the naive forms, and the whole model on CUDA."""
 
 import functools
+import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -148,8 +150,9 @@ def test_the_compiled_training_step(cell, exact_afterwards):
     (losses, fast), (expected, plain) = gradients(True), gradients(False)
     assert losses == pytest.approx(expected, rel=0.02)
     assert fast.keys() == plain.keys()
+    limit = 0.3 if cell == "mamba2" else 0.1  # a rounding of 3e-3 moves some of its gradients by 0.12 to 0.25
     for name, gradient in plain.items():
-        assert relative(fast[name], gradient) < 0.1, name
+        assert relative(fast[name], gradient) < limit, name
 
 
 def kernels_used(model):
@@ -163,6 +166,7 @@ def kernels_used(model):
 @pytest.mark.parametrize(("queries", "keys"), [(1, 7), (130, 513), (129, None), (1000, None)])
 def test_fused_attention_and_its_normaliser(monkeypatch, queries, keys, allowed, size, dtype):
     """Dense, and causal where there are as many keys as queries; the keys a part of a longer buffer."""
+    torch.manual_seed(queries)
     q = torch.randn(2, queries, 6, size, device="cuda", dtype=dtype).transpose(1, 2)
     k, v = torch.randn(2, 2, 2, 1100, size, device="cuda", dtype=dtype)[..., 5 : 5 + (keys or queries), :]
     monkeypatch.setenv("AHN_KERNEL", "torch")
@@ -179,6 +183,7 @@ def test_fused_attention_and_its_normaliser(monkeypatch, queries, keys, allowed,
 @pytest.mark.parametrize(("queries", "keys"), [(1, 7), (130, 513), (128, 1027)])
 def test_masked_attention_and_its_normaliser(monkeypatch, queries, keys, by_head, dtype):
     """One query sees nothing: it has to vanish beside any other part."""
+    torch.manual_seed(queries)
     q = torch.randn(3, queries, 6, 64, device="cuda", dtype=dtype).transpose(1, 2)
     k, v = torch.randn(2, 3, 2, 1100, 64, device="cuda", dtype=dtype)[..., 5 : 5 + keys, :]
     mask = torch.rand(3 if by_head else 1, *([2] if by_head else []), queries, keys, device="cuda") < 0.4
@@ -217,7 +222,7 @@ def test_cudnn_groups_heads():
 def test_reading_compiled(monkeypatch, cell):
     """Texts of several lengths by the same graphs; nothing that is compiled fails and is left plain."""
     monkeypatch.delenv("AHN_KERNEL")
-    monkeypatch.setattr(kernels, "LONG", 100)
+    monkeypatch.setattr(kernels, "LONG", 20)
     monkeypatch.setattr(kernels, "NARROW", 0)
     monkeypatch.setattr(kernels, "PLANNED", 0)
     monkeypatch.setattr(fused, "MANY", 20)
@@ -229,11 +234,12 @@ def test_reading_compiled(monkeypatch, cell):
     counters = torch._dynamo.utils.counters
     counters.clear()
     for length, chunk in ((1300, 211), (901, 301), (777, 99)):
-        ids = token_ids(length).cuda()
+        ids, cache = token_ids(length).cuda(), ahn.AHNCache(model)
         with torch.no_grad():
             whole = model(ids, use_cache=False).logits
-        found = ahn.read(model, ids, chunk=chunk).last_logits
-        assert relative(found, whole[:, -1]) < 0.05
+        ends = [*range(chunk, length, chunk), length]  # of several, for single positions come near to any bound
+        parts = [ahn.read(model, ids[:, low:high], cache, chunk).last_logits for low, high in pairwise([0, *ends])]
+        assert relative(torch.stack(parts, 1), whole[:, [end - 1 for end in ends]]) < 0.05
     assert counters["stats"]["unique_graphs"] >= 5
     assert counters["frames"]["ok"] == counters["frames"]["total"]
 
@@ -374,6 +380,28 @@ def test_caches_take_turns_in_the_graph(tmp_path):
             with torch.no_grad():
                 rest = model(texts[row : row + 1, 60:], **{PAST: one}).logits
             assert (rest - whole[row, 60:]).abs().max() < 1e-4
+
+
+def test_graphs_of_models_that_are_gone(monkeypatch):
+    """Python's collector frees them, but not within the capture of another: that would end it."""
+
+    class Collecting(torch.cuda.graph):
+        def __enter__(self):
+            super().__enter__()
+            if gc.isenabled():
+                gc.collect()
+
+    monkeypatch.setattr(torch.cuda, "graph", Collecting)
+    thresholds, ids = gc.get_threshold(), token_ids(30).cuda()
+    gc.set_threshold(1 << 30)  # so that a model which is gone is still there when the next one is captured
+    try:
+        for _ in range(3):
+            model = with_memory(tiny(head_dim=16).cuda(), window=8, sinks=2)
+            in_pieces(model, ids, [20, *[1] * 10])
+            assert kernels_used(model)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert gc.isenabled()
 
 
 @pytest.mark.usefixtures("small_grids")

@@ -69,6 +69,7 @@ def test_contest_in_parts(plain, monkeypatch):
 
 
 def test_rank(plain):
+    torch.manual_seed(0)
     priority = torch.randn(2, 3, 77, device=DEVICE)
     priority[:, :, :5] = torch.tensor([0.0, -0.0, 1e-40, -1e30, 3e38])
     for rows in (1, 2):
@@ -79,7 +80,9 @@ def test_rank(plain):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (14, 2, 64), (3, 3, 80)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 2, 8), (14, 2, 64), (3, 3, 80), *([(4, 2, 128)] if CUDA else [])]
+)
 @pytest.mark.parametrize(
     ("queries", "before", "window", "sinks", "places", "entering"),
     [

@@ -17,9 +17,11 @@ the one before it, if it still exists, got copies of its own. A cache is read, s
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import weakref
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,7 +180,7 @@ class Graph:
         # one pool is enough for all: they are replayed one after the other
         pool = next((captured.pool() for captured, _ in self._captured.values()), None)
         # torch's own stream for captures is on the device of the first one
-        with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
+        with _nothing_freed(), torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
             hidden = self._run(self._shell(cache, self.layers), due)
         self._captured[due] = graph, hidden
 
@@ -262,6 +264,19 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         logger.warning("decoding without a CUDA graph: %s", frame.no_graph)
         return None
     return frame.graph, due
+
+
+@contextmanager
+def _nothing_freed() -> Iterator[None]:
+    """Within, Python collects no garbage: the graph of a model that is gone may be in it, and to free that ends the
+    capture of another."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _one_of_a_kind(decoder: Any) -> list[Any]:

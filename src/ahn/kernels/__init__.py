@@ -268,7 +268,7 @@ def _cudnn_problem() -> str | None:
 
     if torch.cuda.get_device_capability()[0] < 9:
         return "slower than FlashAttention before Hopper"
-    q, k, v = torch.randn(3, 1, 1, 128, 64, device="cuda", dtype=torch.bfloat16).unbind()
+    q, k, v = _some(3, 1, 1, 128, 64).unbind()
     try:
         norm = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, scale=0.125)[1]
     except RuntimeError as error:
@@ -282,7 +282,7 @@ def groups_heads() -> bool:
     """Whether cuDNN's attention lets query heads share heads of keys by itself: tried once on a small case."""
     import torch
 
-    q, k, v = (torch.randn(1, n, 128, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2))
+    q, k, v = _some(1, 8, 128, 64).split([4, 2, 2], 1)
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
     try:
         found = attend(q, k, v, None, True, 0.0, True, scale=0.125)[:2]
@@ -290,6 +290,13 @@ def groups_heads() -> bool:
         return False
     expected = attend(q, *(t.repeat_interleave(2, 1) for t in (k, v)), None, True, 0.0, True, scale=0.125)[:2]
     return all(bool((a - b).norm() < 0.01 * b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def _some(*shape: int) -> Tensor:
+    """Numbers to try a kernel with, without a change of the random state of the process."""
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
 
 
 def _no_triton(device: str) -> str | None:

@@ -370,6 +370,7 @@ def _displace(
     least = tl.min(lowest, 0)
     place = tl.min(tl.where(lowest == least, where, places), 0)
     wins = rank > least
+    tl.debug_barrier()  # others of this program may still read the ranks
     tl.store(ranks + row * places + place, tl.where(wins, rank, least))
     out_rank = tl.where(wins, least, rank)
     tl.store(lost_ranks + row, out_rank)
