@@ -2,7 +2,6 @@
 
 import functools
 import gc
-from itertools import pairwise
 
 import pytest
 import torch
@@ -150,9 +149,8 @@ def test_the_compiled_training_step(cell, exact_afterwards):
     (losses, fast), (expected, plain) = gradients(True), gradients(False)
     assert losses == pytest.approx(expected, rel=0.02)
     assert fast.keys() == plain.keys()
-    limit = 0.3 if cell == "mamba2" else 0.1  # a rounding of 3e-3 moves some of its gradients by 0.12 to 0.25
     for name, gradient in plain.items():
-        assert relative(fast[name], gradient) < limit, name
+        assert relative(fast[name], gradient) < 0.1, name
 
 
 def kernels_used(model):
@@ -222,7 +220,7 @@ def test_cudnn_groups_heads():
 def test_reading_compiled(monkeypatch, cell):
     """Texts of several lengths by the same graphs; nothing that is compiled fails and is left plain."""
     monkeypatch.delenv("AHN_KERNEL")
-    monkeypatch.setattr(kernels, "LONG", 20)
+    monkeypatch.setattr(kernels, "LONG", 100)
     monkeypatch.setattr(kernels, "NARROW", 0)
     monkeypatch.setattr(kernels, "PLANNED", 0)
     monkeypatch.setattr(fused, "MANY", 20)
@@ -234,12 +232,11 @@ def test_reading_compiled(monkeypatch, cell):
     counters = torch._dynamo.utils.counters
     counters.clear()
     for length, chunk in ((1300, 211), (901, 301), (777, 99)):
-        ids, cache = token_ids(length).cuda(), ahn.AHNCache(model)
+        ids = token_ids(length).cuda()
         with torch.no_grad():
             whole = model(ids, use_cache=False).logits
-        ends = [*range(chunk, length, chunk), length]  # of several, for single positions come near to any bound
-        parts = [ahn.read(model, ids[:, low:high], cache, chunk).last_logits for low, high in pairwise([0, *ends])]
-        assert relative(torch.stack(parts, 1), whole[:, [end - 1 for end in ends]]) < 0.05
+        found = ahn.read(model, ids, chunk=chunk).last_logits
+        assert relative(found, whole[:, -1]) < 0.05
     assert counters["stats"]["unique_graphs"] >= 5
     assert counters["frames"]["ok"] == counters["frames"]["total"]
 

@@ -241,15 +241,15 @@ class LayerMemory(CacheLayerMixin):
         return self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.shift - 1, 0))
 
     def _slots_of(self, span: Span) -> tuple[Tensor, ...]:
-        """Rows and tokens of a span that are still kept at its end, and where; of one row without the row."""
+        """Rows and tokens of a span that are still kept at its end, and where. Of one row they are known without a look
+        at the device."""
         device = self.kept[0].device
         if len(span.counts) == 1:
             start, count = span.first, span.counts[0]
             sinks = min(count, max(0, self.sinks - start))
             near = sinks if self.window is None else max(sinks, count - self.window)
-            parts = torch.arange(sinks, device=device), torch.arange(near, count, device=device)
-            token = torch.cat(parts)
-            return token, token, self.slots(span.start_on(device) + token)
+            token = torch.cat([torch.arange(sinks, device=device), torch.arange(near, count, device=device)])
+            return torch.zeros_like(token), token, self.slots(span.start_on(device) + token)
         positions, last, kept = span.positions(device), torch.tensor(span.after(), device=device), span.real(device)
         if self.window is not None:
             kept = kept & ((positions < self.sinks) | (positions >= last[:, None] - self.window))
