@@ -18,7 +18,7 @@ random, so that it keeps any tokens. `--lossless` sets sinks and window for all 
 
 Caches that are only decoded from are filled with random numbers instead of being read. Full attention is decoded with
 transformers' default cache, which copies all keys and values for each token. "load" saves a memory and times reading
-the file, which the system still holds in its own cache, and the first token after a question.
+the file, which the system still holds in its own cache, and the first token after a question (`ahn.generate`).
 
 `--authors SCRIPT` measures their code beside ours: `python SCRIPT LENGTH` prints one JSON line with prefill_s, peak_gib
 and decode_ms.
@@ -230,7 +230,8 @@ def read(model: Any, cell: str, batch: int, length: int, repeats: int) -> tuple[
 
 
 def load(model: Any, cache: Any, repeats: int = 3) -> dict[str, float]:
-    """Seconds from the file of a memory to a cache, and to the first token of an answer (medians; the first time)."""
+    """Seconds from the file of a memory to a cache, and to the first token of an answer to a question of 16 tokens
+    (medians; `first_s` the first time, in which kernels are built and graphs captured)."""
     import torch
 
     import ahn
@@ -246,7 +247,7 @@ def load(model: Any, cache: Any, repeats: int = 3) -> dict[str, float]:
             start = now(model.device)
             loaded = ahn.AHNCache.load(path, model)
             load = now(model.device) - start
-            model(question, **{PAST: loaded}, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
+            ahn.generate(model, question, loaded, max_new_tokens=1, do_sample=False, pad_token_id=0)
             return load, now(model.device) - start
 
         _, first = run()

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ahn
 from ahn import decoding, fused, generation, kernels
 from ahn.cache import PAST
+from ahn.cells.base import Cell
 from ahn.kernels import Kernel
 from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
 
@@ -168,13 +169,12 @@ def test_generate(replays, options, monkeypatch):
         return ahn.generate(model, ids[:, :2], cache, max_new_tokens=30, eos_token_id=None, **options)
 
     fast = generated(cache.fork())
-    assert replays["replayed"] == 29
+    assert replays["replayed"] == (29 if "num_beams" in options else 2 + 29)
     monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(fast, generated(cache))
 
 
-def test_a_short_question_is_read_by_the_graph_that_is_there(replays, monkeypatch):
-    """The first one is not: its answer makes the graph. Nor is a long one."""
+def test_a_short_question_is_read_by_the_graph(replays, monkeypatch):
     model = with_memory(tiny(), window=16, sinks=4)
     cache, ids = ahn.read(model, token_ids(40)), token_ids(50, seed=3)
 
@@ -187,10 +187,33 @@ def test_a_short_question_is_read_by_the_graph_that_is_there(replays, monkeypatc
         return torch.cat(out, 1), counts
 
     fast, counts = answers(cache.fork())
-    assert counts == [3, 5 + 3, 3]
+    assert counts == [2 + 3, 5 + 3, 3] and replays["made"] == 1
     model._ahn_frame.graph = None
     monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(fast, answers(cache)[0])
+
+
+def test_a_longer_question_too_where_the_library_for_it_is_not_there_yet(replays, monkeypatch):
+    model = with_memory(tiny(), window=16, sinks=4)
+    cache = ahn.read(model, token_ids(40))
+    monkeypatch.setattr(Cell, "uses_fla", lambda self, like: True)
+    ahn.generate(model, token_ids(generation.FEW + 1), cache, max_new_tokens=4, eos_token_id=None)
+    assert replays["replayed"] == generation.FEW + 1 + 3
+
+
+def test_a_question_is_read_at_once_where_the_graph_fails(replays, monkeypatch):
+    model = with_memory(tiny(), window=16, sinks=4)
+    cache, lengths = ahn.read(model, token_ids(40)), []
+
+    def fails(self, *args):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decoding.Graph, "__init__", fails)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
+    found = ahn.generate(model, token_ids(9), cache.fork(), max_new_tokens=3, eos_token_id=None)
+    assert lengths == [1, 8, 1, 1]
+    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+    assert torch.equal(found, ahn.generate(model, token_ids(9), cache, max_new_tokens=3, eos_token_id=None))
 
 
 def test_a_short_question_to_rows_at_different_positions(replays):
@@ -208,7 +231,7 @@ def test_a_short_question_to_rows_at_different_positions(replays):
 def test_a_short_question_while_a_store_fills_up(replays):
     """Its places are looked up on the host: no step of the graph, which another cache has made."""
     model = storing("recency", "deltanet")
-    for length, replayed in ((60, 3), (10, 0), (60, 3 + 3)):
+    for length, replayed in ((60, 3 + 3), (10, 0), (60, 3 + 3)):
         cache = ahn.read(model, token_ids(length))
         replays["replayed"] = 0
         ahn.generate(model, token_ids(3), cache, max_new_tokens=4, eos_token_id=None)

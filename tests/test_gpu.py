@@ -2,6 +2,10 @@
 
 import functools
 import gc
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from ahn.train.trainer import compile_layers
 from conftest import FORMS, drifting, golden_base, golden_tensors, in_pieces, storing, tiny, token_ids, with_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +37,13 @@ def relative(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 777])
-def test_scan_is_the_naive_form(cell, tokens, dtype):
+@pytest.mark.parametrize("size", [64, 128])
+def test_scan_is_the_naive_form(cell, size, tokens, dtype):
     torch.manual_seed(tokens)
-    module = ahn.cells.get(cell)(256, 4, 64, dtype, "cuda")
-    q, k, v = torch.randn(3, 2, 4, tokens, 64, device="cuda", dtype=dtype).unbind(0)
-    x = torch.randn(2, tokens, 256, device="cuda", dtype=dtype)
-    state = torch.randn(2, 4, 64, 64, device="cuda") / 8
+    module = ahn.cells.get(cell)(4 * size, 4, size, dtype, "cuda")
+    q, k, v = torch.randn(3, 2, 4, tokens, size, device="cuda", dtype=dtype).unbind(0)
+    x = torch.randn(2, tokens, 4 * size, device="cuda", dtype=dtype)
+    state = torch.randn(2, 4, size, size, device="cuda") / 8
     with torch.no_grad():
         gates = module.gates(module.gate_inputs(x))
         read, after = module.scan(q, k, v, gates, state.clone())
@@ -113,6 +119,27 @@ def test_attention_of_a_sequence_is_compiled_for_every_length():
         for blocks in range(1, 12):
             q, k, v = torch.randn(3, 1, 2, 128 * blocks, 64, device="cuda").bfloat16()
             flex.attend_sequence(q, q, k, v, sinks=4, window=40, scale=0.125)
+
+
+@pytest.mark.skipif(not HOPPER, reason="what is known is for Hopper")
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_the_library_tries_no_forms(size, tmp_path):
+    """Of the delta rules: each form takes a second to compile, and which is the fastest for few tokens is chance."""
+    script = f"""
+        import torch
+        from ahn.kernels import fla
+        q, k, v = torch.nn.functional.normalize(torch.randn(3, 1, 100, 2, {size}, device="cuda"), dim=-1).bfloat16()
+        beta, state = torch.rand(1, 100, 2, device="cuda"), torch.zeros(1, 2, {size}, {size}, device="cuda")
+        with torch.no_grad():
+            fla.gated_delta_rule(q, k, v, beta, -beta, state, 1.0)
+            fla.delta_rule(q, k, v, beta, state, 1.0)
+    """
+    unset = {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"}
+    known = {name: value for name, value in os.environ.items() if name not in unset}
+    environment = known | {"TRITON_PRINT_AUTOTUNING": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "utotuning" not in done.stdout + done.stderr
 
 
 def test_kernel_choice_is_visible():

@@ -214,11 +214,20 @@ def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def goes_on(model: PreTrainedModel, cache: AHNCache) -> bool:
-    """Whether the next tokens of `cache` can be steps of a graph that is there already."""
-    graph, span = model._ahn_frame.graph, Span.of(cache.tokens_per_row, 1, None)
-    if graph is None or len(span.start) > 1 or kernels.decoding(model.device.type).name != "graph":
+    """Whether the next tokens of `cache` can be steps of a graph: of one that is there, or one that is made then."""
+    span = Span.of(cache.tokens_per_row, 1, None)
+    return cache.tokens_seen > 0 and len(span.start) == 1 and _steps(model, span)
+
+
+def _steps(model: PreTrainedModel, span: Span) -> bool:
+    """Whether one token a row, those of `span`, can be a step of a graph."""
+    frame = model._ahn_frame
+    if frame.no_graph is None:
+        frame.no_graph = _obstacle(model)
+    if frame.no_graph or kernels.decoding(model.device.type).name != "graph":
         return False
-    return graph.fits(cache, 1) and all(layer.steps_on_device(span) for layer in graph.kinds)
+    layers = _one_of_a_kind(model.get_decoder()) if frame.graph is None else frame.graph.kinds
+    return all(layer.steps_on_device(span) for layer in layers)
 
 
 def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
@@ -231,10 +240,7 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     if span.length != 1 or span.padded or not cache.tokens_seen:
         return None
     (model,) = decoder.ahn_owner
-    frame = model._ahn_frame
-    if frame.no_graph is None:
-        frame.no_graph = _obstacle(model)
-    if frame.no_graph or kernels.decoding(ids.device.type).name != "graph":
+    if not _steps(model, span):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
         return None
@@ -245,9 +251,8 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
+    frame = model._ahn_frame
     layers = _one_of_a_kind(decoder) if frame.graph is None else frame.graph.kinds
-    if not all(layer.steps_on_device(span) for layer in layers):
-        return None
     due, room = any(layer.due(span) for layer in layers), max(span.first + 1, ROOM)
     for memory in cache.layers:
         assert memory.keys is not None

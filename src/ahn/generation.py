@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 FEW = 32  # new tokens that take longer at once, for which Python launches each kernel, than one by one by a graph
+FEW_AT_FIRST = 256  # the same in a process that has read nothing: what reads many at once takes 5 s to be imported
 PLAIN = {  # options with which `generate` uses its own loop
     "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
@@ -155,11 +157,12 @@ def _next_tokens(
     cache: dict[str, Any] = {PAST: inputs[PAST]}
     pad = generation_config._pad_token_tensor
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    if 0 < input_ids.shape[1] <= FEW and decoding.goes_on(model, cache[PAST]):
-        for token in input_ids.split(1, 1):
-            logits = model(input_ids=token, **cache).logits
-    else:
-        logits = model(input_ids, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
+    left, few = input_ids, _few(model)
+    while 0 < left.shape[1] <= few and decoding.goes_on(model, cache[PAST]):
+        logits = model(input_ids=left[:, :1], **cache).logits
+        left = left[:, 1:]
+    if left.shape[1]:
+        logits = model(left, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
     rows, places = cache[PAST].tokens_per_row, None
     if len(set(rows)) > 1:  # rows at the same position are counted by the cache
         places = torch.tensor(rows, device=input_ids.device)[:, None] - 1
@@ -180,6 +183,12 @@ def _next_tokens(
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def _few(model: Any) -> int:
+    cell = model.get_decoder().layers[0].self_attn.ahn.cell
+    imported = cell is None or "fla" in sys.modules or not cell.uses_fla(cell.o_proj.weight)
+    return FEW if imported else FEW_AT_FIRST
 
 
 def _last_real(states: Tensor, real: Tensor | None, before: Tensor | None) -> Tensor:

@@ -1,12 +1,20 @@
 """The one place that imports flash-linear-attention, and only its public `fla.ops` names. CUDA only.
 
 Tensors are [B, T, N, H] in half precision, gates [B, T, N] float32, states [B, N, K, H] float32.
+
+The library compiles many forms of each kernel and keeps the one that was fastest with the first tensors it met: half a
+minute for a new shape, and a choice made by chance where those were few tokens. On Hopper it is given the forms in
+`hopper/` instead, files as it reads them itself: the fastest for 16,320 tokens in heads of 64 and of 128 channels,
+which also fit for 256. For other kernels, or where the environment says something else, it chooses by itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +25,7 @@ HOPPER = 9
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
+    _choose_forms()
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return chunk_gated_delta_rule(
@@ -25,15 +34,30 @@ def gated_delta_rule(
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled():  # as fast where nothing is forgotten, and its forms are known
+        return gated_delta_rule(q, k, v, beta, torch.zeros_like(beta), state, scale)
+    _choose_forms()
     from fla.ops.delta_rule import chunk_delta_rule
 
     return chunk_delta_rule(q, k, v, beta.to(q.dtype), scale=scale, initial_state=state, output_final_state=True)
 
 
 def simple_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    _choose_forms()
     from fla.ops.simple_gla import chunk_simple_gla
 
     return chunk_simple_gla(q, k, v, g=log_decay, scale=1.0, initial_state=state, output_final_state=True)
+
+
+@cache
+def _choose_forms() -> None:
+    """Before the library is imported, for it looks at the environment then."""
+    if _hopper() and not {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & os.environ.keys():
+        os.environ["FLA_CACHE_MODE"], os.environ["FLA_CONFIG_DIR"] = "default", str(Path(__file__).parent / "hopper")
+
+
+def _hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == HOPPER
 
 
 def backward_problem(operation: str) -> str | None:
@@ -41,9 +65,8 @@ def backward_problem(operation: str) -> str | None:
     import triton
 
     version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
-    hopper = torch.cuda.get_device_capability()[0] == HOPPER
     if operation == "gated_delta_rule" and importlib.util.find_spec("tilelang"):
         return None  # fla then takes that kernel from it
-    if operation != "delta_rule" and hopper and (3, 4) <= version < (3, 7, 1):
+    if operation != "delta_rule" and _hopper() and (3, 4) <= version < (3, 7, 1):
         return f"gradients: flash-linear-attention's gated kernels are wrong on Hopper with triton {triton.__version__}"
     return None
