@@ -125,10 +125,15 @@ def test_whole_model(multiplied, family, cell_name, batch, launches):
 
 @pytest.mark.parametrize(("family", "left"), [("Qwen2", 0), ("Qwen3", 2 * 2 + 1), ("Phi3", 2 * 3 + 1)])
 def test_what_is_compiled_besides(monkeypatch, family, left):
-    """Norms on heads, or all of a layer that is no block; the last norm alone is not worth it."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    decoder = with_memory(tiny(family), window=9, sinks=3).to(DEVICE).model
-    with fused.products(decoder), fused.compiled(decoder):
+    """Norms on heads, or all of a layer that is no block; the last norm alone is not worth it. Where nothing is left
+    the compiler, which takes seconds to be imported, is not asked."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(function) or function)
+    model, ids = with_memory(tiny(family), window=9, sinks=3).to(DEVICE), token_ids(2).to(DEVICE)
+    decoder = model.model
+    with fused.products(decoder), fused.turned(decoder), fused.compiled(decoder):
+        in_pieces(model, ids, [1, 1])
+        assert bool(asked) == bool(left)
         forwards = {m: vars(m).get("forward") for m in decoder.modules() if m is not decoder}
         assert sum(isinstance(f, MethodType) and f.__self__ is m for m, f in forwards.items()) == left
 

@@ -86,7 +86,14 @@ def compiled_for_reading(decoder: Any) -> Iterator[None]:
 
 
 def of_one_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    """`function`, compiled when it is first called: to ask for it imports the compiler, which takes 4 s."""
+    compile_once = cache(lambda: torch.compile(function, dynamic=False))
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compile_once()(*args, **kwargs)
+
+    return call
 
 
 @cache
