@@ -193,12 +193,14 @@ def test_a_short_question_is_read_by_the_graph(replays, monkeypatch):
     assert torch.equal(fast, answers(cache)[0])
 
 
-def test_a_longer_question_too_where_the_library_for_it_is_not_there_yet(replays, monkeypatch):
-    model = with_memory(tiny(), window=16, sinks=4)
+@pytest.mark.parametrize(("window", "by_the_graph"), [(16, generation.FEW + 1), (200, 0)])
+def test_a_longer_question_too_where_the_library_for_it_is_not_there_yet(replays, monkeypatch, window, by_the_graph):
+    """It is for what leaves the window."""
+    model = with_memory(tiny(), window=window, sinks=4)
     cache = ahn.read(model, token_ids(40))
     monkeypatch.setattr(Cell, "uses_fla", lambda self, like: True)
     ahn.generate(model, token_ids(generation.FEW + 1), cache, max_new_tokens=4, eos_token_id=None)
-    assert replays["replayed"] == generation.FEW + 1 + 3
+    assert replays["replayed"] == by_the_graph + 3
 
 
 def test_a_question_is_read_at_once_where_the_graph_fails(replays, monkeypatch):

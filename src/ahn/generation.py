@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 FEW = 32  # new tokens that take longer at once, for which Python launches each kernel, than one by one by a graph
-FEW_AT_FIRST = 256  # the same in a process that has read nothing: what reads many at once takes 5 s to be imported
+FEW_AT_FIRST = 256  # the same before flash-linear-attention, which takes 5 s, is imported
 PLAIN = {  # options with which `generate` uses its own loop
     "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
@@ -157,7 +157,7 @@ def _next_tokens(
     cache: dict[str, Any] = {PAST: inputs[PAST]}
     pad = generation_config._pad_token_tensor
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    left, few = input_ids, _few(model)
+    left, few = input_ids, _few(model, cache[PAST].tokens_seen + input_ids.shape[1])
     while 0 < left.shape[1] <= few and decoding.goes_on(model, cache[PAST]):
         logits = model(input_ids=left[:, :1], **cache).logits
         left = left[:, 1:]
@@ -185,10 +185,12 @@ def _next_tokens(
     return input_ids
 
 
-def _few(model: Any) -> int:
-    cell = model.get_decoder().layers[0].self_attn.ahn.cell
-    imported = cell is None or "fla" in sys.modules or not cell.uses_fla(cell.o_proj.weight)
-    return FEW if imported else FEW_AT_FIRST
+def _few(model: Any, total: int) -> int:
+    """FEW, or FEW_AT_FIRST for tokens that end as the `total`-th."""
+    layer = model.get_decoder().layers[0].self_attn.ahn
+    if layer.cell is None or total <= layer.lossless or "fla" in sys.modules:
+        return FEW
+    return FEW_AT_FIRST if layer.cell.uses_fla(layer.cell.o_proj.weight) else FEW
 
 
 def _last_real(states: Tensor, real: Tensor | None, before: Tensor | None) -> Tensor:
