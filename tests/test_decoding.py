@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 
 import pytest
 import torch
@@ -193,14 +194,53 @@ def test_a_short_question_is_read_by_the_graph(replays, monkeypatch):
     assert torch.equal(fast, answers(cache)[0])
 
 
-@pytest.mark.parametrize(("window", "by_the_graph"), [(16, generation.FEW + 1), (200, 0)])
-def test_a_longer_question_too_where_the_library_for_it_is_not_there_yet(replays, monkeypatch, window, by_the_graph):
-    """It is for what leaves the window."""
-    model = with_memory(tiny(), window=window, sinks=4)
-    cache = ahn.read(model, token_ids(40))
+def waits_for_the_library(monkeypatch):
+    """The one that reads many tokens at once on CUDA: it is there, but nothing has asked for it."""
+    monkeypatch.delitem(sys.modules, "fla", raising=False)
     monkeypatch.setattr(Cell, "uses_fla", lambda self, like: True)
-    ahn.generate(model, token_ids(generation.FEW + 1), cache, max_new_tokens=4, eos_token_id=None)
-    assert replays["replayed"] == by_the_graph + 3
+
+
+def steps_of_question(replays, model, cache, tokens):
+    replays["replayed"] = 0
+    ahn.generate(model, token_ids(tokens), cache, max_new_tokens=1, eos_token_id=None)
+    return replays["replayed"]
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_longer_questions_while_the_library_for_them_is_not_imported(replays, layers, monkeypatch):
+    """Until they have taken as long as its import."""
+    monkeypatch.setattr(generation, "FEW_AT_FIRST", 99)
+    model = with_memory(tiny(), window=16, sinks=4, layers=layers)
+    cache = ahn.read(model, token_ids(40))
+    waits_for_the_library(monkeypatch)
+    assert [steps_of_question(replays, model, cache, tokens) for tokens in (60, 39, 32)] == [60, 39, 32]
+    assert generation._few(model, 1000) == generation.FEW
+
+
+def test_the_library_is_for_what_leaves_the_window(replays, monkeypatch):
+    model = with_memory(tiny(), window=200, sinks=4)
+    waits_for_the_library(monkeypatch)
+    assert steps_of_question(replays, model, ahn.read(model, token_ids(40)), generation.FEW + 1) == 0
+
+
+def test_a_question_to_another_shape_than_that_of_the_graph(replays):
+    """Graphs are not made in turn for questions alone."""
+    model = with_memory(tiny(), window=16, sinks=4)
+    caches = [ahn.read(model, token_ids(40, batch=batch)) for batch in (1, 2)]
+    for _ in range(2):
+        for batch, cache in enumerate(caches, 1):
+            ahn.generate(model, token_ids(3, batch=batch), cache, max_new_tokens=1, eos_token_id=None)
+    assert replays == {"made": 1, "replayed": 6}
+
+
+def test_a_long_question_where_no_graph_is_made(replays, monkeypatch):
+    """Of what stands in the way of one, not all is known before."""
+    model = with_memory(tiny(), window=16, sinks=4)
+    cache, lengths = ahn.read(model, token_ids(40)), []
+    monkeypatch.setattr(generation, "FEW", 64)
+    model.config.output_hidden_states = True
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
+    assert steps_of_question(replays, model, cache, 60) == 0 and lengths == [1, 59]
 
 
 def test_a_question_is_read_at_once_where_the_graph_fails(replays, monkeypatch):

@@ -158,6 +158,8 @@ def test_read_gives_the_last_logits_and_progress(model):
 def test_nothing_to_read(model, ids):
     with pytest.raises(ConfigError, match="expected at least one token id"):
         ahn.read(model, ids)
+    with pytest.raises(ConfigError, match="expected at least one token id"):
+        ahn.generate(model, ids, ahn.read(model, token_ids(3)))
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5, True])

@@ -37,7 +37,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 777])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 def test_scan_is_the_naive_form(cell, size, tokens, dtype):
     torch.manual_seed(tokens)
     module = ahn.cells.get(cell)(4 * size, 4, size, dtype, "cuda")

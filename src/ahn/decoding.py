@@ -214,9 +214,11 @@ def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def goes_on(model: PreTrainedModel, cache: AHNCache) -> bool:
-    """Whether the next tokens of `cache` can be steps of a graph: of one that is there, or one that is made then."""
-    span = Span.of(cache.tokens_per_row, 1, None)
-    return cache.tokens_seen > 0 and len(span.start) == 1 and _steps(model, span)
+    """Whether the next tokens of `cache` can be steps of the graph that is there, or of the first one."""
+    graph, span = model._ahn_frame.graph, Span.of(cache.tokens_per_row, 1, None)
+    if not cache.tokens_seen or len(span.start) > 1 or not _steps(model, span):
+        return False
+    return graph is None or graph.fits(cache, 1)
 
 
 def _steps(model: PreTrainedModel, span: Span) -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 FEW = 32  # new tokens that take longer at once, for which Python launches each kernel, than one by one by a graph
-FEW_AT_FIRST = 256  # the same before flash-linear-attention, which takes 5 s, is imported
+FEW_AT_FIRST = 256  # the same in all questions together, before flash-linear-attention, which takes 5 s, is imported
 PLAIN = {  # options with which `generate` uses its own loop
     "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
@@ -58,12 +58,7 @@ def read(
         ConfigError: no tokens, or a chunk below 1.
         KeyboardInterrupt: after the chunk in progress, so that `cache` can still be used and saved.
     """
-    ids = torch.as_tensor(ids)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
-        raise ConfigError(
-            f"ids of shape {list(ids.shape)}: expected at least one token id, [tokens] or [batch, tokens]"
-        )
+    ids = _rows(ids)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ConfigError(f"chunk={chunk!r}: expected an integer of at least 1")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -131,9 +126,11 @@ def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCach
 
     Returns:
         the generated token ids [B, T_new], without the prompt.
+
+    Raises:
+        ConfigError: no tokens.
     """
-    ids = torch.as_tensor(ids)
-    ids = (ids[None] if ids.dim() == 1 else ids).to(model.device)
+    ids = _rows(ids).to(model.device)
     seen = torch.cat([_past(cache, ids.shape[0]).to(ids.device), torch.ones_like(ids)], 1)
     settings = model.generation_config
     if options.keys() <= PLAIN and (settings is None or settings.get_generation_mode() in ("greedy_search", "sample")):
@@ -141,6 +138,17 @@ def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCach
         options["custom_generate"] = partial(_next_tokens, streamer=options.get("streamer"))
     out = model.generate(ids, attention_mask=seen, **{PAST: cache}, **options)
     return getattr(out, "sequences", out)[:, ids.shape[1] :]
+
+
+def _rows(ids: Tensor | Sequence[int]) -> Tensor:
+    """Token ids as [B, T]. Raises ConfigError if there are none."""
+    ids = torch.as_tensor(ids)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise ConfigError(
+            f"ids of shape {list(ids.shape)}: expected at least one token id, [tokens] or [batch, tokens]"
+        )
+    return ids
 
 
 def _next_tokens(
@@ -161,6 +169,9 @@ def _next_tokens(
     while 0 < left.shape[1] <= few and decoding.goes_on(model, cache[PAST]):
         logits = model(input_ids=left[:, :1], **cache).logits
         left = left[:, 1:]
+        model._ahn_frame.asked += 1
+        if model._ahn_frame.graph is None:  # it could not be made
+            break
     if left.shape[1]:
         logits = model(left, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
     rows, places = cache[PAST].tokens_per_row, None
@@ -186,11 +197,12 @@ def _next_tokens(
 
 
 def _few(model: Any, total: int) -> int:
-    """FEW, or FEW_AT_FIRST for tokens that end as the `total`-th."""
-    layer = model.get_decoder().layers[0].self_attn.ahn
-    if layer.cell is None or total <= layer.lossless or "fla" in sys.modules:
+    """FEW, or what is left of FEW_AT_FIRST for tokens that end as the `total`-th."""
+    layers = (layer.self_attn.ahn for layer in model.get_decoder().layers)
+    first = next((layer for layer in layers if layer.cell is not None), None)
+    if first is None or total <= first.lossless or "fla" in sys.modules:
         return FEW
-    return FEW_AT_FIRST if layer.cell.uses_fla(layer.cell.o_proj.weight) else FEW
+    return max(FEW, FEW_AT_FIRST - model._ahn_frame.asked) if first.cell.uses_fla(first.cell.o_proj.weight) else FEW
 
 
 def _last_real(states: Tensor, real: Tensor | None, before: Tensor | None) -> Tensor:

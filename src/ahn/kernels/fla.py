@@ -3,9 +3,11 @@
 Tensors are [B, T, N, H] in half precision, gates [B, T, N] float32, states [B, N, K, H] float32.
 
 The library compiles many forms of each kernel and keeps the one that was fastest with the first tensors it met: half a
-minute for a new shape, and a choice made by chance where those were few tokens. On Hopper it is given the forms in
-`hopper/` instead, files as it reads them itself: the fastest for 16,320 tokens in heads of 64 and of 128 channels,
-which also fit for 256. For other kernels, or where the environment says something else, it chooses by itself.
+minute for a new shape, and a choice made by chance where those were few tokens. On Hopper version 0.6 is given the
+forms in `hopper/` instead, files as it reads them itself: the fastest for 16,320 tokens in heads of 64 and of 128
+channels, but of three stages, for the four that are 8% faster with 128 do not fit heads of 256. For other kernels,
+where it was imported before, or where the environment says something else, it chooses by itself. The whole process
+gets these forms.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib.util
 import os
 import re
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -34,7 +37,7 @@ def gated_delta_rule(
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    if not torch.is_grad_enabled():  # as fast where nothing is forgotten, and its forms are known
+    if not torch.is_grad_enabled():  # the same where nothing is forgotten, as fast, and one set of kernels to compile
         return gated_delta_rule(q, k, v, beta, torch.zeros_like(beta), state, scale)
     _choose_forms()
     from fla.ops.delta_rule import chunk_delta_rule
@@ -52,12 +55,21 @@ def simple_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
 @cache
 def _choose_forms() -> None:
     """Before the library is imported, for it looks at the environment then."""
-    if _hopper() and not {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & os.environ.keys():
+    chosen = {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & os.environ.keys()
+    if _hopper() and not chosen and _version().startswith("0.6."):
         os.environ["FLA_CACHE_MODE"], os.environ["FLA_CONFIG_DIR"] = "default", str(Path(__file__).parent / "hopper")
 
 
 def _hopper() -> bool:
-    return torch.cuda.get_device_capability()[0] == HOPPER
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] == HOPPER
+
+
+def _version() -> str:
+    """Of the library, or nothing if it does not say."""
+    try:
+        return metadata.version("fla-core")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def backward_problem(operation: str) -> str | None:
