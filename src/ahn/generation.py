@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 FEW = 32  # new tokens that take longer at once, for which Python launches each kernel, than one by one by a graph
-FEW_AT_FIRST = 256  # the same in all questions together, before flash-linear-attention, which takes 5 s, is imported
+FEW_AT_FIRST = 512  # the same in all questions together, before flash-linear-attention, which takes 5 s, is imported
 PLAIN = {  # options with which `generate` uses its own loop
     "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
