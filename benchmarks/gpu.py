@@ -578,6 +578,8 @@ class Bench:
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--seconds", type=float, default=540, help="no new cell is begun that may not fit (%(default)s)"
@@ -593,6 +595,8 @@ def main() -> None:
     parser.add_argument("--raises", action="store_true", help="stop at the first error instead of noting it")
     parser.add_argument("--name", help="of the file in results/ (gpu; with --tiny local)")
     options = parser.parse_args()
+    if not (options.tiny or options.base or torch.cuda.is_available()):
+        parser.error("no GPU here: the 3B shape would take hours; --tiny or --base FILE runs on any device")
     options.name = options.name or ("local" if options.tiny else "gpu")
     faulthandler.dump_traceback_later(options.seconds + HANGS, exit=True)  # the file is written after each row
     bench = Bench(options)

@@ -109,7 +109,9 @@ def test_an_unknown_kernel_is_said_before_anything_is_loaded(run: Any, monkeypat
     monkeypatch.setenv("AHN_KERNEL", "flsh")
     code, out, err = run("ask", "--document", "no-such-file", "Who?")
     assert (code, out) == (2, "")
-    assert err.startswith("ahn ask: error: AHN_KERNEL=flsh: unknown flsh; expected auto, torch, or some of fla")
+    assert err.startswith(
+        "ahn ask: error: AHN_KERNEL=flsh: no kernel flsh; expected auto or torch alone, or some of fla"
+    )
 
 
 def test_ask_a_document(run: Any, base: str, book: str) -> None:

@@ -433,8 +433,13 @@ def test_the_choice_can_be_restricted(monkeypatch):
     assert kernels.decoding("cuda").name == "graph"
     assert kernels.attention(torch.empty(1, 64)).name == "flash"
     assert kernels.whole_sequence("cuda", 64, 128).name == "torch"
+    monkeypatch.setenv("AHN_KERNEL", "torch,flash")
+    with pytest.raises(ahn.errors.ConfigError, match="no kernel torch; expected auto or torch alone"):
+        kernels.report()
     monkeypatch.setenv("AHN_KERNEL", "tritn")
-    with pytest.raises(ahn.errors.ConfigError, match="AHN_KERNEL=tritn: unknown tritn; expected auto, torch, or some"):
+    with pytest.raises(
+        ahn.errors.ConfigError, match="AHN_KERNEL=tritn: no kernel tritn; expected auto or torch alone, or some"
+    ):
         kernels.report()
 
 

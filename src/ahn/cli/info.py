@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from itertools import chain, repeat
 
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
         ("default base", _default_base()),
     ]
     _print(rows)
-    print("\nkernels")
+    setting = os.environ.get("AHN_KERNEL")
+    print("\nkernels" + (f", AHN_KERNEL={setting}" if setting else ""))
     _print([(f"  {operation}", kernel, f"({reason})") for operation, kernel, reason in ahn.kernels.report()])
 
 

@@ -254,9 +254,9 @@ def _names(setting: str) -> frozenset[str]:
     names = {name.strip() for name in setting.split(",")} - {""}
     if not names or names == {"auto"}:
         return frozenset(KERNELS)
-    if unknown := sorted(names - {*KERNELS, "torch"}):
+    if names != {"torch"} and (unknown := ", ".join(sorted(names - KERNELS.keys()))):
         raise ConfigError(
-            f"AHN_KERNEL={setting}: unknown {', '.join(unknown)}; expected auto, torch, or some of {', '.join(KERNELS)}"
+            f"AHN_KERNEL={setting}: no kernel {unknown}; expected auto or torch alone, or some of {', '.join(KERNELS)}"
         )
     return frozenset(names)
 
