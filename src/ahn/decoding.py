@@ -228,8 +228,7 @@ def _steps(model: PreTrainedModel, span: Span) -> bool:
         frame.no_graph = _obstacle(model)
     if frame.no_graph or kernels.decoding(model.device.type).name != "graph":
         return False
-    layers = _one_of_a_kind(model.get_decoder()) if frame.graph is None else frame.graph.kinds
-    return all(layer.steps_on_device(span) for layer in layers)
+    return all(layer.steps_on_device(span) for layer in _kinds(model))
 
 
 def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
@@ -253,13 +252,12 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
-    frame = model._ahn_frame
-    layers = _one_of_a_kind(decoder) if frame.graph is None else frame.graph.kinds
-    due, room = any(layer.due(span) for layer in layers), max(span.first + 1, ROOM)
+    due, room = any(layer.due(span) for layer in _kinds(model)), max(span.first + 1, ROOM)
     for memory in cache.layers:
         assert memory.keys is not None
         state = None if memory.state is None else memory.state.shape[1:]
         memory.reserve(room, memory.keys, state)
+    frame = model._ahn_frame
     try:
         if frame.graph is None or not frame.graph.fits(cache, len(span.start)):
             frame.graph = None  # its buffers go before others come
@@ -284,6 +282,12 @@ def _nothing_freed() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def _kinds(model: PreTrainedModel) -> list[Any]:
+    """A layer of each class, as the graph has noted them."""
+    graph = model._ahn_frame.graph
+    return _one_of_a_kind(model.get_decoder()) if graph is None else graph.kinds
 
 
 def _one_of_a_kind(decoder: Any) -> list[Any]:
