@@ -56,7 +56,7 @@ class _Frame:
         self.hooks: list[Any] = []
         self.graph: decoding.Graph | None = None  # of one token
         self.no_graph: str | None = None  # why there is none; None: not looked yet
-        self.asked = 0  # tokens of questions that it has read
+        self.asked = 0  # tokens of questions that were read by the graph
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
 
     def hold_frequencies(self, decoder: Any) -> None:
