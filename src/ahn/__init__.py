@@ -2,13 +2,21 @@
 
 A frozen Transformer keeps the first tokens (sinks) and the last ones (window) exactly; what leaves the window is
 compressed by a small trained recurrent cell into a state of fixed size (Artificial Hippocampus Networks,
-arXiv 2510.07318). Importing this package loads neither torch nor transformers and patches nothing.
+arXiv 2510.07318). Importing this package loads neither torch nor transformers and patches nothing. It asks OpenMP to
+let idle threads sleep (`OMP_WAIT_POLICY=passive`), unless torch is loaded already or the environment says otherwise.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Threads that spin while they wait keep the cores from those they wait for when a machine has other work. OpenMP reads
+# this once, when torch loads it; the other two are its older names in GNU's and Intel's library.
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 _PUBLIC = {
     "AHNCache": "cache",

@@ -11,36 +11,46 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
 from ahn import __version__, kernels
-from ahn.errors import AHNError
+from ahn.cli import _guard
 from ahn.registry import nearest
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 for any error, 130 after Ctrl-C.
+
+    An error is one line on standard error. With AHN_DEBUG=1 in the environment it is raised instead.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parse(argv)
     try:
-        kernels.check_setting()
-        return args.run(args) or 0
+        try:
+            _guard.open_streams()
+            args = _parse(argv)
+            kernels.check_setting()
+            return args.run(args) or 0
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
         print(f"{after_echo}{str(interrupt) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has what it wanted (`ahn info | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except AHNError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    print(f"ahn {args.command}: error: {' '.join(reason.split())}", file=sys.stderr)
-    return BAD_INPUT
+    except SystemExit:  # of argparse, which has said why
+        raise
+    except BaseException as error:  # each library has its own types; those of Rust's panics are no Exception
+        if os.environ.get(_guard.DEBUG, "0") != "0":
+            raise
+        command = f" {argv[0]}" if argv and argv[0] in names() else ""
+        with suppress(OSError):  # standard error can be full, too
+            print(f"ahn{command}: error: {_guard.reason(error)}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def names() -> list[str]:
@@ -80,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+        self.exit(BAD_INPUT, f"{self.prog}: error: {_guard.shortened(message)}\n")
 
 
 class _CommandParser(_Parser):
