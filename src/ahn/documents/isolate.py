@@ -1,0 +1,110 @@
+"""Runs a parser in a process of its own, which can be ended from any thread and whose memory is bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+
+from ahn.documents.base import FORMATS, Format, Piece
+from ahn.documents.source import Stream
+from ahn.errors import DocumentError
+
+MAX_SECONDS = 60  # from one piece to the next
+MAX_CPU_SECONDS = 3600  # of a parser whose reader is gone
+MAX_MEMORY = 4 * 2**30  # bytes of a parser
+
+_BLOCK = 2**20
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ahn.documents.isolate import child; "
+    "child(*sys.argv[2:])"
+)
+
+
+def read_isolated(kind: Format, stream: Stream) -> Iterator[Piece]:
+    """The pieces of `kind.read`, which runs in a child process.
+
+    Raises:
+        DocumentError: that of the format, or the limit that was met: bytes of the document, seconds, or memory.
+    """
+    name = stream.name
+    with tempfile.TemporaryFile() as file:
+        try:
+            while block := stream.read(_BLOCK):
+                if file.tell() + len(block) > kind.max_bytes:
+                    limit = f"{kind.max_bytes:,} bytes"
+                    raise DocumentError(f"{name}: {kind.title} of more than {limit}; expected at most that many")
+                file.write(block)
+            file.seek(0)
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, json.dumps(sys.path), kind.name, name, str(MAX_MEMORY)],
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError as error:
+            raise DocumentError(f"{name}: no parser could be started ({error.strerror or error})") from error
+    assert child.stdout is not None
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    try:
+        while True:
+            timer = threading.Timer(MAX_SECONDS, stop)
+            timer.daemon = True
+            timer.start()
+            try:
+                line = child.stdout.readline()
+            finally:
+                timer.cancel()
+            if late.is_set():
+                raise DocumentError(
+                    f"{name}: parsing this {kind.title} took more than {MAX_SECONDS} seconds; expected less a page"
+                )
+            if not line.endswith(b"\n"):
+                raise DocumentError(f"{name}: a damaged {kind.title} (its parser stopped with {child.wait()})")
+            message = json.loads(line)
+            if "error" in message:
+                raise DocumentError(message["error"])
+            if "end" in message:
+                return
+            yield Piece(**message)
+    finally:
+        child.kill()
+        child.stdout.close()
+        child.wait()
+
+
+def child(kind: str, name: str, memory: str) -> None:
+    """Parses standard input as `kind` and writes a line of JSON for each piece, an error, or the end."""
+    out = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # a library that prints must not be taken for a piece
+    with contextlib.suppress(ImportError, OSError, ValueError):  # no such limits, or smaller ones already
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
+        resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    parser = FORMATS.get(kind)()
+    try:
+        for piece in parser.read(sys.stdin.buffer, name):
+            print(json.dumps({"text": piece.text, "page": piece.page}), file=out, flush=True)
+        said = {"end": ""}
+    except DocumentError as error:
+        said = {"error": str(error)}
+    except MemoryError:
+        limit = f"{int(memory):,} bytes"
+        said = {"error": f"{name}: parsing this {parser.title} needs more than {limit} of memory"}
+    except Exception as error:  # parsers raise whatever a damaged object trips over: KeyError, RecursionError, ...
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        said = {"error": f"{name}: a damaged {parser.title} ({reason})"}
+    print(json.dumps(said), file=out, flush=True)
+    os._exit(0)  # freeing a deep tree can take longer than parsing it
