@@ -15,8 +15,9 @@ import pytest
 import torch
 import transformers
 import yaml
+from filelock import FileLock
 from packaging.version import Version
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ahn
 from ahn.cli import main
@@ -71,6 +72,21 @@ def watched(recipe):
     made.add_callback(Watch())
     return made
 trainer.build = watched
+
+from ahn.cli import main
+sys.exit(main())
+"""
+
+
+SPOILT = """
+import os, sys, torch
+from ahn.train import distill
+loss, calls = distill.loss, []
+def spoilt(*args, **options):
+    calls.append(1)
+    found = loss(*args, **options)
+    return found.nan_to_num() * torch.nan if len(calls) == 3 and os.environ["RANK"] == "1" else found
+distill.loss = spoilt
 
 from ahn.cli import main
 sys.exit(main())
@@ -182,6 +198,19 @@ def test_two_processes_train_as_one_with_the_double_batch(run, tmp_path, base, k
     assert losses(tmp_path / "two") == before
     for name, tensor in found.items():
         assert torch.equal(weights(tmp_path / "two")[name], tensor), name
+
+
+@pytest.mark.slow
+def test_processes_stop_together(run, tmp_path):
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    process = start(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(tmp_path / "spoilt.py"), "train", run("r", batch=2)),
+    )
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert out.count("step 3: the loss or its gradient is NaN") == 2
+    assert checkpoints.latest(tmp_path / "r").name == "checkpoint-2"
 
 
 def test_one_process_cannot_shard(run, capsys):
@@ -310,6 +339,106 @@ def test_a_lost_gpu_is_said_with_what_to_go_on_from(run, tmp_path, monkeypatch, 
     said = capsys.readouterr().err
     assert f"step {steps + 1}:" in said and message in said and "Traceback" not in said
     assert ("checkpoint-2" if steps else "no checkpoint") in said
+
+
+@pytest.mark.parametrize(
+    "plan", [{}, {"loss": "attention"}, GATES | {"gate_steps": 6}], ids=["kl", "attention", "gates"]
+)
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_a_rate_that_explodes_saves_nothing(run, tmp_path, capsys, plan, save_every):
+    plan = plan | {"lr": 1e30, "gate_lr": 1e30, "save_every": save_every, "clip": 1e30}
+    assert main(["train", run("r", **plan)]) == 2
+    said = capsys.readouterr().err
+    assert "the loss or its gradient is NaN or infinite" in said and "Traceback" not in said
+    assert "no checkpoint was written yet" in said
+    assert not list((tmp_path / "r").rglob("*.safetensors"))
+
+
+def test_the_last_step_may_explode_too(run, tmp_path, capsys):
+    assert main(["train", run("r", lr=1e30, steps=1, warmup=0)]) == 2
+    assert "NaN or infinite" in capsys.readouterr().err
+    assert not list((tmp_path / "r").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_run_with_nan_keeps_its_last_good_checkpoint(run, tmp_path, monkeypatch, capsys, where):
+    from ahn.train import distill
+
+    loss, calls = distill.loss, []
+
+    def spoilt(model, *args, **kwargs):
+        calls.append(1)
+        found = loss(model, *args, **kwargs)
+        if len(calls) < 5:
+            return found
+        if where == "loss":
+            return found * torch.nan
+        found.register_hook(lambda gradient: gradient * torch.inf)
+        return found
+
+    steps = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **o: (steps.append(1), step(self, *a, **o))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "loss", spoilt)
+        assert main(["train", run("r")]) == 2
+    said, folder = capsys.readouterr().err, tmp_path / "r"
+    assert "step 5: the loss or its gradient is NaN" in said
+    assert f"to go on from {folder / 'checkpoint-4'}" in said
+    assert len(steps) == 4
+    assert not (folder / "adapter").exists()
+    assert main(["train", run("r"), "--resume"]) == 0
+
+
+def test_nan_in_the_base_is_named(run, base, tmp_path, capsys):
+    spoilt, tokenizer = tmp_path / "spoilt", tiny_tokenizer()
+    model = tiny(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(spoilt)
+    tokenizer.save_pretrained(spoilt)
+    assert main(["train", run("r", base=str(spoilt))]) == 2
+    said = capsys.readouterr().err
+    assert "step 1:" in said and "model.layers.1.mlp.up_proj.weight" in said and "no checkpoint" in said
+
+
+@pytest.mark.parametrize("where", ["weights", "optimiser"])
+def test_a_checkpoint_with_nan_is_passed_over(run, tmp_path, caplog, where):
+    assert main(["train", run("r")]) == 0
+    newest = tmp_path / "r" / "checkpoint-6"
+    if where == "weights":
+        tensors = load_file(newest / "adapter.safetensors")
+        tensors["layers.0.A_log"][0] = torch.nan
+        save_file(tensors, newest / "adapter.safetensors")
+    else:
+        state = torch.load(newest / "optimizer.pt")
+        state["state"][0]["exp_avg"].fill_(torch.inf)
+        torch.save(state, newest / "optimizer.pt")
+    checkpoints.seal(newest)
+    assert checkpoints.latest(tmp_path / "r").name == "checkpoint-4"
+    assert "checkpoint-6: passed over" in caplog.text and "NaN" in caplog.text
+
+
+def test_what_a_killed_save_left_is_swept(run, tmp_path):
+    assert main(["train", run("r", steps=2)]) == 0
+    torn = tmp_path / "r" / "checkpoint-4"
+    torn.mkdir()
+    (torn / "optimizer.pt").write_bytes(b"half")
+    assert main(["train", run("r", steps=2), "--resume"]) == 0
+    assert not torn.exists() and checkpoints.latest(tmp_path / "r").name == "checkpoint-2"
+
+
+def test_the_newest_checkpoints_are_kept(run, tmp_path):
+    assert main(["train", run("r", save_every=1)]) == 0
+    assert [folder.name for folder in checkpoints.found(tmp_path / "r")] == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_one_run_at_a_time_in_a_folder(run, tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    with FileLock(tmp_path / "r" / ".lock"):
+        assert main(["train", run("r")]) == 2
+    assert "another run writes there" in capsys.readouterr().err
+    assert not list((tmp_path / "r").glob("*.json"))
+    assert main(["train", run("r")]) == 0
 
 
 def test_a_full_disk_between_checkpoints(run, monkeypatch, capsys):

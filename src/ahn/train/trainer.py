@@ -9,12 +9,15 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, save_fsdp_optimizer
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -25,7 +28,7 @@ import ahn
 from ahn.adapter import Adapter, adapter_of, apply, base_shape, read_adapter, write_adapter
 from ahn.augmentation import augment, layers_of, set_window
 from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
-from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError
+from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError, some
 from ahn.memory_file import atomic
 from ahn.registry import did_you_mean
 from ahn.train import checkpoints, data, distill, gates, windows
@@ -43,7 +46,10 @@ class Distiller(nn.Module):
         super().__init__()
         self.model, self.kind = model, kind
 
-    def forward(self, input_ids: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, counts: Tensor | None) -> dict[str, Tensor]:
+        """The loss; without `counts` the last hidden states [B, T, D]."""
+        if counts is None:
+            return {"hidden": self.model.get_decoder()(input_ids, use_cache=False).last_hidden_state}
         return {"loss": distill.loss(self.model, input_ids, counts, self.kind)}
 
 
@@ -56,6 +62,8 @@ class MemoryTrainer(Trainer):
         arguments = _arguments(recipe, type(model.get_decoder().layers[0]).__name__)
         super().__init__(model=Distiller(model, recipe.loss), args=arguments, train_dataset=rows)
         self.recipe = recipe
+        self.batch: dict[str, Tensor] = {}  # of the last step
+        self.loss: Tensor | None = None  # of the last step, of this process
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(self.what, recipe.batch * recipe.length * self.args.world_size))
 
@@ -81,7 +89,9 @@ class MemoryTrainer(Trainer):
         try:
             self.train(resume_from_checkpoint=None if start is None else str(start))
         except (OSError, RuntimeError) as error:
-            if not (reason := str(error) if isinstance(error, OSError) else _lost(error)):
+            if isinstance(error, TrainingError) or not (
+                reason := str(error) if isinstance(error, OSError) else _lost(error)
+            ):
                 raise
             at = f"{self.what} {self.state.global_step + 1}"
             raise TrainingError(f"{at}: {reason}; {self.last_good()}") from error
@@ -104,6 +114,35 @@ class MemoryTrainer(Trainer):
         # processes are averaged with equal weight, but the mean is over tokens, and some have more of them that count
         mine = inputs["counts"][:, sum(size) :].sum()
         return loss * (self.args.world_size * mine / self.accelerator.reduce(mine, "sum").clamp(min=1))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Tensor:
+        with self.forms():
+            self.batch, self.loss = inputs, super().training_step(model, inputs, *args, **options)
+        return self.loss
+
+    def forms(self) -> AbstractContextManager[None]:
+        """Within, the model attends as this step wants it."""
+        return nullcontext()
+
+    def _get_grad_norm(self, *args: Any, **options: Any) -> Any:
+        """The Trainer's last call before the optimiser's step. Raises TrainingError in place of a step with NaN."""
+        norm = super()._get_grad_norm(*args, **options)
+        assert self.loss is not None
+        self._check_finite(self.loss, norm)
+        return norm
+
+    def _check_finite(self, *values: Any) -> None:
+        """Raises TrainingError unless all numbers are finite in all processes, which so stop together."""
+        whole = [value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value) for value in values]
+        sound = torch.stack([value.isfinite().all().to(self.args.device) for value in whole]).all()
+        if not self.accelerator.reduce((~sound).float(), "sum").item():
+            return
+        names = [name for name, parameter in self.augmented.named_parameters() if not _is_finite(parameter)]
+        why = f"{some(names)} hold such numbers" if names else "a smaller lr may help"
+        raise TrainingError(
+            f"{self.what} {self.state.global_step + 1}: the loss or its gradient is NaN or infinite, and training "
+            f"stopped before that step ({why}); {self.last_good()}"
+        )
 
     def with_store(self, window: int, sinks: int) -> tuple[int, int, int]:
         """Window, sinks and store of as many lossless tokens as `window` + `sinks`."""
@@ -137,7 +176,11 @@ class MemoryTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written only if the model with these weights still gives finite numbers."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with torch.no_grad(), self.forms():
+            ids = self._prepare_inputs(self.batch)["input_ids"]
+            self._check_finite(self.model(input_ids=ids, counts=None)["hidden"])
         try:
             if self.args.should_save:
                 checkpoints.unseal(folder)
@@ -145,6 +188,7 @@ class MemoryTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each process has written its random state
             if self.args.should_save:
                 checkpoints.seal(folder)
+                checkpoints.rotate(Path(self.args.output_dir))
         except (OSError, RuntimeError, AdapterError, MemoryFileError) as error:  # torch.save has no type of its own
             if _lost(error):
                 raise
@@ -198,10 +242,9 @@ class GateTrainer(MemoryTrainer):
     def draw(self) -> tuple[int, int, int]:
         return self.recipe.window, self.recipe.kept_sinks, self.recipe.store_size
 
-    def training_step(self, *args: Any, **options: Any) -> Tensor:
-        done = self.state.global_step / max(self.recipe.steps - 1, 1)
-        with gates.attending(self.augmented, gates.warmth_at(done)):
-            return super().training_step(*args, **options)
+    def forms(self) -> AbstractContextManager[None]:
+        done = min(self.state.global_step / max(self.recipe.steps - 1, 1), 1.0)
+        return gates.attending(self.augmented, gates.warmth_at(done))
 
 
 def build(recipe: Recipe) -> MemoryTrainer:
@@ -267,7 +310,6 @@ def _arguments(recipe: Recipe, layer_class: str) -> TrainingArguments:
         logging_steps=recipe.log_every,
         disable_tqdm=True,  # Progress has a bar
         save_steps=recipe.save_every,
-        save_total_limit=2,
         seed=recipe.seed,
         data_seed=recipe.seed,
         report_to=sorted(loggers),
@@ -363,7 +405,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         ConfigError: the output folder cannot be made, or holds another run and `resume` is false.
         BaseModelError, DocumentError: see `build`.
-        TrainingError: the disk is full, a GPU was lost or has too little memory; says what to go on from.
+        TrainingError: a loss or gradient is not finite, the disk is full, a GPU was lost or has too little memory;
+            says what to go on from.
     """
     output = Path(recipe.output)
     _check_output(output)
@@ -376,8 +419,16 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             f"output={recipe.output!r}: holds the checkpoints of a run: expected --resume, or a new folder"
         )
     trainer = build(recipe)
-    first = trainer.is_world_process_zero()
+    with _alone_in(output) if trainer.is_world_process_zero() else nullcontext():
+        return _train(recipe, trainer, start, gate_start)
+
+
+def _train(recipe: Recipe, trainer: MemoryTrainer, start: Path | None, gate_start: Path | None) -> Path:
+    """All stages of a run, each from its checkpoint if it has one."""
+    output, first = Path(recipe.output), trainer.is_world_process_zero()
     if first:
+        checkpoints.sweep(output)
+        checkpoints.sweep(output / "gates")
         _note_recipe(recipe, output, changed=bool(start or gate_start))
     if recipe.start is not None and start is None and gate_start is None:
         apply(_first_weights(recipe), trainer.augmented, new_store=recipe.gate_steps > 0)
@@ -402,6 +453,17 @@ def _check_output(output: Path) -> None:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise ConfigError(f"output={os.fspath(output)!r}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Raises ConfigError if another run writes into this folder. The lock ends with the process, however that ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise ConfigError(f"output={os.fspath(output)!r}: another run writes there: expected a new folder") from error
 
 
 def _first_weights(recipe: Recipe) -> Adapter:
@@ -429,6 +491,11 @@ def _note_recipe(recipe: Recipe, output: Path, changed: bool) -> None:
 def _write(path: Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text)
+
+
+def _is_finite(weight: Tensor) -> bool:
+    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    return not local.is_floating_point() or bool(local.isfinite().all())
 
 
 def _lost(error: BaseException) -> str | None:
