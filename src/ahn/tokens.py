@@ -161,9 +161,7 @@ class Encoder:
 
     def _encode(self, text: str, place: Place) -> Tokens:
         if self._backends is None:
-            ids = self.tokenizer(
-                text, add_special_tokens=False, verbose=False, split_special_tokens=True
-            ).input_ids
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True).input_ids
             spans = np.tile([0, len(text)], (len(ids), 1))
         else:
             encoded = self._backends[place].encode(text, add_special_tokens=False)
@@ -222,8 +220,8 @@ class _Text:
 
     def changes(self, at: int) -> bool:
         """Whether the characters before and at this place are of two kinds."""
-        before, behind = self._text[at - 1 - self._base : at + 1 - self._base]
-        return _kind(before) != _kind(behind)
+        at -= self._base
+        return _kind(self._text[at - 1]) != _kind(self._text[at])
 
     def forget(self, before: int) -> None:
         self._text = self._text[max(0, before - self._base) :]
