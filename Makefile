@@ -8,12 +8,13 @@ OLDEST_TRANSFORMERS := 5.17.0
 OLDEST_TESTS := tests/test_bases.py tests/test_exactness.py tests/test_generate.py
 
 BOOK := src/ahn/data/arsene-lupin.txt
+FUZZ_SEED ?= $(shell date +%s)
 QUESTION ?= With whom does Arsène Lupin dine tonight?
 
 PIP = -m pip --disable-pip-version-check install --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-oldest bench clean
+.PHONY: help demo test check test-oldest fuzz bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ check: $(VENV)/.dev ## lint, check the format, check the types
 
 test-oldest: $(VENV)-oldest/.dev ## run a fast part of the tests with the oldest supported transformers
 	$(VENV)-oldest/bin/pytest -m "not slow" $(OLDEST_TESTS)
+
+fuzz: $(VENV)/.dev ## try 300 random configurations and many damaged files (again with FUZZ_SEED=...)
+	AHN_FUZZ_SEED=$(FUZZ_SEED) AHN_FUZZ_EFFORT=7.5 $(VENV)/bin/pytest tests/fuzz
 
 bench: $(VENV)/.installed ## measure reading and decoding on this CPU
 	$(VENV)/bin/python benchmarks/cpu.py --name local

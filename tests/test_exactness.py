@@ -110,6 +110,18 @@ def test_forms_with_padding_and_in_turns(form):
         assert largest(out[1:, 15:], expected[1]) < 1e-4
 
 
+@pytest.mark.parametrize("store", [None, "recency"])
+def test_first_pieces_that_are_all_padding(store):
+    places = {} if store is None else {"store": store, "store_size": 8}
+    model, ids, padding = with_memory(tiny(), **places), token_ids(40), 3
+    padded = torch.cat([torch.zeros(1, padding, dtype=torch.long), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :padding] = 0
+    expected = in_pieces(model, ids, [40])
+    for sizes in ([padding, 40], [1] * 43):
+        assert largest(in_pieces(model, padded, sizes, mask)[:, padding:], expected) < 1e-4
+
+
 def test_without_positions_the_state_does_not_know_where_it_was_written():
     """The same tokens, further back: with rotary keys the state is another, without it is the same."""
     for positions, same in (("none", True), ("rope", False)):

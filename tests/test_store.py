@@ -133,6 +133,15 @@ def test_padding_and_turns(store):
         assert largest(out[1:, 19:], expected[1]) < 1e-4
 
 
+def test_windows_narrower_than_the_distance_of_observed_queries():
+    """An observed query that would be behind the end of a piece sees nothing, and gives nothing to any score."""
+    model, ids = storing("attention", sinks=0, window=4), token_ids(60)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    for sizes in ([1, 9, 50], [1] * 3 + [9, 48]):  # the last one is 6 tokens behind the end of the piece of 9
+        assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
+
+
 def test_sinks_and_store_that_come_later(store):
     """`set_window` on a model without sinks: it has the rotation for clipped ones, and every size is taken anew."""
     from ahn.augmentation import set_window

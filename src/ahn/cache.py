@@ -187,6 +187,7 @@ class LayerMemory(CacheLayerMixin):
 
     def reserve(self, tokens: int, k: Tensor, state: tuple[int, int, int] | None) -> None:
         """Room for `tokens` tokens, at most the S + W that are ever kept; doubling, so that growing stays cheap."""
+        tokens = max(tokens, 1)  # a first piece may be all padding
         if self.window is not None:
             tokens = min(tokens, self.sinks + self.window)
         if tokens <= self.capacity:

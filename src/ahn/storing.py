@@ -380,7 +380,7 @@ class StoringLayer(AHNLayer):
             visible(positions, keys[:, None], self.sinks, self.reach),
         ]
         given = _weights([(q_far, new.sinks), (q, new.near)], torch.cat(seen, -1), new.scale)[..., -count:]
-        given = (given * real[:, None, :, None]).cumsum(2)
+        given = given.where(real[:, None, :, None], 0).cumsum(2)  # a query behind the end may see nothing
         given = F.pad(given, (self.scores_kept + span.length - count, 0, 1, 0))
         return given, before.clamp(max=index.shape[1]).to(device)
 
