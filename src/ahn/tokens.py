@@ -4,8 +4,9 @@ A tokenizer needs about 150 bytes for each byte that it encodes at once, so a lo
 block begins at a token of the block before it, and the two overlap. They are joined where both give the same run of
 tokens, at a change between letters, spaces and other characters. Blocks grow until there is such a place.
 
-BPE merges never cross a token boundary, so the result then equals one encode of the whole text. For other models the
-property test is the evidence. Only a run of one kind of characters longer than LONGEST is joined without such a place.
+BPE never merges across a token boundary, so the result equals one encode of the whole text. Other models tokenise the
+words of their pre-tokenizer one by one, so they are joined between two words. A run of one kind of characters, or for
+those models a word, that is longer than LONGEST is joined at the next best place, which need not be exact.
 
 Strings such as `<|im_end|>` are read as the characters they are, never as the special token.
 """
@@ -32,6 +33,7 @@ Place = Literal["start", "segment", "inside"]
 """Where a text stands: first of all, behind a special token, or behind other text. Some tokenizers put a space in front
 of the first two, or of the first alone."""
 
+_FIELDS = "ids", "starts", "ends", "free"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -50,18 +52,24 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Tokens(Encoded):
-    """Tokens with their ends as well: int64 [n], the place behind the last character of each."""
+    """Tokens with two more facts.
+
+    Attributes:
+        ends: int64 [n], the place behind the last character of each token.
+        free: bool [n], whether what is before a token cannot change it: always for BPE, else where a word begins.
+    """
 
     ends: Ints
+    free: Ints
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> Tokens:
-        return Tokens(self.ids[part], self.starts[part], self.ends[part])
+        return Tokens(self.ids[part], self.starts[part], self.ends[part], self.free[part])
 
     def moved(self, by: int) -> Tokens:
-        return Tokens(self.ids, self.starts + by, self.ends + by)
+        return Tokens(self.ids, self.starts + by, self.ends + by, self.free)
 
     @cached_property
     def boundaries(self) -> Ints:
@@ -102,6 +110,7 @@ class Encoder:
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         state = _state(tokenizer)
         self._backends = None if state is None else _backends(state)
+        self._by_word = state is not None and state["model"]["type"] != "BPE"
         unknown = None if state is None else _unknown(state)  # any text may become this one
         self._special = np.array(sorted(special - {unknown}), dtype=np.int32)
 
@@ -143,17 +152,17 @@ class Encoder:
     def _join(self, text: _Text, block: Tokens, base: int, done: int, end: int) -> _Join | None:
         """How to go on from `block`, the tokens from `base` to `end`, of which those before `done` are used."""
         overlap, last_try = (end - base) // 8, end - base >= LONGEST
-        bounds = block.starts[block.boundaries & (block.starts > done) & (block.starts <= end - overlap)].tolist()
-        changes = list(islice(filter(text.changes, reversed(bounds)), 8 * RUN + 1))  # from the last one on
-        starts = [changes[back] for back in (0, 2 * RUN, 8 * RUN) if back < len(changes)]
-        if last_try:
-            starts += bounds[-8:]
-        for start in starts:
+        possible = block.boundaries & (block.starts > done) & (block.starts <= end - overlap)
+        changes = filter(text.changes, block.starts[possible & block.free][::-1].tolist())
+        last = list(islice(changes, 8 * RUN + 1))
+        starts = [last[back] for back in (0, 2 * RUN, 8 * RUN) if back < len(last)]
+        bounds = block.starts[possible].tolist()
+        for start in starts + bounds[-8:] if last_try else starts:
             following, reached = self._block(text, start, max(start + BLOCK, end + overlap), "inside")
             shared = _shared(block, following, start, end - overlap // 4)
-            cut = next((at for at in shared if text.changes(at)), shared[0] if shared and last_try else None)
-            if cut is not None:
-                return _Join(start, cut, following, reached)
+            best = max(shared, key=lambda at: (shared[at], text.changes(at)), default=None)
+            if best is not None and (last_try or (shared[best] and text.changes(best))):
+                return _Join(start, best, following, reached)
         if not last_try:
             return None
         start = bounds[-1] if bounds else end  # one token longer than LONGEST, or no two encodes alike
@@ -162,11 +171,14 @@ class Encoder:
     def _encode(self, text: str, place: Place) -> Tokens:
         if self._backends is None:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True).input_ids
-            spans = np.tile([0, len(text)], (len(ids), 1))
+            spans, free = np.tile([0, len(text)], (len(ids), 1)), np.ones(len(ids), dtype=bool)
         else:
             encoded = self._backends[place].encode(text, add_special_tokens=False)
             ids, spans = encoded.ids, np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
-        return Tokens(np.array(ids, dtype=np.int32), spans[:, 0], spans[:, 1])
+            free = np.ones(len(ids), dtype=bool)
+            if self._by_word:
+                free[1:] = np.diff(np.array(encoded.word_ids, dtype=np.int64)) != 0
+        return Tokens(np.array(ids, dtype=np.int32), spans[:, 0], spans[:, 1], free)
 
     def _paragraphs(self, text: _Text) -> Iterator[Tokens]:
         """Without offsets: cut behind a line end where that changes no token."""
@@ -232,8 +244,9 @@ def _kind(character: str) -> int:
     return 2 * character.isspace() + character.isalnum()
 
 
-def _shared(block: Tokens, following: Tokens, start: int, end: int) -> list[int]:
-    """Where two encodes can be joined: boundaries between `start` and `end` with a run of equal tokens around them."""
+def _shared(block: Tokens, following: Tokens, start: int, end: int) -> dict[int, bool]:
+    """Where two encodes can be joined: boundaries between `start` and `end` with a run of equal tokens around them,
+    and whether the tokens there are free in both."""
     _, left, right = np.intersect1d(block.starts, following.starts, return_indices=True)
     done = block.index(start)
     for i, j in zip(left.tolist(), right.tolist(), strict=True):
@@ -246,13 +259,14 @@ def _shared(block: Tokens, following: Tokens, start: int, end: int) -> list[int]
         if run >= RUN:
             inner = slice(RUN // 2, run - RUN // 4)
             clean = block.boundaries[i : i + length] & following.boundaries[j : j + length]
-            return a.starts[inner][clean[inner]].tolist()
+            places = inner.start + clean[inner].nonzero()[0]
+            return dict(zip(a.starts[places].tolist(), (a.free & b.free)[places].tolist(), strict=True))
         done = i + max(run, 1)
-    return []
+    return {}
 
 
 def _joined(parts: list[Tokens]) -> Tokens:
-    return Tokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "starts", "ends")))
+    return Tokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
 
 
 def _state(tokenizer: Any) -> dict[str, Any] | None:
