@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from ahn.dialogue import LABEL, SEPARATOR, Dialogue
+from ahn import dialogue
+from ahn.dialogue import LABEL, SEPARATOR, Dialogue, plain
 from ahn.errors import ConfigError
-from tiny_tokenizer import SPECIAL, tiny_tokenizer
+from tiny_tokenizer import SPECIAL, TEMPLATE, tiny_tokenizer
 
 DOCUMENTS = ["The cat sat.", "  # The cat\n\n* one\n* two\n", 'A (old) "quote"', "日本。", "cats: 3", "x\n\n\n"]
 QUESTIONS = ["Who sat?", "  Why? \n", '"Why?"', "3 mice", "(old) cat", "日本", "'s"]
@@ -121,3 +122,78 @@ def test_a_megabyte_takes_seconds(attack: str) -> None:
     ids = Dialogue(tiny_tokenizer()).open(document)
     assert ids.shape[1] > 100_000
     assert time.monotonic() - began < 30
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+BROKEN = {
+    "does not parse": "{% for message in messages %}",
+    "raises": "{{ raise_exception('no system prompt') }}",
+    "undefined": "{{ messages[0].name.first }}",
+    "divides by zero": "{{ 1 // 0 }}",
+    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "never ends": ENDLESS,
+    "forbidden": "{{ messages.__class__.__mro__ }}",
+    "no text": 5,
+    "several": {"tools": "{{ messages }}"},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_template_that_cannot_be_used_gives_way_to_the_plain_form(kind: str, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(dialogue, "_RENDERING_S", 0.2)
+    dialogue._warn.cache_clear()
+    tokenizer = tiny_tokenizer(template=None)
+    expected = Dialogue(tokenizer).start("Who sat?").tolist()
+    assert not caplog.records
+    tokenizer.chat_template = BROKEN[kind]
+    for _ in range(2):
+        found = Dialogue(tokenizer)
+        assert not found.has_template and found.start("Who sat?").tolist() == expected
+    assert len(caplog.records) == 1 and "the chat template cannot be used" in caplog.text
+
+
+def test_a_template_that_refuses_these_messages_is_named() -> None:
+    template = "{% if messages | length > 3 %}{{ raise_exception('too long') }}{% endif %}" + TEMPLATE
+    found = Dialogue(tiny_tokenizer(template=template))
+    with pytest.raises(ConfigError, match="too long"):
+        found.render([{"role": "user", "content": "Who?"}] * 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_no_tokenizer_can_read(kind: str) -> None:
+    found = Dialogue(tokenizer_of(kind))
+    for bad, good in (
+        ("Who \udcff?", "Who \ufffd?"),
+        ("\ud800 and \udcff", "\ufffd and \ufffd"),
+        ("\udcc3\udca9", "é"),
+    ):
+        for step in (found.open, found.start, found.question, found.turn):
+            assert step(bad).tolist() == step(good).tolist()
+        assert plain(found.tokenizer, bad).input_ids == plain(found.tokenizer, good).input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_text_has_no_special_tokens(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    text = f"The {tokenizer.bos_token}cat.{tokenizer.eos_token}"
+    assert not set(plain(tokenizer, text).input_ids) & set(tokenizer.all_special_ids)
+    assert plain(tokenizer, "The old cat.").input_ids == tokenizer("The old cat.", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_render_cuts_special_tokens_in_messages_only(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    found = Dialogue(tokenizer)
+    chat = [{"role": "user", "content": "Who sat?"}, {"role": "assistant", "content": "The cat."}]
+    (whole,) = found.render(chat)
+    assert whole == tokenizer.apply_chat_template(chat, tokenize=False)
+    chat[1]["content"] += tokenizer.eos_token
+    first, second = found.render(chat)
+    assert first + second == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert first.endswith(f"The cat.{tokenizer.eos_token[0]}")
+
+
+def test_it_is_public() -> None:
+    import ahn
+
+    assert ahn.Dialogue is Dialogue

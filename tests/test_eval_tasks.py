@@ -435,6 +435,30 @@ def test_perplexity_takes_the_beginning_of_every_text_that_is_long_enough(tmp_pa
         tasks.get("perplexity/text").score(found[0], "a")
 
 
+def test_other_json_in_a_folder_of_texts_is_skipped(tmp_path, caplog):
+    write(tmp_path / "a.jsonl", {"text": "The old cat sat. " * 50})
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "b.txt").write_text("The dog. " * 50)
+    foreign = {"ahn.json": "{}", "list.json": "[1, 2]", "config.json": '{"data": 3}', "no.json": "{", "e.jsonl": ""}
+    for name, content in foreign.items():
+        (tmp_path / name).write_text(content)
+    assert [e.id for e in examples("perplexity/text", tmp_path)] == ["a.jsonl/0"]
+    assert all(f"skipped {tmp_path / name}" in caplog.text for name in foreign)
+    for name in foreign:  # asked for by name it is an error
+        with pytest.raises(EvalError, match=name):
+            examples("perplexity/text", tmp_path / name)
+    write(tmp_path / "a.jsonl", {"text": "The cat."}, {"txt": "The dog."})
+    with pytest.raises(EvalError, match="line 2: no field 'text'"):
+        examples("perplexity/text", tmp_path)
+
+
+def test_halves_of_surrogate_pairs_in_a_record_are_replaced(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "The \ud800 cat \ud83d\ude00.", "x": [{"\udcff": "\uDFFF"}]}' + "\n")
+    (record,) = read(path)
+    assert record.fields == {"text": "The \ufffd cat \U0001f600.", "x": [{"\ufffd": "\ufffd"}]}
+
+
 # --- bad input
 
 
@@ -477,6 +501,8 @@ def test_a_bad_field_is_named_with_file_and_line(tmp_path, record, said):
     ("name", "record", "said"),
     [
         ("longbench/qmsum", LONG | {"dataset": "qasper"}, "line 1: of 'qasper': expected records of 'qmsum'"),
+        ("longbench/trec", LONG | {"all_classes": 3}, "line 1: field 'all_classes': expected one or more texts"),
+        ("longbench/trec", LONG | {"all_classes": ["a", 3]}, "line 1: field 'all_classes': expected one or more"),
         ("squad/0", {"paragraphs": 3}, "line 1: field 'paragraphs' is int"),
         ("squad/0", {"paragraphs": [{"context": "a"}]}, "line 1, paragraphs 1: no field 'qas'"),
         ("squad/0", {"context": "a", "question": "b", "answers": [3]}, "line 1: field 'answers': expected texts"),
@@ -490,9 +516,17 @@ def test_records_of_another_shape_are_named(tmp_path, name, record, said):
         examples(name, write(tmp_path / "data.jsonl", record), 6000)
 
 
+def test_keywords_that_are_no_text_are_named(tmp_path):
+    source = write(tmp_path / "factrecall_en_16k.jsonl", LONG | {"answer_keywords": ["a"]})
+    with pytest.raises(EvalError, match="line 1: field 'answer_keywords' is list"):
+        examples("lveval/factrecall_en", source, 16_000)
+
+
 def test_files_that_are_no_json_lines(tmp_path):
     path = tmp_path / "qmsum.jsonl"
-    for content, said in ((b'{"a": 1}\n{"b"', "line 2: not JSON"), (b"", "no records"), (b"\xff\xfe\x00", "be read")):
+    deep = b"[" * 200_000
+    bad = ((b'{"a": 1}\n{"b"', "line 2: not JSON"), (b"", "no rec"), (b"\xff\xfe\x00", "be read"), (deep, "not JSON"))
+    for content, said in bad:
         path.write_bytes(content)
         with pytest.raises(EvalError, match=said):
             examples("longbench/qmsum", tmp_path)

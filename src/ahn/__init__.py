@@ -21,6 +21,7 @@ if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP
 _PUBLIC = {
     "AHNCache": "cache",
     "AHNConfig": "config",
+    "Dialogue": "dialogue",
     "augment": "augmentation",
     "convert": "adapter",
     "detach": "augmentation",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from ahn.bases import load_tokenizer as load_tokenizer
     from ahn.cache import AHNCache as AHNCache
     from ahn.config import AHNConfig as AHNConfig
+    from ahn.dialogue import Dialogue as Dialogue
     from ahn.generation import generate as generate
     from ahn.generation import read as read
 

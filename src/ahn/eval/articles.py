@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ahn.dialogue import plain
 from ahn.errors import EvalError
 from ahn.eval.tasks.base import Record, found, hub, read
 
@@ -74,4 +75,4 @@ def shuffled_paragraphs(
     if not paragraphs:
         raise EvalError("articles: there is no paragraph")
     texts = [paragraph["context"].strip() for paragraph in paragraphs]
-    return paragraphs, texts, [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    return paragraphs, texts, [len(ids) for ids in plain(tokenizer, texts).input_ids]

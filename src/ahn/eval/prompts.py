@@ -6,7 +6,10 @@ import hashlib
 from array import array
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+
+from ahn.dialogue import Dialogue, plain, readable
 
 if TYPE_CHECKING:
     from ahn.eval.tasks.base import Example
@@ -32,22 +35,31 @@ def exact_tokens(evidence: tuple[int, int], tokens: int, window: int, sinks: int
     return sum(at < sinks or at >= tokens - window for at in range(*evidence))
 
 
-def encode(tokenizer: Any, example: Example) -> Prompt:
+def encode(tokenizer: Any, example: Example, dialogue: Dialogue | None = None) -> Prompt:
     """The prompt as the model reads it: in the tokenizer's chat template if the benchmark asks for one and there is
-    one, followed by the prefix of the answer."""
-    text, shift = example.prompt, 0
-    chat = example.chat and getattr(tokenizer, "chat_template", None)
-    if chat:
-        messages = [{"role": "user", "content": example.prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        core = example.prompt.strip()  # many templates trim what they wrap
-        shift = text.find(core) - example.prompt.find(core)
-    text += example.answer_prefix
-    options = {"add_special_tokens": not chat, "return_offsets_mapping": tokenizer.is_fast, "verbose": False}
-    encoded = tokenizer(text, **options)
+    one, followed by the prefix of the answer. Special tokens in it are only text.
+
+    Args:
+        dialogue: of the tokenizer, for many prompts.
+    """
+    options: dict[str, Any] = {"return_offsets_mapping": tokenizer.is_fast}
+    dialogue = dialogue or Dialogue(tokenizer)
+    prompt, shift = readable(example.prompt), 0
+    if example.chat and dialogue.has_template:
+        pieces = dialogue.render([{"role": "user", "content": prompt}], ask=True)
+        core = prompt.strip()  # many templates trim what they wrap
+        shift = "".join(pieces).find(core) - prompt.find(core)
+        pieces[-1] += example.answer_prefix
+        encoded = [tokenizer(piece, add_special_tokens=False, verbose=False, **options) for piece in pieces]
+    else:
+        pieces = [prompt + example.answer_prefix]
+        encoded = [plain(tokenizer, pieces[0], special=True, **options)]
+    ids = [id for part in encoded for id in part.input_ids]
     evidence = None
     if example.evidence is not None and tokenizer.is_fast:
         start, end = (place + shift for place in example.evidence)
-        inside = [i for i, (a, b) in enumerate(encoded.offset_mapping) if a < end and b > start and b > a]
+        places = accumulate(map(len, pieces[:-1]), initial=0)
+        spans = [(a + at, b + at) for part, at in zip(encoded, places, strict=True) for a, b in part.offset_mapping]
+        inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
         evidence = (inside[0], inside[-1] + 1) if inside else None
-    return Prompt(array("i", encoded.input_ids), evidence)
+    return Prompt(array("i", ids), evidence)

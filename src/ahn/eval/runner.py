@@ -19,7 +19,8 @@ from tqdm import tqdm
 import ahn
 from ahn.config import AHNConfig
 from ahn.cost import cost
-from ahn.errors import AHNError, ConfigError
+from ahn.dialogue import Dialogue
+from ahn.errors import AHNError, ConfigError, EvalError
 from ahn.eval import policies, results
 from ahn.eval.processes import Team
 from ahn.eval.prompts import Prompt, encode, exact_tokens
@@ -199,14 +200,25 @@ def _prepare(task: Task, length: int | None, tokenizer: Any, options: Options) -
     if len({example.id for example in examples}) < len(examples):
         raise ConfigError(f"{task.name}: two examples have the same id")
     if task.kind == "generate":
-        task.score(examples[0], "")  # a library or a field that is missing is missed now
-    prompts = [encode(tokenizer, example) for example in examples]
+        for example in examples:  # a library that is missing, or a field that cannot be used, is missed now
+            _check_scoring(task, example)
+    dialogue = Dialogue(tokenizer)
+    prompts = [encode(tokenizer, example, dialogue) for example in examples]
     if task.kind == "loss":
         prompts = [Prompt(prompt.ids[:length], None) for prompt in prompts]
         for example, prompt in zip(examples, prompts, strict=True):
             if len(prompt.ids) < 2:
                 raise ConfigError(f"{task.name}, {example.id}: {len(prompt.ids)} tokens: expected at least 2")
     return Work(task, length, examples, prompts, None if options.data is None else options.data.name)
+
+
+def _check_scoring(task: Task, example: Example) -> None:
+    try:
+        task.score(example, "")
+    except AHNError:
+        raise
+    except Exception as error:  # of a library that counts words, or a field of another type than is expected
+        raise EvalError(f"{task.name}, {example.id}: cannot be scored: {type(error).__name__}: {error}") from error
 
 
 def _about(options: Options, config: Any) -> dict[str, Any]:

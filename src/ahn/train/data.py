@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 
 from ahn.bases import check_dataset
-from ahn.errors import AHNError, BaseModelError, DocumentError
+from ahn.dialogue import Dialogue
+from ahn.errors import AHNError, BaseModelError, ConfigError, DocumentError
 
 QUESTIONS = 24  # of a document, at most, in one chat
 CHARACTERS_AT_ONCE = 1 << 20  # go to the tokenizer together, which works on several texts at a time
 WORTH_KEEPING_S = 1.0  # rows that took less time than this are made again rather than kept
-VERSION = "2"  # of the kept rows; raise it when the same source gives other rows
+VERSION = "3"  # of the kept rows; raise it when the same source gives other rows
 HUB = "hub:"
 EXPECTED = f"expected .txt, .md, .jsonl (or one of these with .xz), .parquet, or {HUB}OWNER/NAME[/CONFIG][:SPLIT]"
 
@@ -109,7 +110,7 @@ def _pack(source: str, tokenizer: Any, length: int, limit: int | None, seed: int
     packed: list[int] = []
     wanted: list[bool] = []
     seen = 0
-    for text_ids, text_counts in _tokens(_texts(source, tokenizer, seed), tokenizer):
+    for text_ids, text_counts in _tokens(_texts(source, Dialogue(tokenizer), seed), tokenizer):
         packed += text_ids
         wanted += text_counts
         whole = len(packed) // length * length
@@ -133,7 +134,7 @@ def _tokens(texts: Iterable[_Text], tokenizer: Any) -> Iterator[tuple[list[int],
     """(ids, counts) of one text after another."""
     for batch in _batches(texts):
         pieces = [piece for text in batch for piece, _ in text.pieces]
-        encoded = iter(tokenizer(pieces, add_special_tokens=False).input_ids if pieces else [])
+        encoded = iter(tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids if pieces else [])
         for text in batch:
             ids: list[int] = []
             predicted: list[bool] = []
@@ -167,20 +168,20 @@ def _end(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def _texts(source: str, tokenizer: Any, seed: int) -> Iterator[_Text]:
+def _texts(source: str, dialogue: Dialogue, seed: int) -> Iterator[_Text]:
     suffix = Path(source.removesuffix(".xz")).suffix
     on_hub = source.startswith(HUB)
     if on_hub or suffix in (".jsonl", ".parquet"):
         chance = random.Random(f"{seed}/{source}")
         for where, record in _dataset(source) if on_hub or suffix == ".parquet" else _records(source):
-            text = _text(record, tokenizer, chance, where)
+            text = _text(record, dialogue, chance, where)
             if text.pieces or text.ends:
                 yield text
     elif suffix in (".txt", ".md"):
         whole = "".join(_lines(source))
         if not whole.strip():
             raise DocumentError(f"{source}: empty")
-        yield _Text([(whole, True)], ends=True)
+        yield _plain(whole, dialogue)
     else:
         kind = "is a folder" if Path(source).is_dir() else f"unknown kind of file {suffix!r}"
         raise DocumentError(f"{source}: {kind}; {EXPECTED}")
@@ -193,7 +194,7 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
             try:
                 record = json.loads(line)
                 json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair, which a tokenizer cannot read
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DocumentError(f"{where}: not JSON: {error}") from error
             yield where, record
 
@@ -253,29 +254,27 @@ def _hub_parts(source: str) -> tuple[str, str | None, str]:
     return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split or "train"
 
 
-def _text(record: Any, tokenizer: Any, chance: random.Random, where: str) -> _Text:
-    from jinja2 import TemplateError
-
+def _text(record: Any, dialogue: Dialogue, chance: random.Random, where: str) -> _Text:
     if not isinstance(record, dict):
         raise DocumentError(f"{where}: {type(record).__name__}: expected a record with keys")
     try:
         if "messages" in record:
-            return _chat(_conversation(record), tokenizer)
+            return _chat(_conversation(record), dialogue)
         if "text" in record:
-            return _Text([(_text_of(record, "text"), True)], ends=True)
+            return _plain(_text_of(record, "text"), dialogue)
         if "paragraphs" in record or "qas" in record:
             parts = _list_of(dict, record, "paragraphs") if record.get("paragraphs") else [record]
             text = "\n\n".join(_text_of(part, "context") for part in parts)
             qas = [qa for part in parts for qa in _list_of(dict, part, "qas")]
             asked = [(_text_of(qa, "question"), answers[0]) for qa in qas if (answers := _list_of(str, qa, "answers"))]
             chance.shuffle(asked)
-            return _chat(_questions(text, asked[:QUESTIONS]), tokenizer)
+            return _chat(_questions(text, asked[:QUESTIONS]), dialogue)
         if "input" in record and "answers" in record:
             asked = [(_text_of(record, "input"), answer) for answer in _list_of(str, record, "answers")[:1]]
-            return _chat(_questions(_text_of(record, "context"), asked), tokenizer)
+            return _chat(_questions(_text_of(record, "context"), asked), dialogue)
     except KeyError as error:
         raise DocumentError(f"{where}: no {error} where one is expected") from error
-    except (AttributeError, IndexError, TypeError, TemplateError) as error:
+    except (AttributeError, IndexError, TypeError, ConfigError) as error:
         raise DocumentError(f"{where}: not of the shape that its keys promise: {error}") from error
     raise DocumentError(f"{where}: keys {', '.join(record)}: expected messages, text, qas, or input and answers")
 
@@ -315,20 +314,32 @@ def _questions(text: str, asked: list[tuple[str, str]]) -> list[dict[str, str]]:
     return messages
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: Any) -> _Text:
+def _plain(text: str, dialogue: Dialogue) -> _Text:
+    return _Text([(piece, True) for piece in dialogue.inert(text)], ends=True)
+
+
+def _chat(messages: list[dict[str, str]], dialogue: Dialogue) -> _Text:
     """Only answers count, with the token that ends them. Each turn is rendered by the tokenizer's own template."""
-    if not tokenizer.chat_template:
+    if not dialogue.tokenizer.chat_template:
         raise BaseModelError("the tokenizer of the base has no chat template: expected sources of plain text")
     pieces: list[tuple[str, bool]] = []
-    done = ""
+    done = [""]
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        ask = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        told = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        pieces += [(ask[len(done) :], False), (told[len(ask) :], True)]
+        ask, told = dialogue.render(messages[:i], ask=True), dialogue.render(messages[: i + 1])
+        pieces += [(piece, False) for piece in _behind(done, ask)]
+        pieces += [(piece, True) for piece in _behind(ask, told)]
         done = told
     return _Text(pieces, ends=False)
+
+
+def _behind(start: list[str], whole: list[str]) -> list[str]:
+    """The pieces of `whole` that come after those of `start`."""
+    *before, last = start
+    if whole[: len(before)] != before or not whole[len(before)].startswith(last):
+        raise ConfigError("the chat template writes the beginning of a conversation anew as it goes on")
+    return [whole[len(before)][len(last) :], *whole[len(start) :]]
 
 
 def _kept(path: Path, source: str, tokenizer: Any, length: int, limit: int | None, seed: int) -> Rows:

@@ -19,6 +19,7 @@ from ahn.errors import ConfigError
 from ahn.registry import nearest
 from ahn.train import windows
 
+LONGEST = 1 << 20  # characters of a recipe
 LOSSES = ("kl", "ce", "kl+ce", "attention")
 
 
@@ -181,20 +182,47 @@ def _expect(name: str, value: Any, holds: bool, allowed: str) -> None:
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe. Raises ConfigError naming the key, the value and what is allowed."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(text) > LONGEST:
+        raise ConfigError(f"{path}: longer than {LONGEST:,} characters: expected a recipe")
+    values = _yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values")
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError(f"{change!r}: expected key=value")
+        values[key] = _yaml(value, change)
+    return from_dict(values)
+
+
+def _yaml(text: str, source: str) -> Any:
+    """The value of a text. Raises ConfigError, also for aliases, which can make a few lines any size, and for a key
+    that is there twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if str(key.value) in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+                seen.add(str(key.value))
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected keys and values")
-        for change in changes:
-            key, equals, value = change.partition("=")
-            if not equals:
-                raise ConfigError(f"{change!r}: expected key=value")
-            values[key] = yaml.safe_load(value)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return from_dict(values)
+        return yaml.load(text, Loader)
+    except Exception as error:  # YAMLError, and whatever the conversion of a value to its type raises
+        raise ConfigError(f"{source}: no YAML: {' '.join(str(error).split())}") from error
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

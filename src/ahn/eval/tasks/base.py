@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import lzma
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ahn.bases import check_dataset
+from ahn.dialogue import Dialogue, plain, readable
 from ahn.errors import EvalError, some
 from ahn.eval import metrics
 from ahn.registry import did_you_mean
@@ -22,6 +24,7 @@ from ahn.registry import did_you_mean
 SUFFIXES = (".jsonl", ".jsonl.xz", ".json", ".json.xz")
 COPY = "or give a copy with --data FOLDER"
 Span = tuple[int, int]
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Task:
         """`example` with a prompt of at most `limit` tokens, without the template's, as `truncate` has it."""
         if limit is None:
             return example
-        encoded = tokenizer(example.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = plain(tokenizer, example.prompt, return_offsets_mapping=True)
         offsets = encoded.offset_mapping
         kept = self.truncate(list(range(len(offsets))), limit)
         if len(kept) == len(offsets):
@@ -199,6 +202,10 @@ class Record:
             raise EvalError(f"{self.where}: field {name!r}: expected one or more texts")
         return tuple(values)
 
+    def texts_or_none(self, name: str) -> tuple[str, ...] | None:
+        """`texts` of a field that may be missing."""
+        return None if self.fields.get(name) is None else self.texts(name)
+
     def records(self, name: str) -> list[Record]:
         """The records in a field."""
         value = self[name]
@@ -257,9 +264,12 @@ def read(path: Path) -> Iterator[Record]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        value = json.loads(text)
+        if _ESCAPED_SURROGATE.search(text):
+            value = json.loads(readable(json.dumps(value, ensure_ascii=False)))
+    except (ValueError, RecursionError) as error:
         raise EvalError(f"{where}: not JSON: {error}") from error
+    return value
 
 
 def hub(source: str, **options: Any) -> Iterator[Record]:
@@ -306,16 +316,13 @@ def only_place(text: str, wanted: str) -> Span | None:
 
 def tokens(tokenizer: Any, text: str) -> int:
     """How many there are in a text, without the special ones that a tokenizer adds."""
-    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return len(plain(tokenizer, text).input_ids)
 
 
 def template_tokens(tokenizer: Any) -> int:
     """Tokens that the chat template adds to a prompt."""
-    if not getattr(tokenizer, "chat_template", None):
-        return 0
-    message = [{"role": "user", "content": "a"}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokens(tokenizer, text)
+    dialogue = Dialogue(tokenizer)
+    return dialogue.start("a").shape[1] if dialogue.has_template else 0
 
 
 def _runs(numbers: Sequence[int]) -> list[Span]:

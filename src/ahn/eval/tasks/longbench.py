@@ -46,7 +46,7 @@ class LongBench(FixedTask):
             max_new_tokens=settings["max_new_tokens"],
             evidence=evidence and (evidence[0] + start, evidence[1] + start),
             depth=evidence and evidence[0] / len(context),
-            extra={"all_classes": record.fields.get("all_classes")},
+            extra={"all_classes": record.texts_or_none("all_classes")},
         )
 
     def clean(self, prediction: str) -> str:

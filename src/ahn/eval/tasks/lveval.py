@@ -57,7 +57,9 @@ class LVEval(FixedTask):
             max_new_tokens=settings["max_new_tokens"],
             evidence=evidence and (evidence[0] + start, evidence[1] + start),
             depth=evidence and evidence[0] / len(context),
-            extra={"gold_ans": record.fields.get("answer_keywords")},
+            extra={
+                "gold_ans": None if record.fields.get("answer_keywords") is None else record.text("answer_keywords")
+            },
         )
 
     def files(self, length: int | None) -> list[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ahn.dialogue import plain
 from ahn.errors import EvalError
 from ahn.eval.tasks.base import SUFFIXES, Example, Task, hub, open_text, read
+
+logger = logging.getLogger(__name__)
 
 PG19 = "emozilla/pg19"
 TEXT_SUFFIXES = (".txt", ".md", ".txt.xz", ".md.xz")
@@ -17,7 +21,7 @@ class Perplexity(Task):
     """The first `length` tokens of each text that has so many, so that every position is a mean over the same texts.
 
     `pg19` is the test split of the hub unless `data` says otherwise; `text` is `data`: a text file, JSON lines with
-    `text`, or a folder of both.
+    `text`, or a folder of both. Other JSON in a folder is skipped, and so is what begins with a dot.
     """
 
     suite = "perplexity"
@@ -37,7 +41,7 @@ class Perplexity(Task):
             if given == limit:
                 return
             name, text = texts[i]
-            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            offsets = plain(tokenizer, text, return_offsets_mapping=True)
             ends = [end for _, end in offsets.offset_mapping]
             longest = max(longest, len(ends))
             if length is None or len(ends) >= length:
@@ -60,13 +64,27 @@ class Perplexity(Task):
             return
         if not data.exists():
             raise EvalError(f"{data}: no such file or folder; expected the data of {self.name}")
-        files = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
+        if data.is_file():
+            files = [data]
+        else:
+            below = sorted(path for path in data.rglob("*") if path.is_file())
+            files = [path for path in below if not any(part.startswith(".") for part in path.relative_to(data).parts)]
         files = [path for path in files if path.name.endswith(TEXT_SUFFIXES + SUFFIXES)]
         if not files:
             raise EvalError(f"{data}: no text; expected {', '.join(TEXT_SUFFIXES + SUFFIXES)}")
         for path in files:
-            if path.name.endswith(SUFFIXES):
+            if not path.name.endswith(SUFFIXES):
+                yield path.name if data.is_file() else str(path.relative_to(data)), open_text(path)
+            elif data.is_file() or _has_texts(path):
                 for number, record in enumerate(read(path)):
                     yield f"{path.name}/{number}", record.text("text")
-            else:
-                yield path.name if data.is_file() else str(path.relative_to(data)), open_text(path)
+
+
+def _has_texts(path: Path) -> bool:
+    """Whether a file found in a folder begins with a record that has a text."""
+    try:
+        next(read(path)).text("text")
+    except (EvalError, StopIteration) as error:
+        logger.warning("skipped %s", error or path)
+        return False
+    return True
