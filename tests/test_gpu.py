@@ -16,6 +16,7 @@ from ahn.attention import attend
 from ahn.augmentation import layers_of, set_window
 from ahn.cache import PAST
 from ahn.cells.base import unit
+from ahn.fingerprint import fingerprint
 from ahn.kernels import flex
 from ahn.train import distill
 from ahn.train.trainer import compile_layers
@@ -544,3 +545,11 @@ def test_soft_places(tokens, size, monkeypatch):
     assert relative(*outs) < 1e-2
     for fast, slow in zip(*gradients, strict=True):
         assert relative(fast, slow) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fingerprint_is_that_of_the_cpu(dtype):
+    model = with_memory(tiny(vocab_size=30_011, hidden_size=64)).to(dtype)
+    model.extra = torch.nn.Parameter(torch.randn(7, dtype=dtype))
+    expected = fingerprint(model)
+    assert fingerprint(model.to("cuda")) == expected

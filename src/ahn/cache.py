@@ -377,7 +377,7 @@ class AHNCache(Cache):
     def describe(self) -> dict[str, Any]:
         """What a memory file says about this cache."""
         import ahn
-        from ahn.memory_file import fingerprint
+        from ahn.fingerprint import fingerprint
 
         return {
             "package": ahn.__version__,

@@ -24,7 +24,7 @@ from ahn.errors import AHNError, ConfigError, EvalError
 from ahn.eval import policies, results
 from ahn.eval.processes import Team
 from ahn.eval.prompts import Prompt, encode, exact_tokens
-from ahn.memory_file import fingerprint
+from ahn.fingerprint import fingerprint, sampled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -375,7 +375,7 @@ def _describe(
     }
     if (folder / results.CONFIG).is_file():
         before = results.load(folder).config
-        if before["fingerprint"] != config["fingerprint"]:
+        if before["fingerprint"] not in (weights, sampled(policy.model)):
             raise ConfigError(f"{folder}: results of a model with other weights: choose another output folder")
         config["made_with"] = [*(made for made in before["made_with"] if made != made_with), made_with]
     results.write_config(folder, config)

@@ -1,0 +1,121 @@
+"""The fingerprint of a model: a short text that two models share only if they compute the same.
+
+It covers every weight and persistent buffer, those of the memories included, and the settings of the base that change
+its logits. A memory file carries the fingerprint of the model that read it.
+
+Letters: P pieces of a tensor, W words (int64) of a piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ahn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WORDS = 1 << 15  # of a piece: few enough for a core's cache, and for torch to need no threads of its own
+AT_ONCE = 1 << 24  # words on an accelerator, where every call costs
+SAMPLES = 1024  # numbers of each base tensor in `sampled`
+# Settings of a transformers config that leave the logits alone, beside names with an underscore in front.
+IDLE = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "quantization_config", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id", "tokenizer_class"),
+    *("initializer_range", "attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_decoder"),
+    *("pretraining_tp", "attn_implementation", "router_aux_loss_coef", "output_router_logits", "max_window_layers"),
+}  # fmt: skip
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """The fingerprint of a model's weights and settings as they are now; nothing is remembered.
+
+    Any single number that changes is noticed; of other changes all but one in 2**32. The same on every device.
+
+    Raises:
+        ConfigError: weights are offloaded, so they cannot be read here.
+    """
+    digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True).encode())
+    tensors = {name: _plain(name, tensor) for name, tensor in sorted(_tensors(model).items())}
+    digest.update(json.dumps([(name, str(t.dtype), list(t.shape)) for name, t in tensors.items()]).encode())
+    for sums in _all_sums(list(tensors.values())):
+        digest.update(sums.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def sampled(model: PreTrainedModel) -> str:
+    """The fingerprint as ahn first wrote it, to check files that carry it: every number of the cells, 1,024 spread
+    over each tensor of the base, and no settings."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = _plain(name, parameter).flatten()
+        if ".ahn." not in name and len(values) > SAMPLES:
+            values = values[torch.linspace(0, len(values) - 1, SAMPLES, dtype=torch.float64).long().to(values.device)]
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(values.contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All parameters and the buffers that are saved with them; a tied one once."""
+    saved = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """Numbers as they are in memory; of a quantised tensor those that it stands for."""
+    values = tensor.detach()
+    if values.is_meta:
+        raise ConfigError(f"{name} is offloaded: expected all weights in memory, on the CPU or an accelerator")
+    if hasattr(values, "dequantize") and type(values) is not torch.nn.Parameter and type(values) is not Tensor:
+        values = values.dequantize()
+    return values
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Those that are no defaults, because later versions of transformers add more of these."""
+    config = model.config.get_text_config()
+    given, usual = config.to_dict(), type(config)().to_dict()
+    rope = {key: value for key, value in (given.pop("rope_parameters", None) or {}).items() if value is not None}
+    idle = IDLE | ({"max_position_embeddings"} if rope.get("rope_type", "default") == "default" else set())
+    kept = {
+        key: value
+        for key, value in given.items()
+        if not (key in idle or key.startswith("_") or (key in usual and usual[key] == value))
+    }
+    return {"class": type(model).__name__, "rope": rope, **kept}
+
+
+def _all_sums(tensors: list[Tensor]) -> list[Tensor]:
+    """The checksums [P] of each tensor, on the CPU."""
+    weights = torch.randint(-(2**63), 2**63 - 1, (WORDS,), generator=torch.Generator().manual_seed(0)) | 1
+    with ThreadPoolExecutor() as pool:
+        return [sums.cpu() for sums in pool.map(lambda tensor: _sums(tensor, weights.to(tensor.device)), tensors)]
+
+
+def _sums(tensor: Tensor, weights_W: Tensor) -> Tensor:
+    """A weighted sum of the words of each piece, modulo 2**64 [P].
+
+    The weights are odd, so no change of one word is lost. The upper bits of a word are folded into the lower ones
+    first: otherwise two flipped signs could cancel, since twice the highest bit is nothing. Folding by 33 places keeps
+    the signs of two floats in a word apart.
+    """
+    raw = tensor.contiguous().flatten().view(torch.uint8)
+    if len(raw) % 8 or raw.storage_offset() % 8:
+        raw = pad(raw, (0, -len(raw) % 8))
+    sums = []
+    for part in raw.view(torch.int64).split(WORDS if tensor.device.type == "cpu" else AT_ONCE):
+        whole = len(part) // WORDS * WORDS
+        for words in (part[:whole].view(-1, WORDS), part[None, whole:]):
+            folded = (words >> 33).bitwise_and_(0x7FFFFFFF).bitwise_xor_(words)
+            sums.append(folded.mul_(weights_W[: words.shape[1]]).sum(1))
+    return torch.cat(sums)
