@@ -16,6 +16,7 @@ import torch
 import ahn
 from ahn import bases, cli
 from ahn.cli import _session
+from ahn.dialogue import Dialogue
 from conftest import tiny, with_memory
 from tiny_tokenizer import tiny_tokenizer
 
@@ -186,6 +187,37 @@ def test_chat_carries_the_memory_over_turns(
         type_in(monkeypatch, f"/help\nHello\n{leave}\nnot asked\n")
         code, _, err = run("chat", "--base", base, *SMALL)
         assert code == 0 and err.count("tokens/s") == 1 and "/quit, /exit or Ctrl-D leaves" in err
+
+
+def test_chat_in_a_terminal(run: Any, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pasted lines are one message, Ctrl-C clears the line, an unknown command is refused, Ctrl-D leaves."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+
+    asked: list[str] = []
+    start, turn = Dialogue.start, Dialogue.turn
+    monkeypatch.setattr(Dialogue, "start", lambda self, text: asked.append(text) or start(self, text))
+    monkeypatch.setattr(Dialogue, "turn", lambda self, text, answer: asked.append(text) or turn(self, text, answer))
+    type_in(monkeypatch, "")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with create_pipe_input() as keys, create_app_session(input=keys):
+        keys.send_text("\x1b[200~Who sat?\nAnd where?\x1b[201~\rnever sent\x03/foo\r/ext now\rWhy?\r\x04")
+        code, _, err = run("chat", "--base", base, *SMALL)
+    assert code == 0 and asked == ["Who sat?\nAnd where?", "Why?"]
+    assert "unknown command /foo: expected /exit, /help, /quit\n" in err
+    assert "unknown command /ext: expected /exit, /help, /quit; did you mean '/exit'?" in err
+
+
+def test_chat_of_bytes_that_are_no_text(run: Any, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Who \xff sat?\n/etc/passwd is long\n/foo\n")))
+    code, _, err = run("chat", "--base", base, *SMALL)
+    assert code == 0 and err.count("tokens/s") == 2 and "unknown command /foo" in err
+
+
+@pytest.mark.parametrize("question", ["Who \udcff sat?", "Who \ud800?", "\udcc3\udca9 <|end|>"])
+def test_questions_of_bytes_that_are_no_text(run: Any, base: str, book: str, question: str) -> None:
+    code, out, _ = run("ask", "--document", book, "--base", base, *SMALL, question)
+    assert code == 0 and out
 
 
 def test_turns_are_one_conversation(base: str, capsys: pytest.CaptureFixture[str]) -> None:

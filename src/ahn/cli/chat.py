@@ -2,19 +2,23 @@
 
   ahn chat --memory book.ahn
 
-Ctrl-C stops an answer; /quit, /exit or Ctrl-D leaves.
+Ctrl-C stops an answer, or clears the line; /quit, /exit or Ctrl-D leaves. Several lines that are pasted are one
+message; of a pipe, each line is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from contextlib import suppress
+from collections.abc import Callable
 
 from ahn.cli import _options
 from ahn.errors import ConfigError
+from ahn.registry import nearest
 
-HELP = "/quit, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says so"
+HELP = "/quit, /exit or Ctrl-D leaves, Ctrl-C stops an answer or clears the line, /help says so"
+COMMANDS = ("/exit", "/help", "/quit")
 LEAVE = ("exit", "quit", "/exit", "/quit")
 
 
@@ -42,33 +46,50 @@ def run(args: argparse.Namespace) -> None:
         if args.memory:
             console.print(f"memory  {session.cache.tokens_seen:,} tokens; {session.held}")
 
-    prompt = "> " if sys.stdin.isatty() else ""
-    if prompt:
-        console.print(HELP)
-        with suppress(ImportError):
-            import readline  # noqa: F401 - importing it gives input() line editing and history
+    line = _line_reader()
     first = session.dialogue.question if args.document or args.memory else session.dialogue.start
     answer = None
-    while (text := _next(prompt)) is not None:
+    while (text := _next(line)) is not None:
         ids = first(text) if answer is None else session.dialogue.turn(text, answer.ids[0])
         answer = session.answer(ids, args.max_new_tokens)
         console.print(f"{answer.summary}; {session.held}", style="dim")
 
 
-def _next(prompt: str) -> str | None:
+def _line_reader() -> Callable[[], str]:
+    """Returns the next message at each call; raises EOFError at the end, KeyboardInterrupt after Ctrl-C."""
+    if not sys.stdin.isatty():
+        return input
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+
+    from ahn.cli._session import console
+
+    console.print(HELP)
+    session: PromptSession[str] = PromptSession("> ", output=create_output(sys.stderr))
+    return session.prompt
+
+
+def _next(line: Callable[[], str]) -> str | None:
     """The next question, or None at the end."""
     from ahn.cli._session import console
 
     while True:
         try:
-            text = input(prompt).strip()
+            text = line().strip()
         except EOFError:
-            if prompt:
-                print()
             return None
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            continue
         if text in LEAVE:
             return None
+        command = re.fullmatch(r"(/\w*)( .*)?", text)
         if text == "/help":
             console.print(HELP)
+        elif command:
+            console.print(
+                f"unknown command {command[1]}: expected {', '.join(COMMANDS)}{nearest(command[1], COMMANDS)}"
+            )
         elif text:
             return text
