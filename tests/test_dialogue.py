@@ -2,6 +2,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,3 +198,39 @@ def test_it_is_public() -> None:
     import ahn
 
     assert ahn.Dialogue is Dialogue
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_in_pieces_is_the_document(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    dialogue = Dialogue(tokenizer)
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}  # may be the unknown one
+    for document in [*DOCUMENTS, f"a {SPECIAL[1]}\n" + "The old cat sat on 12 mice.\n" * 3000, "", " \n"]:
+        parts = list(dialogue.stream(document[i : i + 7] for i in range(0, len(document), 7)))
+        ids = np.concatenate([part.ids for part in parts])
+        assert ids.tolist() == dialogue.open(document)[0].tolist()
+        starts = np.concatenate([part.starts for part in parts])
+        for at, id in zip(starts.tolist(), ids.tolist(), strict=True):
+            word = tokenizer.decode([id]).strip()
+            if 0 <= at < len(document.rstrip()) and word.isascii() and id not in special:
+                assert document[at : at + len(word) + 1].strip().startswith(word)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_documents_go_on_from_an_open_one(kind: str) -> None:
+    dialogue = Dialogue(tokenizer_of(kind))
+    whole = dialogue.open("The cat sat.\n\nWho sat?")[0].tolist()
+    more = [i for part in dialogue.stream_more(["Who ", "sat?\n"]) for i in part.ids.tolist()]
+    assert dialogue.open("The cat sat.")[0].tolist() + more == whole
+
+
+def test_a_special_token_takes_the_space_that_it_took() -> None:
+    """Some templates rely on special tokens that swallow the line end behind them."""
+    from tokenizers import AddedToken
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|user|>", rstrip=True, special=True)]})
+    dialogue = Dialogue(tokenizer)
+    assert torch.cat([dialogue.open("A cat."), dialogue.question("Why?")], 1)[0].tolist() == rendered(
+        tokenizer, f"A cat.{SEPARATOR}{LABEL}Why?"
+    )

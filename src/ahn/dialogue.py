@@ -11,12 +11,16 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ahn.errors import ConfigError
+from ahn.tokens import Encoded, Encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +79,12 @@ class Dialogue:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = re.compile(f"(?={'|'.join(special)})") if special else None  # lookahead: overlaps count too
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        words = [re.escape(str(token)) for token in special]
+        self._special = re.compile(f"(?={'|'.join(words)})") if special else None  # lookahead: overlaps count too
+        space = {True: r"\s*", False: ""}  # that some take from the text around them
+        words = [f"{space[token.lstrip]}{re.escape(str(token))}{space[token.rstrip]}" for token in special]
+        self._control = re.compile("|".join(sorted(words, key=len, reverse=True)) or "(?!)")
         template = _template_pieces(tokenizer)
         self.has_template = template is not None
         if template is None:
@@ -100,7 +108,24 @@ class Dialogue:
 
     def open(self, document: str) -> Tensor:
         """Everything up to and including the document and the separator after it."""
-        return self._ids(self._prefix, document.strip(), SEPARATOR, upto=LABEL)
+        return _tensor(self.stream([document]))
+
+    def stream(self, pieces: Iterable[str]) -> Iterator[Encoded]:
+        """`open` of a document that comes in pieces, in constant memory.
+
+        Yields:
+            tokens, whose starts count from the first character of the document. Those of the template are below 0.
+        """
+        yield from self._document(self._prefix, pieces)
+
+    def stream_more(self, pieces: Iterable[str], separated: bool = True) -> Iterator[Encoded]:
+        """A further document behind an open one, in constant memory.
+
+        Args:
+            separated: whether the document before was read to its end.
+        """
+        before = _CONTEXT + SEPARATOR
+        yield from self._document(before, pieces, context=before if separated else _CONTEXT)
 
     def question(self, text: str) -> Tensor:
         """The question about an open document, to the point where the answer begins."""
@@ -122,21 +147,48 @@ class Dialogue:
         last = [int(i) for i in answer][-1:]
         return ids[:, 1:] if last == ids[0, :1].tolist() else ids
 
-    def _ids(self, before: str, text: str, after: str, context: str = "", upto: str = "") -> Tensor:
-        """Ids of `before + text + after`, less those of `context` in front and of `upto` behind.
+    def _document(self, before: str, pieces: Iterable[str], context: str = "") -> Iterator[Encoded]:
+        text = _Stripped(map(readable, pieces))
+        for part in self._parts(before, text, SEPARATOR, context, LABEL):
+            yield Encoded(part.ids, part.starts - len(before) + text.skipped)
 
-        `before` and `after` are the template's, where special tokens count; in `text` they do not.
+    def _ids(self, before: str, text: str, after: str, context: str = "") -> Tensor:
+        return _tensor(self._parts(before, [readable(text)], after, context))
+
+    def _parts(
+        self, before: str, text: Iterable[str], after: str, context: str = "", upto: str = ""
+    ) -> Iterator[Encoded]:
+        """Tokens of `before + text + after`, less those of `context` in front and of `upto` behind.
+
+        `before` and `after` are the template's, where special tokens count; in `text` they do not. So what is between
+        the last special token before the text and the first one behind it is encoded without any.
         """
-        import torch
+        *_, low = 0, *(match.end() for match in self._control.finditer(before))
+        high = match.start() if (match := self._control.search(after)) else len(after)
+        skip = len(context)
+        if low:
+            yield self._template(before[:low], skip)
+        if not self._encoder.places:  # the pieces are tokenised as if nothing stood around them
+            before, upto, skip = before[:low] + before[max(low, skip) :], "", 0
+        end: int | None = None
 
-        pieces = self.inert(text)
-        pieces[0] = before + pieces[0]
-        pieces[-1] += after
-        ids = []
-        for i, piece in enumerate(pieces):
-            skip = len(context) if i == 0 else 0
-            ids += self._encode(piece, skip, upto if i == len(pieces) - 1 else "")
-        return torch.tensor([ids], dtype=torch.int64)
+        def inner() -> Iterator[str]:
+            nonlocal end
+            length = low
+            for piece in chain([before[low:]], text, [after[:high], upto]):
+                length += len(piece)
+                yield piece
+            end = length - len(upto)
+
+        for tokens in self._encoder.stream(inner(), "segment" if low else "start"):
+            tokens = tokens.moved(low)
+            # Only the ends are compared: a tokenizer may trim spaces off the starts.
+            inside = tokens.ends > skip
+            if end is not None:  # so these are the last ones
+                inside &= tokens.ends <= end
+            yield tokens[inside]
+        if high < len(after):
+            yield self._template(after[high:])
 
     def inert(self, text: str) -> list[str]:
         """`text`, cut inside each string that would be read as a special token. Ordinary text stays in one piece."""
@@ -144,16 +196,49 @@ class Dialogue:
         cuts = [m.start() + 1 for m in self._special.finditer(text)] if self._special else []
         return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
-    def _encode(self, text: str, skip: int, upto: str) -> list[int]:
+    def _template(self, text: str, skip: int = 0) -> Encoded:
+        """Tokens of the template's own text, with special tokens, less those of its first `skip` characters."""
         options = {"add_special_tokens": False, "verbose": False}
-        if not self.tokenizer.is_fast:  # no offsets: the pieces are tokenised as if nothing stood around them
-            return self.tokenizer(text[skip:], **options).input_ids
-        encoded = self.tokenizer(text + upto, return_offsets_mapping=True, **options)
-        # Only the ends are compared: a tokenizer may trim spaces off the starts.
-        ends = [end for _, end in encoded.offset_mapping]
-        first = next((i for i, end in enumerate(ends) if end > skip), len(ends)) if skip else 0
-        last = next((i + 1 for i in reversed(range(len(ends))) if ends[i] <= len(text)), 0) if upto else len(ends)
-        return encoded.input_ids[first:last]
+        if not self.tokenizer.is_fast:
+            ids = np.array(self.tokenizer(text[skip:], **options).input_ids, dtype=np.int32)
+            return Encoded(ids, np.zeros(len(ids), dtype=np.int64))
+        encoded = self.tokenizer(text, return_offsets_mapping=True, **options)
+        spans = np.array(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2)
+        first = int(np.argmax(spans[:, 1] > skip)) if (spans[:, 1] > skip).any() else len(spans)
+        return Encoded(np.array(encoded.input_ids, dtype=np.int32)[first:], spans[first:, 0])
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+
+class _Stripped:
+    """The pieces of a text without the space around all of it; `skipped` counts the characters left out in front."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._pieces = pieces
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[str]:
+        begun, space = False, ""
+        for piece in self._pieces:
+            if not begun:
+                short = piece.lstrip()
+                self.skipped += len(piece) - len(short)
+                piece, begun = short, bool(short)
+            words = piece.rstrip()
+            if words:
+                yield space + words
+                space = piece[len(words) :]
+            else:
+                space += piece
+
+
+def _tensor(parts: Iterable[Encoded]) -> Tensor:
+    """Their ids, int64 [1, T]."""
+    import torch
+
+    return torch.from_numpy(np.concatenate([part.ids for part in parts]).astype(np.int64))[None]
 
 
 def _asked(text: str, label: str) -> str:

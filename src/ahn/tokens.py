@@ -65,7 +65,7 @@ class Tokens(Encoded):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, part: slice) -> Tokens:
+    def __getitem__(self, part: slice | Ints) -> Tokens:
         return Tokens(self.ids[part], self.starts[part], self.ends[part], self.free[part])
 
     def moved(self, by: int) -> Tokens:
@@ -103,6 +103,9 @@ class Encoder:
 
     Args:
         tokenizer: a transformers tokenizer.
+
+    Attributes:
+        places: whether it says where each token stands in the text; else all of a part stand in all of it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -110,6 +113,7 @@ class Encoder:
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         state = _state(tokenizer)
         self._backends = None if state is None else _backends(state)
+        self.places = state is not None
         self._by_word = state is not None and state["model"]["type"] != "BPE"
         unknown = None if state is None else _unknown(state)  # any text may become this one
         self._special = np.array(sorted(special - {unknown}), dtype=np.int32)
