@@ -21,7 +21,7 @@ from ahn import bases, cells, stores, zoo
 from ahn.augmentation import augment, layers_of
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, AHNError, ConfigError, some
-from ahn.memory_file import atomic
+from ahn.files import atomic
 from ahn.registry import nearest
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
+from ahn.files import scratch
 from ahn.registry import nearest
 
 if TYPE_CHECKING:
@@ -271,10 +272,9 @@ def _converted(gguf: Path) -> Path:
     _check_gguf(gguf)
     logger.info("converting %s once into %s", gguf, folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-            _convert(gguf, Path(scratch) / "base")
-            _move(Path(scratch) / "base", folder)
+        with scratch(folder.parent) as unfinished:
+            _convert(gguf, unfinished / "base")
+            _move(unfinished / "base", folder)
     except OSError as error:
         raise BaseModelError(
             f"cannot write the converted {gguf.name} into {folder.parent}: {error}; AHN_CACHE can name another folder"

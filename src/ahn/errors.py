@@ -35,6 +35,10 @@ class MemoryFileError(AHNError, ValueError):
     """A memory file that is damaged, of another model, or of another version."""
 
 
+class OutputError(AHNError, OSError):
+    """A file that cannot be written: no regular file, read-only, no such folder, a full disk."""
+
+
 class DocumentError(AHNError, ValueError):
     """A document that is missing, empty or not text."""
 

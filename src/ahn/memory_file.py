@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ahn import fingerprint
+from ahn import files, fingerprint
 from ahn.config import AHNConfig
-from ahn.errors import ConfigError, MemoryFileError
+from ahn.errors import ConfigError, MemoryFileError, OutputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,8 +52,11 @@ def save(cache: AHNCache, path: str | Path) -> None:
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     header = {"ahn": VERSION, **cache.describe()}
     header["sha256"] = _digest(header, tensors)
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"memory": json.dumps(header)})
+    try:
+        with files.atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"memory": json.dumps(header)})
+    except OutputError as error:
+        raise MemoryFileError(str(error)) from error
 
 
 def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
@@ -154,34 +153,6 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
     if f"{TEXT}.0" not in tensors:
         raise MemoryFileError(f"{path}: was read from embeddings, so no words are known: expected one of a text")
     return (*tensors[f"{TEXT}.0"], ranks)
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it if all went well and is removed if not.
-
-    Raises:
-        MemoryFileError: the disk refused (full, read-only, no such folder); the earlier file is untouched.
-    """
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent or ".")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except BaseException as error:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise MemoryFileError(f"{path}: cannot be written: {error}") from error
-        raise
 
 
 def _tensors(path: str | Path) -> dict[str, Tensor]:

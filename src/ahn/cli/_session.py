@@ -208,6 +208,7 @@ def read_document_into(args: argparse.Namespace) -> tuple[Session, str]:
         KeyboardInterrupt: after Ctrl-C, with a message. What was read so far is saved first, if it has a place.
     """
     from ahn.documents import read_document
+    from ahn.files import check_writable
 
     check_writable(args.output)
     document = read_document(args.document)
@@ -233,16 +234,6 @@ def check_question(text: str) -> str:
     if not text.strip():
         raise ConfigError(f"question {text!r}: expected some text")
     return text
-
-
-def check_writable(path: str | None, option: str = "-o") -> None:
-    """Raises ConfigError if no file can be made at `path`: said now, not after an hour of reading."""
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise ConfigError(f"{option} {path}: is a folder; expected a file name")
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"{option} {path}: no folder {Path(path).parent}")
 
 
 def _check_store(args: argparse.Namespace, base: str) -> None:

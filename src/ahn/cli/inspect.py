@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
     from ahn import retention
     from ahn.bases import base_config, load_tokenizer
     from ahn.cli import _pages
-    from ahn.cli._session import check_writable
     from ahn.errors import ConfigError
+    from ahn.files import atomic, check_writable
     from ahn.memory_file import peek, retained
     from ahn.transcript import BESIDE
 
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
         if args.html == "-":
             print(page)
             return
-        Path(args.html).write_text(page, encoding="utf-8")
+        with atomic(args.html) as path:
+            path.write_text(page, encoding="utf-8")
         print(args.html)
         return
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

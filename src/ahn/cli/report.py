@@ -16,10 +16,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ahn.cli._session import check_writable
     from ahn.errors import ConfigError
     from ahn.eval import report, results
-    from ahn.memory_file import atomic
+    from ahn.files import atomic, check_writable
 
     check_writable(args.output)
     if args.output is not None and Path(args.output).suffix not in (".html", ".md"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn.errors import ConfigError
-from ahn.memory_file import atomic
+from ahn.files import atomic, checked
 
 CONFIG, PREDICTIONS = "config.json", "predictions.jsonl"
 VERSION = 1
@@ -91,7 +91,7 @@ def read_rows(folder: Path) -> dict[str, Row]:
 def append(folder: Path, rank: int, row: Row) -> None:
     """Add a line to the part file of this process; it is on the disk when this returns."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
-    with open(folder / f"predictions.{rank}.jsonl", "a", encoding="utf-8") as file:
+    with open(checked(folder / f"predictions.{rank}.jsonl"), "a", encoding="utf-8") as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME
 
 from ahn.adapter import WEIGHTS
-from ahn.memory_file import atomic
+from ahn.files import atomic
 
 SEAL = "complete.json"
 KEPT = 2  # checkpoints of a run
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def seal(folder: Path) -> None:
-    """Bring a checkpoint's files to the disk, and list them with their SHA-256. Raises OSError, MemoryFileError."""
+    """Bring a checkpoint's files to the disk, and list them with their SHA-256. Raises OSError."""
     digests = {}
     unseal(folder)
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):

@@ -348,7 +348,7 @@ def _kept(path: Path, source: str, tokenizer: Any, length: int, limit: int | Non
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    from ahn.memory_file import atomic
+    from ahn.files import atomic
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

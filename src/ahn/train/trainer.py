@@ -28,8 +28,8 @@ import ahn
 from ahn.adapter import Adapter, adapter_of, apply, base_shape, read_adapter, write_adapter
 from ahn.augmentation import augment, layers_of, set_window
 from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
-from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, MemoryFileError, TrainingError, some
-from ahn.memory_file import atomic
+from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, TrainingError, some
+from ahn.files import atomic
 from ahn.registry import did_you_mean
 from ahn.train import checkpoints, data, distill, gates, windows
 from ahn.train.check import Difference, check
@@ -189,7 +189,7 @@ class MemoryTrainer(Trainer):
             if self.args.should_save:
                 checkpoints.seal(folder)
                 checkpoints.rotate(Path(self.args.output_dir))
-        except (OSError, RuntimeError, AdapterError, MemoryFileError) as error:  # torch.save has no type of its own
+        except (OSError, RuntimeError, AdapterError) as error:  # torch.save has no type of its own
             if _lost(error):
                 raise
             if self.args.should_save:

@@ -1,0 +1,150 @@
+"""Files are written whole or not at all, and only where a regular file is or can be.
+
+Unfinished files and folders are named after the machine and the process that write them. What a killed process left is
+removed when the next one writes into the same folder.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+
+from ahn.errors import OutputError
+
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_UNFINISHED = re.compile(r"\.ahn-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
+_KINDS = [(stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket")]
+
+
+def checked(path: str | os.PathLike[str], option: str = "") -> Path:
+    """The regular file behind `path`, links followed, that exists or can be made.
+
+    Args:
+        option: of the command line, for messages.
+
+    Raises:
+        OutputError: it exists and is no regular file or cannot be written, or there is no such folder.
+    """
+    name = f"{option} {path}".strip()
+    try:
+        file = Path(os.path.realpath(path))
+        kind = file.lstat() if os.path.lexists(file) else None
+        with suppress(FileNotFoundError):
+            kind = os.stat(path)  # of an open pipe, as /dev/stdout can be, the real path does not exist
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise OutputError(f"{name}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    if kind is not None and not stat.S_ISREG(kind.st_mode):
+        found = next((found for test, found in _KINDS if test(kind.st_mode)), "device")
+        raise OutputError(f"{name}: is a {found}; expected a file name")
+    if kind is not None and not os.access(file, os.W_OK):
+        raise OutputError(f"{name}: is read-only; expected a file that can be written")
+    if not os.fspath(path) or not file.parent.is_dir():
+        raise OutputError(f"{name}: cannot be written: no folder {Path(path).parent}")
+    return file
+
+
+def check_writable(path: str | os.PathLike[str] | None, option: str = "-o") -> None:
+    """Raises OutputError if no file can be written to `path`: said before hours of work, not after them."""
+    if path is None:
+        return
+    file = checked(path, option)
+    try:
+        _sweep(file.parent)
+        _new(file.parent).unlink()
+    except OSError as error:
+        raise OutputError(f"{option} {path}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path that replaces the file behind `path` if all went well and is removed if not.
+
+    Raises:
+        OutputError: `path` is no regular file, or the disk refused (full, read-only, no such folder); the earlier file
+            is untouched.
+    """
+    file = checked(path)
+    temporary = None
+    try:
+        _sweep(file.parent)
+        temporary = _new(file.parent)
+        yield temporary
+        if file.exists():
+            temporary.chmod(stat.S_IMODE(file.stat().st_mode))
+        _to_disk(temporary)
+        temporary.replace(file)
+        with suppress(OSError):  # not on every system
+            _to_disk(file.parent)
+    except BaseException as error:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise OutputError(f"{path}: cannot be written: {error}") from error
+        raise
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder`, which is made if it is missing; removed at the end. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    temporary = folder / _name()
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name() -> str:
+    return f".ahn-{_HOST}-{os.getpid()}-{token_hex(4)}"
+
+
+def _new(folder: Path) -> Path:
+    """An empty file, with the permissions of any new one."""
+    path = folder / _name()
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return path
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine that no longer exist left unfinished."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = _UNFINISHED.fullmatch(entry.name)
+            if match is None or match[1] != _HOST or _lives(int(match[2])):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _lives(process: int) -> bool:
+    if os.name != "posix":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user
+        return True
+    return True
