@@ -337,3 +337,56 @@ def test_the_own_loop_is_that_of_transformers(model, monkeypatch, options, padde
         assert bool(calls) == bool(plain)
     (mine, seen, heard), (theirs, also, said) = found
     assert torch.equal(mine, theirs) and seen == also and heard == said
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60, [60], [7, 30, 23], [0, 60, 0], [59, 1]])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 20, 100])
+def test_an_iterator_of_pieces_is_read_like_the_whole(model, monkeypatch, sizes, chunk):
+    monkeypatch.setattr(augmentation, "CHUNK", 16)
+    ids, lengths, seen = token_ids(60)[0], [], []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
+    whole = ahn.read(model, ids, chunk=chunk)
+    expected, lengths[:] = list(lengths), []
+    pieces = (piece.tolist() for piece in ids.split(sizes) if len(piece))
+    cache = ahn.read(model, pieces, chunk=chunk, progress=lambda done, total: seen.append((done, total)))
+    assert lengths == expected
+    assert torch.equal(cache.last_logits, whole.last_logits) and cache.tokens_seen == 60
+    assert [done for done, _ in seen] == torch.tensor(lengths).cumsum(0).tolist() and {total for _, total in seen} == {
+        None
+    }
+
+
+def test_reading_begins_with_the_first_piece(model):
+    cache, ids = ahn.AHNCache(model), token_ids(60)[0]
+
+    def pieces():
+        yield ids[:40]
+        assert cache.tokens_seen == 30
+        yield ids[40:]
+
+    ahn.read(model, pieces(), cache, chunk=10)
+
+
+def test_bad_pieces(model):
+    for pieces in ([], [[]], [[5], [1000]], [["word"]]):
+        with pytest.raises((ConfigError, ValueError)):
+            ahn.read(model, iter(pieces))
+    with pytest.raises(ConfigError, match="attention_mask"):
+        ahn.read(model, iter([[5]]), attention_mask=torch.ones(1, 1))
+
+
+def test_an_interrupt_between_pieces(model):
+    import signal
+
+    cache, ids = ahn.AHNCache(model), token_ids(60)[0]
+
+    def pieces():
+        yield ids[:20]
+        signal.raise_signal(signal.SIGINT)
+        yield ids[20:]
+
+    with pytest.raises(KeyboardInterrupt):
+        ahn.read(model, pieces(), cache, chunk=10)
+    assert cache.tokens_seen in (10, 20)
+    rest = ahn.read(model, ids[cache.tokens_seen :], cache)
+    torch.testing.assert_close(rest.last_logits, ahn.read(model, ids).last_logits, atol=1e-4, rtol=0)

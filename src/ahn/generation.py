@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from ahn.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int | None], None]
 
 FEW = 32  # new tokens that take longer at once, for which Python launches each kernel, than one by one by a graph
 FEW_AT_FIRST = 512  # the same in all questions together, before flash-linear-attention, which takes 5 s, is imported
@@ -35,7 +36,7 @@ PLAIN = {  # options with which `generate` uses its own loop
 @torch.no_grad()
 def read(
     model: PreTrainedModel,
-    ids: Tensor | Sequence[int],
+    ids: Tensor | Sequence[int] | Iterator[Any],
     cache: AHNCache | None = None,
     chunk: int | None = None,
     progress: Progress | None = None,
@@ -45,11 +46,11 @@ def read(
 
     Args:
         model: from `ahn.augment` or `ahn.from_pretrained`.
-        ids: token ids [T] or [B, T], at least one.
+        ids: token ids [T] or [B, T], at least one. An iterator gives pieces [T] of one text that are read as they come.
         cache: read on from here; it is changed in place. Default: a new one.
         chunk: tokens at once, default 512, on CUDA 8,192 or more; up to an eighth more in the last one.
-        progress: called with (tokens read, tokens in all) after each chunk.
-        attention_mask: [B, T], 0 for padding.
+        progress: called with (tokens read, tokens in all) after each chunk; None in all for an iterator.
+        attention_mask: [B, T], 0 for padding; not for an iterator.
 
     Returns:
         the cache, with `last_logits` [B, V]: those after the last token.
@@ -58,21 +59,75 @@ def read(
         ConfigError: no tokens, or a chunk below 1.
         KeyboardInterrupt: after the chunk in progress, so that `cache` can still be used and saved.
     """
-    ids = _rows(ids)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ConfigError(f"chunk={chunk!r}: expected an integer of at least 1")
+    if isinstance(ids, Iterator):
+        if attention_mask is not None:
+            raise ConfigError("attention_mask: an iterator of ids has no padding")
+        cache = AHNCache(model) if cache is None else cache
+        hidden = _read_pieces(model, ids, cache, chunk, progress)
+    else:
+        ids = _known(model, ids)
+        cache = AHNCache(model) if cache is None else cache
+        if attention_mask is not None and attention_mask.shape == ids.shape:
+            attention_mask = torch.cat([_past(cache, ids.shape[0]), attention_mask.cpu()], 1)
+        first, chunk = chunks(model, len(ids), cache.tokens_seen) if chunk is None else (chunk, chunk)
+        hidden = read_chunks(model.get_decoder(), ids.to(model.device), cache, chunk, attention_mask, progress, first)
+    cache.last_logits = model.get_output_embeddings()(hidden)
+    return cache
+
+
+def _read_pieces(
+    model: Any, pieces: Iterator[Any], cache: AHNCache, chunk: int | None, progress: Progress | None
+) -> Tensor:
+    """The last hidden state [1, D] after pieces of one text, read in the chunks of the whole."""
+    first, chunk = chunks(model, 1, cache.tokens_seen) if chunk is None else (chunk, chunk)
+    done, hidden = 0, None
+
+    def note(read: int, total: int | None) -> None:
+        if progress is not None:
+            progress(done + read, None)
+
+    with finish_before_interrupt() as interrupted:
+        for part in _chunks_of((_known(model, ids)[0] for ids in pieces if len(ids)), first, chunk):
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            ids, length = part[None].to(model.device), len(part)
+            hidden = read_chunks(model.get_decoder(), ids, cache, length, progress=note, known=done + length)
+            done += length
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+    if hidden is None:
+        raise ConfigError("no ids in the iterator: expected at least one token id")
+    return hidden
+
+
+def _chunks_of(pieces: Iterable[Tensor], first: int, chunk: int) -> Iterator[Tensor]:
+    """Pieces [T] of one text as the chunks that `chunk_ends` has for the whole."""
+    held, waiting = torch.empty(0, dtype=torch.long), []
+    size = first
+    for piece in pieces:
+        waiting.append(piece)
+        if len(held) + sum(map(len, waiting)) < size + chunk // 8:
+            continue
+        held, waiting = torch.cat([held, *waiting]), []
+        while len(held) >= size + chunk // 8 and len(held) > size:
+            yield held[:size]
+            held, size = held[size:], chunk
+    held = torch.cat([held, *waiting])
+    for low, high in pairwise([0, *chunk_ends(len(held), size, chunk)]) if len(held) else ():
+        yield held[low:high]
+
+
+def _known(model: Any, ids: Any) -> Tensor:
+    """Token ids as [B, T]. Raises ConfigError if there are none, or some that are not in the vocabulary."""
+    ids = _rows(ids)
     vocabulary = model.get_input_embeddings().num_embeddings
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise ConfigError(
             f"token id {int(ids.max() if ids.max() >= vocabulary else ids.min())}: expected 0 to {vocabulary - 1}"
         )
-    cache = AHNCache(model) if cache is None else cache
-    if attention_mask is not None and attention_mask.shape == ids.shape:
-        attention_mask = torch.cat([_past(cache, ids.shape[0]), attention_mask.cpu()], 1)
-    first, chunk = chunks(model, len(ids), cache.tokens_seen) if chunk is None else (chunk, chunk)
-    hidden = read_chunks(model.get_decoder(), ids.to(model.device), cache, chunk, attention_mask, progress, first)
-    cache.last_logits = model.get_output_embeddings()(hidden)
-    return cache
+    return ids
 
 
 @torch.no_grad()
@@ -84,13 +139,15 @@ def read_chunks(
     mask: Tensor | None = None,
     progress: Progress | None = None,
     first: int | None = None,
+    known: int | None = None,
 ) -> Tensor:
     """`read` below the language-model head: returns the last hidden state [B, D]. `mask` covers the past as well, or
-    only `ids` where there is none. `first`: tokens of the first chunk, if not as many as of the others."""
+    only `ids` where there is none. `first`: tokens of the first chunk, if not as many as of the others. `known`: tokens
+    of the text so far, if `ids` are a part of it."""
     total = ids.shape[1]
     past = 0 if mask is None else mask.shape[1] - total
     hidden: Tensor | None = None
-    compiles = kernels.between_many(ids.device.type, total).name == "inductor"
+    compiles = kernels.between_many(ids.device.type, known or total).name == "inductor"
     worth = max(2, min(chunk, kernels.PLANNED))  # a shorter rest is attended otherwise: all would be compiled again
     with finish_before_interrupt() as interrupted:
         low = 0
