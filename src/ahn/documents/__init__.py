@@ -84,9 +84,11 @@ def expand(sources: Iterable[str | Path]) -> list[Path | str]:
 def _below(source: str | Path) -> list[Path]:
     path, name = Path(source), shown(source)
     try:
-        if str(source) and path.is_dir():
+        if not str(source):
+            raise FileNotFoundError
+        if path.is_dir():
             return _documents(_files(path), name)
-        if str(source) and (path.exists() or not glob.has_magic(str(source))):
+        if path.exists() or not glob.has_magic(str(source)):
             path.stat()
             return [path]
         files: list[Path] = []
@@ -97,6 +99,8 @@ def _below(source: str | Path) -> list[Path]:
         return _documents(files, name)
     except FileNotFoundError:
         raise DocumentError(f"{name}: no such file or folder; {ALLOWED}") from None
+    except DocumentError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise DocumentError(f"{name}: cannot be read ({getattr(error, 'strerror', error)}); {ALLOWED}") from error
 

@@ -68,7 +68,7 @@ class Format(ABC):
 
 
 FORMATS: Registry[type[Format]] = Registry(
-    "document format", "ahn.documents", hidden=("base", "encoding", "isolate", "source")
+    "document format", "ahn.documents", hidden=("archive", "base", "encoding", "isolate", "source")
 )
 
 

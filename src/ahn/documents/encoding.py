@@ -27,22 +27,23 @@ def marked(data: bytes) -> str | None:
 
 
 def wide(data: bytes) -> str | None:
-    """UTF-16 or UTF-32 without a mark, known by where its zero bytes are; None for anything else."""
+    """UTF-16 or UTF-32 without a mark, of which `data` is the beginning; None for anything else."""
     data = data[:_SAMPLE]
-    rare = len(data) - len(data.translate(None, delete=_ASCII_TEXT)) < 0.8 * len(data)
-    if b"\0" not in data or not rare:
+    plain = len(data) - len(data.translate(None, delete=_ASCII_TEXT))
+    if not binary(data) or plain > 0.8 * len(data):  # more would be ASCII with a few NULs in it
         return None
+    blocks = {}
     for encoding, width in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
-        if len(data) % width and len(data) < _SAMPLE:
+        if len(data) % width:
             continue
         try:
             text = codecs.getincrementaldecoder(encoding)().decode(data)
         except UnicodeDecodeError:
             continue
-        # In the wrong order "\n" is an unassigned character
-        if text and all(letter.isprintable() or letter.isspace() for letter in text):
-            return encoding
-    return None
+        if all(letter.isprintable() or letter.isspace() for letter in text):
+            blocks[encoding] = len({ord(letter) >> 8 for letter in text})
+    # In the wrong order of bytes letters of one script are scattered over all of Unicode
+    return min(blocks, key=lambda encoding: blocks[encoding], default=None)
 
 
 def guess(data: bytes, whole: bool = True) -> str:
@@ -60,7 +61,7 @@ def guess(data: bytes, whole: bool = True) -> str:
     if sum(map(len, words)) > high // 2:  # in Latin script bytes beyond ASCII stand alone
         from charset_normalizer import from_bytes
 
-        best = from_bytes(b" ".join(words)[:_SAMPLE], cp_isolation=_LEGACY).best()
+        best = from_bytes(data[:_SAMPLE], cp_isolation=_LEGACY).best()
         if best is not None:
             return best.encoding
     return "cp1252"

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
+from ahn.documents.archive import open_archive
 from ahn.documents.base import Format, Piece
 from ahn.documents.html import decode, html_text
-from ahn.documents.source import check_zip
 from ahn.errors import DocumentError
 
 _PACKAGE = "{http://www.idpf.org/2007/opf}"
@@ -29,8 +29,7 @@ class EPUB(Format):
         return head.startswith(b"PK\x03\x04") and b"mimetypeapplication/epub+zip" in head[:200]
 
     def read(self, file: BinaryIO, name: str) -> Iterator[Piece]:
-        with zipfile.ZipFile(file) as archive:
-            check_zip(archive, name, self.title)
+        with open_archive(file, name, self.title) as archive:
             package = _package(archive)
             chapters = _chapters(archive, package)
             if locked := _locked(archive).intersection(chapters):

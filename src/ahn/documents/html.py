@@ -56,7 +56,7 @@ class HTML(Format):
     name = "html"
     title = "HTML"
     suffixes = (".html", ".htm", ".xhtml", ".xht")
-    max_bytes = 64 * 2**20
+    max_bytes = 32 * 2**20
 
     def marks(self, head: bytes) -> bool:
         start = head[:4096].replace(b"\0", b"").lstrip(codecs.BOM_UTF8 + codecs.BOM_UTF16)
@@ -174,6 +174,7 @@ class _Page:
             self.end_line(2)
         elif tag in ("td", "th"):
             if self.cells:
+                self.space = False
                 mark = "|" if self.breaks else " |"
                 self.start()
                 self.parts.append(mark)
@@ -229,14 +230,9 @@ def _is_hidden(node: Any, tag: str) -> bool:
     if tag == "title" and node.parent is not None and node.parent.tag == "head":
         return True
     attributes = node.attributes
-    if not attributes:
-        return False
-    style = attributes.get("style")
-    return (
-        "hidden" in attributes
-        or (style is not None and bool(_STYLED_AWAY.search(style)))
-        or (tag == "dialog" and "open" not in attributes)
-    )
+    if tag == "dialog" and "open" not in attributes:
+        return True
+    return "hidden" in attributes or bool(_STYLED_AWAY.search(attributes.get("style") or ""))
 
 
 def _layout_rows(tree: Any) -> set[int]:

@@ -15,7 +15,7 @@ from ahn.documents.base import FORMATS, Format, Piece
 from ahn.documents.source import Stream
 from ahn.errors import DocumentError
 
-MAX_SECONDS = 60  # from one piece to the next
+MAX_SECONDS = 120  # from one piece to the next
 MAX_CPU_SECONDS = 3600  # of a parser whose reader is gone
 MAX_MEMORY = 4 * 2**30  # bytes of a parser
 
@@ -70,7 +70,7 @@ def read_isolated(kind: Format, stream: Stream) -> Iterator[Piece]:
                     f"{name}: parsing this {kind.title} took more than {MAX_SECONDS} seconds; expected less a page"
                 )
             if not line.endswith(b"\n"):
-                raise DocumentError(f"{name}: a damaged {kind.title} (its parser stopped with {child.wait()})")
+                raise DocumentError(f"{name}: a damaged {kind.title} (its parser ended with status {child.wait()})")
             message = json.loads(line)
             if "error" in message:
                 raise DocumentError(message["error"])

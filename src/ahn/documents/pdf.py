@@ -15,6 +15,7 @@ MAX_UNREADABLE = 0.3  # of the characters; more means that the fonts do not say 
 
 _WORD = re.compile(r"[^\W\d_]+")
 _BROKEN_WORD = re.compile(r"([^\W\d_]+)[-\u2010]$")
+_SENTENCE_END = re.compile(r"[.!?:]\W*$")
 _ITEM = re.compile(r"(?:[-*•▪➢✓–—]|\(?(?:\d{1,3}|[a-zA-Z])[.)])\s")
 _CHINESE = re.compile("[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")  # and Japanese: scripts without spaces
 _NARROW = 30  # characters; shorter lines are no running text
@@ -86,9 +87,10 @@ def join_lines(text: str, known: set[str]) -> str:
 def _continues(line: str, following: str, width: int) -> bool:
     if not line or not following or _ITEM.match(following) or _is_row(line) or _is_row(following):
         return False
-    if _BROKEN_WORD.search(line) and following[0].islower():
+    if _BROKEN_WORD.search(line) and following[0].isalnum():
         return True
-    return len(line) + 1 + len(following.split(" ", 1)[0]) > _FULL * width
+    new_sentence = _SENTENCE_END.search(line) and not following[0].islower()
+    return len(line) + 1 + len(following.split(" ", 1)[0]) > (1 if new_sentence else _FULL) * width
 
 
 def _is_row(line: str) -> bool:
@@ -98,9 +100,9 @@ def _is_row(line: str) -> bool:
 
 def _join(line: str, following: str, known: set[str]) -> str:
     broken, rest = _BROKEN_WORD.search(line), _WORD.match(following)
-    if broken and rest and following[0].islower():
-        left, right = broken[1].lower(), rest[0].lower()
-        compound = left + right not in known and left in known and right in known
+    if broken and following[0].isalnum():
+        left, right = broken[1].lower(), rest[0].lower() if rest else ""
+        compound = not following[0].islower() or (left + right not in known and left in known and right in known)
         return (line if compound else line[:-1]) + following
     if _CHINESE.match(line[-1]) and _CHINESE.match(following):
         return line + following

@@ -3,39 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from made import encrypted, pdf
 
 from ahn.documents import read_document
 from ahn.errors import DocumentError
-
-
-def pdf(text: str) -> bytes:
-    """The least a PDF with one page of text can be."""
-    content = f"BT /F1 12 Tf 20 20 Td ({text}) Tj ET"
-    objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>",
-        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 50] /Contents 4 0 R "
-        "/Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
-        f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
-    ]
-    data, offsets = b"%PDF-1.4\n", []
-    for number, body in enumerate(objects, 1):
-        offsets.append(len(data))
-        data += f"{number} 0 obj\n{body}\nendobj\n".encode()
-    table = "".join(f"{offset:010} 00000 n \n" for offset in offsets)
-    end = f"trailer\n<< /Size 5 /Root 1 0 R >>\nstartxref\n{len(data)}\n%%EOF\n"
-    return data + f"xref\n0 5\n0000000000 65535 f \n{table}{end}".encode()
-
-
-def encrypted(data: bytes, password: str) -> bytes:
-    from pypdf import PdfReader, PdfWriter
-
-    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(data)))
-    writer.encrypt(password, owner_password="owner", algorithm="RC4-128")
-    out = io.BytesIO()
-    writer.write(out)
-    return out.getvalue()
-
 
 HTML = b"""<!DOCTYPE html><html><head><title>A tale</title><style>p {color: red}</style>
 <script>var hidden = "<p>";</script></head><body><!-- not shown -->
