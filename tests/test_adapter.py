@@ -1,6 +1,7 @@
 """Adapters: ours, the authors', and everything that does not fit."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -157,6 +158,275 @@ def test_damaged_files(folder):
     (folder / "adapter.safetensors").unlink()
     with pytest.raises(AdapterError, match="cannot be read"):
         ahn.load_adapter(tiny(), folder)
+
+
+def rewrite(folder, **changes):
+    settings = json.loads((folder / "ahn.json").read_text()) | changes
+    (folder / "ahn.json").write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+
+
+def reshaped(key, value):
+    return lambda folder: rewrite(folder, shape=json.loads((folder / "ahn.json").read_text())["shape"] | {key: value})
+
+
+def reset(key, value):
+    return lambda folder: rewrite(folder, config=json.loads((folder / "ahn.json").read_text())["config"] | {key: value})
+
+
+def without(key):
+    def remove(folder):
+        settings = json.loads((folder / "ahn.json").read_text())
+        del settings[key]
+        (folder / "ahn.json").write_text(json.dumps(settings))
+
+    return remove
+
+
+def tensors_of(change):
+    return lambda folder: change_tensors(folder, change)
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def replaced_by(name, make):
+    def replace(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return replace
+
+
+def cut(folder, keep):
+    """A file that was cut short, with the checksum of what is left."""
+    import hashlib
+
+    content = (folder / "adapter.safetensors").read_bytes()[:keep]
+    (folder / "adapter.safetensors").write_bytes(content)
+    rewrite(folder, sha256=hashlib.sha256(content).hexdigest())
+
+
+BAD_ADAPTERS = {
+    "version": (lambda f: rewrite(f, version=[1]), r"version \[1\]"),
+    "no version": (without("version"), "version None"),
+    "no config": (without("config"), "no 'config': expected an object"),
+    "no shape": (without("shape"), "no 'shape'"),
+    "no sha256": (without("sha256"), "no 'sha256'"),
+    "config of text": (lambda f: rewrite(f, config="mamba2"), "config is 'mamba2': expected an object"),
+    "config of null": (lambda f: rewrite(f, config=None), "config is None"),
+    "shape of a list": (lambda f: rewrite(f, shape=[[1, 2]]), "shape is"),
+    "shape of text": (reshaped("hidden_size", "32"), "hidden_size is '32': expected an integer"),
+    "shape of null": (reshaped("num_layers", None), "num_layers is None"),
+    "shape of zero": (reshaped("num_heads", 0), "num_heads is 0"),
+    "checksum of a number": (lambda f: rewrite(f, sha256=5), "sha256 is 5: expected text"),
+    "base of a list": (lambda f: rewrite(f, base=["a"]), "base is"),
+    "window of text": (reset("window", "16"), "window='16'"),
+    "cell of a list": (reset("cell", ["mamba2"]), "cell"),
+    "store of a number": (reset("store", 3), "store"),
+    "layers of text": (reset("layers", "all"), "layers"),
+    "sinks of NaN": (reset("sinks", float("nan")), "sinks=nan"),
+    "positions of an object": (reset("sink_positions", {}), "sink_positions"),
+    "a list": (written("ahn.json", b"[]"), "expected a JSON object"),
+    "not UTF-8": (written("ahn.json", b'{"version": "\xff"}'), "cannot be read"),
+    "deep": (written("ahn.json", b"[" * 100_000), "cannot be read"),
+    "large": (written("ahn.json", b" " * (1 << 21)), "more than"),
+    "empty weights": (lambda f: cut(f, 0), "cannot be read"),
+    "half a header": (lambda f: cut(f, 20), "cannot be read"),
+    "half the weights": (lambda f: cut(f, -40), "cannot be read"),
+    "huge header": (written("adapter.safetensors", (2**40).to_bytes(8, "little") + b"{}"), "cannot be read"),
+    "weights in a FIFO": (replaced_by("adapter.safetensors", os.mkfifo), "no such file"),
+    "weights in a folder": (replaced_by("adapter.safetensors", os.mkdir), "no such file"),
+    "whole numbers": (tensors_of(lambda t: t.update({"layers.0.A_log": t["layers.0.A_log"].int()})), "torch.int32"),
+    "complex": (tensors_of(lambda t: t.update({"layers.0.A_log": t["layers.0.A_log"].cfloat()})), "torch.complex64"),
+    "8 bits": (
+        tensors_of(lambda t: t.update({"layers.0.A_log": t["layers.0.A_log"].to(torch.float8_e4m3fn)})),
+        "torch.float8_e4m3fn",
+    ),
+    "too large": (tensors_of(lambda t: t.update({"layers.0.A_log": t["layers.0.A_log"].double() + 1e300})), "infinite"),
+    "infinite": (tensors_of(lambda t: t["layers.0.A_log"].fill_(torch.inf)), "infinite"),
+    "shape": (tensors_of(lambda t: t.update({"layers.0.A_log": torch.zeros(4, 1)})), r"shape \[4, 1\]"),
+    "foreign": (tensors_of(lambda t: t.update({"model.embed_tokens.weight": torch.zeros(1)})), "too many"),
+    "none": (tensors_of(dict.clear), "missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_bad_adapters_are_one_clear_error(tmp_path, case):
+    spoil, message = BAD_ADAPTERS[case]
+    ahn.save_adapter(with_memory(tiny()), tmp_path)
+    spoil(tmp_path)
+    model = tiny()
+    with pytest.raises(AdapterError, match=message):
+        ahn.load_adapter(model, tmp_path)
+    assert not hasattr(model, "ahn_config"), "a memory without its weights"
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_hidden_layers"])
+@pytest.mark.parametrize("value", [None, 0, "many", [3], ...])
+def test_authors_config_with_missing_or_junk_keys(tmp_path, key, value):
+    checkpoint = authors_checkpoint(tmp_path / "authors")
+    settings = json.loads((checkpoint / "config.json").read_text())
+    if value is ...:
+        del settings[key]
+    else:
+        settings[key] = value
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(AdapterError, match=f"{key}.*: expected an integer of at least 1"):
+        read_adapter(checkpoint)
+
+
+@pytest.mark.parametrize("value", ["a,b", "99", "-1", [0, 1, 2], {"a": 1}])
+def test_authors_layers_that_are_none(tmp_path, value):
+    if isinstance(value, list):  # all layers
+        value = list(range(json.loads(golden_tensors("gated_deltanet")[1]["config"])["num_hidden_layers"]))
+    with pytest.raises(AdapterError, match="fa_layer_ids is .*: expected indices of layers"):
+        read_adapter(authors_checkpoint(tmp_path / "authors", fa_layer_ids=value))
+
+
+@pytest.mark.parametrize("value", [["GatedDeltaNet"], 3, None])
+def test_authors_cell_of_another_type(tmp_path, value):
+    with pytest.raises(AdapterError, match="_ahn_implementation is"):
+        read_adapter(authors_checkpoint(tmp_path / "authors", _ahn_implementation=value))
+
+
+def test_nan_is_not_saved_over_a_good_adapter(folder, cell):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = with_memory(tiny(), cell)
+    next(model.model.layers[0].self_attn.ahn.cell.parameters()).data.fill_(torch.inf)
+    with pytest.raises(AdapterError, match="hold NaN or infinite"):
+        ahn.save_adapter(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# with its base
+
+
+@pytest.mark.parametrize("options", [{}, {"cell": None}, {"store": "recency", "store_size": 8}])
+def test_save_pretrained_saves_the_memory_too(tmp_path, options, recwarn):
+    from transformers import AutoModelForCausalLM
+
+    model = with_memory(tiny(), **options)
+    model.save_pretrained(tmp_path)
+    ids = token_ids(60)
+    loaded = ahn.from_pretrained(tmp_path, device="cpu")
+    assert loaded.ahn_config == model.ahn_config
+    assert torch.equal(in_pieces(loaded, ids, [60]), in_pieces(model, ids, [60]))
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if ".ahn." in name]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(plain(ids).logits, tiny()(ids).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    again = ahn.from_pretrained(tmp_path / "again", device="cpu")
+    assert torch.equal(in_pieces(again, ids, [60]), in_pieces(model, ids, [60]))
+
+
+def test_save_pretrained_with_weights_of_ones_own(tmp_path):
+    model = with_memory(tiny())
+    model.save_pretrained(tmp_path, state_dict=model.state_dict(), max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(
+        in_pieces(ahn.from_pretrained(tmp_path, device="cpu"), token_ids(60), [60]),
+        in_pieces(model, token_ids(60), [60]),
+    )
+
+
+def test_save_pretrained_is_whole_or_says_so(tmp_path, monkeypatch):
+    model = with_memory(tiny())
+    with monkeypatch.context() as patch:
+        patch.setattr("ahn.adapter.write_adapter", lambda *_: (_ for _ in ()).throw(AdapterError("No space left")))
+        with pytest.raises(AdapterError, match="No space left"):
+            model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    next(model.model.layers[0].self_attn.ahn.cell.parameters()).data.fill_(torch.nan)
+    with pytest.raises(AdapterError, match="NaN"):
+        model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_detached_model_saves_as_before(tmp_path):
+    model = ahn.detach(with_memory(tiny()))
+    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "ahn.json").exists()
+
+
+def test_push_to_hub_sends_the_memory_too(monkeypatch):
+    """What is uploaded is a folder that `save_pretrained` has written."""
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **options):
+            return type("Repository", (), {"repo_id": repo_id})
+
+        def create_commit(self, repo_id, operations, **options):
+            sent[repo_id] = sorted(operation.path_in_repo for operation in operations)
+
+        def create_branch(self, **options):
+            pass
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub, raising=False)
+    monkeypatch.setattr("transformers.utils.hub.create_repo", Hub().create_repo, raising=False)
+    monkeypatch.setattr("transformers.utils.hub.create_commit", Hub().create_commit, raising=False)
+    with_memory(tiny()).push_to_hub("me/model")
+    assert {"adapter.safetensors", "ahn.json", "config.json", "model.safetensors"} <= set(sent["me/model"])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_memory_in_the_bases_repository_is_found(monkeypatch, there):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from ahn.adapter import chosen
+
+    def download(name, file, **options):
+        assert (name, file) == ("me/model", "ahn.json")
+        if not there:
+            raise LocalEntryNotFoundError("not in the cache")
+        return "/somewhere"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert chosen("me/model", None) == ("me/model" if there else None)
+    assert chosen("me/model", "none") is None
+
+
+def test_weights_go_through_a_state_dict(cell):
+    model, other = with_memory(tiny(), cell), with_memory(tiny(seed=4), cell, seed=9)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(in_pieces(other, token_ids(60), [60]), in_pieces(model, token_ids(60), [60]))
+
+
+class EightBits(torch.nn.Module):
+    """A linear map that is stored in 8-bit floats, as in quantised checkpoints."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.abs().max() / 448
+        self.weight = torch.nn.Parameter((linear.weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
+        self.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+        self.out_features, self.in_features = linear.weight.shape
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.weight_scale)
+
+
+def in_eight_bits(model):
+    for layer in model.model.layers:
+        for module in (layer.self_attn, layer.mlp):
+            for name, child in list(module.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(module, name, EightBits(child))
+    return model
+
+
+def test_a_base_in_eight_bits(tmp_path, cell):
+    model = with_memory(in_eight_bits(tiny()), cell)
+    assert {p.dtype for p in model.model.layers[0].self_attn.ahn.parameters()} == {torch.float32}
+    ahn.save_adapter(model, tmp_path / "adapter")
+    cache = ahn.read(model, token_ids(60))
+    cache.save(tmp_path / "a.ahn")
+    other = ahn.load_adapter(ahn.augment(in_eight_bits(tiny()), model.ahn_config), tmp_path / "adapter")
+    loaded = ahn.AHNCache.load(tmp_path / "a.ahn", other)
+    answers = [ahn.generate(m, token_ids(3), c, max_new_tokens=4) for m, c in ((model, cache), (other, loaded))]
+    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "a/b/c"])

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ahn import bases, cells, stores, zoo
-from ahn.augmentation import augment, layers_of
+from ahn.augmentation import augment, detach, layers_of
 from ahn.config import AHNConfig
-from ahn.errors import AdapterError, AHNError, ConfigError, some
+from ahn.errors import AdapterError, AHNError, BaseModelError, ConfigError, some
 from ahn.files import atomic
 from ahn.registry import nearest
 
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NONE = "none"
+CELLS = ".ahn."  # in the names of a model's weights that are the memory's
 STORE = "store."  # in front of the names of a store's weights
 WEIGHTS, SETTINGS = "adapter.safetensors", "ahn.json"
+SHAPE = ("hidden_size", "num_heads", "head_dim", "num_layers")  # of the base
 FORM = ("cell", "layers", "memory_positions", "key_maps", "make_room")  # what weights are made for
+MOST_SETTINGS = 1 << 20  # bytes of a JSON file
 AUTHORS_PREFIX, AUTHORS_INFIX = "model.layers.", ".ahn.fn."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 PAPER_LOSSLESS = 32768  # tokens kept exactly in the paper: 128 sinks + 32,640 window
 
 
@@ -125,8 +130,25 @@ def chosen(
     if adapter is None and (Path(base).expanduser() / SETTINGS).is_file():
         return base
     if adapter is None and cell is None:
-        return zoo.default_for(os.fspath(base))
+        return zoo.default_for(os.fspath(base)) or _on_hub(base)
     return None if adapter == NONE else adapter
+
+
+def _on_hub(base: str | os.PathLike[str]) -> str | None:
+    """The base's own repository, if `save_pretrained` of an augmented model put a memory there."""
+    name = os.fspath(base)
+    if isinstance(base, os.PathLike) or not bases.is_hub_id(name):
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name, SETTINGS, local_files_only=bases.hub_unreachable(name) is not None)
+    except (EntryNotFoundError, LocalEntryNotFoundError, BaseModelError):
+        return None
+    except Exception as error:  # the hub client's HTTP library, and so its errors, differ between its versions
+        raise AdapterError(f"{name}: whether it holds a memory cannot be asked: {_first_line(error)}") from error
+    return name
 
 
 def _sized(config: AHNConfig, changes: dict[str, Any], lossless: int | None) -> AHNConfig:
@@ -177,12 +199,42 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
     write_adapter(adapter_of(model), folder)
 
 
+def save_with_base(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """`save_pretrained` of an augmented model: the base as transformers saves it, and the memory as an adapter beside
+    it. `ahn.from_pretrained` loads both, plain transformers the base alone. Arguments as of transformers.
+
+    Raises:
+        AdapterError: the memory holds NaN, or the folder cannot be written; no base is then without its memory.
+    """
+    folder = Path(save_directory)
+    hub = {key: options.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in options}
+    weights = model.state_dict() if state_dict is None else state_dict
+    base = {name: tensor for name, tensor in weights.items() if CELLS not in name}
+    memory = _gathered(model)
+    if is_main_process:
+        write_adapter(memory, folder)
+    type(model).save_pretrained(model, folder, is_main_process, base, **options)
+    if push_to_hub:  # which saves once more, into a folder of its own
+        model.push_to_hub(hub.pop("repo_id", folder.name), **hub)
+
+
 def adapter_of(model: PreTrainedModel) -> Adapter:
     """The trained weights and settings of an augmented model's memory, on the CPU. Weights that are sharded over
     processes are gathered: all of them must call this. Raises AdapterError if the model has no cells."""
-    config: AHNConfig | None = getattr(model, "ahn_config", None)
-    if config is None or not (parameters := _parameters(model)):
+    if getattr(model, "ahn_config", None) is None or not _parameters(model):
         raise AdapterError("the model has no cells, only sinks and window: there is nothing to save")
+    return _gathered(model)
+
+
+def _gathered(model: PreTrainedModel) -> Adapter:
+    config, parameters = model.ahn_config, _parameters(model)
     whole: dict[str, Any] = {
         name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()
     }
@@ -198,13 +250,19 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
 
     Raises:
         AdapterError: of another base, or another form than the model's memory has (`FORM`), missing or extra tensors,
-            NaN, unknown version. The model's weights are then as before.
+            NaN, unknown version. The model is then as before.
     """
     trained = read_adapter(folder)
-    if not hasattr(model, "ahn_config"):
-        check_shape(trained, base_shape(model.config))
-        augment(model, _fitting(trained.config, model.config.get_text_config()))
-    apply(trained, model)
+    if hasattr(model, "ahn_config"):
+        apply(trained, model)
+        return model
+    check_shape(trained, base_shape(model.config))
+    augment(model, _fitting(trained.config, model.config.get_text_config()))
+    try:
+        apply(trained, model)
+    except AdapterError:
+        detach(model)
+        raise
     return model
 
 
@@ -223,14 +281,15 @@ def convert(
     if base is not None:
         model = bases.load_base(base, dtype="auto", device="cpu")
         check_shape(trained, base_shape(model.config))
+        trained.base = os.fspath(base)
+    write_adapter(trained, destination)  # first: a base alone would be loaded without its memory
+    if base is not None:
         try:
             with bases.quiet():
                 model.save_pretrained(destination)
             bases.load_tokenizer(base).save_pretrained(destination)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise AdapterError(f"{destination}: cannot be written: {error}") from error
-        trained.base = os.fspath(base)
-    write_adapter(trained, destination)
     return destination
 
 
@@ -245,12 +304,14 @@ def read_adapter(source: str | os.PathLike[str]) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
-    """Both files are complete on disk before either takes its place."""
+    """Both files are complete on disk before either takes its place. Raises AdapterError, also for NaN."""
     from safetensors.torch import save_file
 
     import ahn
 
     folder = Path(folder)
+    if spoilt := [name for name, tensor in adapter.tensors.items() if not tensor.isfinite().all()]:
+        raise AdapterError(f"{folder}: not written: {some(spoilt)} hold NaN or infinite numbers")
     settings = {
         "version": VERSION,
         "package": ahn.__version__,
@@ -302,8 +363,12 @@ def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> 
             raise AdapterError(
                 f"{source}: {name} has shape {list(tensor.shape)}, the base needs {list(parameter.shape)}"
             )
-        if not tensor.isfinite().all():
-            raise AdapterError(f"{source}: {name} holds NaN or infinite numbers")
+        if tensor.dtype not in DTYPES:
+            raise AdapterError(f"{source}: {name} is of {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}")
+        if not tensor.to(parameter.dtype).isfinite().all():
+            raise AdapterError(
+                f"{source}: {name} holds NaN or infinite numbers, or too large ones for {parameter.dtype}"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -325,12 +390,7 @@ def base_shape(config: Any) -> dict[str, int]:
     config = config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {
-        "hidden_size": config.hidden_size,
-        "num_heads": heads,
-        "head_dim": size,
-        "num_layers": config.num_hidden_layers,
-    }
+    return dict(zip(SHAPE, (config.hidden_size, heads, size, config.num_hidden_layers), strict=True))
 
 
 def check_shape(adapter: Adapter, shape: dict[str, int]) -> None:
@@ -370,36 +430,47 @@ def _folder(source: str | os.PathLike[str]) -> Path:
 
 
 def _read_ours(folder: Path) -> Adapter:
-    settings = _json(folder / SETTINGS)
+    path, weights = folder / SETTINGS, folder / WEIGHTS
+    settings = _json(path)
     if settings.get("version") != VERSION:
         raise AdapterError(
             f"{folder}: adapter of version {settings.get('version')!r}: this ahn reads version {VERSION}"
         )
+    base = settings.get("base")
+    if not (base is None or isinstance(base, str)):
+        raise AdapterError(f"{path}: base is {base!r}: expected text or null")
+    given, digest = _of_type(path, settings, "config", dict), _of_type(path, settings, "sha256", str)
+    shape = _of_type(path, settings, "shape", dict)
     try:
-        config = AHNConfig.from_dict(settings["config"])
-        shape, digest = dict(settings["shape"]), settings["sha256"]
-    except KeyError as error:
-        raise AdapterError(f"{folder / SETTINGS}: no {error}") from error
+        config = AHNConfig.from_dict(given)
     except (ConfigError, TypeError, ValueError) as error:
-        raise AdapterError(f"{folder / SETTINGS}: {error}") from error
-    weights = folder / WEIGHTS
-    if weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
-        raise AdapterError(f"{weights}: damaged: its checksum is not the one in {SETTINGS}")
+        raise AdapterError(f"{path}: {error}") from error
+    shape = {key: _of_type(path, shape, key, int) for key in SHAPE}
+    tensors = _tensors(weights)
+    with weights.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise AdapterError(f"{weights}: damaged: its checksum is not the one in {SETTINGS}")
     source = folder.name if zoo.path(folder.name) == folder else str(folder)
-    return Adapter(config, shape, _tensors(weights), settings.get("base"), source)
+    return Adapter(config, shape, tensors, base, source)
 
 
 def _read_authors(folder: Path) -> Adapter:
-    settings = _json(folder / "config.json")
+    path = folder / "config.json"
+    settings = _json(path)
     names = {cls.authors_name: name for name in cells.names() if (cls := cells.get(name)).authors_name}
     implementation = settings.get("_ahn_implementation")
-    if implementation not in names:
+    if not isinstance(implementation, str) or implementation not in names:
         raise AdapterError(
             f"{folder}: _ahn_implementation is {implementation!r}: expected one of {', '.join(map(str, names))}"
         )
     for key in ("use_q_proj", "use_ahn_router"):
         if settings.get(key):
             raise AdapterError(f"{folder}: {key} is on: checkpoints with it were never released and cannot be read")
+    hidden, heads, count = (
+        _of_type(path, settings, key, int) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    size = _of_type(path, settings, "head_dim", int) if settings.get("head_dim") is not None else hidden // heads
+    full = _layer_indices(path, settings.get("fa_layer_ids"), count)
     cell = cells.get(names[implementation])
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -409,27 +480,48 @@ def _read_authors(folder: Path) -> Adapter:
                 tensors[f"layers.{layer}.{parameter}"] = tensor
     if not tensors:
         raise AdapterError(f"{folder}: no tensors named {AUTHORS_PREFIX}N{AUTHORS_INFIX}*")
-    heads = settings["num_attention_heads"]
-    full = {int(i) for i in str(settings.get("fa_layer_ids") or "").replace(" ", "").split(",") if i}
-    count = settings["num_hidden_layers"]
     # Their window, sinks and window type are those of training: inference takes the paper's.
     config = AHNConfig(
         names[implementation],
         layers=tuple(i for i in range(count) if i not in full) if full else None,
         sink_positions="absolute",
     )
-    shape = {
-        "hidden_size": settings["hidden_size"],
-        "num_heads": heads,
-        "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
-        "num_layers": count,
-    }
-    return Adapter(config, shape, tensors, settings.get("_name_or_path"), str(folder))
+    shape = dict(zip(SHAPE, (hidden, heads, size, count), strict=True))
+    base = settings.get("_name_or_path")
+    return Adapter(config, shape, tensors, base if isinstance(base, str) else None, str(folder))
+
+
+def _layer_indices(path: Path, listed: Any, count: int) -> set[int]:
+    """The layers with full attention, "0, 7, 14" in the authors' config."""
+    words = [] if listed is None else str(listed).strip("[]").replace(",", " ").split()
+    try:
+        found = {int(word) for word in words}
+    except ValueError:
+        found = {-1}
+    if not found <= set(range(count)) or len(found) == count:
+        raise AdapterError(
+            f"{path}: fa_layer_ids is {listed!r}: expected indices of layers, 0 to {count - 1} and not all of them"
+        )
+    return found
+
+
+def _of_type(path: Path, values: dict[str, Any], key: str, kind: type) -> Any:
+    """The value of a key. Raises AdapterError if there is none, or one of another type; integers are above 0."""
+    words = {int: "an integer of at least 1", str: "text", dict: "an object"}[kind]
+    if key not in values:
+        raise AdapterError(f"{path}: no {key!r}: expected {words}")
+    value: Any = values[key]
+    counted = value if kind is int and type(value) is int else 1
+    if type(value) is not kind or not 1 <= counted < 2**31:
+        raise AdapterError(f"{path}: {key} is {value!r}: expected {words}")
+    return value
 
 
 def _tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     from safetensors import safe_open
 
+    if not path.is_file():
+        raise AdapterError(f"{path}: cannot be read: no such file")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - not a dict
@@ -439,8 +531,10 @@ def _tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> d
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        if path.stat().st_size > MOST_SETTINGS:
+            raise AdapterError(f"{path}: cannot be read: more than {MOST_SETTINGS:,} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object")

@@ -123,6 +123,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     model.config._attn_implementation = ATTENTION
     model.ahn_config, model._ahn_frame = config, frame
     model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
+    model.save_pretrained = MethodType(_save_pretrained, model)
     decoder.ahn_owner = [model]  # in a list: not a submodule
     decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
     decoder.forward = MethodType(decoding.forward, decoder)
@@ -161,11 +162,17 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in frame.trainable)
     decoder = model.get_decoder()
-    del decoder.forward
+    del decoder.forward, model.save_pretrained
     if decoder.ahn_forward is not None:
         decoder.forward = decoder.ahn_forward
     del model.ahn_config, model.ahn_names, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
     return model
+
+
+def _save_pretrained(model: PreTrainedModel, *args: Any, **options: Any) -> None:
+    from ahn.adapter import save_with_base
+
+    save_with_base(model, *args, **options)
 
 
 def layers_of(model: PreTrainedModel) -> list[AHNLayer]:

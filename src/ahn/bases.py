@@ -97,10 +97,8 @@ def torch_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ConfigError(
-            f"unknown dtype {dtype!r}: expected float32, bfloat16, float16 or another float type of torch"
-        )
+    if not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise ConfigError(f"unknown dtype {dtype!r}: expected float32, bfloat16, float16 or float64")
     return found
 
 
@@ -188,12 +186,17 @@ def _source(base: str | os.PathLike[str]) -> _Source:
         name = _DEFAULT_HUB_ID
     elif isinstance(base, os.PathLike) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise BaseModelError(f"no such file or folder: {name}")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    elif not is_hub_id(name):
         raise BaseModelError(
             f"unknown base {name!r}: expected a model folder, a .gguf file, a hub id (owner/name) "
             f"or {DEFAULT_BASE!r}{nearest(name, [DEFAULT_BASE])}"
         )
     return _Source(name, on_hub=True, unreachable=hub_unreachable(name))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this is OWNER/NAME and no path that is there."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and _existing(name) is None
 
 
 def _existing(base: str | os.PathLike[str]) -> Path | None:

@@ -58,6 +58,8 @@ def sampled(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         values = _plain(name, parameter).flatten()
+        if values.dtype.itemsize == 1:  # torch cannot index 8-bit floats
+            values = values.view(torch.uint8)
         if ".ahn." not in name and len(values) > SAMPLES:
             values = values[torch.linspace(0, len(values) - 1, SAMPLES, dtype=torch.float64).long().to(values.device)]
         digest.update(f"{name} {list(parameter.shape)}".encode())

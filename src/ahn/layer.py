@@ -66,6 +66,8 @@ class AHNLayer(nn.Module):
             heads, size = heads_of(attention)
             weight = attention.o_proj.weight
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            if dtype.itemsize == 1:  # 8-bit floats are for storing, the base computes in another dtype
+                dtype = attention.config.dtype or torch.float32
             self.cell = cells.get(config.cell)(attention.config.hidden_size, heads, size, dtype, weight.device)
             self.cell.extend(config.key_maps, config.make_room)
         self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook

@@ -76,8 +76,7 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
         raise MemoryFileError(f"{path}: memory of another model ({_whose(header)}; {differing})")
     ours = cache.describe()
     for key in ("dtype", "fingerprint"):
-        accepted = [ours[key]] if key == "dtype" else [ours[key], fingerprint.sampled(model)]
-        if header[key] not in accepted:
+        if header[key] != ours[key] and not (key == "fingerprint" and header[key] == fingerprint.sampled(model)):
             raise MemoryFileError(
                 f"{path}: memory of another model ({_whose(header)}; {key} {header[key]}, not {ours[key]})"
             )

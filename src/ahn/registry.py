@@ -67,7 +67,7 @@ class Registry(Generic[T]):
     def check_name(self, name: str) -> None:
         """Raises ConfigError with the nearest name if `name` is not known."""
         found = self._found()
-        if name not in found:
+        if not isinstance(name, str) or name not in found:
             raise ConfigError(f"unknown {self.kind} {name!r}: {did_you_mean(name, found)}")
 
     def get(self, name: str) -> T:
