@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ahn import bases, cells, stores, zoo
-from ahn.augmentation import augment, detach, layers_of
+from ahn.augmentation import augment, detach, frame_of, layers_of
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, AHNError, BaseModelError, ConfigError, some
 from ahn.files import atomic
@@ -373,6 +373,7 @@ def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> 
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     model.ahn_names["adapter"] = source
+    frame_of(model).adapter = object()  # memories that were read with other weights are refused from now on
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

@@ -6,14 +6,18 @@ How a layer is reached, without code for any model family:
 - a hook before each attention module keeps its input x and its cache, which the attention function is not given;
 - the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
   what goes into o_proj: attention over sinks and window, plus the read from the memory;
-- a hook around the decoder replaces the default cache by an AHNCache and opens and closes its span;
-- the decoder's `forward` replays a graph where one token a row comes (`ahn.decoding`);
+- the decoder's `forward` replaces the default cache by an AHNCache, opens and closes its span, and replays a graph
+  where one token a row comes (`ahn.decoding`);
 - a hook before the model reads a long prompt in chunks when only the last logits are wanted (as in `generate`).
+
+Threads: what belongs to one call is in its cache or in the thread (`ahn.layer.calls`), never on the model. Where a
+graph is captured, modules are changed and buffers lent to one cache at a time, so there one call runs after the other.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -31,7 +35,9 @@ from ahn.attention import Rotary, heads_of
 from ahn.cache import OTHER_PAST, PAST, AHNCache, Span
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
-from ahn.layer import AHNLayer
+from ahn.ids import checked
+from ahn.interrupts import deferred
+from ahn.layer import AHNLayer, Full, calls
 from ahn.storing import StoringLayer
 
 if TYPE_CHECKING:
@@ -47,17 +53,56 @@ CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on t
 
 
 class _Frame:
-    """What `augment` changed on a model, so that `detach` can undo it."""
+    """What `augment` changed on a model, so that `detach` can undo it, and what its calls share."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.layers = model, list[AHNLayer]()
+        self.adapter = object()  # another one with each adapter that is loaded
+        self._begin()
         self.attention = model.config._attn_implementation
         # by name: parameters may be replaced by their shards, and a reference would keep the whole ones in memory
         self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.hooks: list[Any] = []
-        self.graph: decoding.Graph | None = None  # of one token
         self.no_graph: str | None = None  # why there is none; None: not looked yet
         self.asked = 0  # tokens of questions that were read by the graph
+        self.full: dict[int, Full] = {}  # by thread, within `full_attention`
+        self.vocabulary = model.get_input_embeddings().num_embeddings
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
+
+    def _begin(self) -> None:
+        self.graph: decoding.Graph | None = None  # of one token
+        self.lock = threading.RLock()
+        self.stream: torch.cuda.Stream | None = None  # of the last turn
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model: graph and lock stay."""
+        return {name: value for name, value in vars(self).items() if name not in ("graph", "lock", "stream")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within, no other thread uses the model, where calls share the buffers and the changed modules of a graph."""
+        device = self.model.device
+        if not kernels.in_turn(device.type):
+            yield
+            return
+        with self.lock:
+            if device.type == "cuda":
+                stream = torch.cuda.current_stream(device)
+                if self.stream is not None and self.stream != stream:
+                    stream.wait_stream(self.stream)
+                self.stream = stream
+            yield
+
+    def weights(self) -> tuple[Any, ...]:
+        """Another one whenever the weights of the memory have changed. Raises UnsupportedModelError if they are not
+        there, or have become something else."""
+        _check_memory(self.layers)
+        parameters = [p for layer in self.layers for p in layer.parameters() if not p.is_inference()]
+        return self.adapter, *(p._version for p in parameters)
 
     def hold_frequencies(self, decoder: Any) -> None:
         """Keep the rotary frequencies those of short texts, where the base changes them with the length ("dynamic",
@@ -94,12 +139,14 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
         UnsupportedModelError: the attention cannot be split into sinks and window; says what is missing.
         ConfigError: the settings do not fit this base.
     """
-    config = config or AHNConfig()
+    model, given = base_of(model), model
+    config = AHNConfig() if config is None else config
     if not isinstance(config, AHNConfig):
         raise ConfigError(f"config={config!r}: expected an ahn.AHNConfig")
     if hasattr(model, "ahn_config"):
         raise ConfigError("the model already has memories: ahn.detach(model) first")
     attentions = _attention_modules(model)
+    _check_weights(model)
     decoder = model.get_decoder()
     check_fits(config, model.config.get_text_config(), len(attentions))
     frame = _Frame(model)
@@ -110,14 +157,13 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     except ConfigError:
         frame.release_frequencies()
         raise
+    frame.layers = layers
     model.requires_grad_(False)
     for attention, layer in zip(attentions, layers, strict=True):
         layer.train(model.training)
-        attention.ahn = layer
+        attention.ahn, layer.full = layer, frame.full
         frame.hooks.append(attention.register_forward_pre_hook(_keep_call, with_kwargs=True))
     frame.hooks.append(model.register_forward_pre_hook(_read_in_chunks, with_kwargs=True))
-    frame.hooks.append(decoder.register_forward_pre_hook(_open, with_kwargs=True))
-    frame.hooks.append(decoder.register_forward_hook(_close, with_kwargs=True))
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, _mask)
     model.config._attn_implementation = ATTENTION
@@ -126,8 +172,21 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     model.save_pretrained = MethodType(_save_pretrained, model)
     decoder.ahn_owner = [model]  # in a list: not a submodule
     decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
-    decoder.forward = MethodType(decoding.forward, decoder)
-    return model
+    decoder.forward = MethodType(_call, decoder)
+    return given
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model itself, if it is wrapped by peft."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def frame_of(model: Any) -> _Frame:
+    """What the calls of an augmented model share. Raises ConfigError if it has no memories."""
+    frame: _Frame | None = getattr(base_of(model), "_ahn_frame", None)
+    if frame is None:
+        raise ConfigError("the model has no memories: ahn.augment(model, config) first")
+    return frame
 
 
 def _rotary(decoder: Any, attention: Any, config: AHNConfig) -> Rotary | None:
@@ -152,7 +211,8 @@ def _layer(attention: Any, config: AHNConfig, rotary: Rotary | None) -> AHNLayer
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `augment`: weights, hooks, attention and config are the base's again. Raises ConfigError if there is
     nothing to undo."""
-    frame = _frame(model)
+    frame, given = frame_of(model), model
+    model = frame.model
     for hook in frame.hooks:
         hook.remove()
     for attention in _attention_modules(model):
@@ -166,7 +226,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if decoder.ahn_forward is not None:
         decoder.forward = decoder.ahn_forward
     del model.ahn_config, model.ahn_names, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
-    return model
+    return given
 
 
 def _save_pretrained(model: PreTrainedModel, *args: Any, **options: Any) -> None:
@@ -177,8 +237,7 @@ def _save_pretrained(model: PreTrainedModel, *args: Any, **options: Any) -> None
 
 def layers_of(model: PreTrainedModel) -> list[AHNLayer]:
     """The memories of an augmented model, layer by layer. Raises ConfigError if it has none."""
-    _frame(model)
-    return [attention.ahn for attention in _attention_modules(model)]
+    return list(frame_of(model).layers)
 
 
 @contextmanager
@@ -191,20 +250,32 @@ def full_attention(
     scale of the scores, and what full attention gives, [B, T, N, H]. `attend` gives that, from the same arguments,
     in place of full attention, in layers that do not keep everything.
     """
-    layers = layers_of(model)
-    before = [(layer.full, layer.observe, layer.attend) for layer in layers]
-    for layer in layers:
-        layer.full, layer.observe, layer.attend = True, observe, attend if layer.window is not None else None
+    full, thread = frame_of(model).full, threading.get_ident()
+    before = full.get(thread)
+    full[thread] = Full(observe, attend)
     try:
         yield
     finally:
-        for layer, states in zip(layers, before, strict=True):
-            layer.full, layer.observe, layer.attend = states
+        del full[thread]
+        if before is not None:
+            full[thread] = before
+
+
+def _full(layer: AHNLayer) -> Full | None:
+    """What this thread has put in the place of `layer`. The backward pass computes checkpointed layers again, in
+    threads of its own."""
+    if not layer.full:
+        return None
+    found = layer.full.get(threading.get_ident())
+    if found is None and len(layer.full) == 1 and torch._C._current_graph_task_id() >= 0:
+        (found,) = layer.full.values()
+    return found
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int | None = None) -> None:
     """Other sinks, window and size of the store (None: as it is) from now on, for new caches and whole sequences.
     Raises ConfigError."""
+    model = base_of(model)
     store_size = model.ahn_config.store_size if store_size is None else store_size
     config = model.ahn_config.replace(window=window, sinks=sinks, store_size=store_size)
     layers = layers_of(model)
@@ -253,13 +324,6 @@ def _sum(config: AHNConfig) -> str:
     return f"sinks + store + window = {parts} = {config.lossless}"
 
 
-def _frame(model: PreTrainedModel) -> _Frame:
-    frame = getattr(model, "_ahn_frame", None)
-    if frame is None:
-        raise ConfigError("the model has no memories: ahn.augment(model, config) first")
-    return frame
-
-
 def _attention_modules(model: PreTrainedModel) -> list[Any]:
     """The attention of each decoder layer. Raises UnsupportedModelError saying what is missing."""
     kind = type(model).__name__
@@ -295,10 +359,39 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     return attentions
 
 
+def _check_weights(model: Any) -> None:
+    """Raises UnsupportedModelError if a base has weights that cannot be computed with."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"{name} is offloaded to CPU or disk: expected all weights on their devices")
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None) if type(module) in (nn.Linear, nn.Embedding) else None
+        if weight is not None and weight.is_floating_point() and weight.dtype.itemsize == 1:
+            raise UnsupportedModelError(
+                f"{name} is a plain layer with weights of {weight.dtype}, with which torch cannot multiply: expected "
+                "bfloat16, float16 or float32, or a quantised base as transformers loads it"
+            )
+
+
+def _check_memory(layers: list[AHNLayer]) -> None:
+    """Raises UnsupportedModelError if the weights of a memory are offloaded, or have been given adapters."""
+    for index, layer in enumerate(layers):
+        for name, module in layer.named_modules():
+            if hasattr(module, "base_layer"):
+                raise UnsupportedModelError(
+                    f"layer {index}: an adapter such as LoRA sits on {name} of the memory itself: expected one on the "
+                    r"base alone, with exclude_modules=r'.*\.ahn\..*'"
+                )
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise UnsupportedModelError(
+                f"layer {index}: the memory's weights are offloaded to CPU or disk: expected them on their device"
+            )
+
+
 @torch.compiler.disable
 def _keep_call(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     x = args[0] if args else kwargs["hidden_states"]
-    attention.ahn.call = x, kwargs.get(PAST)
+    calls.now = attention, x, kwargs.get(PAST)
 
 
 @torch.compiler.disable
@@ -314,9 +407,10 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention function transformers calls; see its AttentionInterface. Returns [B, T, N, H] and no weights."""
     layer: AHNLayer | None = getattr(module, "ahn", None)
-    if layer is None or layer.call is None:
+    call, calls.now = calls.now, None
+    if layer is None or call is None or call[0] is not module:
         raise AHNError(f"attention {ATTENTION!r} is for models from ahn.augment: load this one with another")
-    (x, cache), layer.call = layer.call, None
+    _, x, cache = call
     query, key, x = (t.to(value.dtype) for t in (query, key, x))  # autocast leaves some of them in float32
     if dropout:
         raise ConfigError(f"attention_dropout={dropout}: the base is frozen, expected 0")
@@ -330,15 +424,16 @@ def _attention(
         if torch.is_grad_enabled() and layer.cell is not None and layer.cell.o_proj.weight.requires_grad:
             out = _NoGradient.apply(layer.cell.o_proj.weight, out)
         return out, None
-    if layer.full:
-        if layer.attend is not None:
-            full = layer.attend(module, query, key, value, x, scale)
+    instead = _full(layer)
+    if instead is not None:
+        if instead.attend is not None and layer.window is not None:
+            full = instead.attend(module, query, key, value, x, scale)
         else:
             groups = query.shape[1] != key.shape[1]
             full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
             full = full.transpose(1, 2)
-        if layer.observe is not None:
-            layer.observe(module, query, key, value, x, scale, full)
+        if instead.observe is not None:
+            instead.observe(module, query, key, value, x, scale, full)
         return full, None
     real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
     with torch.autocast(query.device.type, enabled=False):
@@ -373,28 +468,51 @@ def _mask(
     return attention_mask
 
 
-@torch.compiler.disable
-def _open(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before the decoder: the cache is an AHNCache, and knows what is coming."""
-    kwargs = _by_name(decoder, args, kwargs)
-    (model,) = decoder.ahn_owner
-    cache = kwargs[PAST] = _own_cache(model, kwargs.get(PAST), kwargs.get("use_cache"))
+@torch.compiler.disable(recursive=False)
+def _call(decoder: Any, *args: Any, **kwargs: Any) -> Any:
+    """One call of an augmented model's decoder. With a cache it is written as a whole or marked as half-written: Ctrl-C
+    waits for its end."""
+    kwargs, (model,) = _by_name(decoder, args, kwargs), decoder.ahn_owner
+    frame = model._ahn_frame
+    if decoder.config._attn_implementation != ATTENTION:
+        raise ConfigError(
+            f"attention {decoder.config._attn_implementation!r} has been set in the place of the memory's: expected "
+            f"{ATTENTION!r}; ahn.detach(model) first"
+        )
+    cache = kwargs[PAST] = _own_cache(frame, kwargs.get(PAST), kwargs.get("use_cache"))
     if cache is None:
         kwargs["use_cache"] = False
+        with frame.turn():
+            return decoding.forward(decoder, **_opened(kwargs, frame, None))
+    with deferred(), cache.in_use(again=True), frame.turn():
+        out = decoding.forward(decoder, **_opened(kwargs, frame, cache))
+        cache.close_span()
+        return out
+
+
+def _opened(kwargs: dict[str, Any], frame: _Frame, cache: AHNCache | None) -> dict[str, Any]:
+    """The arguments of the decoder's class; the cache knows what is coming."""
     mask = kwargs.get("attention_mask")
     if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
         raise UnsupportedOperationError("attention_mask: expected [batch, tokens], 1 for text and 0 for padding")
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    ids = kwargs.get("input_ids")
+    tokens = ids if ids is not None else kwargs["inputs_embeds"]
+    if tokens.dim() < 2 or not tokens.shape[1]:
+        raise ConfigError(f"tokens of shape {list(tokens.shape)}: expected [batch, tokens], at least one")
+    if ids is not None and (ids.dtype != torch.int64 or ids.device.type == "cpu"):  # a GPU would have to be waited for
+        ids = kwargs["input_ids"] = checked(ids, frame.vocabulary)
     batch, length = tokens.shape[:2]
     due = (batch, length + (cache.tokens_seen if cache is not None else 0))
     if mask is not None and tuple(mask.shape) != due:
         raise ConfigError(f"attention_mask of shape {list(mask.shape)}: expected {list(due)}, past tokens included")
-    span = cache.open_span(batch, length, mask, kwargs.get("input_ids")) if cache is not None else None
+    if length > 1:
+        _check_memory(frame.layers)
+    span = cache.open_span(batch, length, mask, ids) if cache is not None else None
     skips = mask is not None or (cache is not None and cache.skips_padding)
     if skips and kwargs.get("position_ids") is None:
         real = torch.ones(batch, length, device=tokens.device) if mask is None else mask[:, -length:]
         kwargs["position_ids"] = _positions(span, real.long())
-    return (), kwargs
+    return kwargs
 
 
 def _positions(span: Span | None, real: Tensor) -> Tensor:
@@ -403,10 +521,10 @@ def _positions(span: Span | None, real: Tensor) -> Tensor:
     return counted if span is None else counted + span.start.to(real.device)[:, None]
 
 
-def _own_cache(model: PreTrainedModel, cache: Any, use_cache: bool | None) -> AHNCache | None:
+def _own_cache(frame: _Frame, cache: Any, use_cache: bool | None) -> AHNCache | None:
+    model = frame.model
     if isinstance(cache, AHNCache):
-        if cache.config != model.ahn_config:
-            raise ConfigError(f"the cache was made for {cache.config}, the model has {model.ahn_config}")
+        cache.check_model(frame)
         return cache
     if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not hasattr(cache, "ahn_replaced"):
         cache.ahn_replaced = True  # it stays empty: another call with it would forget
@@ -416,13 +534,6 @@ def _own_cache(model: PreTrainedModel, cache: Any, use_cache: bool | None) -> AH
     if use_cache is None:
         use_cache = model.config.use_cache and not torch.is_grad_enabled()
     return AHNCache(model) if use_cache else None
-
-
-@torch.compiler.disable
-def _close(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get(PAST)
-    if isinstance(cache, AHNCache):
-        cache.close_span()
 
 
 @torch.compiler.disable
@@ -438,7 +549,7 @@ def _read_in_chunks(
     cache: Any = kwargs.get(PAST)
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= CHUNK:
         return as_called
-    cache = kwargs[PAST] = _own_cache(model, cache, kwargs.get("use_cache"))
+    cache = kwargs[PAST] = _own_cache(model._ahn_frame, cache, kwargs.get("use_cache"))
     first, chunk = chunks(model, ids.shape[0], cache.tokens_seen)
     ends = chunk_ends(ids.shape[1], first, chunk)
     if len(ends) < 2:
@@ -448,7 +559,8 @@ def _read_in_chunks(
     seen = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head]
     from ahn.generation import read_chunks
 
-    read_chunks(model.get_decoder(), ids[:, :head], cache, chunk, seen, first=first)
+    with cache.in_use(again=True):
+        read_chunks(model.get_decoder(), ids[:, :head], cache, chunk, seen, first=first)
     kwargs["input_ids"] = ids[:, head:]
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"][..., -(ids.shape[1] - head) :]

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import create_causal_mask
 
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
+from ahn.interrupts import deferred
 from ahn.transcript import Transcript
 
 TEXT = "text"  # name of the ids in a memory file
@@ -38,6 +41,10 @@ if TYPE_CHECKING:
     from ahn.layer import AHNLayer
 
 T = TypeVar("T")
+_IN_USE = "this cache is in use by another call: expected one call at a time; fork it for another"
+_OTHER_WEIGHTS = (
+    "the weights of the memory have changed since the cache was made: expected a new cache, which reads the text again"
+)
 
 
 @dataclass
@@ -294,11 +301,22 @@ class LayerMemory(CacheLayerMixin):
         return -1
 
 
+class _Use:
+    """Who uses a cache: at most one thread, for one call."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: int | None = None
+        self.calls = 0  # so far
+
+
 class AHNCache(Cache):
     """The memory of one batch of sequences, for a model from `ahn.augment` or `ahn.from_pretrained`.
 
     A transformers cache: `model(ids, cache=cache)`, `model.generate(..., cache=cache)`; before transformers 5.24 the
-    argument is `past_key_values`. Any number can be open on one model. Gradients do not flow through it.
+    argument is `past_key_values`. Any number can be open on one model, each in a thread of its own: a second call on a
+    cache that is in use is refused. Gradients do not flow through it. `copy.copy` and `copy.deepcopy` make forks;
+    pickling is refused, `save` writes a file.
 
     Attributes:
         tokens_seen: tokens read so far, padding included.
@@ -311,13 +329,16 @@ class AHNCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from ahn.augmentation import layers_of
+        from ahn.augmentation import frame_of, layers_of
 
         super().__init__(layers=[layer.memory() for layer in layers_of(model)])
+        self._frame = frame_of(model)
+        self._model = self._frame.model
+        self._weights = self._frame.weights()
         self.config = model.ahn_config
         self.tokens_seen = 0
         self.last_logits: Tensor | None = None
-        self._model = model
+        self._use = _Use()
         self._seen = [0]  # real tokens by row: one number while all rows are alike
         self._batch: int | None = None
         self._span: Span | None = None
@@ -347,31 +368,63 @@ class AHNCache(Cache):
         return self._seen != [self.tokens_seen]
 
     def fork(self) -> AHNCache:
-        """An independent copy: reading or decoding on one leaves the other as it is."""
-        self._check_whole()
-        twin = copy.copy(self)
-        twin.layers = []
-        for layer in self.layers:
-            layer_twin = copy.copy(layer)
-            for name, tensor in layer.tensors.items():
-                setattr(layer_twin, name, tensor.clone())
-            twin.layers.append(layer_twin)
-        twin.transcript = None if self.transcript is None else self.transcript.copy()
-        twin._seen = list(self._seen)
+        """An independent copy: reading or decoding on one leaves the other as it is.
+
+        Raises:
+            UnsupportedOperationError: another thread is using the cache.
+        """
+        with self._at_rest():
+            twin = self.shell()
+            twin._use, twin._span = _Use(), None
+            twin.layers = []
+            for layer in self.layers:
+                layer_twin = copy.copy(layer)
+                for name, tensor in layer.tensors.items():
+                    setattr(layer_twin, name, tensor.clone())
+                twin.layers.append(layer_twin)
+            twin.transcript = None if self.transcript is None else self.transcript.copy()
+            twin._seen = list(self._seen)
         return twin
 
+    def shell(self) -> AHNCache:
+        """Another cache with the same layers and counters, for as long as this one does not change."""
+        twin: AHNCache = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __copy__(self) -> AHNCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AHNCache:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedOperationError(
+            "an AHNCache belongs to a model and is not pickled: expected cache.save(path) and ahn.AHNCache.load(path, "
+            "model)"
+        )
+
     def save(self, path: str | Path) -> None:
-        """Write everything to one file, whole or not at all (see `ahn.memory_file`). Raises MemoryFileError."""
+        """Write everything to one file, whole or not at all (see `ahn.memory_file`).
+
+        Raises:
+            MemoryFileError: nothing was read yet, or the file cannot be written.
+            ConfigError: the model's weights are no longer those that the memory was read with.
+            UnsupportedOperationError: another thread is using the cache.
+        """
         from ahn import memory_file
 
-        self._check_whole()
-        memory_file.save(self, path)
+        _check_path(path)
+        self.check_weights()
+        with self._at_rest():
+            memory_file.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> AHNCache:
         """Read a file written by `save` for the same model and adapter. Raises MemoryFileError saying what differs."""
         from ahn import memory_file
 
+        _check_path(path)
         return memory_file.load(path, model)
 
     def describe(self) -> dict[str, Any]:
@@ -401,6 +454,61 @@ class AHNCache(Cache):
             setattr(self.layers[int(index)], kind, tensor)
             self.layers[int(index)].is_initialized = True
         self.tokens_seen, self._seen, self._batch = header["tokens_seen"], header["seen"], header["batch"]
+
+    # Who uses it, and with which weights.
+    def check_model(self, frame: Any) -> None:
+        """Raises ConfigError unless the cache was made for the model of `frame`, as it is now."""
+        if self.config != frame.model.ahn_config:
+            raise ConfigError(f"the cache was made for {self.config}, the model has {frame.model.ahn_config}")
+        if frame is not self._frame:
+            raise ConfigError("the cache was made for another model: expected one made by ahn.AHNCache(model)")
+        if frame.adapter is not self._weights[0]:
+            raise ConfigError(_OTHER_WEIGHTS)
+
+    def check_weights(self) -> None:
+        """`check_model`, and whether the weights of its memory have changed since: all of them are looked at."""
+        from ahn.augmentation import frame_of
+
+        self.check_model(frame_of(self._model))
+        if self._frame.weights() != self._weights:
+            raise ConfigError(_OTHER_WEIGHTS)
+
+    @contextmanager
+    def in_use(self, again: bool = False) -> Iterator[None]:
+        """Within, nothing else may use the cache. `again`: what this thread is doing with it goes on.
+
+        Raises:
+            UnsupportedOperationError: it is in use.
+        """
+        use, me, mine = self._use, threading.get_ident(), False
+        if again and use.thread == me:
+            yield
+            return
+        try:
+            with deferred():
+                mine = use.lock.acquire(blocking=False)
+                if not mine:
+                    raise UnsupportedOperationError(_IN_USE)
+                use.thread, use.calls = me, use.calls + 1
+            yield
+        finally:
+            if mine:
+                with deferred():
+                    use.thread = None
+                    use.lock.release()
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Within, everything of the cache is as one call left it. Raises UnsupportedOperationError if another thread
+        uses it, AHNError if a call failed half-way."""
+        calls, mine = self._use.calls, self._use.thread == threading.get_ident()
+        if self._use.thread is not None and not mine:
+            raise UnsupportedOperationError(_IN_USE)
+        self._check_whole()
+        with self._frame.turn():  # a graph moves tensors of the caches that take turns
+            yield
+        if self._use.calls != calls:
+            raise UnsupportedOperationError(_IN_USE)
 
     # One forward call: the augmented decoder opens it, every layer reads its span, the decoder closes it.
     def open_span(self, batch: int, length: int, mask: Tensor | None, ids: Tensor | None = None) -> Span:
@@ -484,6 +592,11 @@ class AHNCache(Cache):
         raise UnsupportedOperationError(
             "a compressed memory cannot unread tokens (crop); fork the cache before reading"
         )
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"path={path!r}: expected the name of a memory file")
 
 
 def _grown(old: Tensor | None, shape: tuple[int, ...], dim: int, like: Tensor) -> Tensor:

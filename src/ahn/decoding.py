@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 ROOM = 4096  # slots there are at least: a buffer that grows is another buffer, and needs another graph
 
 logger = logging.getLogger("ahn")
+_capturing = threading.RLock()  # of any model: garbage is not collected then
 
 
 class Step(Span):
@@ -146,11 +148,15 @@ class Graph:
 
     def _shell(self, cache: AHNCache, layers: list[LayerMemory]) -> AHNCache:
         """A cache to run with: what is done to its counters does not matter."""
-        shell = copy.copy(cache)
+        shell = cache.shell()
         shell.layers = layers
         return shell
 
     def _capture(self, cache: AHNCache, due: bool) -> None:
+        with _capturing:
+            self._capture_alone(cache, due)
+
+    def _capture_alone(self, cache: AHNCache, due: bool) -> None:
         # Warmed up on buffers of its own, for a step cannot be taken back; all layers share them.
         scratch: dict[str, LayerMemory] = {}
         for layer in self.layers:
@@ -202,8 +208,8 @@ class Graph:
 
 
 def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
-    """What an augmented model's decoder does when it is called: one token a row by replaying a graph where that can be
-    done, else what its class does."""
+    """What an augmented model's decoder computes: one token a row by replaying a graph where it can, else what
+    its class does."""
     if not torch.compiler.is_compiling() and (found := _graph(decoder, args, kwargs)):
         (graph, due), cache = found, kwargs[PAST]
         with kernels.on(graph.start.device):

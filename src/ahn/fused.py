@@ -28,6 +28,7 @@ from ahn import kernels
 from ahn.attention import turns_halves
 from ahn.cache import PAST
 from ahn.cells.base import Linear
+from ahn.layer import calls
 
 MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
 
@@ -169,8 +170,9 @@ def turned(decoder: Any) -> Iterator[None]:
         yield
 
 
-class Turns:
-    """In the place of a base's function that turns queries and keys."""
+class Turns(threading.local):
+    """In the place of a base's function that turns queries and keys. That is the function of all models of the family,
+    so each thread has attributes of its own."""
 
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain
@@ -179,7 +181,7 @@ class Turns:
         self.twice: Tensor
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = self.memory.call[1] if self.memory is not None and self.memory.call is not None else None
+        cache = calls.now[2] if self.memory is not None and calls.now is not None else None
         whole = cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype
         if args or kwargs or cache is None or not whole or q.shape[2] > 1 or q.shape[-1] % 2:
             return self.plain(q, k, cos, sin, *args, **kwargs)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ahn import decoding, fused, kernels
-from ahn.augmentation import chunk_ends, chunks
+from ahn.augmentation import base_of, chunk_ends, chunks, frame_of
 from ahn.cache import PAST, AHNCache
 from ahn.errors import ConfigError
+from ahn.ids import mask_of, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,8 @@ def read(
 
     Args:
         model: from `ahn.augment` or `ahn.from_pretrained`.
-        ids: token ids [T] or [B, T], at least one. An iterator gives pieces [T] of one text that are read as they come.
+        ids: token ids [T] or [B, T], at least one, or all that a tokenizer returns. An iterator gives pieces [T] of one
+            text that are read as they come.
         cache: read on from here; it is changed in place. Default: a new one.
         chunk: tokens at once, default 512, on CUDA 8,192 or more; up to an eighth more in the last one.
         progress: called with (tokens read, tokens in all) after each chunk; None in all for an iterator.
@@ -56,29 +58,38 @@ def read(
         the cache, with `last_logits` [B, V]: those after the last token.
 
     Raises:
-        ConfigError: no tokens, or a chunk below 1.
+        ConfigError: no tokens or some that do not exist, a chunk below 1, or a cache of another model or other weights.
+        UnsupportedOperationError: the cache is in use.
         KeyboardInterrupt: after the chunk in progress, so that `cache` can still be used and saved.
     """
+    model = base_of(model)
+    vocabulary = frame_of(model).vocabulary
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ConfigError(f"chunk={chunk!r}: expected an integer of at least 1")
-    if isinstance(ids, Iterator):
-        if attention_mask is not None:
-            raise ConfigError("attention_mask: an iterator of ids has no padding")
-        cache = AHNCache(model) if cache is None else cache
-        hidden = _read_pieces(model, ids, cache, chunk, progress)
-    else:
-        ids = _known(model, ids)
-        cache = AHNCache(model) if cache is None else cache
-        if attention_mask is not None and attention_mask.shape == ids.shape:
-            attention_mask = torch.cat([_past(cache, ids.shape[0]), attention_mask.cpu()], 1)
-        first, chunk = chunks(model, len(ids), cache.tokens_seen) if chunk is None else (chunk, chunk)
-        hidden = read_chunks(model.get_decoder(), ids.to(model.device), cache, chunk, attention_mask, progress, first)
-    cache.last_logits = model.get_output_embeddings()(hidden)
+    if isinstance(ids, Iterator) and attention_mask is not None:
+        raise ConfigError("attention_mask: an iterator of ids has no padding")
+    rows, own_mask = (None, None) if isinstance(ids, Iterator) else rows_of(ids, vocabulary)
+    cache = AHNCache(model) if cache is None else _checked(cache)
+    with cache.in_use():
+        cache.check_weights()
+        if rows is None:
+            hidden = _read_pieces(
+                model,
+                (rows_of(piece, vocabulary)[0][0] for piece in ids if not hasattr(piece, "__len__") or len(piece)),
+                cache,
+                chunk,
+                progress,
+            )
+        else:
+            mask = _whole_mask(cache, rows, own_mask if attention_mask is None else attention_mask)
+            first, chunk = chunks(model, len(rows), cache.tokens_seen) if chunk is None else (chunk, chunk)
+            hidden = read_chunks(model.get_decoder(), rows.to(model.device), cache, chunk, mask, progress, first)
+        cache.last_logits = model.get_output_embeddings()(hidden)
     return cache
 
 
 def _read_pieces(
-    model: Any, pieces: Iterator[Any], cache: AHNCache, chunk: int | None, progress: Progress | None
+    model: Any, pieces: Iterator[Tensor], cache: AHNCache, chunk: int | None, progress: Progress | None
 ) -> Tensor:
     """The last hidden state [1, D] after pieces of one text, read in the chunks of the whole."""
     first, chunk = chunks(model, 1, cache.tokens_seen) if chunk is None else (chunk, chunk)
@@ -89,7 +100,7 @@ def _read_pieces(
             progress(done + read, None)
 
     with finish_before_interrupt() as interrupted:
-        for part in _chunks_of((_known(model, ids)[0] for ids in pieces if len(ids)), first, chunk):
+        for part in _chunks_of(pieces, first, chunk):
             if interrupted.is_set():
                 raise KeyboardInterrupt
             ids, length = part[None].to(model.device), len(part)
@@ -117,17 +128,6 @@ def _chunks_of(pieces: Iterable[Tensor], first: int, chunk: int) -> Iterator[Ten
     held = torch.cat([held, *waiting])
     for low, high in pairwise([0, *chunk_ends(len(held), size, chunk)]) if len(held) else ():
         yield held[low:high]
-
-
-def _known(model: Any, ids: Any) -> Tensor:
-    """Token ids as [B, T]. Raises ConfigError if there are none, or some that are not in the vocabulary."""
-    ids = _rows(ids)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if ids.min() < 0 or ids.max() >= vocabulary:
-        raise ConfigError(
-            f"token id {int(ids.max() if ids.max() >= vocabulary else ids.min())}: expected 0 to {vocabulary - 1}"
-        )
-    return ids
 
 
 @torch.no_grad()
@@ -172,40 +172,94 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
 
 
-def generate(model: PreTrainedModel, ids: Tensor | Sequence[int], cache: AHNCache, **options: Any) -> Tensor:
+def generate(
+    model: PreTrainedModel,
+    ids: Tensor | Sequence[int],
+    cache: AHNCache,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """`model.generate` on new tokens only, going on from what `cache` has seen; `cache` is changed in place.
 
     Greedy decoding and sampling go through a loop of this package, which gives the same tokens with less Python between
-    two of them; with any option that it does not know transformers' own is used.
+    two of them; with any option that it does not know transformers' own is used. Beam search tries its beams on copies,
+    then `cache` reads what was found.
 
     Args:
-        ids: the new token ids [T] or [B, T]. options: those of `model.generate` (max_new_tokens, streamer, ...).
+        ids: the new token ids [T] or [B, T]; or all that a tokenizer returns.
+        attention_mask: [B, T], 0 for padding, which must be in front. Default: the tokenizer's, else no padding.
+        options: those of `model.generate` (max_new_tokens, streamer, ...).
 
     Returns:
         the generated token ids [B, T_new], without the prompt.
 
     Raises:
-        ConfigError: no tokens.
+        ConfigError: no tokens or some that do not exist, padding behind text, or a cache of another model, other
+            weights or another number of rows.
+        UnsupportedOperationError: the cache is in use.
+        KeyboardInterrupt: after the token in progress, so that `cache` can still be used and saved.
     """
-    ids = _rows(ids).to(model.device)
-    seen = torch.cat([_past(cache, ids.shape[0]).to(ids.device), torch.ones_like(ids)], 1)
-    settings = model.generation_config
-    if options.keys() <= PLAIN and (settings is None or settings.get_generation_mode() in ("greedy_search", "sample")):
-        # the streamer too: transformers itself does not pass it on to a loop that is not its own
-        options["custom_generate"] = partial(_next_tokens, streamer=options.get("streamer"))
+    model = base_of(model)
+    ids, own_mask = rows_of(ids, frame_of(model).vocabulary)
+    _checked(cache)
+    with cache.in_use():
+        cache.check_weights()
+        mask = _whole_mask(cache, ids, own_mask if attention_mask is None else attention_mask)
+        seen = torch.cat([_past(cache, len(ids)), torch.ones_like(ids).cpu()], 1) if mask is None else mask
+        if not seen[:, -1].all():
+            raise ConfigError("attention_mask ends with padding: expected it in front of the text")
+        ids, seen = ids.to(model.device), seen.to(model.device)
+        settings = options.get("generation_config") or model.generation_config
+        if (options.get("num_beams") or getattr(settings, "num_beams", None) or 1) > 1:
+            return _by_beams(model, ids, cache, seen, options)
+        if options.keys() <= PLAIN and (
+            settings is None or settings.get_generation_mode() in ("greedy_search", "sample")
+        ):
+            # the streamer too: transformers itself does not pass it on to a loop that is not its own
+            options["custom_generate"] = partial(
+                _next_tokens, streamer=options.get("streamer"), padded=mask is not None
+            )
+        return _new(model, ids, cache, seen, options)
+
+
+def _new(model: Any, ids: Tensor, cache: AHNCache, seen: Tensor, options: dict[str, Any]) -> Tensor:
     out = model.generate(ids, attention_mask=seen, **{PAST: cache}, **options)
     return getattr(out, "sequences", out)[:, ids.shape[1] :]
 
 
-def _rows(ids: Tensor | Sequence[int]) -> Tensor:
-    """Token ids as [B, T]. Raises ConfigError if there are none."""
-    ids = torch.as_tensor(ids)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
-        raise ConfigError(
-            f"ids of shape {list(ids.shape)}: expected at least one token id, [tokens] or [batch, tokens]"
-        )
-    return ids
+def _by_beams(model: Any, ids: Tensor, cache: AHNCache, seen: Tensor, options: dict[str, Any]) -> Tensor:
+    """Beams are rows, of which the found ones need not be left at the end: `cache` reads these again."""
+    new = _new(model, ids, cache.fork(), seen, options)
+    copies = len(new) // len(ids)
+    read_ids = torch.cat([ids.repeat_interleave(copies, 0), new[:, :-1]], 1)
+    mask = torch.cat([seen.repeat_interleave(copies, 0), torch.ones_like(new[:, :-1])], 1)
+    if copies > 1 and cache.batch_size > 1:
+        cache.batch_repeat_interleave(copies)
+    read_chunks(model.get_decoder(), read_ids, cache, chunks(model, len(read_ids), cache.tokens_seen)[1], mask)
+    return new
+
+
+def _checked(cache: Any) -> AHNCache:
+    if not isinstance(cache, AHNCache):
+        raise ConfigError(f"cache of type {type(cache).__name__}: expected an ahn.AHNCache")
+    return cache
+
+
+def _whole_mask(cache: AHNCache, ids: Tensor, mask: Any) -> Tensor | None:
+    """The attention mask [B, tokens seen + T] of `ids` [B, T] after `cache`; None if nothing is padding.
+    Raises ConfigError if the sizes do not fit."""
+    batch, length = ids.shape
+    rows = max(cache.batch_size, 1)
+    if rows not in (1, batch):
+        raise ConfigError(f"batch of {batch} on a cache of {rows} rows: expected {rows}")
+    if mask is None:
+        return None
+    mask = mask_of(mask).cpu()
+    if mask.shape == (batch, length):
+        mask = torch.cat([_past(cache, batch), mask], 1)
+    if mask.shape != (batch, cache.tokens_seen + length):
+        raise ConfigError(f"attention_mask of shape {list(mask.shape)}: expected {[batch, length]}")
+    return None if mask[:, -length:].all() else mask
 
 
 def _next_tokens(
@@ -216,6 +270,7 @@ def _next_tokens(
     generation_config: Any,
     synced_gpus: bool = False,
     streamer: Any = None,
+    padded: bool = False,
     **inputs: Any,
 ) -> Tensor:
     """Token by token, as transformers' loop for greedy decoding and sampling calls it: ids [B, T] with those behind."""
@@ -223,7 +278,7 @@ def _next_tokens(
     pad = generation_config._pad_token_tensor
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     left, few = input_ids, _few(model, cache[PAST].tokens_seen + input_ids.shape[1])
-    while 0 < left.shape[1] <= few and decoding.goes_on(model, cache[PAST]):
+    while not padded and 0 < left.shape[1] <= few and decoding.goes_on(model, cache[PAST]):
         logits = model(input_ids=left[:, :1], **cache).logits
         left = left[:, 1:]
         model._ahn_frame.asked += 1

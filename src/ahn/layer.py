@@ -9,6 +9,7 @@ with query t. Writes and reads of many tokens are therefore two aligned slices, 
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,23 @@ from ahn.stores.base import Store
 FOREVER = 1 << 60  # window of a layer that keeps everything
 
 Turn = tuple[Tensor, Tensor]  # cos and sin
+
+
+class Calls(threading.local):
+    """The attention module that this thread is in, its input [B, T, D] and its cache: the hook before the module leaves
+    them for the attention function, which is not given them."""
+
+    now: tuple[Any, Tensor, Any] | None = None
+
+
+calls = Calls()
+
+
+class Full(NamedTuple):
+    """What `full_attention` puts in the place of a memory."""
+
+    observe: Any
+    attend: Any
 
 
 class Leaving(NamedTuple):
@@ -70,10 +88,7 @@ class AHNLayer(nn.Module):
                 dtype = attention.config.dtype or torch.float32
             self.cell = cells.get(config.cell)(attention.config.hidden_size, heads, size, dtype, weight.device)
             self.cell.extend(config.key_maps, config.make_room)
-        self.call: tuple[Tensor, Any] | None = None  # input and cache of the call in progress, from the hook
-        self.full = False  # within `full_attention`
-        self.observe: Any = None
-        self.attend: Any = None
+        self.full: dict[int, Full] = {}  # by thread, within `full_attention`
 
     @property
     def has_far(self) -> bool:

@@ -172,6 +172,12 @@ def decoding(device: str) -> Kernel:
     return _allowed("graph", "CUDA: captured once, replayed for each token")
 
 
+def in_turn(device: str) -> bool:
+    """Whether the calls of one model run one after the other, whatever their threads: a graph lends its buffers to one
+    cache at a time, and modules are changed while it is captured or a chunk is read."""
+    return device == "cuda" or decoding(device).name == "graph"
+
+
 def between(device: str) -> Kernel:
     """Norms, rotations and gates of the base for one new token a row: what lies between its matrix products."""
     if decoding(device).name != "graph":

@@ -1,0 +1,66 @@
+"""Token ids as users have them, checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ahn.errors import ConfigError
+
+
+def rows_of(ids: Any, vocabulary: int) -> tuple[Tensor, Tensor | None]:
+    """Token ids as int64 [B, T], and the attention mask that came with them, if one did.
+
+    Args:
+        ids: integers [T] or [B, T] as a tensor, an array or lists, at least one; or all that a tokenizer returns, as a
+            mapping with `input_ids`.
+        vocabulary: how many tokens there are.
+
+    Raises:
+        ConfigError: text, rows of different lengths, no tokens, no integers, or an id that does not exist.
+    """
+    mask = None
+    if isinstance(ids, Mapping):
+        if "input_ids" not in ids:
+            raise ConfigError(f"ids with the keys {', '.join(map(repr, ids))}: expected 'input_ids'")
+        ids, mask = ids["input_ids"], ids.get("attention_mask")
+    if isinstance(ids, str | bytes):
+        raise ConfigError(f"ids={ids[:40]!r}: expected token ids, as tokenizer(text).input_ids has them")
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"ids of type {type(ids).__name__}: expected integers, in rows of one length ({error})"
+        ) from None
+    found = found[None] if found.dim() == 1 else found
+    if found.dim() != 2 or found.numel() == 0:
+        raise ConfigError(
+            f"ids of shape {list(found.shape)}: expected at least one token id, [tokens] or [batch, tokens]"
+        )
+    return checked(found, vocabulary), None if mask is None else mask_of(mask)
+
+
+def checked(ids: Tensor, vocabulary: int) -> Tensor:
+    """Token ids as int64. Raises ConfigError if they are none, or not in the vocabulary."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ConfigError(f"ids of {ids.dtype}: expected at least one token id, an integer")
+    ids = ids.long()
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    if low < 0 or high >= vocabulary:
+        raise ConfigError(f"token id {high if high >= vocabulary else low}: expected 0 to {vocabulary - 1}")
+    return ids
+
+
+def mask_of(mask: Any) -> Tensor:
+    """An attention mask as int64 [B, T], 0 for padding. Raises ConfigError."""
+    try:
+        found = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"attention_mask of type {type(mask).__name__}: expected zeros and ones ({error})") from None
+    found = found[None] if found.dim() == 1 else found
+    if found.dim() != 2:
+        raise ConfigError(f"attention_mask of shape {list(found.shape)}: expected [batch, tokens]")
+    return (found != 0).long()
