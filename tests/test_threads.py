@@ -72,6 +72,7 @@ def test_threads_with_a_graph(graph, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", ["cell", "store"])
 def test_threads_on_cuda(kind):
     base = tiny(head_dim=16).cuda()
