@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ahn import files, fingerprint
 from ahn.config import AHNConfig
-from ahn.errors import ConfigError, MemoryFileError, OutputError
+from ahn.errors import ConfigError, MemoryFileError, OutputError, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ahn.cache import AHNCache
 
 VERSION = 2  # 1: one checksum over all bytes in a row
+MOST = 1 << 32  # tokens: positions have so many values in a rank (`ahn.retention`)
 PIECE = 1 << 24  # bytes of a tensor that are checked at once
 
 
@@ -86,6 +87,7 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
         digest = aside.submit(_digest, header, tensors)
         moved = {name: t.to(homes.get(name.partition(".")[0], model.device)) for name, t in tensors.items()}
     _check_digest(path, header, digest.result())
+    _check_tensors(path, header, tensors, cache, model)
     cache.restore(header, moved)
     return cache
 
@@ -112,8 +114,16 @@ def peek(path: str | Path) -> dict[str, Any]:
         raise MemoryFileError(f"{path}: damaged memory file: no {', '.join(sorted(missing))}")
     try:
         AHNConfig.from_dict(header["config"])
-    except (ConfigError, TypeError, AttributeError) as error:
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
         raise MemoryFileError(f"{path}: {error}") from error
+    batch, seen, tokens = (header[name] for name in ("batch", "seen", "tokens_seen"))
+    counts = [batch, tokens, *(seen if isinstance(seen, list) else [None])]
+    if any(type(count) is not int or not 0 <= count < MOST for count in counts):
+        raise MemoryFileError(f"{path}: damaged memory file: expected numbers of rows and of tokens read")
+    if not batch or len(seen) not in (1, batch) or not tokens or max(seen) > tokens:
+        raise MemoryFileError(f"{path}: damaged memory file: its numbers of rows and of tokens contradict each other")
+    if any(not isinstance(header.get(name), str | None) for name in ("base", "adapter")):
+        raise MemoryFileError(f"{path}: damaged memory file: expected names of base and adapter")
     return header
 
 
@@ -166,6 +176,43 @@ def _tensors(path: str | Path) -> dict[str, Tensor]:
 def _check_digest(path: str | Path, header: dict[str, Any], digest: str) -> None:
     if digest != header["sha256"]:
         raise MemoryFileError(f"{path}: damaged memory file: its checksum does not match")
+
+
+def _check_tensors(
+    path: str | Path, header: dict[str, Any], tensors: dict[str, Tensor], cache: AHNCache, model: PreTrainedModel
+) -> None:
+    """Raises MemoryFileError unless these are the tensors of a memory of this model after so many tokens."""
+    from ahn.augmentation import layers_of
+    from ahn.cache import TEXT
+
+    text, batch, tokens = model.config.get_text_config(), header["batch"], max(header["seen"])
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    expected: dict[str, tuple[list[int], torch.dtype]] = {}
+    for i, (layer, attention) in enumerate(zip(layers_of(model), model.get_decoder().layers, strict=True)):
+        keys = tensors.get(f"{i}.keys")
+        if keys is None or not _is_like(keys, [batch, kv_heads, None, attention.self_attn.head_dim]):
+            raise MemoryFileError(f"{path}: damaged memory file: no keys of layer {i} that fit the model")
+        room = keys.shape[2] if layer.window is None else min(keys.shape[2], layer.sinks + layer.window)
+        memory = layer.memory()
+        memory.reserve(max(tokens, room), keys[:, :, :0].to("meta"), layer.state_shape)
+        expected |= {f"{i}.{name}": (list(t.shape), t.dtype) for name, t in memory.tensors.items()}
+    rows = [name for name in tensors if name.startswith(f"{TEXT}.")] if cache.transcript is not None else []
+    for row in range(len(rows) if len(rows) in (1, batch) else 0):
+        ids = tensors.get(f"{TEXT}.{row}")
+        expected[f"{TEXT}.{row}"] = [2, 0 if ids is None else ids.shape[-1]], torch.int64
+    logits = tensors.get("last_logits")
+    if logits is not None and _is_like(logits, [batch, text.vocab_size]):
+        expected["last_logits"] = list(logits.shape), logits.dtype
+    found = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if wrong := sorted(repr(name) for name in expected.keys() | found if expected.get(name) != found.get(name)):
+        raise MemoryFileError(f"{path}: damaged memory file: not as in a memory of this model: {some(wrong)}")
+
+
+def _is_like(tensor: Tensor, shape: list[int | None]) -> bool:
+    """Whether it holds floating-point numbers in this shape; None: any size of at least 1."""
+    sizes = list(tensor.shape)
+    fits = len(sizes) == len(shape) and all(n == size or (size is None and n) for n, size in zip(sizes, shape))
+    return fits and tensor.is_floating_point()
 
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
