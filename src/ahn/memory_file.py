@@ -148,20 +148,28 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
         )
     tensors = _tensors(path)
     _check_digest(path, header, _digest(header, tensors))
-    names = sorted((n for n in tensors if n.endswith(".ranks")), key=lambda n: int(n.partition(".")[0]))
-    if not names:
+    layers = sorted({int(i) for name in tensors if (i := name.partition(".")[0]).isdecimal()})
+    found = [tensors[name] for i in layers if (name := f"{i}.ranks") in tensors]
+    if not found:
         raise MemoryFileError(f"{path}: nothing has left the window yet, so nothing is stored")
-    ranks = torch.stack([tensors[name][0] for name in names])
+    if any(t.dtype != torch.int64 or t.dim() != 3 or t.shape != found[0].shape or not len(t) for t in found):
+        raise MemoryFileError(f"{path}: damaged memory file: no ranks of a store")
+    ranks = torch.stack([of_layer[0] for of_layer in found])
     text, logits = base.get_text_config(), tensors.get("last_logits")
-    count = 1 + max(int(i) for name in tensors if (i := name.partition(".")[0]).isdigit())
-    kept = [("layers", count, text.num_hidden_layers), ("key/value heads", ranks.shape[1], text.num_key_value_heads)]
+    kept = [
+        ("layers", 1 + layers[-1], text.num_hidden_layers),
+        ("key/value heads", ranks.shape[1], text.num_key_value_heads),
+    ]
     if logits is not None:
-        kept.append(("words in the vocabulary", logits.shape[-1], text.vocab_size))
+        kept.append(("words in the vocabulary", logits.shape[-1] if logits.dim() else 0, text.vocab_size))
     if different := [f"{theirs:,} {what}, not {ours:,}" for what, theirs, ours in kept if theirs != ours]:
         raise MemoryFileError(f"{path}: memory of another model ({_whose(header)}; {'; '.join(different)})")
     if f"{TEXT}.0" not in tensors:
         raise MemoryFileError(f"{path}: was read from embeddings, so no words are known: expected one of a text")
-    return (*tensors[f"{TEXT}.0"], ranks)
+    words = tensors[f"{TEXT}.0"]
+    if words.dtype != torch.int64 or words.dim() != 2 or len(words) != 2:
+        raise MemoryFileError(f"{path}: damaged memory file: no positions and ids of words")
+    return (*words, ranks)
 
 
 def _tensors(path: str | Path) -> dict[str, Tensor]:
@@ -199,7 +207,7 @@ def _check_tensors(
     rows = [name for name in tensors if name.startswith(f"{TEXT}.")] if cache.transcript is not None else []
     for row in range(len(rows) if len(rows) in (1, batch) else 0):
         ids = tensors.get(f"{TEXT}.{row}")
-        expected[f"{TEXT}.{row}"] = [2, 0 if ids is None else ids.shape[-1]], torch.int64
+        expected[f"{TEXT}.{row}"] = [2, 0 if ids is None or not ids.dim() else ids.shape[-1]], torch.int64
     logits = tensors.get("last_logits")
     if logits is not None and _is_like(logits, [batch, text.vocab_size]):
         expected["last_logits"] = list(logits.shape), logits.dtype
@@ -211,7 +219,9 @@ def _check_tensors(
 def _is_like(tensor: Tensor, shape: list[int | None]) -> bool:
     """Whether it holds floating-point numbers in this shape; None: any size of at least 1."""
     sizes = list(tensor.shape)
-    fits = len(sizes) == len(shape) and all(n == size or (size is None and n) for n, size in zip(sizes, shape))
+    fits = len(sizes) == len(shape) and all(
+        n == size or (size is None and n) for n, size in zip(sizes, shape, strict=True)
+    )
     return fits and tensor.is_floating_point()
 
 

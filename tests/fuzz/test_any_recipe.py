@@ -4,13 +4,12 @@ import dataclasses
 import json
 
 import yaml
-from damage import damaged, edits, values
-from effort import bounded, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ahn.errors import AHNError
 from ahn.train import recipe
+from damage import damaged, edits, values
+from effort import bounded, fuzz
 
 GOOD = {
     "base": "base",
@@ -30,8 +29,42 @@ KEYS = [field.name for field in dataclasses.fields(recipe.Recipe)]
 TEXT = yaml.safe_dump(GOOD).encode()
 # Words that mean something in YAML, in any order.
 words = st.sampled_from(
-    ["a", ":", ": ", "- ", "\n", "\n  ", "&a ", "*a", "[", "]", "{", "}", ", ", "<<", "!!python/object:os.system ", "|\n"]
-    + ["'", '"', "#", "%", "? ", "---", "!!binary ", "2020-01-01", "0x1F", ".inf", "null", "~", "\t", "\x00", "é", "1e3"]
+    [
+        "a",
+        ":",
+        ": ",
+        "- ",
+        "\n",
+        "\n  ",
+        "&a ",
+        "*a",
+        "[",
+        "]",
+        "{",
+        "}",
+        ", ",
+        "<<",
+        "!!python/object:os.system ",
+        "|\n",
+    ]
+    + [
+        "'",
+        '"',
+        "#",
+        "%",
+        "? ",
+        "---",
+        "!!binary ",
+        "2020-01-01",
+        "0x1F",
+        ".inf",
+        "null",
+        "~",
+        "\t",
+        "\x00",
+        "é",
+        "1e3",
+    ]
 )
 
 

@@ -196,7 +196,7 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         key, equals, value = change.partition("=")
         if not equals:
             raise ConfigError(f"{change!r}: expected key=value")
-        values[key] = _yaml(value, change)
+        values[key] = _yaml(value, repr(change))
     return from_dict(values)
 
 
