@@ -218,11 +218,9 @@ def _check_tensors(
 
 def _is_like(tensor: Tensor, shape: list[int | None]) -> bool:
     """Whether it holds floating-point numbers in this shape; None: any size of at least 1."""
-    sizes = list(tensor.shape)
-    fits = len(sizes) == len(shape) and all(
-        n == size or (size is None and n) for n, size in zip(sizes, shape, strict=True)
-    )
-    return fits and tensor.is_floating_point()
+    if tensor.dim() != len(shape) or not tensor.is_floating_point():
+        return False
+    return all(n == size or (size is None and n) for n, size in zip(tensor.shape, shape, strict=True))
 
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:

@@ -74,7 +74,7 @@ def weights_of(model):
 
 
 def check(files, changes, folder):
-    """Loading is refused and leaves the model alone, or gives the weights in the file; returns whether it is refused."""
+    """Loading is refused and leaves the model alone, or gives weights that can be used."""
     for name, data in (files.data | changes).items():
         (folder / name).write_bytes(data)
     model = tiny()
@@ -84,7 +84,6 @@ def check(files, changes, folder):
         assert not hasattr(model, "ahn_config")
     else:
         assert all(parameter.isfinite().all() for parameter in weights_of(model).values())
-    return bool(refused)
 
 
 @fuzz(25)

@@ -13,6 +13,7 @@ from damage import damaged, edits, values
 from effort import bounded, fuzz
 from tiny_tokenizer import tiny_tokenizer
 
+QUESTION = {"id": "1", "question": "q", "answers": [{"text": "d", "answer_start": 2}]}
 RECORDS = {
     "longbench/trec": {"_id": "a", "context": "b", "input": "c", "answers": ["d"], "all_classes": ["d", "e"]},
     "longbench/multifieldqa_en": {"_id": "a", "context": "b d", "input": "c", "answers": ["d"], "dataset": None},
@@ -22,9 +23,7 @@ RECORDS = {
     "infinitebench/longbook_choice_eng": {"id": 1, "context": "b", "input": "c", "answer": ["d"], "options": [*"abcd"]},
     "infinitebench/kv_retrieval": {"id": 1, "context": '{"k": "d"}', "input": "c", "answer": ["d"]},
     "perplexity/text": {"text": "a b c"},
-    "squad/50": {
-        "title": "t", "paragraphs": [{"context": "b d", "qas": [{"id": "1", "question": "q", "answers": [{"text": "d", "answer_start": 2}]}]}],
-    },
+    "squad/50": {"title": "t", "paragraphs": [{"context": "b d", "qas": [QUESTION]}]},
 }  # fmt: skip
 
 
