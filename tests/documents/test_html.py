@@ -95,6 +95,8 @@ def test_deep_nesting() -> None:
     for tag in ("b", "blockquote", "span"):
         assert html_text(f"<{tag}>" * 5000 + "deep", "a.html") == "deep\n"
     assert html_text("<p><li>" * 30_000 + "flat", "a.html").endswith("flat\n")
+    assert html_text("<table><tr><td>" * 5000 + "deep", "a.html") == "deep\n"
+    assert html_text(f"<pre>a{' ' * 1_000_000}b</pre>", "a.html").startswith("a ")
     with pytest.raises(DocumentError, match="a.html: more than 10,000 <div> in each other; expected at most 10,000"):
         html_text("<div>" * 100_000 + "deep", "a.html")
 

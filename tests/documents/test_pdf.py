@@ -58,6 +58,11 @@ def test_soft_hyphens_and_chinese_lines() -> None:
     assert join_lines(lines, set()) == lines.replace("\n", "")
 
 
+def test_long_lines_are_quick() -> None:
+    for line in ("x" * 1_000_000, "." * 1_000_000, "x-" * 500_000, "- " * 500_000):
+        assert len(join_lines(f"{line}\n{line}", set())) >= 1_999_999
+
+
 def test_pages_are_numbered(tmp_path: Path) -> None:
     path = tmp_path / "a.pdf"
     path.write_bytes(pdf("One.", "", "Three."))
@@ -103,9 +108,9 @@ def test_pages_without_end(tmp_path: Path, objects: list[bytes], said: str) -> N
 
 def test_a_bomb(tmp_path: Path) -> None:
     packed = zlib.compress(b"(x) Tj " * 30_000_000, 9)
-    page = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 4 0 R >>"
+    page = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 4 0 R /Resources << /Font << >> >> >>"
     content = b"<< /Length %d /Filter /FlateDecode >>\nstream\n%s\nendstream" % (len(packed), packed)
-    with pytest.raises(DocumentError, match="PDF"):
+    with pytest.raises(DocumentError, match="a.pdf: a damaged PDF .page 1: "):
         read(tmp_path / "a.pdf", pdf_of([CATALOG, b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>", page, content]))
 
 

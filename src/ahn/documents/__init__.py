@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from ahn.documents.base import ALLOWED, FORMATS, PIECE_CHARACTERS, Format, Piece
+from ahn.documents.base import ALLOWED, FORMATS, Format, Piece, bounded
 from ahn.documents.source import Stream, open_source, shown
 from ahn.errors import DocumentError
 
@@ -48,11 +48,10 @@ def pieces(source: str | Path) -> Iterator[Piece]:
 
             found = read_isolated(kind, stream)
         else:
-            found = kind.read(cast(BinaryIO, stream), stream.name)
+            found = bounded(kind.read(cast(BinaryIO, stream), stream.name))
         for piece in found:
             empty = empty and not piece.text.strip()
-            for start in range(0, len(piece.text), PIECE_CHARACTERS):
-                yield Piece(piece.text[start : start + PIECE_CHARACTERS], piece.page)
+            yield piece
         if empty:
             raise DocumentError(f"{stream.name}: no text in this {kind.title}{kind.hint}")
 

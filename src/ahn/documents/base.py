@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, ClassVar
 
@@ -70,6 +70,13 @@ class Format(ABC):
 FORMATS: Registry[type[Format]] = Registry(
     "document format", "ahn.documents", hidden=("archive", "base", "encoding", "isolate", "source")
 )
+
+
+def bounded(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same text in pieces of at most 2**20 characters."""
+    for piece in pieces:
+        for start in range(0, len(piece.text), PIECE_CHARACTERS):
+            yield Piece(piece.text[start : start + PIECE_CHARACTERS], piece.page)
 
 
 def clean(text: str) -> str:

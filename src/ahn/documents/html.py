@@ -139,7 +139,7 @@ class _Page:
         self.walk(tree.root)
 
     def text(self) -> str:
-        text = re.sub(r"[ \t]+\n", "\n", clean("".join(self.parts)))
+        text = re.sub(r"(?<![ \t])[ \t]+\n", "\n", clean("".join(self.parts)))
         return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
     def walk(self, root: Any) -> None:

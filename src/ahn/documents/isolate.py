@@ -10,8 +10,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import IO
 
-from ahn.documents.base import FORMATS, Format, Piece
+from ahn.documents.base import FORMATS, Format, Piece, bounded
 from ahn.documents.source import Stream
 from ahn.errors import DocumentError
 
@@ -33,22 +34,16 @@ def read_isolated(kind: Format, stream: Stream) -> Iterator[Piece]:
         DocumentError: that of the format, or the limit that was met: bytes of the document, seconds, or memory.
     """
     name = stream.name
-    with tempfile.TemporaryFile() as file:
-        try:
-            while block := stream.read(_BLOCK):
-                if file.tell() + len(block) > kind.max_bytes:
-                    limit = f"{kind.max_bytes:,} bytes"
-                    raise DocumentError(f"{name}: {kind.title} of more than {limit}; expected at most that many")
-                file.write(block)
-            file.seek(0)
+    try:
+        with _copy(kind, stream) as file:
             child = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START, json.dumps(sys.path), kind.name, name, str(MAX_MEMORY)],
                 stdin=file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
-        except OSError as error:
-            raise DocumentError(f"{name}: no parser could be started ({error.strerror or error})") from error
+    except OSError as error:
+        raise DocumentError(f"{name}: cannot be parsed ({error.strerror or error})") from error
     assert child.stdout is not None
     late = threading.Event()
 
@@ -83,6 +78,19 @@ def read_isolated(kind: Format, stream: Stream) -> Iterator[Piece]:
         child.wait()
 
 
+@contextlib.contextmanager
+def _copy(kind: Format, stream: Stream) -> Iterator[IO[bytes]]:
+    """The rest of `stream` as a file that can seek."""
+    with tempfile.TemporaryFile() as file:
+        while block := stream.read(_BLOCK):
+            if file.tell() + len(block) > kind.max_bytes:
+                limit = f"{kind.max_bytes:,} bytes"
+                raise DocumentError(f"{stream.name}: {kind.title} of more than {limit}; expected at most that many")
+            file.write(block)
+        file.seek(0)
+        yield file
+
+
 def child(kind: str, name: str, memory: str) -> None:
     """Parses standard input as `kind` and writes a line of JSON for each piece, an error, or the end."""
     out = os.fdopen(os.dup(1), "w", encoding="ascii")
@@ -90,12 +98,12 @@ def child(kind: str, name: str, memory: str) -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):  # no such limits, or smaller ones already
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
-        resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS))
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
     parser = FORMATS.get(kind)()
     try:
-        for piece in parser.read(sys.stdin.buffer, name):
+        for piece in bounded(parser.read(sys.stdin.buffer, name)):
             print(json.dumps({"text": piece.text, "page": piece.page}), file=out, flush=True)
         said = {"end": ""}
     except DocumentError as error:

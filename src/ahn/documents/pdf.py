@@ -10,12 +10,10 @@ from ahn.documents.base import Format, Piece, clean
 from ahn.errors import DocumentError
 
 MAX_PAGES = 20_000
-
 MAX_UNREADABLE = 0.3  # of the characters; more means that the fonts do not say which letters they show
 
 _WORD = re.compile(r"[^\W\d_]+")
-_BROKEN_WORD = re.compile(r"([^\W\d_]+)[-\u2010]$")
-_SENTENCE_END = re.compile(r"[.!?:]\W*$")
+_BROKEN = re.compile(r"(?<![^\W\d_])[^\W\d_]+[-\u2010]\s*\n\s*[^\W\d_]+")  # a word, at a line end
 _ITEM = re.compile(r"(?:[-*•▪➢✓–—]|\(?(?:\d{1,3}|[a-zA-Z])[.)])\s")
 _CHINESE = re.compile("[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")  # and Japanese: scripts without spaces
 _NARROW = 30  # characters; shorter lines are no running text
@@ -47,16 +45,18 @@ class PDF(Format):
             raise DocumentError(f"{name}: a PDF of {count:,} pages; expected at most {MAX_PAGES:,}")
         known: set[str] = set()
         written = unreadable = 0
-        for number in range(count):
-            raw = re.sub("\xad[ \t]*\r?\n[ \t]*", "", reader.pages[number].extract_text())
-            text = join_lines(clean(raw), known)
-            if not text:
-                continue
-            yield Piece(f"\n{text}\n" if written else f"{text}\n", number + 1)
-            written += len(text)
+        for number, page in enumerate(reader.pages, 1):
+            try:
+                raw = page.extract_text()
+            except Exception as error:  # whatever a damaged object trips over
+                raise ValueError(f"page {number}: {error or type(error).__name__}") from error
+            text = join_lines(clean(re.sub("\xad[ \t]*\r?\n[ \t]*", "", raw)), known)
             unreadable += text.count("\ufffd")
-            if unreadable > 100 and unreadable > MAX_UNREADABLE * written:
+            if unreadable > 100 and unreadable > MAX_UNREADABLE * (written + len(text)):
                 raise DocumentError(f"{name}: the fonts of this PDF do not name their letters; it needs OCR first")
+            if text:
+                yield Piece(f"\n{text}\n" if written else f"{text}\n", number)
+                written += len(text)
 
 
 def join_lines(text: str, known: set[str]) -> str:
@@ -68,7 +68,7 @@ def join_lines(text: str, known: set[str]) -> str:
     Args:
         known: words seen so far, lower case; those of this page are added.
     """
-    known.update(word.lower() for word in _WORD.findall(re.sub(r"[^\W\d_]+[-\u2010]\s*\n\s*[^\W\d_]+", " ", text)))
+    known.update(word.lower() for word in _WORD.findall(_BROKEN.sub(" ", text)))
     lines = [" ".join(line.split()) for line in text.split("\n")]
     widths = sorted(len(line) for line in lines if line)
     width = widths[-1 - len(widths) // 20] if widths else 0
@@ -87,9 +87,9 @@ def join_lines(text: str, known: set[str]) -> str:
 def _continues(line: str, following: str, width: int) -> bool:
     if not line or not following or _ITEM.match(following) or _is_row(line) or _is_row(following):
         return False
-    if _BROKEN_WORD.search(line) and following[0].isalnum():
+    if _half_word(line) and following[0].isalnum():
         return True
-    new_sentence = _SENTENCE_END.search(line) and not following[0].islower()
+    new_sentence = line.rstrip("\"'”’»)]")[-1:] in (".", "!", "?", ":") and not following[0].islower()
     return len(line) + 1 + len(following.split(" ", 1)[0]) > (1 if new_sentence else _FULL) * width
 
 
@@ -98,10 +98,19 @@ def _is_row(line: str) -> bool:
     return sum(any(map(str.isdigit, word)) for word in words) > 0.4 * len(words)
 
 
+def _half_word(line: str) -> str:
+    """The letters before a hyphen at the end of a line."""
+    if line[-1] not in "-\u2010":
+        return ""
+    words = _WORD.findall(line[:-1].rsplit(" ", 1)[-1])
+    return words[-1] if words and line[-2].isalpha() else ""
+
+
 def _join(line: str, following: str, known: set[str]) -> str:
-    broken, rest = _BROKEN_WORD.search(line), _WORD.match(following)
-    if broken and following[0].isalnum():
-        left, right = broken[1].lower(), rest[0].lower() if rest else ""
+    left = _half_word(line).lower()
+    if left and following[0].isalnum():
+        rest = _WORD.match(following)
+        right = rest[0].lower() if rest else ""
         compound = not following[0].islower() or (left + right not in known and left in known and right in known)
         return (line if compound else line[:-1]) + following
     if _CHINESE.match(line[-1]) and _CHINESE.match(following):
