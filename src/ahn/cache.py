@@ -322,6 +322,8 @@ class AHNCache(Cache):
         tokens_seen: tokens read so far, padding included.
         last_logits: [B, V] after `ahn.read`, else None.
         config: the AHNConfig it was made for.
+        texts: what the command line notes of each text that was read, to know it again: how many `tokens`, the `sha256`
+            of their ids, and whether it is `complete`.
         transcript: with a store, the ids of the tokens it keeps (`ahn.transcript`); not counted in `nbytes`.
 
     Raises:
@@ -337,6 +339,7 @@ class AHNCache(Cache):
         self._weights = self._frame.weights()
         self.config = model.ahn_config
         self.tokens_seen = 0
+        self.texts: list[dict[str, Any]] = []
         self.last_logits: Tensor | None = None
         self._use = _Use()
         self._seen = [0]  # real tokens by row: one number while all rows are alike
@@ -383,7 +386,7 @@ class AHNCache(Cache):
                     setattr(layer_twin, name, tensor.clone())
                 twin.layers.append(layer_twin)
             twin.transcript = None if self.transcript is None else self.transcript.copy()
-            twin._seen = list(self._seen)
+            twin._seen, twin.texts = list(self._seen), list(self.texts)
         return twin
 
     def shell(self) -> AHNCache:
@@ -440,6 +443,7 @@ class AHNCache(Cache):
             "tokens_seen": self.tokens_seen,
             "seen": self._seen,
             "batch": self._batch,
+            "texts": self.texts,
             **self._model.ahn_names,
         }
 
@@ -454,6 +458,7 @@ class AHNCache(Cache):
             setattr(self.layers[int(index)], kind, tensor)
             self.layers[int(index)].is_initialized = True
         self.tokens_seen, self._seen, self._batch = header["tokens_seen"], header["seen"], header["batch"]
+        self.texts = header.get("texts", [])
 
     # Who uses it, and with which weights.
     def check_model(self, frame: Any) -> None:
@@ -583,6 +588,7 @@ class AHNCache(Cache):
             layer.is_initialized = False
         self.transcript = None if self.transcript is None else Transcript()
         self.tokens_seen, self._seen, self._batch, self._span, self.last_logits = 0, [0], None, None, None
+        self.texts = []
 
     def activate_past_recording(self) -> None:
         raise UnsupportedOperationError("assisted decoding takes tokens back; a compressed memory cannot unread them")

@@ -148,7 +148,7 @@ class Dialogue:
         return ids[:, 1:] if last == ids[0, :1].tolist() else ids
 
     def _document(self, before: str, pieces: Iterable[str], context: str = "") -> Iterator[Encoded]:
-        text = _Stripped(map(readable, pieces))
+        text = Stripped(map(readable, pieces))
         for part in self._parts(before, text, SEPARATOR, context, LABEL):
             yield Encoded(part.ids, part.starts - len(before) + text.skipped)
 
@@ -212,7 +212,7 @@ class Dialogue:
         return Encoder(self.tokenizer)
 
 
-class _Stripped:
+class Stripped:
     """The pieces of a text without the space around all of it; `skipped` counts the characters left out in front."""
 
     def __init__(self, pieces: Iterable[str]) -> None:

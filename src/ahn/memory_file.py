@@ -1,9 +1,9 @@
 """Memory files: one safetensors file with every layer's tensors, and a header that says whose memory it is.
 
 Header keys: `ahn` (file version), `package` (version that wrote it), `config`, `fingerprint` (`ahn.fingerprint`),
-`dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `base` and `adapter` (names, for people and the command
-line), `sha256` over all of these and over every tensor: since version 2 over the checksums of its pieces, which are
-computed side by side.
+`dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `texts` (`AHNCache.texts`), `base` and `adapter` (names,
+for people and the command line), `sha256` over all of these and over every tensor: since version 2 over the checksums
+of its pieces, which are computed side by side.
 """
 
 from __future__ import annotations

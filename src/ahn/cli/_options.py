@@ -93,6 +93,10 @@ def check_store(
     return name
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace the output, whatever is in it")
+
+
 def add_answer(parser: argparse.ArgumentParser) -> None:
     """How answers are generated."""
     group = parser.add_argument_group("answer")

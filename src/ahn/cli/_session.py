@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ahn.cache import AHNCache
+    from ahn.cli._reading import Text
 
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
 # settings that a memory file fixes
@@ -38,6 +38,14 @@ def size(count: float) -> str:
             break
         count /= 1000
     return f"{count:.{0 if unit == 'B' or count >= 99.95 else 1 if count >= 9.995 else 2}f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """In units that suit it: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @dataclass
@@ -128,19 +136,21 @@ class Session:
         full = self.cache.tokens_seen * self._per_token
         return f"cache {size(self.cache.nbytes)}, full attention would hold {size(full)}"
 
-    def read(self, ids: Tensor, chunk: int | None) -> str:
+    def read(self, text: Text, chunk: int | None) -> str:
         """Read into the cache, showing progress, and return a summary. KeyboardInterrupt leaves the cache usable."""
         import ahn
 
         began, before = time.monotonic(), self.cache.tokens_seen
-        with self._progress(ids.shape[1], began) as progress:
-            ahn.read(self.model, ids, self.cache, chunk, progress)
+        if text.total != text.read:
+            with self._progress(text, began) as progress:
+
+                def note(done: int, total: int | None) -> None:
+                    text.note(text.skipped + done)
+                    progress(done, text.total)
+
+                ahn.read(self.model, text, self.cache, chunk, note)
         seconds, tokens = time.monotonic() - began, self.cache.tokens_seen - before
         return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); {self.held}"
-
-    def save(self, path: str) -> None:
-        self.cache.save(path)
-        console.print(f"saved   {path}, {size(Path(path).stat().st_size)}")
 
     def answer(self, ids: Tensor, limit: int) -> Answer:
         """Stream the answer to the prompt `ids` [1, T] to standard output. Ctrl-C ends it after the running token."""
@@ -175,16 +185,21 @@ class Session:
         return Answer(new, time.monotonic() - began, stopped, cut)
 
     @contextmanager
-    def _progress(self, total: int, began: float) -> Iterator[Any]:
+    def _progress(self, text: Text, began: float) -> Iterator[Any]:
         def state(done: int) -> str:
-            speed = done / max(time.monotonic() - began, 1e-9)
+            seconds, fraction = time.monotonic() - began, text.fraction
             full = size(self.cache.tokens_seen * self._per_token)
-            return f"{done:,}/{total:,} tokens, {speed:,.0f}/s, cache {size(self.cache.nbytes)} (full attention {full})"
+            speed = f"{done / max(seconds, 1e-9):,.0f}/s"
+            if fraction and text.total is None:
+                speed += f", {duration(seconds * (1 - fraction) / fraction)} left"
+            return f"{text.progress(0)}, {speed}, cache {size(self.cache.nbytes)} (full attention {full})"
 
         if not console.is_terminal:
             told = began
+            if text.total is None:  # a long text
+                console.print(f"reading {state(0)}")
 
-            def line(done: int, total: int) -> None:
+            def line(done: int, total: int | None) -> None:
                 nonlocal told
                 if time.monotonic() - told > QUIET_S:
                     told = time.monotonic()
@@ -197,37 +212,8 @@ class Session:
 
         columns = TextColumn("reading"), BarColumn(bar_width=None), TextColumn("{task.fields[state]}")
         with Progress(*columns, console=console, transient=True, expand=True) as bar:
-            task = bar.add_task("", total=total, state=state(0))
-            yield lambda done, total: bar.update(task, completed=done, state=state(done))
-
-
-def read_document_into(args: argparse.Namespace) -> tuple[Session, str]:
-    """Read `args.document`, and save it as `args.output` if that is given. Returns the session and a summary.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, with a message. What was read so far is saved first, if it has a place.
-    """
-    from ahn.documents import read_document
-    from ahn.files import check_writable
-
-    check_writable(args.output)
-    document = read_document(args.document)
-    session = Session(args)
-    with console.status("counting tokens"):
-        ids = session.dialogue.open(document)
-    try:
-        summary = session.read(ids, args.chunk)
-    except KeyboardInterrupt:
-        done = f"interrupted after {session.cache.tokens_seen:,} of {ids.shape[1]:,} tokens"
-        if not session.cache.tokens_seen:
-            raise KeyboardInterrupt(done) from None
-        if not args.output:
-            raise KeyboardInterrupt(f"{done}; -o FILE would have kept them") from None
-        session.cache.save(args.output)
-        raise KeyboardInterrupt(f"{done}, which are kept in {args.output}") from None
-    if args.output:
-        session.save(args.output)
-    return session, summary
+            task = bar.add_task("", total=None if text.fraction is None else 1.0, state=state(0))
+            yield lambda done, total: bar.update(task, completed=text.fraction or 0, state=state(done))
 
 
 def check_question(text: str) -> str:

@@ -17,16 +17,23 @@ from ahn.errors import ConfigError
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", nargs="+", help="what you want to know")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--document", metavar="FILE", help="text, Markdown, HTML or PDF; - for standard input")
+    source.add_argument(
+        "--document",
+        metavar="FILE",
+        action="append",
+        help="a document, folder or pattern, can be given again; - for standard input",
+    )
     source.add_argument("--memory", metavar="FILE", help="a memory made by ahn read")
     parser.add_argument("-o", "--output", metavar="FILE", help="keep what was read of the document in a memory file")
+    _options.add_force(parser)
     _options.add_answer(parser)
     _options.add_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ahn.cli import INTERRUPTED
-    from ahn.cli._session import Session, check_question, console, read_document_into
+    from ahn.cli._reading import read_document_into
+    from ahn.cli._session import Session, check_question, console
 
     question = check_question(" ".join(args.question))
     if args.memory:

@@ -24,17 +24,24 @@ LEAVE = ("exit", "quit", "/exit", "/quit")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--document", metavar="FILE", help="text, Markdown, HTML or PDF")
+    source.add_argument(
+        "--document",
+        metavar="FILE",
+        action="append",
+        help="a document, folder or pattern, can be given again",
+    )
     source.add_argument("--memory", metavar="FILE", help="a memory made by ahn read")
     parser.add_argument("-o", "--output", metavar="FILE", help="keep what was read of the document in a memory file")
+    _options.add_force(parser)
     _options.add_answer(parser)
     _options.add_model(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ahn.cli._session import Session, console, read_document_into
+    from ahn.cli._reading import read_document_into
+    from ahn.cli._session import Session, console
 
-    if args.document == "-":
+    if "-" in (args.document or ()):
         raise ConfigError("--document -: questions come from standard input; expected a file")
     if args.output and not args.document:
         raise ConfigError(f"-o {args.output}: goes with --document")
