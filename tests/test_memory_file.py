@@ -185,3 +185,10 @@ def test_a_half_written_memory(model, tmp_path, monkeypatch):
         model(token_ids(3), **{PAST: cache})
     with pytest.raises(AHNError, match="half-written"):
         cache.save(tmp_path / "book.ahn")
+
+
+@pytest.mark.parametrize("texts", [5, None, [5], [{}], [{"tokens": "9", "sha256": "", "complete": True}]])
+def test_a_damaged_note_of_what_was_read(saved, model, texts):
+    rewrite_header(saved, texts=texts)
+    with pytest.raises(MemoryFileError, match="damaged"):
+        ahn.AHNCache.load(saved, model)

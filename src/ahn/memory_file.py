@@ -124,6 +124,9 @@ def peek(path: str | Path) -> dict[str, Any]:
         raise MemoryFileError(f"{path}: damaged memory file: its numbers of rows and of tokens contradict each other")
     if any(not isinstance(header.get(name), str | None) for name in ("base", "adapter")):
         raise MemoryFileError(f"{path}: damaged memory file: expected names of base and adapter")
+    texts = header.get("texts", [])
+    if not isinstance(texts, list) or not all(_is_text(text) for text in texts):
+        raise MemoryFileError(f"{path}: damaged memory file: texts={str(texts)[:80]!r}")
     return header
 
 
@@ -240,6 +243,11 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _is_text(text: Any) -> bool:
+    kinds = {"tokens": int, "sha256": str, "complete": bool}
+    return isinstance(text, dict) and all(isinstance(text.get(name), kind) for name, kind in kinds.items())
 
 
 def _whose(header: dict[str, Any]) -> str:
