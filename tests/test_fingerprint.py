@@ -101,6 +101,14 @@ def test_changes_of_many_numbers(dtype, count):
     assert len({sums(variant) for variant in [*variants, complement]}) == len(variants) + 1
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_how_much_is_done_at_once_does_not_matter(monkeypatch, at_once):
+    model = tiny(vocab_size=5 * WORDS // 16 + 3)
+    expected = fingerprint(model)
+    monkeypatch.setattr("ahn.fingerprint.AT_ONCE", at_once * WORDS)
+    assert fingerprint(model) == expected
+
+
 def test_buffers_that_are_saved_count():
     models = []
     for value in (0.0, 1.0):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +21,8 @@ from ahn.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WORDS = 1 << 15  # of a piece: few enough for a core's cache, and for torch to need no threads of its own
-AT_ONCE = 1 << 24  # words on an accelerator, where every call costs
+WORDS = 1 << 15  # of a piece
+AT_ONCE = 1 << 20  # words, a multiple of those of a piece
 SAMPLES = 1024  # numbers of each base tensor in `sampled`
 # Settings of a transformers config that leave the logits alone, beside names with an underscore in front.
 IDLE = {
@@ -47,8 +46,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True).encode())
     tensors = {name: _plain(name, tensor) for name, tensor in sorted(_tensors(model).items())}
     digest.update(json.dumps([(name, str(t.dtype), list(t.shape)) for name, t in tensors.items()]).encode())
-    for sums in _all_sums(list(tensors.values())):
-        digest.update(sums.numpy().tobytes())
+    weights = torch.randint(-(2**63), 2**63 - 1, (WORDS,), generator=torch.Generator().manual_seed(0)) | 1
+    for sums in [_sums(tensor, weights.to(tensor.device)) for tensor in tensors.values() if tensor.numel()]:
+        digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -97,13 +97,6 @@ def _settings(model: PreTrainedModel) -> dict[str, Any]:
     return {"class": type(model).__name__, "rope": rope, **kept}
 
 
-def _all_sums(tensors: list[Tensor]) -> list[Tensor]:
-    """The checksums [P] of each tensor, on the CPU."""
-    weights = torch.randint(-(2**63), 2**63 - 1, (WORDS,), generator=torch.Generator().manual_seed(0)) | 1
-    with ThreadPoolExecutor() as pool:
-        return [sums.cpu() for sums in pool.map(lambda tensor: _sums(tensor, weights.to(tensor.device)), tensors)]
-
-
 def _sums(tensor: Tensor, weights_W: Tensor) -> Tensor:
     """A weighted sum of the words of each piece, modulo 2**64 [P].
 
@@ -114,10 +107,14 @@ def _sums(tensor: Tensor, weights_W: Tensor) -> Tensor:
     raw = tensor.contiguous().flatten().view(torch.uint8)
     if len(raw) % 8 or raw.storage_offset() % 8:
         raw = pad(raw, (0, -len(raw) % 8))
-    sums = []
-    for part in raw.view(torch.int64).split(WORDS if tensor.device.type == "cpu" else AT_ONCE):
+    words, sums = raw.view(torch.int64), []
+    folded = torch.empty(min(len(words), AT_ONCE), dtype=torch.int64, device=words.device)
+    for part in words.split(AT_ONCE):
+        mixed = torch.bitwise_right_shift(part, 33, out=folded[: len(part)])
+        mixed.bitwise_and_(0x7FFFFFFF).bitwise_xor_(part)
         whole = len(part) // WORDS * WORDS
-        for words in (part[:whole].view(-1, WORDS), part[None, whole:]):
-            folded = (words >> 33).bitwise_and_(0x7FFFFFFF).bitwise_xor_(words)
-            sums.append(folded.mul_(weights_W[: words.shape[1]]).sum(1))
+        if whole:
+            sums.append(mixed[:whole].view(-1, WORDS).mul_(weights_W).sum(1))
+        if rest := len(part) - whole:
+            sums.append(mixed[whole:].mul_(weights_W[:rest]).sum()[None])
     return torch.cat(sums)
