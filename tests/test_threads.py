@@ -206,6 +206,20 @@ def test_two_of_transformers_own_loops_on_one_cache():
     assert isinstance(found[1], AHNError) and torch.equal(found[0], model.generate(ids, max_new_tokens=5, **GREEDY))
 
 
+def test_loads_that_overlap_leave_the_progress_bars():
+    from tqdm.auto import tqdm
+
+    from ahn.bases import quiet
+
+    before, first, second = tqdm.__init__, quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert tqdm.__init__ is not before  # the second still wants none
+    second.__exit__(None, None, None)
+    assert tqdm.__init__ is before
+
+
 def test_copies_are_forks_and_do_not_copy_the_model():
     model, ids = with_memory(tiny()), token_ids(60)
     cache = ahn.read(model, ids[:, :40])

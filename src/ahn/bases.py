@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -232,7 +233,10 @@ def _from_pretrained(auto: Any, base: str | os.PathLike[str], source: _Source, *
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    options |= {"local_files_only": source.unreachable is not None or not source.on_hub, "trust_remote_code": False}
+    local = {"local_files_only": source.unreachable is not None or not source.on_hub}
+    options |= local | {"trust_remote_code": False}
+    if hasattr(auto, "_model_mapping"):  # of models; with peft installed it looks for an adapter, with options of its own
+        options["adapter_kwargs"] = local
     try:
         with quiet(bars=source.on_hub):  # a download may take long: its bars stay
             return auto.from_pretrained(source.name, **options)
@@ -374,22 +378,59 @@ def _split_digits(tokenizer: Any) -> None:
         )
 
 
-@contextlib.contextmanager
-def quiet(bars: bool = False) -> Iterator[None]:
-    """Hides the loaders' progress bars, unless `bars`, and the chatter of torchao's import; warnings about the base
-    still show."""
-    from tqdm.auto import tqdm
-    from transformers.utils import logging as hf_logging
+class _Shared:
+    """A change of something that all threads see, made by the first that asks for it and undone by the last."""
 
+    def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self.change, self.lock, self.users = change, threading.Lock(), 0
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[None]:
+        with self.lock:
+            if not self.users:
+                self.undo = contextlib.ExitStack()
+                self.undo.enter_context(self.change())
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    self.undo.close()
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for name in ("torchao", "torch.utils._pytree"):
             log = logging.getLogger(name)
             undo.callback(log.setLevel, log.level)
             log.setLevel(logging.ERROR)
-        if not bars and hf_logging.is_progress_bar_enabled():
+        yield
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    from tqdm.auto import tqdm
+    from transformers.utils import logging as hf_logging
+
+    with contextlib.ExitStack() as undo:
+        if hf_logging.is_progress_bar_enabled():
             undo.callback(hf_logging.enable_progress_bar)
             hf_logging.disable_progress_bar()
             # the GGUF loader draws its own bar, without asking hf_logging
             undo.callback(setattr, tqdm, "__init__", tqdm.__init__)
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+        yield
+
+
+_chatter, _bars = _Shared(_without_chatter), _Shared(_without_bars)
+
+
+@contextlib.contextmanager
+def quiet(bars: bool = False) -> Iterator[None]:
+    """Hides the loaders' progress bars, unless `bars`, and the chatter of torchao's import; warnings about the base
+    still show."""
+    with _chatter.made(), contextlib.nullcontext() if bars else _bars.made():
         yield

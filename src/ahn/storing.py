@@ -287,7 +287,7 @@ class StoringLayer(AHNLayer):
         self, q: Tensor, q_far: Tensor, k: Tensor, v: Tensor, until: Tensor, span: Span, scale: float
     ) -> Softmax:
         """Attention of a whole sequence; `until` [B, M, T]: the step at which each token loses its place."""
-        gone = max(self.sinks, span.length - self.reach)  # sinks, and what leaves the window
+        gone = min(span.length, max(self.sinks, span.length - self.reach))  # sinks, and what leaves the window
         since = torch.arange(gone, device=k.device)
         since = torch.where(since < self.sinks, since, since + self.reach)
         turned = torch.cat([k[:, :, : self.sinks], self._turn_in(k[:, :, self.sinks : gone], span)], 2)

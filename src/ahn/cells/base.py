@@ -197,6 +197,10 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight_NHH)
 
+    def extra_repr(self) -> str:
+        """peft, which finds it by its name where `o_proj` is meant, shows this when it refuses."""
+        return r"part of a memory; leave it out with exclude_modules=r'.*\.ahn\..*'"
+
     def forward(self, x_BNTH: Tensor) -> Tensor:
         return torch.matmul(x_BNTH, self.weight.to(x_BNTH.dtype)).transpose(1, 2)
 

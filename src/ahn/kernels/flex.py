@@ -6,6 +6,7 @@ Shapes as in `ahn.attention`.
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from ahn.kernels import SHAPES
 
 def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Softmax:
     """q [B, N, T, H], as the window and as the sinks meet it, k, v [B, M, T, H], one sequence from its start."""
-    masks = _masks(q.device, q.shape[2])
+    masks = _masks(q.device, q.shape[2], threading.get_ident())
     masks.set(sinks, window)
     if q_sinks is q or not sinks:
         return _compiled(_flex)(q, k, v, masks.both, scale)
@@ -88,5 +89,6 @@ class _Masks:
 
 
 @cache
-def _masks(device: torch.device, tokens: int) -> _Masks:
+def _masks(device: torch.device, tokens: int, thread: int) -> _Masks:
+    """Those of one thread: another one may have another window."""
     return _Masks(device, tokens)
