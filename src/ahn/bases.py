@@ -235,7 +235,9 @@ def _from_pretrained(auto: Any, base: str | os.PathLike[str], source: _Source, *
 
     local = {"local_files_only": source.unreachable is not None or not source.on_hub}
     options |= local | {"trust_remote_code": False}
-    if hasattr(auto, "_model_mapping"):  # of models; with peft installed it looks for an adapter, with options of its own
+    if hasattr(
+        auto, "_model_mapping"
+    ):  # of models; with peft installed it looks for an adapter, with options of its own
         options["adapter_kwargs"] = local
     try:
         with quiet(bars=source.on_hub):  # a download may take long: its bars stay
