@@ -170,3 +170,21 @@ def test_memories_with_the_first_fingerprint_are_still_read(tmp_path, monkeypatc
     other = with_memory(tiny(seed=5))
     with pytest.raises(MemoryFileError, match="fingerprint"):
         ahn.AHNCache.load(path, other)
+
+
+@pytest.mark.parametrize("change", ["base", "memory", "replaced"])
+def test_a_memory_is_not_saved_under_other_weights(tmp_path, change):
+    model = with_memory(tiny())
+    cache = ahn.read(model, token_ids(60))
+    cache.save(tmp_path / "a.ahn")
+    before = (tmp_path / "a.ahn").read_bytes()
+    with torch.no_grad():
+        if change == "base":
+            model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+        elif change == "memory":
+            next(model.model.layers[0].self_attn.ahn.cell.parameters()).add_(1)
+        else:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    with pytest.raises(ConfigError, match="weights of the model have changed"):
+        cache.fork().save(tmp_path / "a.ahn")
+    assert (tmp_path / "a.ahn").read_bytes() == before

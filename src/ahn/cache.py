@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _IN_USE = "this cache is in use by another call: expected one call at a time; fork it for another"
 _OTHER_WEIGHTS = (
-    "the weights of the memory have changed since the cache was made: expected a new cache, which reads the text again"
+    "the weights of the model have changed since the cache was made: expected a new cache, which reads the text again"
 )
 
 
@@ -336,7 +336,7 @@ class AHNCache(Cache):
         super().__init__(layers=[layer.memory() for layer in layers_of(model)])
         self._frame = frame_of(model)
         self._model = self._frame.model
-        self._weights = self._frame.weights()
+        self._weights, self._base = self._frame.weights(), _versions(self._model)
         self.config = model.ahn_config
         self.tokens_seen = 0
         self.texts: list[dict[str, Any]] = []
@@ -419,6 +419,8 @@ class AHNCache(Cache):
 
         _check_path(path)
         self.check_weights()
+        if _versions(self._model) != self._base:  # the file would carry the fingerprint of other weights
+            raise ConfigError(_OTHER_WEIGHTS)
         with self._at_rest():
             memory_file.save(self, path)
 
@@ -603,6 +605,11 @@ class AHNCache(Cache):
 def _check_path(path: Any) -> None:
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"path={path!r}: expected the name of a memory file")
+
+
+def _versions(model: Any) -> list[tuple[int, int]]:
+    """Another list once a weight of the model was replaced, or changed in place; moving it to a device does neither."""
+    return [(id(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
 
 
 def _grown(old: Tensor | None, shape: tuple[int, ...], dim: int, like: Tensor) -> Tensor:
