@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import multiprocessing
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ahn import bases
+import ahn
+from ahn import adapter, bases
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
+from conftest import tiny
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +229,8 @@ class TestGguf:
             model = bases.load_base(tiny_gguf, device="cpu")
         (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("ahn")]
         assert line.startswith(f"converting {tiny_gguf} once into {cache}")
+        written = sum(weight.nbytes for weight in tiny_model.parameters())
+        assert line.endswith(f": {tiny_gguf.stat().st_size / 1e6:,.1f} MB become {written / 1e6:,.1f} MB")
         assert torch.allclose(logits(model), logits(tiny_model), atol=1e-6)
         assert not hasattr(model.config, "quantization_config")
 
@@ -315,7 +320,8 @@ class TestGguf:
     def test_disk_too_small(self, tiny_gguf, cache, monkeypatch):
         usage = shutil.disk_usage("/")._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(BaseModelError, match=r"cannot write .* 0 MiB free; AHN_CACHE"):
+        monkeypatch.setattr(bases, "_convert", lambda *_: pytest.fail("converted"))
+        with pytest.raises(BaseModelError, match=r"cannot write .* 0\.0 MB free; AHN_CACHE"):
             bases.load_base(tiny_gguf)
         assert not any(cache.iterdir())
 
@@ -488,3 +494,55 @@ class TestDefault:
         bases.load_base("smollm2-135m", device="cpu")
         bases.load_tokenizer("smollm2-135m")
         assert time.monotonic() - start < 5
+
+
+class TestRecognised:
+    """A file or folder that holds the base of a shipped adapter, under whatever name."""
+
+    @pytest.fixture
+    def shipped(self, tiny_model, folder, tmp_path, monkeypatch):
+        from ahn import zoo
+
+        made = tmp_path / "zoo" / "tiny-deltanet"
+        ahn.save_adapter(ahn.augment(copy.deepcopy(tiny_model), ahn.AHNConfig("deltanet", window=8, sinks=2)), made)
+        settings = json.loads((made / "ahn.json").read_text())
+        settings |= {"default_for": ["owner/tiny"], "base": "owner/tiny", "embedding": bases.embedding_sample(folder)}
+        (made / "ahn.json").write_text(json.dumps(settings))
+        monkeypatch.setattr(zoo, "_HERE", tmp_path / "zoo")
+        adapter._say_recognised.cache_clear()
+        return made.name
+
+    @pytest.mark.parametrize("kind", ["gguf", "folder", "quantised"])
+    def test_gets_the_default_adapter(self, tiny_gguf, tiny_model, folder, cache, shipped, caplog, tmp_path, kind):
+        path = tiny_gguf if kind == "gguf" else folder
+        if kind == "quantised":
+            rough = copy.deepcopy(tiny_model).bfloat16()
+            embedding = rough.model.embed_tokens.weight.data
+            step = embedding.abs().max() / 7  # 4 bits
+            embedding.copy_((embedding / step).round() * step)
+            rough.save_pretrained(path := tmp_path / "rough")
+        with caplog.at_level(logging.WARNING, logger="ahn"):
+            for _ in range(2):
+                model = ahn.from_pretrained(path, device="cpu")
+        assert model.ahn_names["adapter"] == shipped and model.ahn_config.window == 8
+        (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("ahn")]
+        assert line == f"{path}: weights of owner/tiny, read with its default adapter {shipped}"
+        assert ahn.from_pretrained(path, "none", device="cpu").ahn_names["adapter"] is None
+        assert ahn.from_pretrained(path, cell="mamba2", device="cpu").ahn_config.cell == "mamba2"
+
+    def test_other_weights_of_the_same_shape_do_not(self, tiny_model, cache, shipped, tmp_path):
+        other = copy.deepcopy(tiny_model)
+        other.model.embed_tokens.weight.data.normal_()
+        other.save_pretrained(tmp_path / "other")
+        assert adapter.chosen(tmp_path / "other", None) is None
+
+    def test_another_shape_is_not_read(self, tiny_model, cache, shipped, tmp_path, monkeypatch):
+        tiny(num_hidden_layers=3).save_pretrained(tmp_path / "other")
+        monkeypatch.setattr(bases, "embedding_sample", lambda _: pytest.fail("read"))
+        assert adapter.chosen(tmp_path / "other", None) is None
+
+    def test_shipped_defaults_can_be_recognised(self):
+        from ahn import zoo
+
+        defaults = [name for name in zoo.names() if "default_for" in zoo._settings(name)]
+        assert defaults and all(len(zoo._settings(name)["embedding"]) == 256 for name in defaults)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ from ahn.registry import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 NONE = "none"
@@ -130,7 +134,7 @@ def chosen(
     if adapter is None and (Path(base).expanduser() / SETTINGS).is_file():
         return base
     if adapter is None and cell is None:
-        return zoo.default_for(os.fspath(base)) or _on_hub(base)
+        return zoo.default_for(os.fspath(base)) or _recognised(base) or _on_hub(base)
     return None if adapter == NONE else adapter
 
 
@@ -149,6 +153,26 @@ def _on_hub(base: str | os.PathLike[str]) -> str | None:
     except Exception as error:  # the hub client's HTTP library, and so its errors, differ between its versions
         raise AdapterError(f"{name}: whether it holds a memory cannot be asked: {_first_line(error)}") from error
     return name
+
+
+def _recognised(base: str | os.PathLike[str]) -> str | None:
+    """The default adapter of the base that a local file or folder holds under whatever name."""
+    path = Path(base).expanduser()
+    if not (path.suffix == ".gguf" and path.is_file()) and not (path / "config.json").is_file():
+        return None
+    try:
+        shape = base_shape(bases.base_config(base))
+    except AttributeError:  # no decoder of attention layers: loading it says so
+        return None
+    name = zoo.recognised(shape, lambda: bases.embedding_sample(base))
+    if name:
+        _say_recognised(os.fspath(base), name)
+    return name
+
+
+@cache
+def _say_recognised(base: str, adapter: str) -> None:
+    logger.warning("%s: weights of %s, read with its default adapter %s", base, zoo.base(adapter), adapter)
 
 
 def _sized(config: AHNConfig, changes: dict[str, Any], lossless: int | None) -> AHNConfig:

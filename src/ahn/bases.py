@@ -128,6 +128,22 @@ def base_config(base: str | os.PathLike[str]) -> PreTrainedConfig:
     return _from_gguf(AutoConfig, gguf)
 
 
+def embedding_sample(base: str | os.PathLike[str]) -> list[float] | None:
+    """256 numbers of the embedding of a local base, which tell it from other bases in any format; None if they
+    cannot be read. A GGUF file is converted."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for path in Path(_source(base).name).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    if name.endswith("embed_tokens.weight"):
+                        return file.get_slice(name)[64:80, :16].flatten().tolist()
+    except (OSError, SafetensorError):  # loading the base says so
+        pass
+    return None
+
+
 def cache_folder() -> Path:
     """Where converted bases are kept: `$AHN_CACHE`, else `$XDG_CACHE_HOME/ahn`, else `~/.cache/ahn`."""
     if own := os.environ.get("AHN_CACHE"):
@@ -278,10 +294,13 @@ def _converted(gguf: Path) -> Path:
     folder = _converted_folder(gguf)
     if _is_model_folder(folder):
         return folder
-    _check_gguf(gguf)
-    logger.info("converting %s once into %s", gguf, folder)
+    size, needed = gguf.stat().st_size, _converted_size(gguf)
     try:
         with scratch(folder.parent) as unfinished:
+            free = shutil.disk_usage(folder.parent).free
+            if free < needed:
+                raise OSError(f"{_mb(needed)} needed, {_mb(free)} free")
+            logger.info("converting %s once into %s: %s become %s", gguf, folder, _mb(size), _mb(needed))
             _convert(gguf, unfinished / "base")
             _move(unfinished / "base", folder)
     except OSError as error:
@@ -320,9 +339,6 @@ def _convert(gguf: Path, folder: Path) -> None:
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
     _split_digits(tokenizer)
 
-    needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise OSError(f"{needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free")
     try:
         with quiet():
             model.save_pretrained(folder)
@@ -343,7 +359,7 @@ def _from_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
         try:
             return auto.from_pretrained(link.parent, gguf_file=link.name, **options)
         except Exception as error:  # the parsers index straight into the file's bytes, so anything can come out
-            raise BaseModelError(f"cannot read {gguf}: {_gguf_defect(gguf) or error}") from error
+            raise BaseModelError(_gguf_defect(gguf) or f"cannot read {gguf}: {error}") from error
 
 
 def _check_gguf(gguf: Path) -> None:
@@ -354,13 +370,26 @@ def _check_gguf(gguf: Path) -> None:
 
 def _gguf_defect(gguf: Path) -> str | None:
     """What is wrong with the file itself; None if it can be parsed to its end, as when the architecture is unknown."""
+    try:
+        _converted_size(gguf)
+    except BaseModelError as error:
+        return str(error)
+    return None
+
+
+def _converted_size(gguf: Path) -> int:
+    """Bytes of its weights in float32. Raises BaseModelError if the file cannot be parsed to its end."""
     from gguf import GGUFReader
 
+    _check_gguf(gguf)
     try:
-        GGUFReader(gguf)
-    except Exception as error:
-        return f"the file is damaged or cut short ({error})"
-    return None
+        return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
+    except Exception as error:  # the parser indexes straight into the file's bytes
+        raise BaseModelError(f"cannot read {gguf}: the file is damaged or cut short ({error})") from error
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _split_digits(tokenizer: Any) -> None:

@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> None:
 
     import transformers
 
-    from ahn import zoo
+    from ahn.adapter import chosen
     from ahn.bases import base_config
     from ahn.eval import report, results, runner
     from ahn.eval.policies.base import exact_sizes
 
     transformers.logging.set_verbosity_error()
-    adapter = None if args.adapter == "none" else args.adapter or zoo.default_for(args.base)
+    adapter = None if (found := chosen(args.base, args.adapter)) is None else str(found)
     names = args.policies or ["window", *(["ahn"] if adapter else [])]
     window, sinks = exact_sizes(base_config(args.base), adapter, args.lossless, args.sinks)
     options = runner.Options(
