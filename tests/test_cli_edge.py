@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ahn import cli
@@ -138,3 +139,146 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(before: Any, policy: 
     environment |= {} if loaded else before
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == str(policy)
+
+
+DEEP, JUNK = b"[" * 100_000, bytes(range(256)) * 50
+CONFIGS = {  # of a model
+    "null": "null",
+    "list": "[]",
+    "deep": DEEP.decode(),
+    "negative": '{"model_type": "llama", "hidden_size": -1}',
+    "infinite": '{"model_type": "llama", "hidden_size": 1e400}',
+    "zero": '{"model_type": "llama", "num_attention_heads": 0}',
+    "text": '{"model_type": "llama", "num_hidden_layers": "x"}',
+    "types": '{"model_type": ["llama"], "_ahn_implementation": ["x"]}',
+    "encoder": '{"model_type": "bert"}',
+}
+ADAPTERS = {
+    "null": "null",
+    "deep": DEEP.decode(),
+    "version": '{"version": 1}',
+    "config": '{"version": 1, "config": [], "shape": 3, "sha256": 1}',
+    "cell": '{"version": 1, "config": {"version": 1, "cell": []}, "shape": {}, "sha256": 1}',
+}
+RESULTS = {
+    "list": ("[]", ""),
+    "deep": (DEEP.decode(), ""),
+    "keys": ('{"version": 1}', ""),
+    "rows": ('{"version": 1}', "\0\n"),
+}
+FILES = {
+    "empty": b"",
+    "junk": JUNK,
+    "deep.json": DEEP,
+    "junk.gguf": b"GGUF" + JUNK,
+    "new\nline.txt": b"\xff",
+    "junk.yaml": JUNK,
+}
+NAMES = ["", "a\0b", "x" * 5000, "\udcff", "日本", "~nobody-of-this-name/x", "a\nb", "none.txt"]
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with files and folders that are of no use to any command."""
+    folder = tmp_path_factory.mktemp("things")
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    for kind, known in (("config", CONFIGS), ("ahn", ADAPTERS)):
+        for name, text in known.items():
+            (folder / f"{kind}-{name}").mkdir()
+            (folder / f"{kind}-{name}" / f"{kind}.json").write_text(text)
+    for name, (config, rows) in RESULTS.items():
+        (folder / f"results-{name}").mkdir()
+        (folder / f"results-{name}" / "config.json").write_text(config)
+        (folder / f"results-{name}" / "predictions.jsonl").write_text(rows)
+    (folder / "folder").mkdir()
+    (folder / "book.txt").write_text("The cat sat.")
+    return folder
+
+
+POINTED_AT = [
+    ("inspect", "THING"),
+    ("inspect", "THING", "--base", "THING"),
+    ("convert", "THING", "-o", "TMP/out"),
+    ("report", "THING"),
+    ("report", "THING", "-o", "TMP/page.html"),
+    ("train", "THING"),
+    ("chat", "--memory", "THING"),
+    ("ask", "--memory", "THING", "Who?"),
+    ("ask", "--document", "BOOK", "--base", "THING", "Who?"),
+    ("ask", "--document", "BOOK", "--adapter", "THING", "--base", "TMP", "Who?"),
+    ("ask", "--document", "THING", "--base", "TMP", "Who?"),
+    ("read", "THING", "-o", "TMP/memory.ahn", "--base", "TMP"),
+    ("eval", "--tasks", "THING"),
+    ("eval", "--tasks", "perplexity/text", "--base", "THING"),
+    ("eval", "--tasks", "longbench/qmsum", "--data", "THING", "--base", "TMP"),
+]
+
+
+@pytest.mark.parametrize("argv", POINTED_AT, ids=" ".join)
+def test_whatever_is_pointed_at(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, things: Path, tmp_path: Path, argv: tuple[str, ...]
+) -> None:
+    """Files, folders and names that are not what a command takes."""
+    monkeypatch.setenv("AHN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(things / "folder")
+    names = {"TMP": str(tmp_path), "BOOK": str(things / "book.txt")}
+    folders = "--base THING" in " ".join(argv) or "--adapter" in argv or argv[0] in ("convert", "report")
+    found = [path for path in sorted(things.iterdir()) if path.name != "book.txt" and (folders or path.is_file())]
+    for thing in [*map(str, found), *NAMES]:
+        words = [thing if word == "THING" else word for word in argv]
+        for name, value in names.items():
+            words = [word.replace(name, value) if word.startswith(name) else word for word in words]
+        line = refused(capsys, *words)
+        assert "unexpected" not in line, (thing[:200], line)
+
+
+NUMBERS = ["nan", "inf", "1e400", "-1", "0x10", "", "1.5", "9" * 5000]
+NUMBERED = [
+    ("cost", "--length"),
+    ("cost", "--window"),
+    ("cost", "--sinks"),
+    ("cost", "--bytes"),
+    ("cost", "--store", "recency", "--store-size"),
+    ("ask", "Who?", "--document", "none.txt", "--chunk"),
+    ("ask", "Who?", "--document", "none.txt", "--max-new-tokens"),
+    ("eval", "--tasks", "squad/0", "--seed"),
+    ("inspect", "none.ahn", "--layer"),
+]
+
+
+@pytest.mark.parametrize("argv", NUMBERED, ids=" ".join)
+def test_whatever_is_typed_as_a_number(capsys: Any, argv: tuple[str, ...]) -> None:
+    for number in NUMBERS:
+        assert "unexpected" not in refused(capsys, *argv, number)
+
+
+@pytest.mark.parametrize("home", ["a file", "unset"])
+def test_without_a_home(capsys: Any, monkeypatch: pytest.MonkeyPatch, things: Path, home: str) -> None:
+    """Only what needs the cache folder is refused, by name."""
+    from gguf import GGUFWriter
+
+    path = things.parent / "llama.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_tensor("output_norm.weight", np.ones(32, dtype=np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    for name in ("AHN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(things / "junk"))
+    if home == "unset":
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert cli.main(["cost", "--base", "qwen2.5-3b"]) == 0
+    capsys.readouterr()
+    line = refused(capsys, "ask", "--document", str(things / "book.txt"), "--base", str(path), "Who?")
+    assert "AHN_CACHE can name another folder" in line
+
+
+def test_a_gguf_file_without_weights(capsys: Any, things: Path, tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "none.gguf", "llama")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    base = str(tmp_path / "none.gguf")
+    assert "no weights" in refused(capsys, "ask", "--document", str(things / "book.txt"), "--base", base, "Who?")

@@ -131,7 +131,7 @@ def chosen(
     base: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, cell: str | None = None
 ) -> str | os.PathLike[str] | None:
     """The adapter that `from_pretrained` takes, or None."""
-    if adapter is None and (Path(base).expanduser() / SETTINGS).is_file():
+    if adapter is None and (bases.expanded(base) / SETTINGS).is_file():
         return base
     if adapter is None and cell is None:
         return zoo.default_for(os.fspath(base)) or _recognised(base) or _on_hub(base)
@@ -157,12 +157,12 @@ def _on_hub(base: str | os.PathLike[str]) -> str | None:
 
 def _recognised(base: str | os.PathLike[str]) -> str | None:
     """The default adapter of the base that a local file or folder holds under whatever name."""
-    path = Path(base).expanduser()
+    path = bases.expanded(base)
     if not (path.suffix == ".gguf" and path.is_file()) and not (path / "config.json").is_file():
         return None
     try:
         shape = base_shape(bases.base_config(base))
-    except AttributeError:  # no decoder of attention layers: loading it says so
+    except (AttributeError, ArithmeticError, TypeError):  # no decoder of attention layers: loading it says so
         return None
     name = zoo.recognised(shape, lambda: bases.embedding_sample(base))
     if name:
@@ -431,7 +431,7 @@ def check_shape(adapter: Adapter, shape: dict[str, int]) -> None:
 def _folder(source: str | os.PathLike[str]) -> Path:
     if (shipped := zoo.path(os.fspath(source))) is not None:
         return shipped
-    path = Path(source).expanduser()
+    path = bases.expanded(source)
     if path.is_dir():
         return path
     if path.exists():

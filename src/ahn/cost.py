@@ -348,7 +348,7 @@ def _config_values(config: Any) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the model config {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"cannot read the model config {path}: expected a JSON object")

@@ -77,7 +77,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.exit(BAD_INPUT)
     if not argv[0].startswith("-") and argv[0] not in known:
         parser.error(f"unknown command {argv[0]!r}: expected one of {', '.join(known)}{nearest(argv[0], known)}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":  # as of a variable of the shell that is not set
+            parser.error(f"{name} '': expected some text")
+    return args
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

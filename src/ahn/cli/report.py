@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ahn.errors import ConfigError
+    from ahn.errors import AHNError, ConfigError
     from ahn.eval import report, results
     from ahn.files import atomic, check_writable
 
@@ -24,10 +24,17 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None and Path(args.output).suffix not in (".html", ".md"):
         raise ConfigError(f"-o {args.output}: expected a name that ends in .html or .md")
     found = results.find(args.results)
+    as_page = args.output is not None and args.output.endswith(".html")
+    try:
+        text = report.page(found) if as_page else report.markdown(found)
+    except AHNError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # whatever a changed file leads to
+        where = ", ".join(args.results)
+        raise ConfigError(f"{where}: not as `ahn eval` wrote it: {type(error).__name__}: {error}") from error
     if args.output is None:
-        print(report.markdown(found))
+        print(text)
         return
-    text = report.page(found) if args.output.endswith(".html") else report.markdown(found)
     with atomic(Path(args.output)) as path:
         path.write_text(text, encoding="utf-8")
     print(args.output)

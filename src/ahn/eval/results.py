@@ -23,6 +23,8 @@ from ahn.files import atomic, checked
 
 CONFIG, PREDICTIONS = "config.json", "predictions.jsonl"
 VERSION = 1
+KEYS = {"task": str, "suite": str, "kind": str, "policy": str, "base": str, "settings": dict, "cost": dict}
+"""What every config has, beside what may be null."""
 Row = dict[str, Any]
 
 
@@ -50,10 +52,14 @@ def load(folder: Path) -> Result:
     """Raises ConfigError: no results there, of another version, or damaged."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder}: no results: {error}") from error
-    if config.get("version") != VERSION:
-        raise ConfigError(f"{folder}: results of version {config.get('version')!r}: this ahn reads version {VERSION}")
+    version = config.get("version") if isinstance(config, dict) else None
+    if version != VERSION:
+        raise ConfigError(f"{folder}: results of version {version!r}: this ahn reads version {VERSION}")
+    for key, kind in KEYS.items():
+        if not isinstance(config.get(key), kind):
+            raise ConfigError(f"{folder / CONFIG}: {key!r} is {config.get(key)!r}: expected what `ahn eval` wrote")
     return Result(folder, config, read_rows(folder))
 
 
@@ -78,12 +84,15 @@ def read_rows(folder: Path) -> dict[str, Row]:
     """
     rows: dict[str, Row] = {}
     for path in sorted(folder.glob("predictions*.jsonl"), key=lambda path: (path.name != PREDICTIONS, path.name)):
-        lines = path.read_text(encoding="utf-8").split("\n")
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
         for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was being written
             try:
                 row = json.loads(line)
                 rows[row["id"]] = row
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number}: damaged; delete the line to have it done again") from error
     return rows
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ahn.bases import check_dataset
+from ahn.bases import check_dataset, expanded
 from ahn.dialogue import Dialogue
 from ahn.errors import AHNError, BaseModelError, ConfigError, DocumentError
 
@@ -246,8 +246,8 @@ def _dataset(source: str) -> Iterator[tuple[str, Any]]:
 def _hub_parts(source: str) -> tuple[str, str | None, str]:
     """Folder or hub id, configuration, split."""
     name, _, split = source.removeprefix(HUB).partition(":")
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser()), None, split or "train"
+    if expanded(name).is_dir():
+        return str(expanded(name)), None, split or "train"
     parts = name.split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise DocumentError(f"{source}: no such folder; {EXPECTED}")
