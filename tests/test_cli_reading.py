@@ -300,3 +300,24 @@ def test_only_the_answer_goes_to_standard_output(base: str, book: Path) -> None:
     ids = ahn.generate(model, dialogue.question("Who sat?"), cache, max_new_tokens=8, do_sample=False, pad_token_id=1)
     assert done.stdout == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
     assert "answer" in done.stderr
+
+
+def test_a_stop_while_saving_waits_for_it(
+    run: Any,  # noqa: F811
+    base: str,  # noqa: F811
+    book: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import safetensors.torch
+
+    save, memory = safetensors.torch.save_file, tmp_path / "book.ahn"
+
+    def stopped(*args: Any, **options: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save(*args, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", stopped)
+    code, _, err = run("read", str(book), "-o", str(memory), "--base", base, *MODEL)
+    assert code == cli.INTERRUPTED and f"the memory is kept in {memory}" in err
+    assert memory_file.peek(memory)["texts"][0]["complete"]

@@ -1,7 +1,10 @@
 """Text as token ids, block by block: the ids are those of one encode of the whole text."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -182,3 +185,25 @@ def test_the_tokenizer_stays_as_it_is() -> None:
     streamed(tokenizer, [f"The{SPECIAL[1]}"])
     assert tokenizer(f"The{SPECIAL[1]}").input_ids == before
     assert not tokenizer.backend_tokenizer.encode_special_tokens
+
+
+MEASURE = """
+import resource, sys
+sys.path[:0] = sys.argv[2:]
+from ahn import tokens
+from tiny_tokenizer import tiny_tokenizer
+tokenizer, piece = tiny_tokenizer(), "The old cat sat on 12 mice.\\n" * 1000
+def peak(pieces):
+    for part in tokens.stream(tokenizer, (piece for _ in range(pieces))):
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+print(peak(5), peak(int(sys.argv[1])))
+"""
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    """2.8 MB encoded at once take 400 MiB more."""
+    folders = [str(Path(__file__).parent), str(Path(tokens.__file__).parents[1])]
+    done = subprocess.run([sys.executable, "-c", MEASURE, "100", *folders], capture_output=True, text=True, check=True)
+    small, large = map(int, done.stdout.split()[-2:])
+    assert large - small < 100

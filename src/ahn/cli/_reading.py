@@ -54,6 +54,8 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
     if not console.is_terminal and (sources.bytes or 0) > LARGE:
         console.print(f"opening {sources}, {size(sources.bytes or 0)}")
     with _terminated_like_interrupted():
+        from ahn.generation import finish_before_interrupt  # which loads torch
+
         earlier = _texts(memory) if memory else []
         text = _resumed(args, memory, earlier, sources)
         if text is not None:
@@ -63,22 +65,25 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
             session = Session(args, memory)
             text = Text(_ids(session.dialogue, sources, earlier), sources)
         before = session.cache.tokens_seen
-        try:
-            summary = session.read(text, args.chunk)
-        except (KeyboardInterrupt, AHNError) as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            done = text.progress(session.cache.tokens_seen - text.read, "of")
-            reason = f"interrupted after {done}" if stopped else str(error)
-            if session.cache.tokens_seen == before:
-                raise KeyboardInterrupt(reason) if stopped else error from None
-            if not args.output:
-                raise type(error)(f"{reason}; -o FILE would have kept them") from None
-            _save(session, args.output, [*earlier, text.described(complete=False)])
-            console.print("the same command goes on from there")
-            raise type(error)(f"{reason}, which are kept in {args.output}") from None
-        if args.output and (session.cache.tokens_seen > before or text.skipped == 0):
-            file = _save(session, args.output, [*earlier, text.described(complete=True)])
-            console.print(f"saved   {args.output}, {size(file.stat().st_size)}")
+        with finish_before_interrupt() as interrupted:  # also between reading and saving
+            try:
+                summary = session.read(text, args.chunk)
+            except (KeyboardInterrupt, AHNError) as error:
+                stopped = isinstance(error, KeyboardInterrupt)
+                done = text.progress(session.cache.tokens_seen - text.read, "of")
+                reason = f"interrupted after {done}" if stopped else str(error)
+                if session.cache.tokens_seen == before:
+                    raise KeyboardInterrupt(reason) if stopped else error from None
+                if not args.output:
+                    raise type(error)(f"{reason}; -o FILE would have kept them") from None
+                _save(session, args.output, [*earlier, text.described(complete=False)])
+                console.print("the same command goes on from there")
+                raise type(error)(f"{reason}, which are kept in {args.output}") from None
+            if args.output and (session.cache.tokens_seen > before or text.skipped == 0):
+                file = _save(session, args.output, [*earlier, text.described(complete=True)])
+                console.print(f"saved   {args.output}, {size(file.stat().st_size)}")
+        if interrupted.is_set():
+            raise KeyboardInterrupt(f"interrupted; the memory is kept in {args.output}" if args.output else "")
     return session, summary
 
 
@@ -292,7 +297,6 @@ def _save(session: Session, output: str, texts: list[dict[str, Any]]) -> Path:
 
     Raises:
         MemoryFileError: the disk refused; says where the memory was saved instead.
-        KeyboardInterrupt: after saving.
     """
     from ahn.bases import cache_folder
     from ahn.generation import finish_before_interrupt
@@ -314,8 +318,8 @@ def _save(session: Session, output: str, texts: list[dict[str, Any]]) -> Path:
             else:
                 raise
             raise MemoryFileError(f"{error}; the memory is in {rescued}") from error
-    if interrupted.is_set():
-        raise KeyboardInterrupt(f"interrupted; the memory is kept in {output}")
+    if interrupted.is_set():  # for the one who waits for the end of the command
+        signal.raise_signal(signal.SIGINT)
     return Path(output)
 
 

@@ -149,7 +149,7 @@ class Session:
                     progress(done, text.total)
 
                 ahn.read(self.model, text, self.cache, chunk, note)
-        seconds, tokens = time.monotonic() - began, self.cache.tokens_seen - before
+        seconds, tokens = max(time.monotonic() - began, 1e-3), self.cache.tokens_seen - before
         return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); {self.held}"
 
     def answer(self, ids: Tensor, limit: int) -> Answer:
