@@ -427,6 +427,19 @@ def test_what_a_killed_save_left_is_swept(run, tmp_path):
     assert not torn.exists() and checkpoints.latest(tmp_path / "r").name == "checkpoint-2"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"cell": "mamba2"}, "adapter for cell='gated_deltanet'"), ({"key_maps": 1}, "adapter for key_maps=0")],
+)
+def test_checkpoints_of_another_memory_are_not_gone_on_from(run, tmp_path, capsys, change, message):
+    assert main(["train", run("r", steps=2)]) == 0
+    before = sorted((tmp_path / "r" / "checkpoint-2").iterdir())
+    assert main(["train", run("r", **change), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert sorted((tmp_path / "r" / "checkpoint-2").iterdir()) == before
+
+
 def test_the_newest_checkpoints_are_kept(run, tmp_path):
     assert main(["train", run("r", save_every=1)]) == 0
     assert [folder.name for folder in checkpoints.found(tmp_path / "r")] == ["checkpoint-5", "checkpoint-6"]
