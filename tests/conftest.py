@@ -21,7 +21,7 @@ FORMS = {  # of the memory, beside the paper's
     "maps": {"memory_positions": "none", "key_maps": 1, "make_room": True},
     "wide": {"key_maps": 4, "make_room": True},
 }
-STORES = ["attention", "learned", "random", "recency", "surprise"]
+STORES = stores.names()
 CELLS = {"gated_deltanet": "GatedDeltaNet", "deltanet": "DeltaNet", "mamba2": "Mamba2"}
 
 SHAPE = {
@@ -100,6 +100,8 @@ def in_pieces(model, ids, sizes, mask=None):
 
 def golden_tensors(cell):
     """Tensors and metadata of the authors' run with one cell."""
+    if cell not in CELLS:
+        pytest.skip("the authors have no such cell")
     from safetensors import safe_open
 
     with safe_open(GOLDEN / f"qwen2_{CELLS[cell]}_0.safetensors", "pt") as file:
@@ -122,7 +124,7 @@ def golden_base(tensors, metadata):
     return model
 
 
-@pytest.fixture(params=sorted(CELLS))
+@pytest.fixture(params=ahn.cells.names())
 def cell(request):
     return request.param
 
