@@ -83,9 +83,9 @@ class _Frame:
         self._begin()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, device: torch.device | None = None) -> Iterator[None]:
         """Within, no other thread uses the model, where calls share the buffers and the changed modules of a graph."""
-        device = self.model.device
+        device = device or self.model.device
         if not kernels.in_turn(device.type):
             yield
             return
@@ -479,12 +479,13 @@ def _call(decoder: Any, *args: Any, **kwargs: Any) -> Any:
             f"attention {decoder.config._attn_implementation!r} has been set in the place of the memory's: expected "
             f"{ATTENTION!r}; ahn.detach(model) first"
         )
+    device = next(kwargs[name].device for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
     cache = kwargs[PAST] = _own_cache(frame, kwargs.get(PAST), kwargs.get("use_cache"))
     if cache is None:
         kwargs["use_cache"] = False
-        with frame.turn():
+        with frame.turn(device):
             return decoding.forward(decoder, **_opened(kwargs, frame, None))
-    with deferred(), cache.in_use(again=True), frame.turn():
+    with deferred(), cache.in_use(again=True), frame.turn(device):
         out = decoding.forward(decoder, **_opened(kwargs, frame, cache))
         cache.close_span()
         return out

@@ -19,6 +19,7 @@ from ahn.augmentation import base_of, chunk_ends, chunks, frame_of
 from ahn.cache import PAST, AHNCache
 from ahn.errors import ConfigError
 from ahn.ids import mask_of, rows_of
+from ahn.interrupts import deferred
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -202,7 +203,7 @@ def generate(
     model = base_of(model)
     ids, own_mask = rows_of(ids, frame_of(model).vocabulary)
     _checked(cache)
-    with cache.in_use():
+    with deferred(), cache.in_use():  # Ctrl-C ends after a token, and its handler is set once for all of them
         cache.check_weights()
         mask = _whole_mask(cache, ids, own_mask if attention_mask is None else attention_mask)
         seen = torch.cat([_past(cache, len(ids)), torch.ones_like(ids).cpu()], 1) if mask is None else mask

@@ -4,33 +4,55 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 
-@contextmanager
-def deferred() -> Iterator[None]:
-    """Within, Ctrl-C is only noted, and takes its effect at the end; a second one takes it at once. Signals reach the
-    main thread alone, so nothing happens in others."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGINT)
-    if not callable(previous):  # ignored, or left to the system
-        yield
-        return
-    noted: list[tuple[int, Any]] = []
+class _Waiting:
+    """Ctrl-C as the main thread has it: signals reach no other."""
 
-    def note(number: int, frame: Any) -> None:
-        noted.append((number, frame))
-        if len(noted) > 1:
-            previous(number, frame)
+    def __init__(self) -> None:
+        self.depth = 0  # of what is entered
+        self.previous: Any = None  # the handler that was there
+        self.noted: list[tuple[int, Any]] = []
 
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if noted:
-            previous(*noted[0])
+    def note(self, number: int, frame: Any) -> None:
+        self.noted.append((number, frame))
+        if len(self.noted) > 1:
+            self.previous(number, frame)
+
+    def deliver(self) -> None:
+        if self.noted:
+            first, self.noted = self.noted[0], []
+            self.previous(*first)
+
+
+_waiting = _Waiting()
+
+
+class deferred:  # noqa: N801 - used as a function
+    """Within, Ctrl-C is only noted, and takes its effect at the end; a second one takes it at once. Where this is
+    entered again inside, it takes its effect at the end of that."""
+
+    def __enter__(self) -> None:
+        self.mine = threading.get_ident() == threading.main_thread().ident
+        if not self.mine:
+            return
+        if not _waiting.depth:  # to set a handler takes a while
+            previous = signal.getsignal(signal.SIGINT)
+            self.mine = callable(previous)  # else it is ignored, or left to the system
+            if not self.mine:
+                return
+            _waiting.previous = previous
+            signal.signal(signal.SIGINT, _waiting.note)
+        _waiting.depth += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.mine:
+            return
+        _waiting.depth -= 1
+        if not _waiting.depth:
+            signal.signal(signal.SIGINT, _waiting.previous)
+        _waiting.deliver()
