@@ -203,7 +203,7 @@ def generate(
     model = base_of(model)
     ids, own_mask = rows_of(ids, frame_of(model).vocabulary)
     _checked(cache)
-    with deferred(), cache.in_use():  # Ctrl-C ends after a token, and its handler is set once for all of them
+    with deferred(ready=True), cache.in_use():  # the handler of Ctrl-C is set once for all tokens
         cache.check_weights()
         mask = _whole_mask(cache, ids, own_mask if attention_mask is None else attention_mask)
         seen = torch.cat([_past(cache, len(ids)), torch.ones_like(ids).cpu()], 1) if mask is None else mask

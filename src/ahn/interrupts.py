@@ -12,14 +12,16 @@ class _Waiting:
     """Ctrl-C as the main thread has it: signals reach no other."""
 
     def __init__(self) -> None:
-        self.depth = 0  # of what is entered
+        self.users = 0  # of the handler
+        self.depth = 0  # of what it waits for
         self.previous: Any = None  # the handler that was there
         self.noted: list[tuple[int, Any]] = []
 
     def note(self, number: int, frame: Any) -> None:
-        self.noted.append((number, frame))
-        if len(self.noted) > 1:
+        if not self.depth or self.noted:
             self.previous(number, frame)
+        else:
+            self.noted.append((number, frame))
 
     def deliver(self) -> None:
         if self.noted:
@@ -31,28 +33,34 @@ _waiting = _Waiting()
 
 
 class deferred:  # noqa: N801 - used as a function
-    """Within, Ctrl-C is only noted, and takes its effect at the end; a second one takes it at once. Where this is
-    entered again inside, it takes its effect at the end of that."""
+    """Within, Ctrl-C is only noted, and takes its effect at the end; a second one takes it at once. `ready`: it still
+    takes its effect at once, but to enter this again inside is cheap, because setting a handler takes a while."""
+
+    def __init__(self, ready: bool = False) -> None:
+        self.waits = not ready
 
     def __enter__(self) -> None:
         self.mine = threading.get_ident() == threading.main_thread().ident
         if not self.mine:
             return
-        if not _waiting.depth:  # to set a handler takes a while
+        if not _waiting.users:
             previous = signal.getsignal(signal.SIGINT)
             self.mine = callable(previous)  # else it is ignored, or left to the system
             if not self.mine:
                 return
             _waiting.previous = previous
             signal.signal(signal.SIGINT, _waiting.note)
-        _waiting.depth += 1
+        _waiting.users += 1
+        _waiting.depth += self.waits
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.mine:
             return
-        _waiting.depth -= 1
-        if not _waiting.depth:
+        _waiting.users -= 1
+        _waiting.depth -= self.waits
+        if not _waiting.users:
             signal.signal(signal.SIGINT, _waiting.previous)
-        _waiting.deliver()
+        if not _waiting.depth:
+            _waiting.deliver()
