@@ -79,7 +79,7 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
                 _save(session, args.output, [*earlier, text.described(complete=False)])
                 console.print("the same command goes on from there")
                 raise type(error)(f"{reason}, which are kept in {args.output}") from None
-            if args.output and (session.cache.tokens_seen > before or text.skipped == 0):
+            if args.output and session.cache.texts != [*earlier, text.described(complete=True)]:
                 file = _save(session, args.output, [*earlier, text.described(complete=True)])
                 console.print(f"saved   {args.output}, {size(file.stat().st_size)}")
         if interrupted.is_set():
