@@ -185,7 +185,8 @@ class Record:
 
     def __getitem__(self, name: str) -> Any:
         if self.fields.get(name) is None:
-            raise EvalError(f"{self.where}: no field {name!r}; there are {', '.join(self.fields) or 'none'}")
+            shown = [field if field.isprintable() else repr(field) for field in self.fields]
+            raise EvalError(f"{self.where}: no field {name!r}; there are {', '.join(shown) or 'none'}")
         return self.fields[name]
 
     def text(self, name: str) -> str:
