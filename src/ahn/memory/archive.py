@@ -1,0 +1,170 @@
+"""The archive: token ids of everything a memory has read, and where they stand in their sources.
+
+It grows by 4 bytes a token, on the host and on disk only. The part on the accelerator stays constant. `ahn.recall`
+finds passages in it and reads them again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ahn.errors import ConfigError
+from ahn.memory.head_keys import HeadKeys, RetrievalHeads
+
+KINDS = ("none", "text", "keys")
+EVERY = 64  # tokens between two places that are kept
+PENDING = 65_536  # tokens that may wait on the device before they are copied to the host
+
+
+class Place(NamedTuple):
+    """Where a token stands: the name of its document, the page (from 1; None where there are none), and the offset of
+    its first character in the document."""
+
+    document: str
+    page: int | None
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """From `token` on the text is that of document `document`, page `page` (0: none), from character `offset` on."""
+
+    token: int
+    document: int
+    page: int
+    offset: int
+
+
+class Archive:
+    """Ids, places and, if `heads` are given, keys of one text, in the order of reading.
+
+    A copy shares what was read so far; what is added to one is not seen by the other.
+
+    Attributes:
+        documents: names of what was read. keys: of the retrieval heads, or None.
+    """
+
+    def __init__(self, heads: RetrievalHeads | None = None) -> None:
+        self.documents: list[str] = []
+        self.keys = None if heads is None else HeadKeys(heads)
+        self._parts: list[np.ndarray] = []
+        self._pending: list[Tensor] = []
+        self._marks: list[_Mark] = []
+        self._length = self._waiting = 0
+        self._made: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        """Tokens read."""
+        return self._length
+
+    def __repr__(self) -> str:
+        kind = "text" if self.keys is None else f"text and keys of {self.keys.heads}"
+        return f"Archive({len(self):,} tokens, {len(self.documents)} documents, {kind})"
+
+    @property
+    def kind(self) -> str:
+        return "text" if self.keys is None else "keys"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host."""
+        held = 4 * len(self) + 32 * len(self._marks)
+        return held if self.keys is None else held + self.keys.nbytes
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 [tokens]."""
+        if self._pending:
+            self._parts.append(torch.cat(self._pending).to("cpu", torch.int32).numpy())
+            self._pending, self._waiting = [], 0
+        if len(self._parts) != 1:
+            self._parts = [np.concatenate(self._parts) if self._parts else np.zeros(0, np.int32)]
+        return self._parts[0]
+
+    def copy(self) -> Archive:
+        twin = Archive()
+        twin.documents, twin.keys = list(self.documents), None if self.keys is None else self.keys.copy()
+        twin._parts, twin._pending, twin._marks = list(self._parts), list(self._pending), list(self._marks)
+        twin._length, twin._waiting, twin._made = self._length, self._waiting, dict(self._made)
+        return twin
+
+    def add(self, ids: Tensor) -> None:
+        """Tokens [T] that were read, on any device."""
+        self._pending.append(ids.clone())
+        self._length += len(ids)
+        self._waiting += len(ids)
+        if self._waiting >= PENDING:
+            _ = self.ids
+
+    def begin(self, document: str) -> None:
+        """The next token is the first of `document`."""
+        self.documents.append(document)
+        self._mark(0, 0, 0)
+
+    def locate(self, starts: np.ndarray, page: int | None = None) -> None:
+        """The next tokens begin at the characters `starts` [T] of the document, on `page`."""
+        for at in range(0, len(starts), EVERY):
+            self._mark(at, page or 0, int(starts[at]))
+
+    def _mark(self, ahead: int, page: int, offset: int) -> None:
+        mark = _Mark(len(self) + ahead, max(len(self.documents) - 1, 0), page, offset)
+        if self._marks and self._marks[-1].token == mark.token:
+            self._marks.pop()
+        self._marks.append(mark)
+
+    def place(self, token: int, decode: Callable[[list[int]], str]) -> Place | None:
+        """Where a token stands; None in text that was read without a document. `decode` gives the text of ids."""
+        index = bisect_right(self._marks, token, key=lambda mark: mark.token) - 1
+        if index < 0 or not self.documents:
+            return None
+        mark = self._marks[index]
+        between = decode(self.ids[mark.token : token].tolist()) if token > mark.token else ""
+        return Place(self.documents[mark.document], mark.page or None, mark.offset + len(between))
+
+    def memo(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Whatever is derived from the archive as it is now, made once: passages, an index."""
+        length, found = self._made.get(key, (None, None))
+        if length != len(self):
+            found = make()
+            self._made[key] = len(self), found
+        return found
+
+    def earlier(self, key: Any) -> Any:
+        """The last value of `memo`, made when the archive was shorter; None if there is none."""
+        return self._made.get(key, (None, None))[1]
+
+    def observer(self, layer: int) -> Any:
+        """Called by `layer` with the keys of new tokens; None if nothing is kept of it."""
+        return None if self.keys is None else self.keys.observer(layer)
+
+    # In a memory file.
+    def describe(self) -> dict[str, Any]:
+        return {
+            "tokens": len(self),
+            "documents": self.documents,
+            "heads": None if self.keys is None else self.keys.heads.to_dict(),
+        }
+
+    def tensors(self, first: int = 0) -> dict[str, Tensor]:
+        """All of it from token `first` on."""
+        marks = [mark for mark in self._marks if mark.token >= first]
+        rows = [[mark.token, mark.document, mark.page, mark.offset] for mark in marks]
+        found = {
+            "ids": torch.from_numpy(np.ascontiguousarray(self.ids[first:])),
+            "marks": torch.tensor(rows, dtype=torch.int64).reshape(-1, 4),
+        }
+        return found if self.keys is None else found | self.keys.tensors(first)
+
+
+def check_kind(kind: str) -> str:
+    """Raises ConfigError if there is no archive of this kind."""
+    if kind not in KINDS:
+        raise ConfigError(f"archive={kind!r}: expected one of {', '.join(KINDS)}")
+    return kind
