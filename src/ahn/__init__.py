@@ -22,6 +22,7 @@ _PUBLIC = {
     "AHNCache": "cache",
     "AHNConfig": "config",
     "Dialogue": "dialogue",
+    "ask": "recall.ask",
     "augment": "augmentation",
     "convert": "adapter",
     "detach": "augmentation",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from ahn.dialogue import Dialogue as Dialogue
     from ahn.generation import generate as generate
     from ahn.generation import read as read
+    from ahn.recall.ask import ask as ask
 
 
 def __getattr__(name: str) -> Any:

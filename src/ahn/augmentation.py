@@ -170,6 +170,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     model.ahn_config, model._ahn_frame = config, frame
     model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
     model.save_pretrained = MethodType(_save_pretrained, model)
+    model.ahn_retrieval = None
     decoder.ahn_owner = [model]  # in a list: not a submodule
     decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
     decoder.forward = MethodType(_call, decoder)
@@ -225,7 +226,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     del decoder.forward, model.save_pretrained
     if decoder.ahn_forward is not None:
         decoder.forward = decoder.ahn_forward
-    del model.ahn_config, model.ahn_names, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
+    del model.ahn_config, model.ahn_names, model.ahn_retrieval, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
     return given
 
 

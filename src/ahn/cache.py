@@ -27,6 +27,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.interrupts import deferred
+from ahn.memory.archive import Archive, new_archive
 from ahn.transcript import Transcript
 
 TEXT = "text"  # name of the ids in a memory file
@@ -150,6 +151,9 @@ class LayerMemory(CacheLayerMixin):
     is_croppable = False
     is_compileable = False
     shift = 0  # slots between the sinks and the ring
+    observer: Callable[[AHNLayer, Tensor, Tensor, Span], None] | None = None
+    """Called with the layer, queries [B, N, T, H], keys [B, M, T, H] and span of new tokens, before they are read.
+    Steps of a graph are not observed."""
 
     def __init__(self, layer: AHNLayer) -> None:
         super().__init__()
@@ -325,12 +329,17 @@ class AHNCache(Cache):
         texts: what the command line notes of each text that was read, to know it again: how many `tokens`, the `sha256`
             of their ids, and whether it is `complete`.
         transcript: with a store, the ids of the tokens it keeps (`ahn.transcript`); not counted in `nbytes`.
+        archive: everything that was read, on the host, or None (`ahn.memory.archive`); not counted in `nbytes`.
+
+    Args:
+        archive: "none"; "text" keeps the ids of everything that is read, so that `ahn.ask` can find passages in it and
+            read them again; "keys" also the keys of the adapter's retrieval heads. For one sequence, not for a batch.
 
     Raises:
-        ConfigError: the model is not augmented.
+        ConfigError: the model is not augmented, there is no such archive, or the model has no retrieval heads.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, archive: str = "none") -> None:
         from ahn.augmentation import frame_of, layers_of
 
         super().__init__(layers=[layer.memory() for layer in layers_of(model)])
@@ -347,6 +356,8 @@ class AHNCache(Cache):
         self._span: Span | None = None
         self._coming: tuple[int, Tensor | None] = 0, None  # rows and ids of the span
         self.transcript = Transcript() if self.config.store else None
+        self.archive = new_archive(model, archive)
+        self._observe()
 
     def __repr__(self) -> str:
         return f"AHNCache(tokens_seen={self.tokens_seen}, nbytes={self.nbytes}, {self.config})"
@@ -387,6 +398,8 @@ class AHNCache(Cache):
                 twin.layers.append(layer_twin)
             twin.transcript = None if self.transcript is None else self.transcript.copy()
             twin._seen, twin.texts = list(self._seen), list(self.texts)
+            twin.archive = None if self.archive is None else self.archive.copy()
+            twin._observe()
         return twin
 
     def shell(self) -> AHNCache:
@@ -406,6 +419,11 @@ class AHNCache(Cache):
             "an AHNCache belongs to a model and is not pickled: expected cache.save(path) and ahn.AHNCache.load(path, "
             "model)"
         )
+
+    def _observe(self) -> None:
+        """Let the archive see the keys of the layers whose keys it keeps."""
+        for index, layer in enumerate(self.layers):
+            layer.observer = None if self.archive is None else self.archive.observer(index)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one file, whole or not at all (see `ahn.memory_file`).
@@ -535,6 +553,13 @@ class AHNCache(Cache):
     def close_span(self) -> None:
         span, (self._batch, ids) = self._span, self._coming
         assert span is not None
+        if self.archive is not None:
+            if self._batch != 1 or ids is None:
+                raise UnsupportedOperationError(
+                    f"an archive of {self._batch} rows{'' if ids is not None else ' of embeddings'}: expected the ids "
+                    "of one sequence; AHNCache(model) has no archive"
+                )
+            self.archive.add(span.compact(ids, 1)[0, : span.counts[0]])
         if self.transcript is not None and ids is not None:
             self.transcript.add(span.start.tolist(), span.counts, span.compact(ids, 1))
         seen = span.after()
@@ -589,6 +614,8 @@ class AHNCache(Cache):
                 setattr(layer, name, None)
             layer.is_initialized = False
         self.transcript = None if self.transcript is None else Transcript()
+        self.archive = None if self.archive is None else self.archive.emptied()
+        self._observe()
         self.tokens_seen, self._seen, self._batch, self._span, self.last_logits = 0, [0], None, None, None
         self.texts = []
 

@@ -127,23 +127,33 @@ class Dialogue:
         before = _CONTEXT + SEPARATOR
         yield from self._document(before, pieces, context=before if separated else _CONTEXT)
 
-    def question(self, text: str) -> Tensor:
-        """The question about an open document, to the point where the answer begins."""
+    def question(self, text: str, passages: str = "") -> Tensor:
+        """The question about an open document, to the point where the answer begins.
+
+        Args:
+            passages: text that is read again in front of the question.
+        """
         before = _CONTEXT + SEPARATOR
-        return self._ids(before, _asked(text, LABEL), self._suffix, context=before)
+        return self._ids(before, _asked(text, LABEL, passages), self._suffix, context=before)
 
     def start(self, text: str) -> Tensor:
         """The first question of a conversation without a document, to the point where the answer begins."""
         return self._ids(self._prefix, _asked(text, self._label), self._suffix)
 
-    def turn(self, text: str, answer: Sequence[int] | Tensor = ()) -> Tensor:
+    @property
+    def closing(self) -> int:
+        """Tokens behind a question, up to where its answer begins."""
+        return len(self._encode(self._suffix, 0, ""))
+
+    def turn(self, text: str, answer: Sequence[int] | Tensor = (), passages: str = "") -> Tensor:
         """A further question, to the point where its answer begins.
 
         Args:
-            text: the question.
+            text: the question. passages: text that is read again in front of it.
             answer: ids generated last. Where they end with the token that closes the turn, it is not repeated.
         """
-        ids = self._ids(_CONTEXT + self._between, _asked(text, self._label), self._suffix, context=_CONTEXT)
+        asked = _asked(text, LABEL if passages else self._label, passages)
+        ids = self._ids(_CONTEXT + self._between, asked, self._suffix, context=_CONTEXT)
         last = [int(i) for i in answer][-1:]
         return ids[:, 1:] if last == ids[0, :1].tolist() else ids
 
@@ -241,10 +251,10 @@ def _tensor(parts: Iterable[Encoded]) -> Tensor:
     return torch.from_numpy(np.concatenate([part.ids for part in parts]).astype(np.int64))[None]
 
 
-def _asked(text: str, label: str) -> str:
+def _asked(text: str, label: str, passages: str = "") -> str:
     if not text.strip():
         raise ConfigError(f"question {text!r}: expected some text")
-    return label + text.strip()
+    return (passages + SEPARATOR if passages else "") + label + text.strip()
 
 
 def _template_pieces(tokenizer: Any) -> tuple[str, str, str] | None:

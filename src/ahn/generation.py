@@ -43,6 +43,7 @@ def read(
     chunk: int | None = None,
     progress: Progress | None = None,
     attention_mask: Tensor | None = None,
+    archive: str = "none",
 ) -> AHNCache:
     """Read tokens into a memory, chunk by chunk: memory use does not grow with their number.
 
@@ -54,6 +55,7 @@ def read(
         chunk: tokens at once, default 512, on CUDA 8,192 or more; up to an eighth more in the last one.
         progress: called with (tokens read, tokens in all) after each chunk; None in all for an iterator.
         attention_mask: [B, T], 0 for padding; not for an iterator.
+        archive: of a new cache, as `AHNCache`: "text" or "keys" lets `ahn.ask` find passages in what was read.
 
     Returns:
         the cache, with `last_logits` [B, V]: those after the last token.
@@ -70,7 +72,9 @@ def read(
     if isinstance(ids, Iterator) and attention_mask is not None:
         raise ConfigError("attention_mask: an iterator of ids has no padding")
     rows, own_mask = (None, None) if isinstance(ids, Iterator) else rows_of(ids, vocabulary)
-    cache = AHNCache(model) if cache is None else _checked(cache)
+    if cache is not None and archive != "none":
+        raise ConfigError(f"archive={archive!r} with a cache: expected AHNCache(model, archive={archive!r})")
+    cache = AHNCache(model, archive) if cache is None else _checked(cache)
     with cache.in_use():
         cache.check_weights()
         if rows is None:

@@ -139,6 +139,8 @@ class AHNLayer(nn.Module):
         Without a `memory` the span is a whole sequence, nothing is stored, and gradients flow.
         """
         with kernels.on(q.device):
+            if memory is not None and memory.observer is not None and not span.on_device:
+                memory.observer(self, q, k, span)
             return self._forward(q, k, v, x, span, memory, scale)
 
     def _forward(
@@ -382,6 +384,16 @@ class AHNLayer(nn.Module):
         """The queries as the sinks meet them."""
         angles, (rotary,) = self.sink_angles(span, q.device), self.rotary
         return q if angles is None or rotary is None else self._turn(rotary, q, angles)
+
+    def without_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys [B, M, T, H] of tokens at `positions` [R, T], as they were before their rotation."""
+        (rotary,) = self.rotary
+        return x if rotary is None else rotary.turn_by(x, -positions)
+
+    def at_distance(self, q: Tensor, distance: int) -> Tensor:
+        """Queries [B, N, T, H] without positions as they see keys without positions that many tokens before them."""
+        (rotary,) = self.rotary
+        return q if rotary is None else rotary.turn_by(q, torch.full((1, 1), distance, device=q.device))
 
     def _turn(self, rotary: Rotary, q: Tensor, angles: Turn) -> Tensor:
         return rotary.turn(q, angles)

@@ -95,6 +95,10 @@ class Archive:
         twin._length, twin._waiting, twin._made = self._length, self._waiting, dict(self._made)
         return twin
 
+    def emptied(self) -> Archive:
+        """A new one of the same kind."""
+        return Archive(None if self.keys is None else self.keys.heads)
+
     def add(self, ids: Tensor) -> None:
         """Tokens [T] that were read, on any device."""
         self._pending.append(ids.clone())
@@ -163,8 +167,12 @@ class Archive:
         return found if self.keys is None else found | self.keys.tensors(first)
 
 
-def check_kind(kind: str) -> str:
-    """Raises ConfigError if there is no archive of this kind."""
+def new_archive(model: Any, kind: str) -> Archive | None:
+    """An empty archive for an augmented model. Raises ConfigError if there is none of this kind for it."""
     if kind not in KINDS:
         raise ConfigError(f"archive={kind!r}: expected one of {', '.join(KINDS)}")
-    return kind
+    if kind != "keys":
+        return Archive() if kind == "text" else None
+    if model.ahn_retrieval is None:
+        raise ConfigError("archive='keys': the adapter names no retrieval heads: expected archive='text'")
+    return Archive(model.ahn_retrieval)

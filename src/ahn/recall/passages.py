@@ -1,16 +1,65 @@
-"""Cuts a text of token ids into passages: runs of whole sentences, short enough that a few of them are re-read."""
+"""Passages of an archive: runs of whole sentences, short enough that a few of them are read again."""
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from ahn.memory.archive import Archive, Place
 
 LONGEST, SHORTEST = 96, 32  # tokens of a passage
 
 _END = re.compile(r"[.!?…。！？]['\"’”»)\]）」』]*\s*$|\n")
+
+
+class Passages:
+    """All passages of an archive as it is now. P of them: passage i has the tokens bounds[i] to bounds[i + 1] - 1.
+
+    Use `of`, which makes them once.
+    """
+
+    def __init__(self, archive: Archive, tokenizer: Any, earlier: Passages | None = None) -> None:
+        self.archive, self.tokenizer = archive, tokenizer
+        first = 0 if earlier is None else max(len(earlier) - 1, 0)  # the last one may have been cut short
+        before = np.zeros(0, np.int64) if earlier is None else earlier.bounds[:first]
+        start = 0 if earlier is None else int(earlier.bounds[first])
+        self.bounds = np.concatenate([before, start + cut(archive.ids[start:], sentence_ends(tokenizer))])
+        self._known = [] if earlier is None else earlier.texts[:first]
+
+    @classmethod
+    def of(cls, archive: Archive, tokenizer: Any) -> Passages:
+        earlier = archive.earlier("passages")
+        found: Passages = archive.memo("passages", lambda: cls(archive, tokenizer, earlier))
+        return found
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, int64 [P]."""
+        return np.diff(self.bounds)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        ids, known = self.archive.ids, self._known
+        new = [ids[self.bounds[i] : self.bounds[i + 1]].tolist() for i in range(len(known), len(self))]
+        return known + self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def of_groups(self, pool: int, count: int) -> Tensor:
+        """Which passage each of `count` groups of `pool` tokens belongs to, by its middle, int64 [count]."""
+        middles = np.arange(count) * pool + pool // 2
+        found = np.searchsorted(self.bounds, middles, side="right") - 1
+        return torch.from_numpy(np.where(found < len(self), found, -1))
+
+    def place(self, index: int) -> Place | None:
+        """Where a passage stands in its document."""
+        return self.archive.place(int(self.bounds[index]), self.tokenizer.decode)
 
 
 def cut(ids: np.ndarray, ends: np.ndarray, longest: int = LONGEST, shortest: int = SHORTEST) -> np.ndarray:
@@ -27,10 +76,10 @@ def cut(ids: np.ndarray, ends: np.ndarray, longest: int = LONGEST, shortest: int
     """
     total = len(ids)
     stops = np.flatnonzero(ends[ids]) + 1
-    places = np.searchsorted(stops, np.arange(0, total + longest + 1), side="right")  # stops up to each token
+    before = np.searchsorted(stops, np.arange(total + longest + 1), side="right")  # stops up to each token
     starts, at = [0], 0
     while total - at > longest:
-        last = places[at + longest]
+        last = before[at + longest]
         stop = int(stops[last - 1]) if last else 0
         at = stop if stop >= at + shortest else at + longest
         starts.append(at)

@@ -1,0 +1,62 @@
+"""Choose the heads by which a base finds passages, and write them to an adapter.
+
+  ahn heads --base qwen.gguf --data squad-train.jsonl.xz -o heads
+  ahn heads --base qwen.gguf --adapter qwen-deltanet --data squad-train.jsonl.xz -o qwen-deltanet-heads
+
+The questions are those of the task qa/squad. With --adapter the new folder has its weights too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ahn.cli import _options
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    one = _options.at_least(1)
+    parser.add_argument("--base", required=True, metavar="B", help="hub id, folder or .gguf file")
+    parser.add_argument("--adapter", default="none", metavar="A", help="a trained memory to add them to")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="articles with questions, as SQuAD's")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the adapter to write")
+    parser.add_argument("--length", type=one, default=16_384, metavar="N", help="tokens of a text (default: %(default)s)")
+    parser.add_argument("--lossless", type=one, default=2048, metavar="N", help="tokens kept exactly (default: %(default)s)")
+    parser.add_argument("--questions", type=one, default=96, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--bytes", type=one, default=128, metavar="N", help="of keys, a token (default: %(default)s)")
+    parser.add_argument("--seed", type=_options.at_least(0), default=0, metavar="N", help="of the choice of questions")
+    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
+
+
+def run(args: argparse.Namespace) -> None:
+    import transformers
+    from rich.progress import track
+
+    import ahn
+    from ahn.adapter import NONE, adapter_of, write_adapter
+    from ahn.cli._session import console
+    from ahn.dialogue import Dialogue
+    from ahn.errors import ConfigError
+    from ahn.eval.prompts import encode
+    from ahn.eval.tasks import get
+    from ahn.train.heads import choose_heads
+
+    transformers.logging.set_verbosity_error()
+    if not args.data.is_file():
+        raise ConfigError(f"--data {args.data}: no such file; expected articles with questions, as SQuAD's")
+    tokenizer = ahn.load_tokenizer(args.base)
+    examples = get("qa/squad").examples(
+        tokenizer=tokenizer, length=args.length, data=args.data, seed=args.seed, limit=args.questions
+    )
+    dialogue = Dialogue(tokenizer)
+    work = [(encode(tokenizer, example, dialogue), example) for example in examples]
+    sizes = {"lossless": args.lossless} if args.adapter != NONE else {"window": max(1, args.lossless - 64), "sinks": 64}
+    model = ahn.from_pretrained(args.base, args.adapter, dtype=args.dtype, device=args.device, **sizes)
+    steps = iter(track(range(len(work)), "questions", console=console))
+    model.ahn_retrieval = choose_heads(model, tokenizer, work, args.bytes, lambda done, total: next(steps))
+    found = adapter_of(model)
+    write_adapter(found, args.output)
+    chosen = ", ".join(f"{layer}.{head}" for layer, head in model.ahn_retrieval.heads)
+    console.print(f"heads   {chosen} (layer.head); {model.ahn_retrieval.bytes_per_token:.0f} bytes a token")
+    console.print(f"saved   {args.output}")

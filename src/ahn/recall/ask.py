@@ -1,0 +1,177 @@
+"""Asking a memory: find the few passages that a question asks for, read them again in front of it, and answer.
+
+All of it happens on a fork: the memory is as it was before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ahn.cache import AHNCache
+from ahn.dialogue import SEPARATOR, Dialogue
+from ahn.errors import ConfigError
+from ahn.recall import finders
+from ahn.recall.passages import Passages
+from ahn.recall.question import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RECALL = 512  # tokens that are read again
+FINDER = "fused"
+INTRODUCTION = "Passages from the text:" + SEPARATOR
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage that was read again.
+
+    Attributes:
+        text: of the passage. start, end: its tokens in all that was read, `start` to `end` - 1.
+        document, page, offset: as in `ahn.memory.archive.Place`; None where they are not known.
+    """
+
+    text: str
+    start: int
+    end: int
+    document: str | None = None
+    page: int | None = None
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.document is None else f"{self.document}, "
+        where += "" if self.page is None else f"page {self.page}, "
+        return where + (f"token {self.start:,}" if self.offset is None else f"character {self.offset:,}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Attributes:
+    text: of the answer. ids: its tokens, int64 [T]. sources: the passages it was given, in the order of the text.
+    """
+
+    text: str
+    ids: Tensor
+    sources: tuple[Source, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    memory: AHNCache,
+    question: str,
+    recall: int | None = None,
+    *,
+    finder: str = FINDER,
+    rounds: int = 1,
+    max_new_tokens: int = 256,
+    **options: Any,
+) -> Answer:
+    """Answer a question about the document that `memory` has read, from the memory and from passages read again.
+
+    Args:
+        model, tokenizer: of the memory.
+        memory: what `ahn.read` returned, or a loaded one. It is not changed.
+        question: at least one word.
+        recall: tokens to read again at most; 0: none. Default: 512 if the memory has an archive, else 0.
+        finder: how passages are found (`ahn.recall.finders.names()`).
+        rounds: 2 looks for the second half of the passages with the first half in mind, for questions whose answer is
+            spread over several passages.
+        max_new_tokens, options: as `ahn.generate`.
+
+    Raises:
+        ConfigError: an empty question or memory, an unknown finder, or `recall` for a memory without an archive.
+    """
+    if not memory.tokens_seen:
+        raise ConfigError("the memory is empty: expected one that has read a document")
+    found = find(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds)
+    ids = Dialogue(tokenizer).question(question, as_text(found))
+    from ahn.generation import generate
+
+    fork = memory.fork()
+    fork.archive = None
+    if "pad_token_id" not in options:
+        options["pad_token_id"] = tokenizer.eos_token_id
+    new = generate(model, ids, fork, max_new_tokens=max_new_tokens, **options)[0].cpu()
+    return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), new, found)
+
+
+def find(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    memory: AHNCache,
+    question: str,
+    recall: int | None = None,
+    *,
+    finder: str = FINDER,
+    rounds: int = 1,
+) -> tuple[Source, ...]:
+    """The passages that a question asks for, in the order of the text; arguments and errors as of `ask`.
+
+    Passages that sinks or window still hold are left out.
+    """
+    cls = finders.get(finder)
+    if isinstance(recall, bool) or not (recall is None or (isinstance(recall, int) and recall >= 0)):
+        raise ConfigError(f"recall={recall!r}: expected a number of tokens, 0 for none")
+    if isinstance(rounds, bool) or rounds not in (1, 2):
+        raise ConfigError(f"rounds={rounds!r}: expected 1 or 2")
+    if not question.strip():
+        raise ConfigError(f"question {question!r}: expected some text")
+    if memory.archive is None:
+        if recall:
+            raise ConfigError(
+                f"recall={recall}: the memory has no archive to find passages in; read with archive='text' or 'keys'"
+            )
+        return ()
+    recall = RECALL if recall is None else recall
+    passages = Passages.of(memory.archive, tokenizer)
+    allowed = _forgotten(passages, memory)
+    taken: list[int] = []
+    for part in range(1, rounds + 1):
+        if not recall or not allowed.any():
+            break
+        before = SEPARATOR.join(passages.texts[i].strip() for i in sorted(taken))
+        scores = cls().scores(passages, Question(question, model, tokenizer, memory, before))
+        scores = np.where(allowed, scores, -np.inf)
+        scores[taken] = -np.inf
+        taken += best(scores, passages.lengths, recall * part // rounds - int(passages.lengths[taken].sum()))
+    return tuple(_source(passages, index) for index in sorted(taken))
+
+
+def best(scores: np.ndarray, lengths: np.ndarray, budget: int) -> list[int]:
+    """The best passages that together have at most `budget` tokens, best first; none that scores -inf."""
+    taken: list[int] = []
+    for index in np.argsort(-scores, kind="stable"):
+        if scores[index] == -np.inf or lengths[index] > budget:
+            break
+        taken.append(int(index))
+        budget -= int(lengths[index])
+    return taken
+
+
+def as_text(sources: tuple[Source, ...]) -> str:
+    """Passages as they are read again, in front of a question."""
+    return INTRODUCTION + SEPARATOR.join(source.text.strip() for source in sources) if sources else ""
+
+
+def _forgotten(passages: Passages, memory: AHNCache) -> np.ndarray:
+    """Which passages sinks and window do not hold any more, bool [P]."""
+    starts, ends = passages.bounds[:-1], passages.bounds[1:]
+    config = memory.config
+    return (ends > config.sinks) & (starts < len(passages.archive) - config.window)
+
+
+def _source(passages: Passages, index: int) -> Source:
+    place = passages.place(index)
+    start, end = (int(bound) for bound in passages.bounds[index : index + 2])
+    return Source(passages.texts[index], start, end, *(place or ()))
+
+
