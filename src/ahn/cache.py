@@ -27,7 +27,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.interrupts import deferred
-from ahn.memory.archive import Archive, new_archive
+from ahn.memory.archive import new_archive
 from ahn.transcript import Transcript
 
 TEXT = "text"  # name of the ids in a memory file
@@ -419,6 +419,11 @@ class AHNCache(Cache):
             "an AHNCache belongs to a model and is not pickled: expected cache.save(path) and ahn.AHNCache.load(path, "
             "model)"
         )
+
+    def drop_archive(self) -> None:
+        """Keep no archive of what is read from now on, nor of what was read."""
+        self.archive = None
+        self._observe()
 
     def _observe(self) -> None:
         """Let the archive see the keys of the layers whose keys it keeps."""

@@ -45,6 +45,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lossless", type=one, metavar="N", help="tokens kept exactly, sinks included")
     group.add_argument("--sinks", type=_options.at_least(0), metavar="N", help="first tokens of these")
     _options.add_store(group, "its share in the adapter", "the adapter's for its own store, else 1")
+    group.add_argument(
+        "--recall", type=one, metavar="N", default=512, help=f"tokens read again, for recall and rag {shown}"
+    )
+    group.add_argument("--finder", metavar="F", default="fused", help=f"how passages are found, for recall {shown}")
+    group.add_argument("--rounds", type=int, choices=(1, 2), default=1, help=f"of finding, for recall {shown}")
     group.add_argument("--yarn", type=float, metavar="F", help="for full: extend the base's positions F times")
     group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from ahn.adapter import chosen
     from ahn.bases import base_config
     from ahn.eval import report, results, runner
-    from ahn.eval.policies.base import exact_sizes
+    from ahn.eval.policies.base import Recalled, exact_sizes
 
     transformers.logging.set_verbosity_error()
     adapter = None if (found := chosen(args.base, args.adapter)) is None else str(found)
@@ -88,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=args.device,
         yarn=args.yarn,
+        recall=Recalled(args.recall, args.finder, args.rounds),
         data=args.data,
         seed=args.seed,
         limit=args.limit,

@@ -280,6 +280,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         "string_match_part": Metric(contains_score),
     },
     "squad": {"f1": Metric(qa_f1_score), "exact_match": Metric(exact_match_score)},
+    "qa": {"f1": Metric(qa_f1_score), "rouge": _LONGBENCH["rouge_score"]},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -12,16 +13,28 @@ from typing import TYPE_CHECKING, Any
 from ahn.dialogue import Dialogue, plain, readable
 
 if TYPE_CHECKING:
-    from ahn.eval.tasks.base import Example
+    from ahn.eval.tasks.base import Example, Span
 
 
 @dataclass(frozen=True)
 class Prompt:
     """`ids`, 4 bytes each, and the evidence: tokens `evidence[0]` to `evidence[1]` - 1 of them, None where it is not
-    known."""
+    known.
+
+    The text is tokens `begins` to `asks` - 1; in front of it stands the template, behind it the question. `asks` is
+    None where that is not known. `needs` as in `Example`, in tokens.
+    """
 
     ids: array[int]
     evidence: tuple[int, int] | None
+    begins: int = 0
+    asks: int | None = None
+    needs: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    @property
+    def text(self) -> array[int]:
+        """Everything in front of the question."""
+        return self.ids[: self.asks]
 
     @cached_property
     def digest(self) -> str:
@@ -54,12 +67,22 @@ def encode(tokenizer: Any, example: Example, dialogue: Dialogue | None = None) -
     else:
         pieces = [prompt + example.answer_prefix]
         encoded = [plain(tokenizer, pieces[0], special=True, **options)]
-    ids = [id for part in encoded for id in part.input_ids]
-    evidence = None
-    if example.evidence is not None and tokenizer.is_fast:
-        start, end = (place + shift for place in example.evidence)
-        places = accumulate(map(len, pieces[:-1]), initial=0)
-        spans = [(a + at, b + at) for part, at in zip(encoded, places, strict=True) for a, b in part.offset_mapping]
-        inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
-        evidence = (inside[0], inside[-1] + 1) if inside else None
-    return Prompt(array("i", ids), evidence)
+    ids = array("i", [id for part in encoded for id in part.input_ids])
+    if not tokenizer.is_fast:
+        return Prompt(ids, None)
+    shifts = list(accumulate(map(len, pieces[:-1]), initial=0))
+    starts, ends = (
+        [place[side] + at for part, at in zip(encoded, shifts, strict=True) for place in part.offset_mapping]
+        for side in (0, 1)
+    )
+
+    def tokens(span: Span) -> tuple[int, int] | None:
+        """The tokens that have characters of a span of the prompt."""
+        first, last = bisect_right(ends, span[0] + shift), bisect_left(starts, span[1] + shift)
+        return (first, last) if first < last else None
+
+    evidence = example.evidence and tokens(example.evidence)
+    if example.asks is None:
+        return Prompt(ids, evidence)
+    needs = tuple(tuple(place for span in one if (place := tokens(span))) for one in example.needs)
+    return Prompt(ids, evidence, bisect_right(ends, shift), bisect_left(starts, example.asks + shift), needs)

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from ahn.cost import cost
 from ahn.dialogue import Dialogue
 from ahn.errors import AHNError, ConfigError, EvalError
 from ahn.eval import policies, results
+from ahn.eval.policies.base import Recalled
 from ahn.eval.processes import Team
 from ahn.eval.prompts import Prompt, encode, exact_tokens
 from ahn.fingerprint import fingerprint, sampled
@@ -57,6 +59,7 @@ class Options:
     sinks: int
     adapter: str | None = None
     store: Stored | None = None
+    recall: Recalled = Recalled()
     dtype: str | None = None
     device: str | None = None
     yarn: float | None = None
@@ -74,6 +77,7 @@ class Options:
             "adapter": self.adapter,
             "yarn": self.yarn,
             "store": self.store,
+            "recall": self.recall,
         }
 
 
@@ -318,10 +322,16 @@ def _run_policy(
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """At most `size` jobs in each: of one kind, of lengths that differ by less than a fifth, since padding is read
-    too, and with answers of about the same length. One by one they keep their order."""
+    """At most `size` jobs in each: questions on one text, or jobs of one kind, of lengths that differ by less than a
+    fifth, since padding is read too, and with answers of about the same length. One by one they keep their order."""
     if size == 1:
         return [[job] for job in jobs]
+    asking = [job for job in jobs if job.prompt.asks is not None]
+    if asking:
+        rest = [job for job in jobs if job.prompt.asks is None]
+        texts = [list(found) for _, found in groupby(asking, key=lambda job: (job.folder, job.prompt.text))]
+        shared = [text[low : low + size] for text in texts for low in range(0, len(text), size)]
+        return shared + (batches(rest, size) if rest else [])
 
     def alike(job: Job) -> tuple[str, int]:
         return job.work.task.kind, round(4 * math.log2(len(job.prompt.ids)))
@@ -386,10 +396,13 @@ def _do(policy: Policy, batch: Sequence[Job], options: Options) -> list[results.
     ids = [job.prompt.ids for job in batch]
     if batch[0].work.task.kind == "loss":
         return [_measured(job, losses) for job, losses in zip(batch, policy.losses(ids), strict=True)]
-    said = policy.answers(ids, [job.example.max_new_tokens for job in batch])
+    if batch[0].prompt.asks is None:
+        said = [(ids, {}) for ids in policy.answers(ids, [job.example.max_new_tokens for job in batch])]
+    else:
+        said = policy.asked([(job.prompt, job.example) for job in batch])
     return [
-        _answered(policy, job, policy.tokenizer.decode(answer, skip_special_tokens=True), options)
-        for job, answer in zip(batch, said, strict=True)
+        _answered(policy, job, policy.tokenizer.decode(answer, skip_special_tokens=True), options) | more
+        for job, (answer, more) in zip(batch, said, strict=True)
     ]
 
 

@@ -6,13 +6,17 @@ A few heads of a few layers look for the answer of a question (QRHead, arXiv 250
 their rotary positions, averaged over `pool` neighbouring tokens, and kept as int8 on the host: H / pool bytes a token
 for each key/value head. Without positions a key is the same wherever it stands, so a text may be longer than the
 model's context.
+
+Steps of the int8 values are fixed by channel, around a centre. Subtracting the centre from every key moves all scores
+of a query alike, which no softmax sees, and leaves the int8 values for the differences between keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,29 +25,40 @@ from torch import Tensor
 from ahn.errors import ConfigError
 
 Observer = Callable[[Any, Tensor, Tensor, Any], None]
+UNKNOWN = -128  # first channel of a key that is not known; others are within 127
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RetrievalHeads:
     """Which heads find passages, and how their keys are kept.
 
     Args:
         heads: query heads as (layer, head). groups: query heads that share a key/value head.
+        scales: by layer, float32 [2, C, H]: the centre of each channel of the kept keys, and the step of its int8
+            values.
         pool: tokens whose keys are averaged. distance: positions at which a question is held against every key.
 
     Raises:
-        ConfigError: no heads, or negative numbers.
+        ConfigError: no heads, negative numbers, or scales that do not fit the heads.
     """
 
     heads: tuple[tuple[int, int], ...]
     groups: int
-    pool: int = 4
+    scales: dict[int, Tensor] = field(repr=False)
+    pool: int = 1
     distance: int = 512
 
     def __post_init__(self) -> None:
         numbers = [self.groups, self.pool, self.distance + 1, *(n + 1 for head in self.heads for n in head)]
         if not self.heads or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
             raise ConfigError(f"{self}: expected heads as pairs (layer, head), groups and pool of at least 1")
+        for layer in self.layers:
+            found = self.scales.get(layer)
+            shape = None if found is None else list(found.shape)
+            if found is None or found.dim() != 3 or shape[:2] != [2, len(self.kept(layer))]:
+                raise ConfigError(f"scales of layer {layer}, {shape}: expected [2, {len(self.kept(layer))}, head size]")
+            if not (found.isfinite().all() and (found[1] > 0).all()):
+                raise ConfigError(f"scales of layer {layer}: expected finite numbers and steps above 0")
 
     @property
     def layers(self) -> list[int]:
@@ -57,26 +72,41 @@ class RetrievalHeads:
         """Key/value heads of a layer."""
         return sorted({head // self.groups for head in self.queries(layer)})
 
-    def bytes_per_token(self, size: int) -> float:
-        """Of keys of `size` numbers: int8, and a float16 scale a group."""
-        return sum(len(self.kept(layer)) for layer in self.layers) * (size + 2) / self.pool
+    @property
+    def bytes_per_token(self) -> float:
+        return sum(self.scales[layer][0].numel() for layer in self.layers) / self.pool
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies heads and scales."""
+        found = hashlib.sha256(str((sorted(self.heads), self.groups, self.pool, self.distance)).encode())
+        for layer in self.layers:
+            found.update(self.scales[layer].float().contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
+        """All but the scales."""
         return {
             "heads": [list(head) for head in self.heads],
             "groups": self.groups,
             "pool": self.pool,
             "distance": self.distance,
+            "digest": self.digest,
         }
 
     @classmethod
-    def from_dict(cls, values: Any) -> RetrievalHeads:
+    def from_dict(cls, values: Any, scales: dict[int, Tensor]) -> RetrievalHeads:
         """Inverse of `to_dict`. Raises ConfigError."""
         try:
             heads = tuple((layer, head) for layer, head in values["heads"])
-            return cls(heads, values["groups"], values["pool"], values["distance"])
+            found = cls(heads, values["groups"], scales, values["pool"], values["distance"])
         except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"retrieval heads {values!r}: expected heads, groups, pool and distance") from error
+        if values.get("digest") != found.digest:
+            raise ConfigError("retrieval heads: their scales are damaged, or of other heads")
+        return found
 
 
 class HeadKeys:
@@ -87,7 +117,7 @@ class HeadKeys:
 
     def __init__(self, heads: RetrievalHeads) -> None:
         self.heads = heads
-        self._layers = {layer: _LayerKeys() for layer in heads.layers}
+        self._layers = {layer: _LayerKeys(heads.scales[layer], heads.pool) for layer in heads.layers}
 
     def copy(self) -> HeadKeys:
         twin = HeadKeys(self.heads)
@@ -105,83 +135,80 @@ class HeadKeys:
         count = span.counts[0]
         k = span.compact(k, 2)[:, self.heads.kept(index), :count]
         positions = span.positions(k.device)[:, :count]
-        self._layers[index].add(layer.without_positions(k, positions)[0], span.first, self.heads.pool)
+        self._layers[index].add(layer.without_positions(k, positions)[0], span.first)
 
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """int8 [G, C, H], and scales float16 [G, C], 0 where a key is not known."""
+    def of(self, layer: int) -> Tensor:
+        """int8 [G, C, H], in steps of the layer's scales; where a key is not known its first channel is UNKNOWN."""
         return self._layers[layer].joined()
 
     def tensors(self, first: int = 0) -> dict[str, Tensor]:
+        """Keys of the groups from that of token `first` on, and those of the last group if it is not complete."""
         found, low = {}, first // self.heads.pool
         for layer in self.heads.layers:
-            keys, scales = self.of(layer)
-            found |= {f"keys.{layer}": keys[low:], f"scales.{layer}": scales[low:]}
-            if (tail := self._layers[layer].tail) is not None:
+            found[f"keys.{layer}"] = self.of(layer)[low:]
+            if (tail := self._layers[layer].tail) is not None and tail.shape[1]:
                 found[f"tail.{layer}"] = tail.cpu()
         return found
 
     def restore(self, tensors: dict[str, Tensor], length: int) -> None:
         """Inverse of `tensors` for a text of `length` tokens."""
         for layer, held in self._layers.items():
-            held.restore(tensors[f"keys.{layer}"], tensors[f"scales.{layer}"], tensors.get(f"tail.{layer}"), length)
+            held.restore(tensors[f"keys.{layer}"], tensors.get(f"tail.{layer}"), length)
 
 
 class _LayerKeys:
     """Groups of one layer: pieces that follow each other, and the keys of a group that is not complete."""
 
-    def __init__(self) -> None:
-        self._pieces: list[tuple[int, Tensor, Tensor]] = []  # first group, int8 [G, C, H], float16 [G, C]
+    def __init__(self, scales: Tensor, pool: int) -> None:
+        self.scales, self.pool = scales, pool
         self.tail: Tensor | None = None  # [C, fewer than pool, H]
+        self._pieces: list[tuple[int, Tensor]] = []  # first group, int8 [G, C, H]
         self._next = 0  # position after the tail
 
     def copy(self) -> _LayerKeys:
-        twin = _LayerKeys()
+        twin = _LayerKeys(self.scales, self.pool)
         twin._pieces, twin.tail, twin._next = list(self._pieces), self.tail, self._next
         return twin
 
     @property
     def nbytes(self) -> int:
-        return sum(keys.nbytes + scales.nbytes for _, keys, scales in self._pieces)
+        return sum(keys.nbytes for _, keys in self._pieces)
 
-    def add(self, k: Tensor, first: int, pool: int) -> None:
+    def add(self, k: Tensor, first: int) -> None:
         """Keys [C, T, H] of tokens from position `first` on."""
         if first != self._next or self.tail is None:
-            skipped = -first % pool  # tokens of a group whose first ones are not known
+            skipped = -first % self.pool  # tokens of a group whose first ones are not known
             k, first = k[:, skipped:], first + skipped
         else:
             first -= self.tail.shape[1]
             k = torch.cat([self.tail, k], 1)
-        whole = k.shape[1] // pool
+        whole = k.shape[1] // self.pool
         self._next = first + k.shape[1]
-        self.tail = k[:, whole * pool :].clone()
+        self.tail = k[:, whole * self.pool :].clone()
         if whole:
-            keys, scales = quantised(k[:, : whole * pool].unflatten(1, (whole, pool)).float().mean(2).transpose(0, 1))
-            self._pieces.append((first // pool, _to_host(keys), _to_host(scales)))
+            pooled = k[:, : whole * self.pool].unflatten(1, (whole, self.pool)).float().mean(2).transpose(0, 1)
+            self.scales = self.scales.to(k.device)
+            centre, step = self.scales
+            keys = ((pooled - centre) / step).round().clamp(-127, 127).to(torch.int8)
+            self._pieces.append((first // self.pool, _to_host(keys)))
 
-    def joined(self) -> tuple[Tensor, Tensor]:
+    def joined(self) -> Tensor:
         if len(self._pieces) != 1 or self._pieces[0][0]:
             self._join()
-        _, keys, scales = self._pieces[0]
-        return keys, scales
+        return self._pieces[0][1]
 
     def _join(self) -> None:
-        if any(keys.is_pinned() for _, keys, _ in self._pieces):
-            torch.cuda.synchronize()
-        total = max((low + len(keys) for low, keys, _ in self._pieces), default=0)
-        shape = self._pieces[0][1].shape[1:] if self._pieces else (0, 0)
-        whole, sizes = torch.zeros(total, *shape, dtype=torch.int8), torch.zeros(total, shape[0], dtype=torch.float16)
-        for low, keys, scales in self._pieces:
-            whole[low : low + len(keys)], sizes[low : low + len(keys)] = keys, scales
-        self._pieces = [(0, whole, sizes)]
+        if any(keys.is_pinned() for _, keys in self._pieces):
+            torch.cuda.synchronize()  # the copies are made by the device
+        total = max((low + len(keys) for low, keys in self._pieces), default=0)
+        whole = torch.full((total, *self.scales.shape[1:]), UNKNOWN, dtype=torch.int8)
+        for low, keys in self._pieces:
+            whole[low : low + len(keys)] = keys
+        self._pieces = [(0, whole)]
 
-    def restore(self, keys: Tensor, scales: Tensor, tail: Tensor | None, length: int) -> None:
-        self._pieces, self.tail, self._next = [(0, keys, scales)], tail, length
-
-
-def quantised(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [..., H] as int8 [..., H] and a float16 scale [...], which is never 0."""
-    scales = (keys.abs().amax(-1) / 127).clamp(min=1e-4).half()
-    return (keys / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scales
+    def restore(self, keys: Tensor, tail: Tensor | None, length: int) -> None:
+        self._pieces, self._next = [(0, keys)], length
+        self.tail = keys.new_zeros(keys.shape[1], 0, keys.shape[2], dtype=torch.float32) if tail is None else tail
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -190,8 +217,3 @@ def _to_host(x: Tensor) -> Tensor:
         return x.cpu()
     held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return held.copy_(x, non_blocking=True)
-
-
-def all_heads(layers: Sequence[int], heads: int, groups: int, pool: int, distance: int) -> RetrievalHeads:
-    """Every head of these layers: what heads are chosen from."""
-    return RetrievalHeads(tuple((layer, head) for layer in layers for head in range(heads)), groups, pool, distance)

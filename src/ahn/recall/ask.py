@@ -5,7 +5,6 @@ All of it happens on a fork: the memory is as it was before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +96,7 @@ def ask(
     from ahn.generation import generate
 
     fork = memory.fork()
-    fork.archive = None
+    fork.drop_archive()
     if "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id
     new = generate(model, ids, fork, max_new_tokens=max_new_tokens, **options)[0].cpu()
@@ -118,7 +117,7 @@ def find(
 
     Passages that sinks or window still hold are left out.
     """
-    cls = finders.get(finder)
+    finders.check_name(finder)
     if isinstance(recall, bool) or not (recall is None or (isinstance(recall, int) and recall >= 0)):
         raise ConfigError(f"recall={recall!r}: expected a number of tokens, 0 for none")
     if isinstance(rounds, bool) or rounds not in (1, 2):
@@ -132,18 +131,27 @@ def find(
             )
         return ()
     recall = RECALL if recall is None else recall
+    taken = rank(model, tokenizer, memory, question, recall, finder, rounds) if recall else []
+    return sources(Passages.of(memory.archive, tokenizer), taken)
+
+
+def rank(
+    model: PreTrainedModel, tokenizer: Any, memory: AHNCache, question: str, recall: int, finder: str, rounds: int
+) -> list[int]:
+    """Passages for a question by their numbers, of `recall` tokens at most, those of the first round first."""
+    assert memory.archive is not None
     passages = Passages.of(memory.archive, tokenizer)
-    allowed = _forgotten(passages, memory)
+    allowed = forgotten(passages, memory)
     taken: list[int] = []
     for part in range(1, rounds + 1):
-        if not recall or not allowed.any():
+        if not allowed.any():
             break
         before = SEPARATOR.join(passages.texts[i].strip() for i in sorted(taken))
-        scores = cls().scores(passages, Question(question, model, tokenizer, memory, before))
+        scores = finders.get(finder)().scores(passages, Question(question, model, tokenizer, memory, before))
         scores = np.where(allowed, scores, -np.inf)
         scores[taken] = -np.inf
         taken += best(scores, passages.lengths, recall * part // rounds - int(passages.lengths[taken].sum()))
-    return tuple(_source(passages, index) for index in sorted(taken))
+    return taken
 
 
 def best(scores: np.ndarray, lengths: np.ndarray, budget: int) -> list[int]:
@@ -162,16 +170,19 @@ def as_text(sources: tuple[Source, ...]) -> str:
     return INTRODUCTION + SEPARATOR.join(source.text.strip() for source in sources) if sources else ""
 
 
-def _forgotten(passages: Passages, memory: AHNCache) -> np.ndarray:
+def forgotten(passages: Passages, memory: AHNCache) -> np.ndarray:
     """Which passages sinks and window do not hold any more, bool [P]."""
     starts, ends = passages.bounds[:-1], passages.bounds[1:]
     config = memory.config
     return (ends > config.sinks) & (starts < len(passages.archive) - config.window)
 
 
+def sources(passages: Passages, taken: list[int]) -> tuple[Source, ...]:
+    """Passages by number, in the order of the text."""
+    return tuple(_source(passages, index) for index in sorted(taken))
+
+
 def _source(passages: Passages, index: int) -> Source:
     place = passages.place(index)
     start, end = (int(bound) for bound in passages.bounds[index : index + 2])
     return Source(passages.texts[index], start, end, *(place or ()))
-
-

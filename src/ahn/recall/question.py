@@ -49,7 +49,7 @@ class Question:
         assert heads is not None
         found: dict[int, Tensor] = {}
         fork = self.memory.fork()
-        fork.archive = None
+        fork.drop_archive()
         ids = self._dialogue.question(text, before)
         end = ids.shape[1] - self._dialogue.closing
         length = len(self.tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False).input_ids)

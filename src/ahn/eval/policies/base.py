@@ -17,16 +17,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ahn.adapter import Adapter, base_shape, check_shape, default_config, read_adapter
-from ahn.augmentation import CHUNK, check_fits, detach
+from ahn.augmentation import CHUNK, GPU_CHUNK, check_fits, detach
 from ahn.bases import load_base, load_tokenizer
 from ahn.cache import PAST, AHNCache
 from ahn.config import AHNConfig
 from ahn.cost import Shape, cost, held_bytes
 from ahn.errors import ConfigError
 from ahn.generation import end_tokens
+from ahn.recall.ask import FINDER, RECALL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ahn.eval.prompts import Prompt
+    from ahn.eval.tasks.base import Example
 
 
 class Stored(NamedTuple):
@@ -44,6 +48,15 @@ class Stored(NamedTuple):
         return config.replace(window=window, store=self.name, store_size=self.size, store_span=self.span)
 
 
+class Recalled(NamedTuple):
+    """What policies that read passages again are given: tokens at most, how passages are found, and in how many
+    rounds (`ahn.recall.find`)."""
+
+    tokens: int = RECALL
+    finder: str = FINDER
+    rounds: int = 1
+
+
 class Kept(NamedTuple):
     """What a policy is asked to keep, as `Policy` takes it: what its own `_check` and `_settings` are given."""
 
@@ -52,6 +65,7 @@ class Kept(NamedTuple):
     adapter: str | None
     yarn: float | None
     store: Stored | None
+    recall: Recalled = Recalled()
 
 
 class Policy:
@@ -67,6 +81,7 @@ class Policy:
         dtype: default float32 on a CPU, bfloat16 on CUDA. device: default CUDA if there is one.
         yarn: factor by which `full` extends the base's positions; the others ignore it.
         store: of the policies that have one; its places are part of `window`, so that all keep as many tokens.
+        recall: of the policies that read passages again.
         model: the plain base, if it is loaded already; it is changed in place until `release`.
 
     Attributes:
@@ -95,12 +110,16 @@ class Policy:
         device: Any = None,
         yarn: float | None = None,
         store: Stored | None = None,
+        recall: Recalled = Recalled(),
         model: PreTrainedModel | None = None,
     ) -> None:
         self.window, self.sinks, self.adapter, self.yarn, self.store = window, sinks, adapter, yarn, store
+        self.recall = recall
+        self._read: tuple[Sequence[int], Any] | None = None  # the last text that was asked about, and its cache
         self.tokenizer: Any = _tokenizer(base)
         self.model: PreTrainedModel = load_base(base, dtype=dtype, device=device) if model is None else model
-        self.check(self.model.config, 1, window=window, sinks=sinks, adapter=adapter, yarn=yarn, store=store)
+        kept = {"window": window, "sinks": sinks, "adapter": adapter, "yarn": yarn, "store": store, "recall": recall}
+        self.check(self.model.config, 1, **kept)
         self.prepare()
         self.shape = Shape.from_config(self.model.config)
         self.ends = end_tokens(self.model, self.tokenizer)
@@ -124,6 +143,7 @@ class Policy:
         adapter: str | None = None,
         yarn: float | None = None,
         store: Stored | None = None,
+        recall: Recalled = Recalled(),
     ) -> None:
         """Whether a base of this transformers config can take `longest` tokens, prompt and answer; no weights needed.
 
@@ -131,7 +151,7 @@ class Policy:
             ConfigError: it cannot, or `adapter` is missing.
             AdapterError: `adapter` cannot be read, or was trained on another base.
         """
-        cls._check(base, longest, Kept(window, sinks, adapter, yarn, store))
+        cls._check(base, longest, Kept(window, sinks, adapter, yarn, store, recall))
 
     @classmethod
     def _check(cls, base: Any, longest: int, kept: Kept) -> None:
@@ -157,9 +177,10 @@ class Policy:
         adapter: str | None = None,
         yarn: float | None = None,
         store: Stored | None = None,
+        recall: Recalled = Recalled(),
     ) -> dict[str, Any]:
         """What its numbers depend on besides the base: results are kept apart by these."""
-        return cls._settings(Kept(window, sinks, adapter, yarn, store))
+        return cls._settings(Kept(window, sinks, adapter, yarn, store, recall))
 
     @classmethod
     def _settings(cls, kept: Kept) -> dict[str, Any]:
@@ -227,6 +248,57 @@ class Policy:
                 return found
             hidden = self._next(tokens[:, None], cache, padding)
 
+    def asked(self, questions: Sequence[tuple[Prompt, Example]]) -> list[tuple[list[int], dict[str, Any]]]:
+        """Answers to questions on one text, which is read once, as of `answers`; and what else is to be noted of
+        each."""
+        prompts = [prompt for prompt, _ in questions]
+        rows = [prompt.ids[prompt.asks :] for prompt in prompts]
+        limits = [example.max_new_tokens for _, example in questions]
+        return [(answer, {}) for answer in self.after(self.fork(self.document(prompts[0])), rows, limits)]
+
+    def document(self, prompt: Prompt) -> Any:
+        """A cache that has read the text of a prompt and nothing of the question. It must not be changed."""
+        ids = prompt.text
+        if self._read is None or self._read[0] != ids:
+            self._read = None  # its memory is free before another text is read
+            self._read = ids, self.read(ids)
+        return self._read[1]
+
+    @torch.no_grad()
+    def after(self, cache: Any, rows: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
+        """`answers` to questions, each a row, that follow what `cache` has read, which is one text. It is changed."""
+        past, device = cache.get_seq_length(), self.model.device
+        if past and len(rows) > 1:
+            cache.batch_repeat_interleave(len(rows))
+        ids, padding = self._rows(rows)
+        free = torch.tensor(padding or [0] * len(rows), device=device)[:, None]
+        places = torch.arange(ids.shape[1], device=device)
+        real = torch.cat([torch.ones(len(rows), past, dtype=torch.long, device=device), (places >= free).long()], 1)
+        positions = past + (places - free).clamp(min=0)
+
+        def read(new: Tensor, at: Tensor, mask: Tensor | None) -> Tensor:
+            options = {} if mask is None else {"attention_mask": mask}
+            found = self.model.get_decoder()(new, **{PAST: cache}, use_cache=True, position_ids=at, **options)
+            return found.last_hidden_state[:, -1]
+
+        hidden = read(ids, positions, real if padding else None)
+        ended = torch.tensor(sorted(self.ends), device=device)
+        tokens: list[Tensor] = []
+        while True:
+            tokens.append(self.model.get_output_embeddings()(hidden).argmax(-1, keepdim=True))
+            # whether all have ended is asked now and then: it makes a GPU wait
+            done = len(tokens) % 8 == 0 and bool(torch.isin(torch.cat(tokens, 1), ended).any(1).all())
+            if done or len(tokens) == max(limits):
+                break
+            real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
+            positions = positions[:, -1:] + 1
+            hidden = read(tokens[-1], positions, real if padding and self.keeps_padding else None)
+        found = []
+        for row, limit in zip(torch.cat(tokens, 1).tolist(), limits, strict=True):
+            stop = next((i for i, token in enumerate(row) if token in self.ends), len(row))
+            found.append(row[: min(stop, limit)])
+        return found
+
     def losses(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Of each text, the next-token loss in nats at each position but the last, float32 [T - 1] on the CPU."""
         return [losses for losses, _ in self.scored(texts, self.cache())]
@@ -252,7 +324,8 @@ class Policy:
     def read(self, ids: Sequence[int]) -> Any:
         """A cache that has seen `ids`, which may be none."""
         cache = self.cache()
-        for piece in self._rows([ids])[0].split(CHUNK, 1) if ids else ():
+        chunk = CHUNK if self.model.device.type == "cpu" else GPU_CHUNK
+        for piece in self._rows([ids])[0].split(chunk, 1) if ids else ():
             self._next(piece, cache, None)
         return cache
 

@@ -40,6 +40,9 @@ class Example:
         depth: 0 to 1, where in the text the evidence is, if that is known.
         answer_prefix: what the answer begins with, after the chat template; it is not part of the prediction.
         extra: what scoring needs besides: all_classes, gold_ans. `evidence_cut`: truncation took the evidence.
+        asks: character of `prompt` where the text ends and the question about it begins; None: unknown.
+        question: the question alone, without instructions: what is looked for in the text.
+        needs: where each fact that the answer takes stands; any of a fact's places will do.
     """
 
     id: str
@@ -51,6 +54,9 @@ class Example:
     depth: float | None = None
     answer_prefix: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    asks: int | None = None
+    question: str = ""
+    needs: tuple[tuple[Span, ...], ...] = ()
 
 
 class Task:

@@ -1,0 +1,131 @@
+"""The memory, with the passages that a question asks for read again in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ahn.adapter import apply
+from ahn.augmentation import augment
+from ahn.cache import AHNCache
+from ahn.dialogue import SEPARATOR
+from ahn.errors import ConfigError
+from ahn.eval.policies.base import Kept, Policy, digest, exact_part, memory_part, trained
+from ahn.recall import finders
+from ahn.recall.ask import as_text, best, forgotten, rank, sources
+from ahn.recall.passages import Passages
+from ahn.recall.words import words
+
+if TYPE_CHECKING:
+    from ahn.eval.prompts import Prompt
+    from ahn.eval.tasks.base import Example
+
+BUDGETS = (256, 512, 1024)  # tokens re-read, for which it is noted how much of the evidence is among them
+
+
+class Recall(Policy):
+    """Sinks, window, and any memory of an adapter; passages of the text are read again (--recall, --finder).
+
+    Questions whose place in the prompt is not known are answered without.
+    """
+
+    name = "recall"
+    uses_store = True
+
+    @classmethod
+    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
+        super()._check(base, longest, kept)
+        finders.check_name(kept.recall.finder)
+        if kept.recall.tokens < 1:
+            raise ConfigError(f"recall={kept.recall.tokens}: expected at least 1 token to read again")
+
+    @classmethod
+    def _settings(cls, kept: Kept) -> dict[str, Any]:
+        found = super()._settings(kept) | {"recall": kept.recall._asdict()}
+        if kept.adapter is None:
+            return found
+        found |= {"cell": trained(kept.adapter).config.cell, "adapter_digest": digest(kept.adapter)}
+        return found if kept.store is None else found | {"store": kept.store._asdict()}
+
+    def prepare(self) -> None:
+        if self.adapter is None:
+            augment(self.model, exact_part(self.window, self.sinks, None))
+            return
+        config = memory_part(self.window, self.sinks, self.adapter)
+        augment(self.model, config if self.store is None else self.store.fill(config))
+        apply(trained(self.adapter), self.model)
+        self.model.eval()
+
+    def cache(self) -> Any:
+        return AHNCache(self.model, "text" if self.model.ahn_retrieval is None else "keys")
+
+    @property
+    def parameters_added(self) -> int:
+        return sum(p.numel() for name, p in self.model.named_parameters() if ".ahn." in name)
+
+    def asked(self, questions: Sequence[tuple[Prompt, Example]]) -> list[tuple[list[int], dict[str, Any]]]:
+        memory = self.document(questions[0][0])
+        rows, notes = [], []
+        for prompt, example in questions:
+            taken, note = self.found(memory, prompt, example)
+            text = as_text(sources(Passages.of(memory.archive, self.tokenizer), taken))
+            rows.append([*self.front(prompt), *self._ids(text and text + SEPARATOR), *prompt.ids[prompt.asks :]])
+            notes.append(note)
+        limits = [example.max_new_tokens for _, example in questions]
+        return list(zip(self.after(self.behind(memory), rows, limits), notes, strict=True))
+
+    def found(self, memory: AHNCache, prompt: Prompt, example: Example) -> tuple[list[int], dict[str, Any]]:
+        """Passages for a question, and how much of its evidence is among them."""
+        passages = Passages.of(memory.archive, self.tokenizer)
+        scores = self.scores(memory, passages, prompt, example)
+        by_budget = {str(n): evidence(passages, best(scores, passages.lengths, n), prompt) for n in BUDGETS}
+        taken = (
+            rank(self.model, self.tokenizer, memory, example.question, *self.recall) if self.recall.rounds > 1 else None
+        )
+        taken = best(scores, passages.lengths, self.recall.tokens) if taken is None else taken
+        note = {"recalled": int(passages.lengths[taken].sum()), "overlap": overlap(passages, prompt, example)}
+        if prompt.needs:
+            note |= {"found": evidence(passages, taken, prompt), "found_by_budget": by_budget}
+        return taken, note
+
+    def scores(self, memory: AHNCache, passages: Passages, prompt: Prompt, example: Example) -> np.ndarray:
+        """Of each passage, -inf for those that are not to be taken."""
+        from ahn.recall.question import Question
+
+        question = Question(example.question, self.model, self.tokenizer, memory)
+        found = finders.get(self.recall.finder)().scores(passages, question)
+        return np.where(forgotten(passages, memory), found, -np.inf)
+
+    def front(self, prompt: Prompt) -> Sequence[int]:
+        """What is read in front of the passages."""
+        return ()
+
+    def behind(self, memory: AHNCache) -> AHNCache:
+        """The cache that passages and question are read into."""
+        fork = memory.fork()
+        fork.drop_archive()
+        return fork
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
+
+
+def evidence(passages: Passages, taken: Sequence[int], prompt: Prompt) -> float:
+    """Share of the needed facts of which some place begins in a passage taken."""
+    read = [(int(passages.bounds[i]), int(passages.bounds[i + 1])) for i in taken]
+    there = [
+        any(low <= start < high or start < low < end for start, end in one for low, high in read)
+        for one in prompt.needs
+    ]
+    return sum(there) / len(there) if there else 0.0
+
+
+def overlap(passages: Passages, prompt: Prompt, example: Example) -> float | None:
+    """Share of the question's words that occur in a passage with evidence."""
+    starts = [start for one in prompt.needs for start, _ in one]
+    where = {int(np.searchsorted(passages.bounds, start, side="right")) - 1 for start in starts}
+    known = {word for i in where if 0 <= i < len(passages) for word in words(passages.texts[i])}
+    asked = set(words(example.question))
+    return len(asked & known) / len(asked) if asked and known else None
