@@ -25,6 +25,7 @@ from ahn.augmentation import augment, detach, frame_of, layers_of
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, AHNError, BaseModelError, ConfigError, some
 from ahn.files import atomic
+from ahn.memory.head_keys import RetrievalHeads
 from ahn.registry import nearest
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ VERSION = 1
 NONE = "none"
 CELLS = ".ahn."  # in the names of a model's weights that are the memory's
 STORE = "store."  # in front of the names of a store's weights
+RETRIEVAL = "retrieval."  # in front of the layers of the scales of retrieval heads
 WEIGHTS, SETTINGS = "adapter.safetensors", "ahn.json"
 SHAPE = ("hidden_size", "num_heads", "head_dim", "num_layers")  # of the base
 FORM = ("cell", "layers", "memory_positions", "key_maps", "make_room")  # what weights are made for
@@ -54,6 +56,7 @@ class Adapter:
         shape: `hidden_size`, `num_heads`, `head_dim`, `num_layers` of the base.
         tensors: by `layers.{i}.{parameter}`.
         base: name of the base, for people. source: a shipped one's name, or where it was read from.
+        retrieval: heads of the base that find passages (`ahn.recall`), or None.
     """
 
     config: AHNConfig
@@ -61,6 +64,7 @@ class Adapter:
     tensors: dict[str, Tensor] = field(repr=False)
     base: str | None = None
     source: str = ""
+    retrieval: RetrievalHeads | None = None
 
 
 def from_pretrained(
@@ -251,8 +255,10 @@ def save_with_base(
 
 def adapter_of(model: PreTrainedModel) -> Adapter:
     """The trained weights and settings of an augmented model's memory, on the CPU. Weights that are sharded over
-    processes are gathered: all of them must call this. Raises AdapterError if the model has no cells."""
-    if getattr(model, "ahn_config", None) is None or not _parameters(model):
+    processes are gathered: all of them must call this. Raises AdapterError if the model has neither cells nor
+    retrieval heads."""
+    config = getattr(model, "ahn_config", None)
+    if config is None or not (_parameters(model) or model.ahn_retrieval):
         raise AdapterError("the model has no cells, only sinks and window: there is nothing to save")
     return _gathered(model)
 
@@ -263,7 +269,7 @@ def _gathered(model: PreTrainedModel) -> Adapter:
         name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()
     }
     tensors = {name: p.detach().cpu().contiguous() for name, p in whole.items()}
-    return Adapter(config, base_shape(model.config), tensors, model.ahn_names["base"])
+    return Adapter(config, base_shape(model.config), tensors, model.ahn_names["base"], retrieval=model.ahn_retrieval)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -343,10 +349,14 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
         "shape": adapter.shape,
         "config": adapter.config.to_dict(),
     }
+    tensors = dict(adapter.tensors)
+    if adapter.retrieval is not None:
+        settings["retrieval"] = adapter.retrieval.to_dict()
+        tensors |= {f"{RETRIEVAL}{layer}": scales for layer, scales in adapter.retrieval.scales.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / SETTINGS) as settings_path, atomic(folder / WEIGHTS) as weights_path:
-            save_file(adapter.tensors, weights_path)
+            save_file(tensors, weights_path)
             settings["sha256"] = hashlib.sha256(weights_path.read_bytes()).hexdigest()
             settings_path.write_text(json.dumps(settings, indent=2) + "\n")
     except (AHNError, OSError) as error:
@@ -396,6 +406,7 @@ def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+    model.ahn_retrieval = adapter.retrieval
     model.ahn_names["adapter"] = source
     frame_of(model).adapter = object()  # memories that were read with other weights are refused from now on
 
@@ -476,7 +487,17 @@ def _read_ours(folder: Path) -> Adapter:
         if hashlib.file_digest(file, "sha256").hexdigest() != digest:
             raise AdapterError(f"{weights}: damaged: its checksum is not the one in {SETTINGS}")
     source = folder.name if zoo.path(folder.name) == folder else str(folder)
-    return Adapter(config, shape, tensors, base, source)
+    scales = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(RETRIEVAL)}
+    retrieval = None
+    if settings.get("retrieval") is not None:
+        try:
+            by_layer = {int(name.removeprefix(RETRIEVAL)): scale for name, scale in scales.items()}
+            retrieval = RetrievalHeads.from_dict(settings["retrieval"], by_layer)
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from error
+        if retrieval.layers[-1] >= shape["num_layers"]:
+            raise AdapterError(f"{path}: retrieval heads of layer {retrieval.layers[-1]}: the base has {shape['num_layers']}")
+    return Adapter(config, shape, tensors, base, source, retrieval)
 
 
 def _read_authors(folder: Path) -> Adapter:

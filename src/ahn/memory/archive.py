@@ -107,18 +107,19 @@ class Archive:
         if self._waiting >= PENDING:
             _ = self.ids
 
-    def begin(self, document: str) -> None:
-        """The next token is the first of `document`."""
+    def begin(self, document: str, first: int | None = None) -> None:
+        """Token `first` of all that is read (default: the next) is the first of `document`."""
         self.documents.append(document)
-        self._mark(0, 0, 0)
+        self._mark(len(self) if first is None else first, 0, 0)
 
-    def locate(self, starts: np.ndarray, page: int | None = None) -> None:
-        """The next tokens begin at the characters `starts` [T] of the document, on `page`."""
+    def locate(self, first: int, starts: np.ndarray, page: int | None = None) -> None:
+        """The tokens from `first` on begin at the characters `starts` [T] of the document, on `page`. They may be
+        read later."""
         for at in range(0, len(starts), EVERY):
-            self._mark(at, page or 0, int(starts[at]))
+            self._mark(first + at, page or 0, int(starts[at]))
 
-    def _mark(self, ahead: int, page: int, offset: int) -> None:
-        mark = _Mark(len(self) + ahead, max(len(self.documents) - 1, 0), page, offset)
+    def _mark(self, token: int, page: int, offset: int) -> None:
+        mark = _Mark(token, max(len(self.documents) - 1, 0), page, offset)
         if self._marks and self._marks[-1].token == mark.token:
             self._marks.pop()
         self._marks.append(mark)

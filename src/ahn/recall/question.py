@@ -50,10 +50,7 @@ class Question:
         found: dict[int, Tensor] = {}
         fork = self.memory.fork()
         fork.drop_archive()
-        ids = self._dialogue.question(text, before)
-        end = ids.shape[1] - self._dialogue.closing
-        length = len(self.tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False).input_ids)
-        tokens = slice(max(0, end - length), end)
+        ids, tokens = self._dialogue.question(text, before), question_tokens(self.tokenizer, text)
 
         def observe(index: int, layer: Any, q: Tensor, span: Any) -> None:
             wanted = q[:, heads.queries(index)]
@@ -65,3 +62,10 @@ class Question:
             fork.layers[index].observer = lambda layer, q, k, span, index=index: observe(index, layer, q, span)
         self.model.get_decoder()(ids.to(self.model.device), **{PAST: fork}, use_cache=True)
         return found
+
+
+def question_tokens(tokenizer: Any, text: str) -> slice:
+    """Which tokens of `Dialogue.question` are the question itself, counted from the end."""
+    closing = Dialogue(tokenizer).closing
+    length = len(tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False).input_ids)
+    return slice(-closing - length, -closing or None)

@@ -1,0 +1,191 @@
+"""Chooses the retrieval heads of a base: those that look at the passage which answers a question.
+
+As QRHead (arXiv 2506.09944) does, heads are ranked on questions whose evidence is known, by the share of their
+attention that falls on it. Here keys and queries have no positions (`ahn.memory.head_keys`), so a head must find the
+passage by its content.
+
+Letters: N query heads, M key/value heads, T tokens, H head size, P passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ahn.augmentation import layers_of
+from ahn.cache import PAST, AHNCache
+from ahn.dialogue import Dialogue
+from ahn.errors import ConfigError
+from ahn.generation import read
+from ahn.memory.head_keys import RetrievalHeads
+from ahn.recall.passages import cut, sentence_ends
+from ahn.recall.question import NOTHING, question_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ahn.eval.prompts import Prompt
+    from ahn.eval.tasks.base import Example
+
+BYTES = 128  # a token, of all keys that are kept
+DISTANCE = 512
+LEAST = 0.3  # of the best head's score: others are not chosen
+MOST = 24  # query heads
+
+Work = tuple["Prompt", "Example"]
+
+
+@torch.no_grad()
+def choose_heads(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[Work],
+    budget: int = BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> RetrievalHeads:
+    """The best heads whose keys take at most `budget` bytes a token.
+
+    Args:
+        model: from `ahn.augment`; texts are read through its window, as they will be.
+        questions: prompts with `asks` and `needs`; those on one text follow each other.
+        progress: called with (questions done, questions in all).
+
+    Raises:
+        ConfigError: no question has evidence behind the window, or the budget is below one head's keys.
+    """
+    config = model.config.get_text_config()
+    heads, size = config.num_attention_heads, layers_of(model)[0].head_size
+    groups = heads // config.num_key_value_heads
+    if budget < size:
+        raise ConfigError(f"budget={budget}: expected at least the {size} bytes of one head's keys")
+    share = torch.zeros(len(layers_of(model)), heads)
+    asked, text, spread = 0, None, _Spread()
+    for done, (prompt, example) in enumerate(questions):
+        if prompt.text != text:
+            text = prompt.text
+            keys, memory = _read(model, text)
+            spread.add(keys)
+        passages = cut(np.asarray(text, np.int32), sentence_ends(tokenizer))
+        passages = passages[passages <= len(text) - model.ahn_config.window]
+        gold = _evidence(passages, prompt)
+        if gold.any():
+            wanted = _queries(model, tokenizer, memory, example.question)
+            share += _share(wanted, keys, passages, gold, groups)
+            asked += 1
+        if progress is not None:
+            progress(done + 1, len(questions))
+    if not asked:
+        raise ConfigError(f"{len(questions)} questions: none has evidence behind the window of {model.ahn_config.window}")
+    chosen = best_heads(share / asked, groups, budget // size)
+    layers = sorted({layer for layer, _ in chosen})
+    kept = {layer: sorted({head // groups for at, head in chosen if at == layer}) for layer in layers}
+    scales = {layer: spread.scales(layer)[:, kept[layer]].clone() for layer in layers}
+    return RetrievalHeads(tuple(chosen), groups, scales, 1, DISTANCE)
+
+
+def best_heads(share: Tensor, groups: int, most: int) -> list[tuple[int, int]]:
+    """Query heads by their share [layers, N], best first, of at most `most` key/value heads."""
+    kept: set[tuple[int, int]] = set()
+    chosen: list[tuple[int, int]] = []
+    for index in share.flatten().argsort(descending=True).tolist():
+        layer, head = divmod(index, share.shape[1])
+        if share[layer, head] < LEAST * share.max() or len(chosen) == MOST:
+            break
+        key = layer, head // groups
+        if key in kept or len(kept) < most:
+            kept.add(key)
+            chosen.append((layer, head))
+    return chosen
+
+
+class _Spread:
+    """Mean and largest deviation of each channel of all keys, over texts."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+        self.count = 0
+        self.largest: list[Tensor] = []
+
+    def add(self, keys: list[Tensor]) -> None:
+        if not self.sums:
+            self.sums = [torch.zeros(k.shape[0], k.shape[2]) for k in keys]
+            self.largest = [torch.zeros(k.shape[0], k.shape[2]) for k in keys]
+        self.count += keys[0].shape[1]
+        for layer, k in enumerate(keys):
+            self.sums[layer] += k.sum(1, dtype=torch.float32).cpu()
+            centre = self.sums[layer] / self.count
+            deviation = (k - centre.to(k)[:, None]).abs().amax(1).float().cpu()
+            self.largest[layer] = torch.maximum(self.largest[layer], deviation)
+
+    def scales(self, layer: int) -> Tensor:
+        """[2, M, H], as `RetrievalHeads.scales`."""
+        return torch.stack([self.sums[layer] / self.count, (self.largest[layer] / 127).clamp(min=1e-6)])
+
+
+def _read(model: PreTrainedModel, text: Any) -> tuple[list[Tensor], AHNCache]:
+    """Keys [M, T, H] of each layer, without positions, and the memory of the text."""
+    cache, pieces = AHNCache(model), [[] for _ in layers_of(model)]
+
+    def observe(index: int, layer: Any, k: Tensor, span: Any) -> None:
+        pieces[index].append(layer.without_positions(k, span.positions(k.device))[0])
+
+    _observe(cache, lambda index, layer, q, k, span: observe(index, layer, k, span))
+    read(model, torch.tensor([list(text)]), cache)
+    _observe(cache, None)
+    return [torch.cat(found, 1) for found in pieces], cache
+
+
+def _queries(model: PreTrainedModel, tokenizer: Any, memory: AHNCache, question: str) -> tuple[list[Tensor], ...]:
+    """Queries [N, Q, H] of each layer for the question, and for one about nothing."""
+    found = []
+    for text in (question, NOTHING):
+        fork, queries = memory.fork(), [torch.empty(0)] * len(memory.layers)
+        ids, wanted = Dialogue(tokenizer).question(text), question_tokens(tokenizer, text)
+
+        def observe(index: int, layer: Any, q: Tensor, k: Tensor, span: Any, into: Any = queries, at: Any = wanted) -> None:
+            plain = layer.without_positions(q, span.positions(q.device))
+            into[index] = layer.at_distance(plain, DISTANCE)[0, :, at]
+
+        _observe(fork, observe)
+        model.get_decoder()(ids.to(model.device), **{PAST: fork}, use_cache=True)
+        found.append(queries)
+    return tuple(found)
+
+
+def _observe(cache: AHNCache, observe: Any) -> None:
+    for index, layer in enumerate(cache.layers):
+        layer.observer = None if observe is None else lambda *call, index=index: observe(index, *call)
+
+
+def _share(queries: tuple[list[Tensor], ...], keys: list[Tensor], passages: Any, gold: Any, groups: int) -> Tensor:
+    """The share of each head's attention to passages that falls on those with evidence, less that of a question about
+    nothing, [layers, N]."""
+    counts = torch.as_tensor(np.diff(passages), device=keys[0].device)
+    passage = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    wanted, end = torch.as_tensor(gold, device=counts.device), int(passages[-1])
+    found = []
+    for layer, k in enumerate(keys):
+        k = k[:, :end].repeat_interleave(groups, 0)
+        shares = []
+        for q in (queries[0][layer], queries[1][layer]):
+            weights = (q.to(k.dtype) @ k.transpose(1, 2) * q.shape[-1] ** -0.5).float().softmax(-1)
+            most = weights.new_zeros(*weights.shape[:2], len(counts))
+            most = most.scatter_reduce_(2, passage.expand_as(weights), weights, "amax").mean(1)
+            shares.append(most[:, wanted].sum(1) / most.sum(1))
+        found.append((shares[0] - shares[1]).cpu())
+    return torch.stack(found)
+
+
+def _evidence(passages: Any, prompt: Prompt) -> Any:
+    """Which passages hold evidence, bool [P]."""
+    gold = np.zeros(max(len(passages) - 1, 0), bool)
+    for one in prompt.needs:
+        for start, _ in one:
+            at = int(np.searchsorted(passages, start, side="right")) - 1
+            if 0 <= at < len(gold):
+                gold[at] = True
+    return gold
