@@ -143,7 +143,7 @@ class Dialogue:
     @property
     def closing(self) -> int:
         """Tokens behind a question, up to where its answer begins."""
-        return len(self._encode(self._suffix, 0, ""))
+        return len(self._template(self._suffix).ids)
 
     def turn(self, text: str, answer: Sequence[int] | Tensor = (), passages: str = "") -> Tensor:
         """A further question, to the point where its answer begins.

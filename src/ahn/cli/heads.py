@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import transformers
-    from rich.progress import track
+    from rich.progress import Progress
 
     import ahn
     from ahn.adapter import NONE, adapter_of, write_adapter
@@ -53,8 +53,11 @@ def run(args: argparse.Namespace) -> None:
     work = [(encode(tokenizer, example, dialogue), example) for example in examples]
     sizes = {"lossless": args.lossless} if args.adapter != NONE else {"window": max(1, args.lossless - 64), "sinks": 64}
     model = ahn.from_pretrained(args.base, args.adapter, dtype=args.dtype, device=args.device, **sizes)
-    steps = iter(track(range(len(work)), "questions", console=console))
-    model.ahn_retrieval = choose_heads(model, tokenizer, work, args.bytes, lambda done, total: next(steps))
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("questions", total=len(work))
+        model.ahn_retrieval = choose_heads(
+            model, tokenizer, work, args.bytes, lambda done, total: bar.update(task, completed=done)
+        )
     found = adapter_of(model)
     write_adapter(found, args.output)
     chosen = ", ".join(f"{layer}.{head}" for layer, head in model.ahn_retrieval.heads)

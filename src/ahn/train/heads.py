@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ahn.adapter import base_shape
 from ahn.augmentation import layers_of
 from ahn.cache import PAST, AHNCache
 from ahn.dialogue import Dialogue
@@ -58,7 +59,7 @@ def choose_heads(
         ConfigError: no question has evidence behind the window, or the budget is below one head's keys.
     """
     config = model.config.get_text_config()
-    heads, size = config.num_attention_heads, layers_of(model)[0].head_size
+    heads, size = config.num_attention_heads, base_shape(config)["head_dim"]
     groups = heads // config.num_key_value_heads
     if budget < size:
         raise ConfigError(f"budget={budget}: expected at least the {size} bytes of one head's keys")
