@@ -496,7 +496,9 @@ def _read_ours(folder: Path) -> Adapter:
         except ValueError as error:
             raise AdapterError(f"{path}: {error}") from error
         if retrieval.layers[-1] >= shape["num_layers"]:
-            raise AdapterError(f"{path}: retrieval heads of layer {retrieval.layers[-1]}: the base has {shape['num_layers']}")
+            raise AdapterError(
+                f"{path}: retrieval heads of layer {retrieval.layers[-1]}: the base has {shape['num_layers']}"
+            )
     return Adapter(config, shape, tensors, base, source, retrieval)
 
 

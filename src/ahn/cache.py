@@ -27,7 +27,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.interrupts import deferred
-from ahn.memory.archive import new_archive
+from ahn.memory.archive import Archive, new_archive
 from ahn.transcript import Transcript
 
 TEXT = "text"  # name of the ids in a memory file
@@ -420,9 +420,9 @@ class AHNCache(Cache):
             "model)"
         )
 
-    def drop_archive(self) -> None:
-        """Keep no archive of what is read from now on, nor of what was read."""
-        self.archive = None
+    def set_archive(self, archive: Archive | None) -> None:
+        """Keep what is read from now on in this archive, or nowhere."""
+        self.archive = archive
         self._observe()
 
     def _observe(self) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
+from typing import BinaryIO
 
 from ahn.errors import OutputError
 
@@ -90,6 +91,26 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise OutputError(f"{path}: cannot be written: {error}") from error
         raise
+
+
+@contextmanager
+def appending(path: Path, end: int) -> Iterator[BinaryIO]:
+    """A file to append to behind its first `end` bytes, which is as it was before if anything goes wrong.
+
+    Raises:
+        OutputError: the disk refused.
+    """
+    try:
+        with path.open("r+b") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
 
 
 @contextmanager

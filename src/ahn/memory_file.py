@@ -1,18 +1,24 @@
 """Memory files: one safetensors file with every layer's tensors, and a header that says whose memory it is.
 
+With an archive (`ahn.memory.archive`) there are several such files one behind the other in one (`ahn.memory.segments`):
+parts of the archive, and behind them the memory, of which the last one counts. So more text can be appended without
+rewriting what was there.
+
 Header keys: `ahn` (file version), `package` (version that wrote it), `config`, `fingerprint` (`ahn.fingerprint`),
 `dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `texts` (`AHNCache.texts`), `base` and `adapter` (names,
 for people and the command line), `sha256` over all of these and over every tensor: since version 2 over the checksums
-of its pieces, which are computed side by side.
+of its pieces, which are computed side by side. With an archive also `archive`: what it
+holds, and its parts as [first byte, end, checksum].
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +26,8 @@ from torch import Tensor
 from ahn import files, fingerprint
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError, MemoryFileError, OutputError, some
+from ahn.memory import segments
+from ahn.memory.archive import Archive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,12 +35,27 @@ if TYPE_CHECKING:
     from ahn.cache import AHNCache
 
 VERSION = 2  # 1: one checksum over all bytes in a row
+WITH_ARCHIVE = 3
 MOST = 1 << 32  # tokens: positions have so many values in a rank (`ahn.retention`)
 PIECE = 1 << 24  # bytes of a tensor that are checked at once
 
 
+class Home(NamedTuple):
+    """Where an archive lies: its parts, and the end of the file, which is where more is appended."""
+
+    path: Path
+    inode: int
+    end: int
+    parts: list[tuple[int, int, str]]
+    tokens: int
+    memories: int  # bytes of all memories in the file, of which one counts
+
+
 def save(cache: AHNCache, path: str | Path) -> None:
     """Write `cache` to `path`: whole or not at all, an earlier file survives a failure.
+
+    A memory that was loaded from `path` or saved there, and has read more since, is appended, unless most of the file
+    would be memories that do not count any more.
 
     Raises:
         MemoryFileError: nothing was read yet, or the file cannot be written; says why.
@@ -52,12 +75,47 @@ def save(cache: AHNCache, path: str | Path) -> None:
         tensors["last_logits"] = cache.last_logits
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     header = {"ahn": VERSION, **cache.describe()}
-    header["sha256"] = _digest(header, tensors)
     try:
+        if cache.archive is not None:
+            _save_with_archive(cache.archive, header, tensors, files.checked(path))
+            return
+        header["sha256"] = _digest(header, tensors)
         with files.atomic(path) as temporary:
             save_file(tensors, temporary, metadata={"memory": json.dumps(header)})
     except OutputError as error:
         raise MemoryFileError(str(error)) from error
+
+
+def _save_with_archive(archive: Archive, header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
+    header["ahn"], home, size = WITH_ARCHIVE, archive.home, sum(tensor.nbytes for tensor in tensors.values())
+    there = path.stat() if path.exists() else None
+    fits = (
+        home is not None
+        and there is not None
+        and (home.path, home.inode, home.end) == (path, there.st_ino, there.st_size)
+    )
+    if fits and home.memories + size <= sum(end - start for start, end, _ in home.parts):
+        with files.appending(path, home.end) as file:
+            archive.home = _append(file, path, archive, header, tensors, home)
+        return
+    with files.atomic(path) as temporary, temporary.open("r+b") as file:
+        written = _append(file, path, archive, header, tensors, None)
+    archive.home = written._replace(inode=path.stat().st_ino)
+
+
+def _append(
+    file: BinaryIO, path: Path, archive: Archive, header: dict[str, Any], tensors: dict[str, Tensor], home: Home | None
+) -> Home:
+    first, parts, memories = (home.tokens, list(home.parts), home.memories) if home else (0, [], 0)
+    if len(archive) > first or not parts:
+        more = {name: tensor.contiguous() for name, tensor in archive.tensors(first).items()}
+        digest = _digest({"ahn": WITH_ARCHIVE, "archive": first}, more)
+        parts.append((*segments.append(file, more, {"archive": str(first)}), digest))
+    header["archive"] = {**archive.describe(), "parts": parts}
+    header["sha256"] = _digest(header, tensors)
+    start, end = segments.append(file, tensors, {"memory": json.dumps(header)})
+    inode = os.fstat(file.fileno()).st_ino
+    return Home(path, inode, end, parts, len(archive), memories + end - start)
 
 
 def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
@@ -68,7 +126,7 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     """
     from ahn.cache import AHNCache
 
-    header = peek(path)
+    header, memory = _last(Path(path))
     cache = AHNCache(model)
     config = AHNConfig.from_dict(header["config"])
     if config != cache.config:
@@ -81,7 +139,7 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
             raise MemoryFileError(
                 f"{path}: memory of another model ({_whose(header)}; {key} {header[key]}, not {ours[key]})"
             )
-    tensors = _tensors(path)
+    tensors = _tensors(Path(path), memory)
     homes = {str(i): layer.self_attn.o_proj.weight.device for i, layer in enumerate(model.get_decoder().layers)}
     with ThreadPoolExecutor(1) as aside:
         digest = aside.submit(_digest, header, tensors)
@@ -89,26 +147,60 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     _check_digest(path, header, digest.result())
     _check_tensors(path, header, tensors, cache, model)
     cache.restore(header, moved)
+    if header.get("archive") is not None:
+        cache.set_archive(_archive(Path(path), header, model))
     return cache
+
+
+def _archive(path: Path, header: dict[str, Any], model: PreTrainedModel) -> Archive:
+    """The archive of a memory file, mapped into memory. Raises MemoryFileError."""
+    about = header["archive"]
+    heads = model.ahn_retrieval if about.get("heads") is not None else None
+    if about.get("heads") != (heads and heads.digest):
+        raise MemoryFileError(f"{path}: its archive has keys of other retrieval heads than those of the adapter")
+    try:
+        chain = {segment.start: segment for segment in segments.walk(path)}
+        parts = []
+        for start, end, digest in about["parts"]:
+            segment = chain[start]
+            tensors = segments.read(path, segment)
+            if segment.end != end or digest != _digest(
+                {"ahn": WITH_ARCHIVE, "archive": int(segment.metadata["archive"])}, tensors
+            ):
+                raise ValueError("its checksum does not match")
+            parts.append(tensors)
+        archive = Archive.restored(about, parts, heads)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise MemoryFileError(f"{path}: damaged archive: {error}") from error
+    if archive.kind == "text" and len(archive) > max(header["seen"]):
+        raise MemoryFileError(f"{path}: damaged archive: of more tokens than were read")
+    end = max(segment.end for segment in chain.values())
+    memories = sum(segment.end - segment.start for segment in chain.values() if "memory" in segment.metadata)
+    real = Path(os.path.realpath(path))
+    archive.home = Home(real, real.stat().st_ino, end, [tuple(part) for part in about["parts"]], len(archive), memories)
+    return archive
 
 
 def peek(path: str | Path) -> dict[str, Any]:
     """The header of a memory file, without its tensors. Raises MemoryFileError."""
-    from safetensors import safe_open
+    return _last(Path(path))[0]
 
-    path = Path(path)
+
+def _last(path: Path) -> tuple[dict[str, Any], segments.Segment]:
+    """The header of the memory that counts, and where its tensors are."""
     if not path.is_file():
         raise MemoryFileError(f"{path}: no such memory file")
     try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("memory")
-        header = None if text is None else json.loads(text)
-    except Exception as error:
+        memory = next(segment for segment in reversed(segments.walk(path)) if "memory" in segment.metadata)
+        header = json.loads(memory.metadata["memory"])
+    except StopIteration:
+        raise MemoryFileError(f"{path}: not a memory file") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise MemoryFileError(f"{path}: not a memory file, or a truncated one: {error}") from error
     if not isinstance(header, dict) or "ahn" not in header:
         raise MemoryFileError(f"{path}: not a memory file")
-    if header["ahn"] not in range(1, VERSION + 1):
-        raise MemoryFileError(f"{path}: memory file of version {header['ahn']!r}: this ahn reads 1 to {VERSION}")
+    if header["ahn"] not in range(1, WITH_ARCHIVE + 1):
+        raise MemoryFileError(f"{path}: memory file of version {header['ahn']!r}: this ahn reads 1 to {WITH_ARCHIVE}")
     missing = {"config", "dtype", "fingerprint", "sha256", "tokens_seen", "seen", "batch"} - header.keys()
     if missing:
         raise MemoryFileError(f"{path}: damaged memory file: no {', '.join(sorted(missing))}")
@@ -127,7 +219,9 @@ def peek(path: str | Path) -> dict[str, Any]:
     texts = header.get("texts", [])
     if not isinstance(texts, list) or not all(_is_text(text) for text in texts):
         raise MemoryFileError(f"{path}: damaged memory file: texts={str(texts)[:80]!r}")
-    return header
+    if not isinstance(header.get("archive"), dict | None):
+        raise MemoryFileError(f"{path}: damaged memory file: expected a description of its archive")
+    return header, memory
 
 
 def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,12 +238,12 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
     """
     from ahn.cache import TEXT
 
-    header = peek(path)
+    header, memory = _last(Path(path))
     if not header["config"].get("store"):
         raise MemoryFileError(
             f"{path}: was read without a store: expected a memory file that `ahn read` wrote with one (--store NAME)"
         )
-    tensors = _tensors(path)
+    tensors = _tensors(Path(path), memory)
     _check_digest(path, header, _digest(header, tensors))
     layers = sorted({int(i) for name in tensors if (i := name.partition(".")[0]).isdecimal()})
     found = [tensors[name] for i in layers if (name := f"{i}.ranks") in tensors]
@@ -175,12 +269,10 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
     return (*words, ranks)
 
 
-def _tensors(path: str | Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
+def _tensors(path: Path, segment: segments.Segment) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own type and OSError; both mean the same to the user
+        return segments.read(path, segment)
+    except (OSError, ValueError) as error:
         raise MemoryFileError(f"{path}: damaged memory file: {error}") from error
 
 

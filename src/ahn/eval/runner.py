@@ -23,7 +23,7 @@ from ahn.cost import cost
 from ahn.dialogue import Dialogue
 from ahn.errors import AHNError, ConfigError, EvalError
 from ahn.eval import policies, results
-from ahn.eval.policies.base import Recalled
+from ahn.eval.policies.base import RECALLED, Recalled
 from ahn.eval.processes import Team
 from ahn.eval.prompts import Prompt, encode, exact_tokens
 from ahn.fingerprint import fingerprint, sampled
@@ -59,7 +59,7 @@ class Options:
     sinks: int
     adapter: str | None = None
     store: Stored | None = None
-    recall: Recalled = Recalled()
+    recall: Recalled = RECALLED
     dtype: str | None = None
     device: str | None = None
     yarn: float | None = None

@@ -59,6 +59,7 @@ class Archive:
         self._marks: list[_Mark] = []
         self._length = self._waiting = 0
         self._made: dict[Any, Any] = {}
+        self.home: Any = None  # where in a file it lies (`ahn.memory_file`)
 
     def __len__(self) -> int:
         """Tokens read."""
@@ -93,6 +94,7 @@ class Archive:
         twin.documents, twin.keys = list(self.documents), None if self.keys is None else self.keys.copy()
         twin._parts, twin._pending, twin._marks = list(self._parts), list(self._pending), list(self._marks)
         twin._length, twin._waiting, twin._made = self._length, self._waiting, dict(self._made)
+        twin.home = self.home
         return twin
 
     def emptied(self) -> Archive:
@@ -154,18 +156,37 @@ class Archive:
         return {
             "tokens": len(self),
             "documents": self.documents,
-            "heads": None if self.keys is None else self.keys.heads.to_dict(),
+            "heads": None if self.keys is None else self.keys.heads.digest,
         }
 
     def tensors(self, first: int = 0) -> dict[str, Tensor]:
-        """All of it from token `first` on."""
-        marks = [mark for mark in self._marks if mark.token >= first]
-        rows = [[mark.token, mark.document, mark.page, mark.offset] for mark in marks]
+        """All of it from token `first` on, on the CPU."""
+        rows = [[mark.token, mark.document, mark.page, mark.offset] for mark in self._marks if mark.token >= first]
         found = {
             "ids": torch.from_numpy(np.ascontiguousarray(self.ids[first:])),
             "marks": torch.tensor(rows, dtype=torch.int64).reshape(-1, 4),
         }
         return found if self.keys is None else found | self.keys.tensors(first)
+
+    @classmethod
+    def restored(cls, header: dict[str, Any], parts: list[dict[str, Tensor]], heads: RetrievalHeads | None) -> Archive:
+        """Inverse of `describe` and `tensors`, of parts that follow each other. Raises ValueError."""
+        archive = cls(heads)
+        archive.documents = list(header["documents"])
+        for part in parts:
+            ids, marks = part["ids"], part["marks"]
+            if ids.dtype != torch.int32 or ids.dim() != 1 or marks.dtype != torch.int64 or marks.shape[1:] != (4,):
+                raise ValueError("an archive of other tensors than ids and places")
+            archive._parts.append(ids.numpy())
+            archive._marks += [_Mark(*row) for row in marks.tolist()]
+            archive._length += len(ids)
+        if archive._length != header["tokens"]:
+            raise ValueError(f"an archive of {archive._length:,} tokens, not {header['tokens']:,}")
+        if any(not 0 <= mark.document < max(len(archive.documents), 1) for mark in archive._marks):
+            raise ValueError("an archive of other documents")
+        if archive.keys is not None:
+            archive.keys.restore(parts, archive._length)
+        return archive
 
 
 def new_archive(model: Any, kind: str) -> Archive | None:

@@ -150,10 +150,16 @@ class HeadKeys:
                 found[f"tail.{layer}"] = tail.cpu()
         return found
 
-    def restore(self, tensors: dict[str, Tensor], length: int) -> None:
-        """Inverse of `tensors` for a text of `length` tokens."""
+    def restore(self, parts: list[dict[str, Tensor]], length: int) -> None:
+        """Inverse of `tensors` for a text of `length` tokens, of parts that follow each other. Raises ValueError."""
         for layer, held in self._layers.items():
-            held.restore(tensors[f"keys.{layer}"], tensors.get(f"tail.{layer}"), length)
+            keys, shape = [part.get(f"keys.{layer}") for part in parts], self.heads.scales[layer].shape[1:]
+            if any(k is None or k.dtype != torch.int8 or k.shape[1:] != shape for k in keys):
+                raise ValueError(f"keys of layer {layer} that do not fit its heads")
+            tail = parts[-1].get(f"tail.{layer}") if parts else None
+            if tail is not None and (tail.dim() != 3 or tail.shape[::2] != shape or not tail.is_floating_point()):
+                raise ValueError(f"keys of layer {layer} that do not fit its heads")
+            held.restore(keys, tail, length)
 
 
 class _LayerKeys:
@@ -181,7 +187,7 @@ class _LayerKeys:
             k, first = k[:, skipped:], first + skipped
         else:
             first -= self.tail.shape[1]
-            k = torch.cat([self.tail, k], 1)
+            k = torch.cat([self.tail.to(k), k], 1)
         whole = k.shape[1] // self.pool
         self._next = first + k.shape[1]
         self.tail = k[:, whole * self.pool :].clone()
@@ -206,9 +212,12 @@ class _LayerKeys:
             whole[low : low + len(keys)] = keys
         self._pieces = [(0, whole)]
 
-    def restore(self, keys: Tensor, tail: Tensor | None, length: int) -> None:
-        self._pieces, self._next = [(0, keys)], length
-        self.tail = keys.new_zeros(keys.shape[1], 0, keys.shape[2], dtype=torch.float32) if tail is None else tail
+    def restore(self, keys: list[Tensor], tail: Tensor | None, length: int) -> None:
+        self._pieces, self._next = [], length
+        for piece in keys:
+            self._pieces.append((sum(len(before) for _, before in self._pieces), piece))
+        channels, size = self.scales.shape[1:]
+        self.tail = torch.zeros(channels, 0, size) if tail is None else tail
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def ask(
     from ahn.generation import generate
 
     fork = memory.fork()
-    fork.drop_archive()
+    fork.set_archive(None)
     if "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id
     new = generate(model, ids, fork, max_new_tokens=max_new_tokens, **options)[0].cpu()

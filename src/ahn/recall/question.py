@@ -49,7 +49,7 @@ class Question:
         assert heads is not None
         found: dict[int, Tensor] = {}
         fork = self.memory.fork()
-        fork.drop_archive()
+        fork.set_archive(None)
         ids, tokens = self._dialogue.question(text, before), question_tokens(self.tokenizer, text)
 
         def observe(index: int, layer: Any, q: Tensor, span: Any) -> None:

@@ -80,7 +80,9 @@ def choose_heads(
         if progress is not None:
             progress(done + 1, len(questions))
     if not asked:
-        raise ConfigError(f"{len(questions)} questions: none has evidence behind the window of {model.ahn_config.window}")
+        raise ConfigError(
+            f"{len(questions)} questions: none has evidence behind the window of {model.ahn_config.window}"
+        )
     chosen = best_heads(share / asked, groups, budget // size)
     layers = sorted({layer for layer, _ in chosen})
     kept = {layer: sorted({head // groups for at, head in chosen if at == layer}) for layer in layers}
@@ -147,7 +149,9 @@ def _queries(model: PreTrainedModel, tokenizer: Any, memory: AHNCache, question:
         fork, queries = memory.fork(), [torch.empty(0)] * len(memory.layers)
         ids, wanted = Dialogue(tokenizer).question(text), question_tokens(tokenizer, text)
 
-        def observe(index: int, layer: Any, q: Tensor, k: Tensor, span: Any, into: Any = queries, at: Any = wanted) -> None:
+        def observe(
+            index: int, layer: Any, q: Tensor, k: Tensor, span: Any, into: Any = queries, at: Any = wanted
+        ) -> None:
             plain = layer.without_positions(q, span.positions(q.device))
             into[index] = layer.at_distance(plain, DISTANCE)[0, :, at]
 

@@ -57,6 +57,9 @@ class Recalled(NamedTuple):
     rounds: int = 1
 
 
+RECALLED = Recalled()
+
+
 class Kept(NamedTuple):
     """What a policy is asked to keep, as `Policy` takes it: what its own `_check` and `_settings` are given."""
 
@@ -65,7 +68,7 @@ class Kept(NamedTuple):
     adapter: str | None
     yarn: float | None
     store: Stored | None
-    recall: Recalled = Recalled()
+    recall: Recalled = RECALLED
 
 
 class Policy:
@@ -110,7 +113,7 @@ class Policy:
         device: Any = None,
         yarn: float | None = None,
         store: Stored | None = None,
-        recall: Recalled = Recalled(),
+        recall: Recalled = RECALLED,
         model: PreTrainedModel | None = None,
     ) -> None:
         self.window, self.sinks, self.adapter, self.yarn, self.store = window, sinks, adapter, yarn, store
@@ -143,7 +146,7 @@ class Policy:
         adapter: str | None = None,
         yarn: float | None = None,
         store: Stored | None = None,
-        recall: Recalled = Recalled(),
+        recall: Recalled = RECALLED,
     ) -> None:
         """Whether a base of this transformers config can take `longest` tokens, prompt and answer; no weights needed.
 
@@ -177,7 +180,7 @@ class Policy:
         adapter: str | None = None,
         yarn: float | None = None,
         store: Stored | None = None,
-        recall: Recalled = Recalled(),
+        recall: Recalled = RECALLED,
     ) -> dict[str, Any]:
         """What its numbers depend on besides the base: results are kept apart by these."""
         return cls._settings(Kept(window, sinks, adapter, yarn, store, recall))

@@ -105,7 +105,7 @@ class Recall(Policy):
     def behind(self, memory: AHNCache) -> AHNCache:
         """The cache that passages and question are read into."""
         fork = memory.fork()
-        fork.drop_archive()
+        fork.set_archive(None)
         return fork
 
     def _ids(self, text: str) -> list[int]:

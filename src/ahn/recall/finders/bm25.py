@@ -27,11 +27,11 @@ class BM25(Finder):
 
 
 def _index(texts: list[str]) -> tuple[Any, dict[str, int]]:
-    from bm25s import BM25 as Index
+    import bm25s
 
     vocabulary: dict[str, int] = {}
     corpus = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in texts]
-    index = Index()
+    index = bm25s.BM25()
     if vocabulary:
         index.index((corpus, vocabulary), show_progress=False)
     return index, vocabulary

@@ -58,7 +58,8 @@ def by_passage(q: Tensor, keys: Tensor, passage: Tensor, count: int) -> Tensor:
     """Softmax of queries [R, H] over keys int8 [G, H]: its largest value in each passage, [R, P].
 
     Args:
-        passage: which of `count` passages each key belongs to, [G], -1 for none. Keys come to the device block by block.
+        keys: they come to the device block by block.
+        passage: which of `count` passages each key belongs to, [G], -1 for none.
     """
     largest = torch.full((len(q), count), -torch.inf, device=q.device)
     norm = torch.full((len(q),), -torch.inf, device=q.device)
