@@ -119,8 +119,8 @@ def test_tampered_header(saved, model):
 
 
 def test_another_version(saved, model):
-    rewrite_header(saved, ahn=3)
-    with pytest.raises(MemoryFileError, match="version 3: this ahn reads 1 to 2"):
+    rewrite_header(saved, ahn=4)
+    with pytest.raises(MemoryFileError, match="version 4: this ahn reads 1 to 3"):
         ahn.AHNCache.load(saved, model)
 
 

@@ -97,6 +97,29 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the output, whatever is in it")
 
 
+def add_archive(parser: argparse.ArgumentParser) -> None:
+    """What is kept of a text besides the memory."""
+    parser.add_argument(
+        "--archive",
+        choices=("none", "text", "keys"),
+        help="keep the text in the memory file, so that passages can be read again: none; text, 4 bytes a token; or "
+        "keys, with up to 128 bytes more to find them by (default: keys if the adapter has retrieval heads, else text)",
+    )
+
+
+def add_recall(parser: argparse.ArgumentParser) -> None:
+    """How passages are found and read again."""
+    group = parser.add_argument_group("recall")
+    group.add_argument(
+        "--recall", type=at_least(0), metavar="N", help="tokens of passages to read again, 0 for none (default: 512)"
+    )
+    group.add_argument("--finder", default="fused", metavar="F", help="how they are found (default: %(default)s)")
+    group.add_argument(
+        "--rounds", type=int, choices=(1, 2), default=1, help="2 looks again with the first passages in mind"
+    )
+    group.add_argument("--sources", action="store_true", help="show the passages after the answer")
+
+
 def add_answer(parser: argparse.ArgumentParser) -> None:
     """How answers are generated."""
     group = parser.add_argument_group("answer")

@@ -12,8 +12,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ahn.cli._session import Session, console, size
 from ahn.errors import AHNError, ConfigError, MemoryFileError, OutputError
@@ -21,7 +25,10 @@ from ahn.errors import AHNError, ConfigError, MemoryFileError, OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ahn.cache import AHNCache
     from ahn.dialogue import Dialogue
+    from ahn.documents import Piece
+    from ahn.memory.archive import Archive
     from ahn.tokens import Encoded
 
 SHORT = 512  # tokens of blocks that are not worth counting
@@ -64,6 +71,7 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
         else:
             session = Session(args, memory)
             text = Text(_ids(session.dialogue, sources, earlier), sources)
+        text.keep_places(session.cache)
         before = session.cache.tokens_seen
         with finish_before_interrupt() as interrupted:  # also between reading and saving
             try:
@@ -87,12 +95,32 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
     return session, summary
 
 
+@dataclass
+class Origin:
+    """A document of several: its name, the character of the whole text that it begins at, and those of its own
+    characters that pages begin at."""
+
+    name: str
+    start: int
+    pages: list[tuple[int, int | None]] = field(default_factory=list)
+
+    def texts(self, pieces: Iterable[Piece]) -> Iterator[str]:
+        """Texts of the pieces, noting where pages begin."""
+        offset = 0
+        for piece in pieces:
+            if not self.pages or self.pages[-1][1] != piece.page:
+                self.pages.append((offset, piece.page))
+            offset += len(piece.text)
+            yield piece.text
+
+
 class Sources:
     """Documents as one text, in pieces. A single one stands for itself; each of several follows its name."""
 
     def __init__(self, sources: list[Path | str]) -> None:
         self.sources = sources
         self.characters = 0  # of the pieces so far
+        self.documents: list[Origin] = []  # begun so far
         self.done = 0  # bytes they came from, about
 
     def __str__(self) -> str:
@@ -108,16 +136,23 @@ class Sources:
         from ahn.dialogue import Stripped
         from ahn.documents import pieces
 
-        self.characters = before = 0
+        self.characters, self.documents = 0, []
+        before = 0
         several = len(self.sources) > 1
         for number, source in enumerate(self.sources):
             length, read = _size(source) or 0, 0
-            texts: Iterable[str] = (piece.text for piece in pieces(source))
+            origin = Origin(str(source), self.characters)
+            texts: Iterable[str] = origin.texts(pieces(source))
             if several:
                 heading = f"# {source}\n\n"
+                heading = f"\n\n{heading}" if number else heading
                 self.characters += len(heading)
-                yield f"\n\n{heading}" if number else heading
-            for text in Stripped(texts) if several else texts:
+                yield heading
+                texts = stripped = Stripped(texts)
+            for text in texts:
+                if not self.documents or self.documents[-1] is not origin:
+                    origin.start = self.characters - (stripped.skipped if several else 0)
+                    self.documents.append(origin)
                 self.characters += len(text)
                 read += len(text.encode("utf-8", "replace"))
                 self.done = before + min(read, length)
@@ -138,7 +173,33 @@ class Text(Iterator["Tensor"]):
         self._unread: deque[Encoded] = deque()  # of those given
         self._digest = hashlib.sha256()
         self._character = 0  # up to which the model has read
+        self._archive: Archive | None = None
         self._look()
+
+    def keep_places(self, cache: AHNCache) -> None:
+        """Note in the archive of the cache where the tokens that are given stand in their documents."""
+        self._archive, self._origin = cache.archive, -1
+        self._first = cache.tokens_seen - self.skipped  # where the text begins in all that was read
+
+    def _locate(self, block: Encoded) -> None:
+        archive, documents = self._archive, self.sources.documents
+        if archive is None or not documents:
+            return
+        first = self._first + self._given
+        of = np.searchsorted([origin.start for origin in documents], block.starts, side="right") - 1
+        for index in range(max(self._origin, 0), len(documents)):
+            here = np.flatnonzero((of == index) & (block.starts >= 0))
+            if not len(here):
+                continue
+            origin = documents[index]
+            if index > self._origin:
+                archive.begin(origin.name, first + int(here[0]))
+                self._origin = index
+            offsets = block.starts[here] - origin.start
+            pages = np.searchsorted([at for at, _ in origin.pages], offsets, side="right") - 1
+            for low, high in pairwise([0, *(np.flatnonzero(np.diff(pages)) + 1).tolist(), len(here)]):
+                page = origin.pages[max(int(pages[low]), 0)][1]
+                archive.locate(first + int(here[low]), offsets[low:high], page)
 
     def _look(self) -> None:
         """Two blocks ahead, so that the end of a short text is known at once."""
@@ -156,6 +217,7 @@ class Text(Iterator["Tensor"]):
         block = self._ahead.popleft()
         self._look()
         self._unread.append(block)
+        self._locate(block)
         self._given += len(block.ids)
         return torch.from_numpy(block.ids.astype("int64"))
 

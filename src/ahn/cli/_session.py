@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ahn.cache import AHNCache
     from ahn.cli._reading import Text
+    from ahn.recall import Source
 
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
 # settings that a memory file fixes
@@ -105,7 +106,12 @@ class Session:
                 device=args.device,
             )
             self.dialogue = Dialogue(self.tokenizer)
-            self.cache: AHNCache = ahn.AHNCache.load(memory, self.model) if memory else ahn.AHNCache(self.model)
+            best = "text" if self.model.ahn_retrieval is None else "keys"
+            self.cache: AHNCache = (
+                ahn.AHNCache.load(memory, self.model)
+                if memory
+                else ahn.AHNCache(self.model, getattr(args, "archive", None) or best)
+            )
         self.base = base
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
         self._ends = end_tokens(self.model, self.tokenizer)
@@ -134,7 +140,21 @@ class Session:
     @property
     def held(self) -> str:
         full = self.cache.tokens_seen * self._per_token
-        return f"cache {size(self.cache.nbytes)}, full attention would hold {size(full)}"
+        archive = "" if self.cache.archive is None else f"; archive {size(self.cache.archive.nbytes)} on the host"
+        return f"cache {size(self.cache.nbytes)}, full attention would hold {size(full)}{archive}"
+
+    def find(self, question: str, args: argparse.Namespace) -> tuple[Source, ...]:
+        """The passages that a question asks for; says how many. `args`: with the options of `add_recall`."""
+        from ahn.recall import find
+
+        began = time.monotonic()
+        found = find(
+            self.model, self.tokenizer, self.cache, question, args.recall, finder=args.finder, rounds=args.rounds
+        )
+        if found:
+            tokens, seconds = sum(source.end - source.start for source in found), time.monotonic() - began
+            console.print(f"recall  {len(found)} passages, {tokens:,} tokens, found in {seconds:.2f} s")
+        return found
 
     def read(self, text: Text, chunk: int | None) -> str:
         """Read into the cache, showing progress, and return a summary. KeyboardInterrupt leaves the cache usable."""
@@ -184,6 +204,27 @@ class Session:
         cut = not stopped and new.shape[1] == limit and int(new[0, -1]) not in self._ends
         return Answer(new, time.monotonic() - began, stopped, cut)
 
+    def turn(self, ids: Tensor, recalled: Tensor | None, limit: int) -> Answer:
+        """`answer` to the prompt `ids`, or to `recalled`, which is `ids` with passages in front of the question. The
+        memory goes on without the passages, so that those of earlier turns do not pile up."""
+        if recalled is None:
+            return self.answer(ids, limit)
+        import torch
+
+        import ahn
+
+        memory, unread = self.cache, self._unread
+        self.cache = memory.fork()
+        self.cache.set_archive(None)
+        try:
+            answer = self.answer(recalled, limit)
+        finally:
+            self.cache = memory
+        said = torch.cat([ids, answer.ids[:, :-1]] if unread is None else [unread, ids, answer.ids[:, :-1]], 1)
+        ahn.read(self.model, said, self.cache)
+        self._unread = answer.ids[:, -1:]
+        return answer
+
     @contextmanager
     def _progress(self, text: Text, began: float) -> Iterator[Any]:
         def state(done: int) -> str:
@@ -214,6 +255,15 @@ class Session:
         with Progress(*columns, console=console, transient=True, expand=True) as bar:
             task = bar.add_task("", total=None if text.fraction is None else 1.0, state=state(0))
             yield lambda done, total: bar.update(task, completed=text.fraction or 0, state=state(done))
+
+
+def show(sources: tuple[Source, ...]) -> None:
+    """The passages that an answer was given, with their places."""
+    for number, source in enumerate(sources, 1):
+        console.print(f"[{number}]     {source}", style="bold")
+        console.print(" ".join(source.text.split()), style="dim")
+    if not sources:
+        console.print("no passage was read again")
 
 
 def check_question(text: str) -> str:

@@ -26,6 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--memory", metavar="FILE", help="a memory made by ahn read")
     parser.add_argument("-o", "--output", metavar="FILE", help="keep what was read of the document in a memory file")
     _options.add_force(parser)
+    _options.add_archive(parser)
+    _options.add_recall(parser)
     _options.add_answer(parser)
     _options.add_model(parser)
 
@@ -33,8 +35,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ahn.cli import INTERRUPTED
     from ahn.cli._reading import read_document_into
-    from ahn.cli._session import Session, check_question, console
+    from ahn.cli._session import Session, check_question, console, show
+    from ahn.recall import as_text, finders
 
+    finders.check_name(args.finder)
     question = check_question(" ".join(args.question))
     if args.memory:
         if args.output:
@@ -43,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
         summary = f"{session.cache.tokens_seen:,} tokens before, kept in {args.memory}; {session.held}"
     else:
         session, summary = read_document_into(args)
-    answer = session.answer(session.dialogue.question(question), args.max_new_tokens)
+    sources = session.find(question, args)
+    answer = session.answer(session.dialogue.question(question, as_text(sources)), args.max_new_tokens)
+    if args.sources:
+        show(sources)
     console.print(f"read    {summary}")
     console.print(f"answer  {answer.summary}")
     return INTERRUPTED if answer.stopped else 0

@@ -12,10 +12,14 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ahn.cli import _options
 from ahn.errors import ConfigError
 from ahn.registry import nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELP = "/quit, /exit or Ctrl-D leaves, Ctrl-C stops an answer or clears the line, /help says so"
 COMMANDS = ("/exit", "/help", "/quit")
@@ -33,14 +37,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--memory", metavar="FILE", help="a memory made by ahn read")
     parser.add_argument("-o", "--output", metavar="FILE", help="keep what was read of the document in a memory file")
     _options.add_force(parser)
+    _options.add_archive(parser)
+    _options.add_recall(parser)
     _options.add_answer(parser)
     _options.add_model(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from ahn.cli._reading import read_document_into
-    from ahn.cli._session import Session, console
+    from ahn.cli._session import Session, console, show
+    from ahn.recall import as_text, finders
 
+    finders.check_name(args.finder)
     if "-" in (args.document or ()):
         raise ConfigError("--document -: questions come from standard input; expected a file")
     if args.output and not args.document:
@@ -54,11 +62,19 @@ def run(args: argparse.Namespace) -> None:
             console.print(f"memory  {session.cache.tokens_seen:,} tokens; {session.held}")
 
     line = _line_reader()
-    first = session.dialogue.question if args.document or args.memory else session.dialogue.start
-    answer = None
+    opened, answer = bool(args.document or args.memory), None
+    dialogue = session.dialogue
+
+    def turn(text: str, passages: str = "") -> Tensor:
+        if answer is not None:
+            return dialogue.turn(text, answer.ids[0], passages)
+        return dialogue.question(text, passages) if opened else dialogue.start(text)
+
     while (text := _next(line)) is not None:
-        ids = first(text) if answer is None else session.dialogue.turn(text, answer.ids[0])
-        answer = session.answer(ids, args.max_new_tokens)
+        sources = session.find(text, args) if opened or answer is not None else ()
+        answer = session.turn(turn(text), turn(text, as_text(sources)) if sources else None, args.max_new_tokens)
+        if args.sources:
+            show(sources)
         console.print(f"{answer.summary}; {session.held}", style="dim")
 
 

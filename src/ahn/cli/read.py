@@ -22,6 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="the memory file to write (default: that of --memory)")
     parser.add_argument("--memory", metavar="FILE", help="append to what this memory file holds")
     _options.add_force(parser)
+    _options.add_archive(parser)
     _options.add_model(parser)
 
 
