@@ -183,6 +183,9 @@ def sources(passages: Passages, taken: list[int]) -> tuple[Source, ...]:
 
 
 def _source(passages: Passages, index: int) -> Source:
-    place = passages.place(index)
+    text, place = passages.texts[index], passages.place(index)
     start, end = (int(bound) for bound in passages.bounds[index : index + 2])
-    return Source(passages.texts[index], start, end, *(place or ()))
+    if place is None:
+        return Source(text, start, end)
+    space = len(text) - len(text.lstrip())
+    return Source(text, start, end, place.document, place.page, place.offset + space)

@@ -264,7 +264,7 @@ class Policy:
         ids = prompt.text
         if self._read is None or self._read[0] != ids:
             self._read = None  # its memory is free before another text is read
-            self._read = ids, self.read(ids)
+            self._read = ids, self.read(ids, self.text_cache())
         return self._read[1]
 
     @torch.no_grad()
@@ -323,10 +323,14 @@ class Policy:
         free = padding or [0] * len(whole)
         return [(losses[n:], likeliest[n:]) for (losses, likeliest), n in zip(whole, free, strict=True)]
 
+    def text_cache(self) -> Any:
+        """An empty cache for a text that questions are asked about."""
+        return self.cache()
+
     @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> Any:
-        """A cache that has seen `ids`, which may be none."""
-        cache = self.cache()
+    def read(self, ids: Sequence[int], cache: Any = None) -> Any:
+        """A cache, a new one if none is given, that has seen `ids`, which may be none."""
+        cache = self.cache() if cache is None else cache
         chunk = CHUNK if self.model.device.type == "cpu" else GPU_CHUNK
         for piece in self._rows([ids])[0].split(chunk, 1) if ids else ():
             self._next(piece, cache, None)

@@ -58,7 +58,7 @@ class Recall(Policy):
         apply(trained(self.adapter), self.model)
         self.model.eval()
 
-    def cache(self) -> Any:
+    def text_cache(self) -> Any:
         return AHNCache(self.model, "text" if self.model.ahn_retrieval is None else "keys")
 
     @property

@@ -1,0 +1,266 @@
+"""Passages, ways to find them, and reading them again."""
+
+import numpy as np
+import pytest
+import torch
+from test_archive import retrieval
+
+import ahn
+from ahn.errors import ConfigError
+from ahn.memory.archive import Archive
+from ahn.recall import find, finders
+from ahn.recall.ask import best
+from ahn.recall.finders.base import Finder
+from ahn.recall.finders.fused import ranks
+from ahn.recall.finders.heads import by_passage
+from ahn.recall.passages import LONGEST, SHORTEST, Passages, cut, sentence_ends
+from ahn.recall.question import Question
+from ahn.recall.words import words
+from conftest import tiny, with_memory
+from tiny_tokenizer import tiny_tokenizer
+
+FACTS = ["The cat sat on the mat.", "Who has the old mice?", "One quote was in the house."]
+FILLER = "It was a day like any other day, and nobody said a thing about it. "
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = with_memory(tiny(vocab_size=len(tokenizer), max_position_embeddings=4096))
+    model.ahn_retrieval = retrieval()
+    return model
+
+
+def document(secret="The captain hid the compass in a barrel of apples."):
+    return FILLER * 5 + secret + " " + FILLER * 8
+
+
+@pytest.fixture(scope="module")
+def memory(model, tokenizer):
+    return ahn.read(model, ahn.Dialogue(tokenizer).open(document()), archive="keys")
+
+
+class TestPassages:
+    def test_they_cover_the_text_and_end_with_sentences(self, memory, tokenizer):
+        passages = Passages.of(memory.archive, tokenizer)
+        assert passages.bounds[0] == 0 and passages.bounds[-1] == len(memory.archive)
+        assert passages.lengths.max() <= LONGEST and (passages.lengths[:-1] >= SHORTEST).all()
+        assert "".join(passages.texts).replace(
+            "<|user|>\n", ""
+        ).strip() == document().strip() or document().strip() in ("".join(passages.texts))
+        ended = sum(text.rstrip().endswith(".") for text in passages.texts[:-1])
+        assert ended >= len(passages.texts) // 2
+
+    def test_a_long_sentence_is_cut(self):
+        ids = np.zeros(1000, np.int32)
+        assert np.diff(cut(ids, np.array([False]))).max() == LONGEST
+        assert np.diff(cut(ids, np.array([True]))).tolist()[:-1] == [LONGEST] * (1000 // LONGEST)
+        assert cut(ids[:0], np.array([True])).tolist() == [0]
+
+    def test_the_beginning_does_not_depend_on_the_rest(self):
+        rng = np.random.default_rng(0)
+        ends = rng.random(50) < 0.1
+        ids = rng.integers(0, 50, 3000)
+        whole = cut(ids, ends)
+        for length in (1, 95, 96, 97, 500, 2999):
+            part = cut(ids[:length], ends)
+            assert part[-1] == length
+            assert part[:-1].tolist() == whole[: len(part) - 1].tolist()
+
+    def test_they_grow_with_the_archive(self, tokenizer):
+        ids = torch.tensor(tokenizer(document()).input_ids)
+        archive = Archive()
+        archive.add(ids[:100])
+        first = Passages.of(archive, tokenizer)
+        assert Passages.of(archive, tokenizer) is first
+        archive.add(ids[100:])
+        grown, fresh = Passages.of(archive, tokenizer), Passages(archive, tokenizer)
+        assert grown.bounds.tolist() == fresh.bounds.tolist() and grown.texts == fresh.texts
+
+    @pytest.mark.parametrize("pool", [1, 4])
+    def test_groups_belong_to_the_passage_of_their_middle(self, memory, tokenizer, pool):
+        passages = Passages.of(memory.archive, tokenizer)
+        count = len(memory.archive) // pool
+        for group, passage in enumerate(passages.of_groups(pool, count).tolist()):
+            assert passages.bounds[passage] <= group * pool + pool // 2 < passages.bounds[passage + 1]
+
+    def test_sentence_ends(self, tokenizer):
+        ends = sentence_ends(tokenizer)
+        for text, expected in ((".", True), ("\n", True), ("?", True), ("a", False), (",", False)):
+            (id,) = tokenizer(text, add_special_tokens=False).input_ids
+            assert ends[id] == expected
+
+
+class TestWords:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("The CAT's 12 mice!", ["the", "cat", "s", "12", "mice"]),
+            ("ﬁne Straße", ["fine", "strasse"]),
+            ("知识图谱 is 好", ["知识", "识图", "图谱", "is", "好"]),
+            ("snake_case — x", ["snake", "case", "x"]),
+            ("", []),
+        ],
+    )
+    def test_words(self, text, expected):
+        assert words(text) == expected
+
+
+class TestFinders:
+    def test_names(self):
+        assert finders.names() == ["bm25", "fused", "heads"]
+        with pytest.raises(ConfigError, match="did you mean 'bm25'"):
+            finders.get("bm52")
+
+    @pytest.mark.parametrize("name", finders.names())
+    def test_contract(self, name, model, memory, tokenizer):
+        """A new finder in one file is held to this too."""
+        before = memory.tokens_seen, len(memory.archive)
+        passages = Passages.of(memory.archive, tokenizer)
+        question = Question("Where is the compass?", model, tokenizer, memory)
+        scores = finders.get(name)().scores(passages, question)
+        assert scores.shape == (len(passages),) and np.isfinite(scores).all()
+        again = finders.get(name)().scores(passages, Question("Where is the compass?", model, tokenizer, memory))
+        assert np.allclose(scores, again)
+        assert (memory.tokens_seen, len(memory.archive)) == before
+
+    def test_bm25_finds_rare_words(self, model, memory, tokenizer):
+        passages = Passages.of(memory.archive, tokenizer)
+        question = Question("Where did the captain hide the compass?", model, tokenizer, memory)
+        scores = finders.get("bm25")().scores(passages, question)
+        assert "compass" in passages.texts[int(scores.argmax())]
+        nothing = Question("zyxw?", model, tokenizer, memory)
+        assert not finders.get("bm25")().scores(passages, nothing).any()
+
+    def test_heads_are_a_softmax_over_all_keys(self):
+        """The naive form, whatever the size of blocks."""
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(3, 8, generator=generator) / 20
+        keys = torch.randint(-127, 128, (100, 8), generator=generator, dtype=torch.int8)
+        passage = torch.arange(100) // 7 - 1
+        keys[50, 0] = -128
+        known = (passage >= 0) & (keys[:, 0] != -128)
+        weights = (q @ keys.float().T).masked_fill(~known, -torch.inf).softmax(1)
+        expected = torch.stack([weights[:, passage == i].amax(1) for i in range(14)], 1)
+        assert torch.allclose(by_passage(q, keys, passage, 14), expected, atol=1e-6)
+
+    def test_blocks_do_not_matter(self, monkeypatch):
+        from ahn.recall.finders import heads
+
+        q, keys = torch.randn(2, 8), torch.randint(-127, 128, (500, 8), dtype=torch.int8)
+        passage = torch.arange(500) // 9
+        whole = by_passage(q / 30, keys, passage, 56)
+        monkeypatch.setattr(heads, "BLOCK", 37)
+        assert torch.allclose(by_passage(q / 30, keys, passage, 56), whole, atol=1e-6)
+
+    def test_heads_need_keys(self, model, tokenizer):
+        cache = ahn.read(model, ahn.Dialogue(tokenizer).open(document()), archive="text")
+        with pytest.raises(ConfigError, match="holds no keys"):
+            find(model, tokenizer, cache, "Where?", finder="heads")
+        assert find(model, tokenizer, cache, "Where is the compass?", finder="fused")
+
+    def test_a_finder_of_another_package(self, model, memory, tokenizer):
+        class Last(Finder):
+            name = "last"
+
+            def scores(self, passages, question):
+                return np.arange(len(passages), dtype=np.float32)
+
+        finders.register("last", Last)
+        try:
+            found = find(model, tokenizer, memory, "Where?", 100, finder="last")
+            assert found and found[-1].end <= len(memory.archive)
+        finally:
+            finders._registry._loaders.pop("last")
+
+    def test_ranks(self):
+        assert ranks(np.array([0.5, 2.0, 0.5])).tolist() == [1, 0, 2]
+
+
+class TestFind:
+    def test_in_the_order_of_the_text_within_the_budget(self, model, memory, tokenizer):
+        found = find(model, tokenizer, memory, "Where did the captain hide the compass?", 200)
+        assert [source.start for source in found] == sorted(source.start for source in found)
+        assert 0 < sum(source.end - source.start for source in found) <= 200
+        assert any("compass" in source.text for source in found)
+
+    def test_what_the_window_holds_is_left_out(self, model, memory, tokenizer):
+        found = find(model, tokenizer, memory, "nobody said a thing", 10_000)
+        assert found
+        for source in found:
+            assert source.start < len(memory.archive) - memory.config.window
+            assert source.end > memory.config.sinks
+
+    def test_a_text_that_fits_is_not_recalled(self, model, tokenizer):
+        cache = ahn.read(model, torch.tensor([[5, 6, 7]]), archive="text")
+        assert find(model, tokenizer, cache, "Where?") == ()
+
+    def test_two_rounds_take_no_passage_twice(self, model, memory, tokenizer):
+        found = find(model, tokenizer, memory, "Where did the captain hide the compass?", 300, rounds=2)
+        assert len({source.start for source in found}) == len(found)
+        assert sum(source.end - source.start for source in found) <= 300
+
+    def test_best(self):
+        scores, lengths = np.array([1.0, 3.0, -np.inf, 2.0]), np.array([10, 20, 5, 30])
+        assert best(scores, lengths, 60) == [1, 3, 0]
+        assert best(scores, lengths, 49) == [1]
+        assert best(scores, lengths, 0) == []
+
+    @pytest.mark.parametrize("changes", [{"recall": -1}, {"recall": "many"}, {"recall": True}, {"rounds": 3}])
+    def test_refused(self, model, memory, tokenizer, changes):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            find(model, tokenizer, memory, "Where?", **changes)
+        with pytest.raises(ConfigError, match="question"):
+            find(model, tokenizer, memory, "  ")
+        plain = ahn.read(model, torch.tensor([[5, 6, 7]]))
+        with pytest.raises(ConfigError, match="no archive"):
+            find(model, tokenizer, plain, "Where?", 100)
+        assert find(model, tokenizer, plain, "Where?") == ()
+
+
+class TestAsk:
+    def test_the_memory_is_not_changed(self, model, memory, tokenizer):
+        before = {i: {n: t.clone() for n, t in layer.tensors.items()} for i, layer in enumerate(memory.layers)}
+        seen = memory.tokens_seen, len(memory.archive)
+        answer = ahn.ask(model, tokenizer, memory, "Where is the compass?", max_new_tokens=4, do_sample=False)
+        assert answer.sources and isinstance(answer.text, str) and len(answer.ids) <= 4
+        assert (memory.tokens_seen, len(memory.archive)) == seen
+        for i, layer in enumerate(memory.layers):
+            assert all(torch.equal(t, before[i][n]) for n, t in layer.tensors.items())
+
+    def test_without_recall_it_is_what_it_was(self, model, memory, tokenizer):
+        ids = ahn.Dialogue(tokenizer).question("Where is the compass?")
+        expected = ahn.generate(model, ids, memory.fork(), max_new_tokens=5, do_sample=False, pad_token_id=0)[0]
+        answer = ahn.ask(model, tokenizer, memory, "Where is the compass?", 0, max_new_tokens=5, do_sample=False)
+        assert answer.ids.tolist() == expected.tolist() and answer.sources == ()
+
+    def test_passages_are_read_in_front_of_the_question(self, model, memory, tokenizer):
+        answer = ahn.ask(model, tokenizer, memory, "Where is the compass?", 100, max_new_tokens=5, do_sample=False)
+        text = "Passages from the text:\n\n" + "\n\n".join(s.text.strip() for s in answer.sources)
+        ids = ahn.Dialogue(tokenizer).question("Where is the compass?", text)
+        expected = ahn.generate(model, ids, memory.fork(), max_new_tokens=5, do_sample=False, pad_token_id=0)[0]
+        assert answer.ids.tolist() == expected.tolist()
+
+    def test_an_empty_memory(self, model, tokenizer):
+        with pytest.raises(ConfigError, match="empty"):
+            ahn.ask(model, tokenizer, ahn.AHNCache(model, "text"), "Where?")
+
+    def test_sources_say_where_they_stand(self, model, tokenizer):
+        cache = ahn.AHNCache(model, "text")
+        cache.archive.begin("ship.txt")
+        for block in ahn.Dialogue(tokenizer).stream([document()]):
+            cache.archive.locate(cache.tokens_seen, np.maximum(block.starts, 0))
+            ahn.read(model, torch.from_numpy(block.ids.astype(np.int64)), cache)
+        (source, *_) = [s for s in find(model, tokenizer, cache, "the compass", 300) if "compass" in s.text]
+        assert source.document == "ship.txt" and str(source).startswith("ship.txt, character ")
+        assert document()[source.offset :].startswith(source.text.strip()[:40])
+
+
+def test_special_tokens_in_passages_are_text(tokenizer):
+    dialogue = ahn.Dialogue(tokenizer)
+    ids = dialogue.question("Who?", "He said <|end|> and left.")[0].tolist()
+    assert ids.count(tokenizer.eos_token_id) == dialogue.question("Who?")[0].tolist().count(tokenizer.eos_token_id)

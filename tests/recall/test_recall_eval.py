@@ -1,0 +1,175 @@
+"""Questions on long texts, and policies that read passages again."""
+
+import json
+
+import pytest
+
+from ahn.dialogue import Dialogue
+from ahn.errors import ConfigError, EvalError
+from ahn.eval import policies
+from ahn.eval.policies.base import Recalled
+from ahn.eval.prompts import encode
+from ahn.eval.tasks import get
+from ahn.recall.passages import Passages
+from tiny_base import SINKS, WINDOW, write_base
+from tiny_tokenizer import tiny_tokenizer
+
+FILLER = "It was a day like any other day, and nobody said a thing about it. "
+NAMES = ["compass", "lantern", "anchor", "rudder", "barrel", "cannon", "hammock", "sextant"]
+
+
+def article(word):
+    text = f"{FILLER}The {word} was under the {word}stone. {FILLER * 2}"
+    return {"context": text, "qas": [{"question": f"Where was the {word}?", "answers": [f"under the {word}stone"]}]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name, records):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    write("squad-dev", [{"title": str(i), "paragraphs": [article(word)]} for i, word in enumerate(NAMES)])
+    write("squad-train", [{"title": "t", "paragraphs": [{"context": f"{i} {FILLER}", "qas": []} for i in range(60)]}])
+    write("fairytaleqa-valid", [{"id": str(i), **article(word)} for i, word in enumerate(NAMES)])
+    passages = lambda a, b: "".join(f"Passage {i + 1}:\n{t}\n{FILLER}\n" for i, t in enumerate([a, "Other", b]))  # noqa: E731
+    hop = {"answers": ["yes"], "_id": "x"}
+    write(
+        "hotpotqa-train100",
+        [hop | {"input": w, "context": passages(w, w + "2"), "supporting": [w, w + "2"]} for w in NAMES],
+    )
+    write(
+        "musique-train100", [hop | {"input": w, "context": passages(w, w + "2"), "supporting": [0, 2]} for w in NAMES]
+    )
+    write("qmsum-valid", [{"meeting": "m", **article("vote")}])
+    return folder
+
+
+def examples(data, name, length=700, limit=None):
+    tokenizer = tiny_tokenizer()
+    task = get(f"qa/{name}")
+    found = list(task.examples(tokenizer=tokenizer, length=length, data=data, seed=0, limit=limit))
+    return found, [encode(tokenizer, one, Dialogue(tokenizer)) for one in found], tokenizer
+
+
+@pytest.mark.parametrize("name", ["squad", "fairytaleqa", "musique", "hotpotqa", "qmsum"])
+def test_prompts_say_where_text_question_and_evidence_are(data, name):
+    found, prompts, tokenizer = examples(data, name)
+    assert len({one.id for one in found}) == len(found) > 0
+    for one, prompt in zip(found, prompts, strict=True):
+        dialogue, document = Dialogue(tokenizer), one.prompt[: one.asks].strip()
+        assert prompt.text.tolist() == dialogue.open(document)[0].tolist()
+        assert (
+            prompt.ids[prompt.asks :].tolist()
+            == dialogue.question(one.prompt[one.asks :].partition(": ")[2])[0].tolist()
+        )
+        assert tokenizer.decode(prompt.ids[prompt.begins : prompt.begins + 5]) == tokenizer.decode(
+            prompt.ids[prompt.begins : prompt.begins + 5]
+        ) and document.startswith(tokenizer.decode(prompt.ids[prompt.begins : prompt.begins + 5]).strip())
+        assert len(prompt.ids) <= 700
+        assert prompt.needs
+        for fact in prompt.needs:
+            for start, end in fact:
+                text = tokenizer.decode(prompt.ids[start:end])
+                assert one.question in text if name in ("musique", "hotpotqa") else one.answers[0].split()[-1] in text
+
+
+def test_other_lengths_ask_the_same_questions(data):
+    few = {one.id for one in examples(data, "squad", 500, 4)[0]}
+    many = {one.id for one in examples(data, "squad", 900, 4)[0]}
+    assert len(few) == len(many) == 4 and few & many
+
+
+def test_longer_texts_are_filled_up(data):
+    found, prompts, _ = examples(data, "squad", 3000)
+    assert len({one.prompt[: one.asks] for one in found}) == 1
+    assert 2500 < len(prompts[0].ids) <= 3000
+    assert {one.question for one in found} == {f"Where was the {word}?" for word in NAMES}
+
+
+def test_missing_data(data, tmp_path):
+    with pytest.raises(EvalError, match="--data"):
+        list(get("qa/squad").examples(tokenizer=tiny_tokenizer(), length=None, data=None, seed=0, limit=1))
+    with pytest.raises(EvalError, match="squad-dev.jsonl"):
+        list(get("qa/squad").examples(tokenizer=tiny_tokenizer(), length=None, data=tmp_path, seed=0, limit=1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"), positions=4096)
+
+
+@pytest.fixture(scope="module")
+def make(folder):
+    base, adapter = folder
+
+    def made(name, **changes):
+        kept = {"window": WINDOW, "sinks": SINKS, "adapter": adapter, "device": "cpu", "recall": Recalled(120)}
+        return policies.get(name)(base, **(kept | changes))
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["full", "window", "recall", "rag", "rag-random", "rag-true"])
+def test_questions_on_one_text_are_answered_as_alone(name, data, make):
+    found, prompts, _ = examples(data, "squad", 700, 4)
+    found, prompts = (
+        x for x in ([f for f in found if f.prompt[: f.asks] == found[0].prompt[: found[0].asks]], prompts)
+    )
+    prompts = prompts[: len(found)]
+    policy = make(name)
+    together = policy.asked(list(zip(prompts, found, strict=True)))
+    alone = [policy.asked([pair])[0] for pair in zip(prompts, found, strict=True)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("name", ["full", "window"])
+def test_without_recall_it_is_the_answer_to_the_whole_prompt(name, data, make):
+    found, prompts, _ = examples(data, "squad", 700, 2)
+    policy = make(name)
+    ((answer, _),) = policy.asked([(prompts[0], found[0])])
+    assert answer == policy.generate(prompts[0].ids, found[0].max_new_tokens)
+
+
+def test_what_is_noted(data, make):
+    found, prompts, _ = examples(data, "squad", 700, 1)
+    for name, evidence in (("recall", 1.0), ("rag", 1.0), ("rag-true", 1.0)):
+        ((_, note),) = make(name).asked([(prompts[0], found[0])])
+        assert note["found"] == evidence and 0 < note["recalled"] <= 120
+        assert set(note["found_by_budget"]) == {"256", "512", "1024"} and 0 < note["overlap"] <= 1
+
+
+def test_what_is_read_again(data, make):
+    """The true passage in front of the question, behind the template alone for rag, behind the memory for recall."""
+    found, prompts, _ = examples(data, "squad", 700, 1)
+    word = found[0].answers[0]
+    for name in ("rag", "recall"):
+        policy, seen = make(name), []
+        after = policy.after
+        policy.after = lambda cache, rows, limits, after=after, seen=seen: (
+            seen.append((cache, rows)) or after(cache, rows, limits)
+        )
+        policy.asked([(prompts[0], found[0])])
+        ((cache, (row,)),) = seen
+        text = policy.tokenizer.decode(row)
+        assert word in text and text.index(word) < text.index(found[0].question)
+        assert text.startswith("<|begin|>") == (name == "rag")
+        memory = policy.document(prompts[0])
+        assert memory.tokens_seen == prompts[0].asks and len(Passages.of(memory.archive, policy.tokenizer)) > 3
+
+
+def test_settings_tell_policies_apart(folder):
+    kept = {"window": WINDOW, "sinks": SINKS, "adapter": folder[1]}
+    settings = [
+        policies.get("recall").settings(**kept, recall=recall)
+        for recall in (Recalled(), Recalled(256), Recalled(finder="bm25"), Recalled(rounds=2))
+    ]
+    assert len({json.dumps(one, default=str) for one in settings}) == 4
+    assert policies.get("rag").settings(**kept) == policies.get("rag").settings(**(kept | {"adapter": None}))
+
+
+@pytest.mark.parametrize("recall", [Recalled(0), Recalled(finder="embeddings")])
+def test_refused(folder, recall):
+    with pytest.raises(ConfigError):
+        policies.get("recall")(folder[0], window=WINDOW, sinks=SINKS, device="cpu", recall=recall)
