@@ -151,7 +151,7 @@ def test_what_is_read_again(data, make):
             seen.append((cache, rows)) or after(cache, rows, limits)
         )
         policy.asked([(prompts[0], found[0])])
-        ((cache, (row,)),) = seen
+        ((_, (row,)),) = seen
         text = policy.tokenizer.decode(row)
         assert word in text and text.index(word) < text.index(found[0].question)
         assert text.startswith("<|begin|>") == (name == "rag")

@@ -21,6 +21,8 @@ from ahn.registry import nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ahn.cli._session import Answer
+
 HELP = "/quit, /exit or Ctrl-D leaves, Ctrl-C stops an answer or clears the line, /help says so"
 COMMANDS = ("/exit", "/help", "/quit")
 LEAVE = ("exit", "quit", "/exit", "/quit")
@@ -62,17 +64,18 @@ def run(args: argparse.Namespace) -> None:
             console.print(f"memory  {session.cache.tokens_seen:,} tokens; {session.held}")
 
     line = _line_reader()
-    opened, answer = bool(args.document or args.memory), None
-    dialogue = session.dialogue
+    opened = bool(args.document or args.memory)
+    dialogue, answer = session.dialogue, None
 
-    def turn(text: str, passages: str = "") -> Tensor:
-        if answer is not None:
-            return dialogue.turn(text, answer.ids[0], passages)
+    def turn(text: str, before: Answer | None, passages: str = "") -> Tensor:
+        if before is not None:
+            return dialogue.turn(text, before.ids[0], passages)
         return dialogue.question(text, passages) if opened else dialogue.start(text)
 
     while (text := _next(line)) is not None:
         sources = session.find(text, args) if opened or answer is not None else ()
-        answer = session.turn(turn(text), turn(text, as_text(sources)) if sources else None, args.max_new_tokens)
+        recalled = turn(text, answer, as_text(sources)) if sources else None
+        answer = session.turn(turn(text, answer), recalled, args.max_new_tokens)
         if args.sources:
             show(sources)
         console.print(f"{answer.summary}; {session.held}", style="dim")

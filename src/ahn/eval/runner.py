@@ -397,7 +397,8 @@ def _do(policy: Policy, batch: Sequence[Job], options: Options) -> list[results.
     if batch[0].work.task.kind == "loss":
         return [_measured(job, losses) for job, losses in zip(batch, policy.losses(ids), strict=True)]
     if batch[0].prompt.asks is None:
-        said = [(ids, {}) for ids in policy.answers(ids, [job.example.max_new_tokens for job in batch])]
+        answers = policy.answers(ids, [job.example.max_new_tokens for job in batch])
+        said: list[tuple[list[int], dict[str, Any]]] = [(answer, {}) for answer in answers]
     else:
         said = policy.asked([(job.prompt, job.example) for job in batch])
     return [

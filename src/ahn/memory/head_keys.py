@@ -54,9 +54,10 @@ class RetrievalHeads:
             raise ConfigError(f"{self}: expected heads as pairs (layer, head), groups and pool of at least 1")
         for layer in self.layers:
             found = self.scales.get(layer)
-            shape = None if found is None else list(found.shape)
-            if found is None or found.dim() != 3 or shape[:2] != [2, len(self.kept(layer))]:
-                raise ConfigError(f"scales of layer {layer}, {shape}: expected [2, {len(self.kept(layer))}, head size]")
+            wanted = [2, len(self.kept(layer))]
+            if found is None or found.dim() != 3 or list(found.shape[:2]) != wanted:
+                shape = "none" if found is None else list(found.shape)
+                raise ConfigError(f"scales of layer {layer}, {shape}: expected [2, {wanted[1]}, head size]")
             if not (found.isfinite().all() and (found[1] > 0).all()):
                 raise ConfigError(f"scales of layer {layer}: expected finite numbers and steps above 0")
 
@@ -153,8 +154,9 @@ class HeadKeys:
     def restore(self, parts: list[dict[str, Tensor]], length: int) -> None:
         """Inverse of `tensors` for a text of `length` tokens, of parts that follow each other. Raises ValueError."""
         for layer, held in self._layers.items():
-            keys, shape = [part.get(f"keys.{layer}") for part in parts], self.heads.scales[layer].shape[1:]
-            if any(k is None or k.dtype != torch.int8 or k.shape[1:] != shape for k in keys):
+            name, shape = f"keys.{layer}", self.heads.scales[layer].shape[1:]
+            keys = [part[name] for part in parts if name in part]
+            if len(keys) < len(parts) or any(k.dtype != torch.int8 or k.shape[1:] != shape for k in keys):
                 raise ValueError(f"keys of layer {layer} that do not fit its heads")
             tail = parts[-1].get(f"tail.{layer}") if parts else None
             if tail is not None and (tail.dim() != 3 or tail.shape[::2] != shape or not tail.is_floating_point()):

@@ -28,7 +28,7 @@ class Passages:
         first = 0 if earlier is None else max(len(earlier) - 1, 0)  # the last one may have been cut short
         before = np.zeros(0, np.int64) if earlier is None else earlier.bounds[:first]
         start = 0 if earlier is None else int(earlier.bounds[first])
-        self.bounds = np.concatenate([before, start + cut(archive.ids[start:], sentence_ends(tokenizer))])
+        self.bounds: np.ndarray = np.concatenate([before, start + cut(archive.ids[start:], sentence_ends(tokenizer))])
         self._known = [] if earlier is None else earlier.texts[:first]
 
     @classmethod

@@ -64,7 +64,8 @@ def choose_heads(
     if budget < size:
         raise ConfigError(f"budget={budget}: expected at least the {size} bytes of one head's keys")
     share = torch.zeros(len(layers_of(model)), heads)
-    asked, text, spread = 0, None, _Spread()
+    asked, spread = 0, _Spread()
+    text: Any = None
     for done, (prompt, example) in enumerate(questions):
         if prompt.text != text:
             text = prompt.text
@@ -131,7 +132,8 @@ class _Spread:
 
 def _read(model: PreTrainedModel, text: Any) -> tuple[list[Tensor], AHNCache]:
     """Keys [M, T, H] of each layer, without positions, and the memory of the text."""
-    cache, pieces = AHNCache(model), [[] for _ in layers_of(model)]
+    cache = AHNCache(model)
+    pieces: list[list[Tensor]] = [[] for _ in layers_of(model)]
 
     def observe(index: int, layer: Any, k: Tensor, span: Any) -> None:
         pieces[index].append(layer.without_positions(k, span.positions(k.device))[0])

@@ -121,8 +121,7 @@ class Policy:
         self._read: tuple[Sequence[int], Any] | None = None  # the last text that was asked about, and its cache
         self.tokenizer: Any = _tokenizer(base)
         self.model: PreTrainedModel = load_base(base, dtype=dtype, device=device) if model is None else model
-        kept = {"window": window, "sinks": sinks, "adapter": adapter, "yarn": yarn, "store": store, "recall": recall}
-        self.check(self.model.config, 1, **kept)
+        self._check(self.model.config, 1, Kept(window, sinks, adapter, yarn, store, recall))
         self.prepare()
         self.shape = Shape.from_config(self.model.config)
         self.ends = end_tokens(self.model, self.tokenizer)

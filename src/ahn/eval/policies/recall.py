@@ -69,15 +69,15 @@ class Recall(Policy):
         memory = self.document(questions[0][0])
         rows, notes = [], []
         for prompt, example in questions:
-            taken, note = self.found(memory, prompt, example)
-            text = as_text(sources(Passages.of(memory.archive, self.tokenizer), taken))
+            passages, taken, note = self.found(memory, prompt, example)
+            text = as_text(sources(passages, taken))
             rows.append([*self.front(prompt), *self._ids(text and text + SEPARATOR), *prompt.ids[prompt.asks :]])
             notes.append(note)
         limits = [example.max_new_tokens for _, example in questions]
         return list(zip(self.after(self.behind(memory), rows, limits), notes, strict=True))
 
-    def found(self, memory: AHNCache, prompt: Prompt, example: Example) -> tuple[list[int], dict[str, Any]]:
-        """Passages for a question, and how much of its evidence is among them."""
+    def found(self, memory: Any, prompt: Prompt, example: Example) -> tuple[Passages, list[int], dict[str, Any]]:
+        """All passages, those for a question, and how much of its evidence is among them."""
         passages = Passages.of(memory.archive, self.tokenizer)
         scores = self.scores(memory, passages, prompt, example)
         by_budget = {str(n): evidence(passages, best(scores, passages.lengths, n), prompt) for n in BUDGETS}
@@ -85,10 +85,13 @@ class Recall(Policy):
             rank(self.model, self.tokenizer, memory, example.question, *self.recall) if self.recall.rounds > 1 else None
         )
         taken = best(scores, passages.lengths, self.recall.tokens) if taken is None else taken
-        note = {"recalled": int(passages.lengths[taken].sum()), "overlap": overlap(passages, prompt, example)}
+        note: dict[str, Any] = {
+            "recalled": int(passages.lengths[taken].sum()),
+            "overlap": overlap(passages, prompt, example),
+        }
         if prompt.needs:
             note |= {"found": evidence(passages, taken, prompt), "found_by_budget": by_budget}
-        return taken, note
+        return passages, taken, note
 
     def scores(self, memory: AHNCache, passages: Passages, prompt: Prompt, example: Example) -> np.ndarray:
         """Of each passage, -inf for those that are not to be taken."""
