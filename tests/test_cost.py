@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from ahn import cells
 from ahn.config import AHNConfig
-from ahn.cost import CELLS, PAPER, Shape, cost, shape_of
+from ahn.cost import PAPER, Shape, cost, shape_of
 from ahn.errors import ConfigError
 
 LENGTH = 128_000
@@ -79,7 +80,7 @@ def test_without_a_cell_there_are_only_sinks_and_window() -> None:
     assert result.ours.memory == 0
 
 
-@pytest.mark.parametrize("cell", [None, *CELLS])
+@pytest.mark.parametrize("cell", [None, *cells.names()])
 @pytest.mark.parametrize("length", [20, 50])
 @pytest.mark.parametrize("key_maps", [0, 2, 4])
 def test_held_bytes_are_those_of_the_cache(cell: str | None, length: int, key_maps: int) -> None:
@@ -106,7 +107,7 @@ def test_held_bytes_are_those_of_the_cache(cell: str | None, length: int, key_ma
         assert cache.nbytes >= expected.held_bytes
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", cells.names())
 def test_formulas_count_the_cells_parameters(cell: str) -> None:
     import ahn
 
@@ -116,7 +117,7 @@ def test_formulas_count_the_cells_parameters(cell: str) -> None:
         count += TINY.N  # the paper counts `D` of the authors' checkpoints, which has no effect
     table = cost(TINY, 100, AHNConfig(cell)).parameters
     assert table.memory - table.full == TINY.layers * count
-    assert CELLS[cell].kept == module.num_gates
+    assert module.size(TINY.D, TINY.N, TINY.H).kept == module.num_gates
 
 
 def test_shape_from_config_dict_and_file(tmp_path) -> None:

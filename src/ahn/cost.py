@@ -3,21 +3,23 @@
 The formulas are the paper's (arXiv 2510.07318, Table 1): matrix products only, a multiply-add is 2 FLOPs, biases and
 norms of the base are left out. Letters: D hidden size, N query heads, M key/value heads, H head size, K key size of the
 state (H, or more with key maps), F width of the gated MLP, V vocabulary, L length, W window, S sinks, P places of the
-store, W' = S + P + W lossless tokens. Everything here is plain Python integers; nothing loads torch, unless for a
-store or a cell that is not the paper's.
+store, W' = S + P + W lossless tokens. Everything here is plain Python integers; torch is
+loaded only for the class of a cell or a store, which says how large it is.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ahn.cells.base import CellSize
 
 
 @dataclass(frozen=True)
@@ -72,31 +74,6 @@ PAPER = {
     "qwen2.5-7b": Shape(28, 3584, 28, 4, 128, 18944, 152064),
     "qwen2.5-14b": Shape(48, 5120, 40, 8, 128, 13824, 152064),
 }
-
-
-@dataclass(frozen=True)
-class CellSize:
-    """What one cell adds to a layer: gate projections of D -> N each, one H x H output matrix a head, and small change.
-
-    Args:
-        gates: projections D -> N; the write's run on the evicted token, the read's on the current one.
-        kept: of these, the write's. Their N numbers are computed when a token arrives and wait beside its K/V.
-        small: parameters in vectors (biases, decay rates, norm weights), from N and H.
-        small_formula: `small` in letters.
-    """
-
-    gates: int
-    kept: int
-    small: Callable[[int, int], int]
-    small_formula: str
-
-
-CELLS = {
-    "deltanet": CellSize(2, 1, lambda N, H: H, "H"),
-    "gated_deltanet": CellSize(3, 2, lambda N, H: 3 * N + H, "3N + H"),
-    "mamba2": CellSize(2, 1, lambda N, H: 4 * N + N * H, "4N + NH"),
-}
-_NO_CELL = CellSize(0, 0, lambda N, H: 0, "")
 
 
 @dataclass(frozen=True)
@@ -205,7 +182,7 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
             raise ConfigError(f"{name}={value!r}: expected an integer of at least 1")
     config = (config or AHNConfig()).replace(layers=None)
     cell, key_maps, make_room = config.cell, config.key_maps, config.make_room
-    size = CELLS.get(cell) or _measured(cell, shape) if cell else _NO_CELL
+    size = _cell_size(cell, shape)
     layers, D, N, M, H, F, V = shape.layers, shape.D, shape.N, shape.M, shape.H, shape.F, shape.V
 
     lossless = min(length, config.lossless)
@@ -230,7 +207,7 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
             *cell_terms(
                 term("memory gates", f"{size.gates}DN", 0, size.gates * D * N),
                 term("memory output", "H²N", 0, output),
-                term("memory vectors", size.small_formula, 0, size.small(N, H)),
+                term("memory vectors", size.small_formula, 0, size.small),
                 *((term("memory key maps", f"2{square}", 0, maps),) if key_maps else ()),
                 *((term("memory room", "DN + 3N", 0, D * N + 3 * N),) if make_room else ()),
             ),
@@ -276,7 +253,7 @@ def cell_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: 
     and the write gates of the lossless tokens."""
     if config.cell is None:
         return 0
-    gates = (CELLS.get(config.cell) or _measured(config.cell, shape)).kept
+    gates = _cell_size(config.cell, shape).kept
     return _state_bytes(shape, config) + min(tokens, config.lossless) * gates * shape.N * bytes_per_element
 
 
@@ -302,22 +279,15 @@ def held_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: 
     return kept * token + forgetting * beside
 
 
+def _cell_size(cell: str | None, shape: Shape) -> CellSize:
+    from ahn import cells
+    from ahn.cells.base import CellSize
+
+    return cells.get(cell).size(shape.D, shape.N, shape.H) if cell else CellSize(0, 0, 0, "")
+
+
 def _state_bytes(shape: Shape, config: AHNConfig) -> int:
     return 4 * shape.N * key_size(shape, config.key_maps) * shape.H
-
-
-def _measured(cell: str, shape: Shape) -> CellSize:
-    """Size of a cell that is not the paper's, counted on its class."""
-    import torch
-
-    from ahn import cells
-
-    D, N, H = shape.D, shape.N, shape.H
-    cls = cells.get(cell)
-    parameters = list(cls(D, N, H, device="meta").parameters())
-    gates = sum(parameter.shape == torch.Size((N, D)) for parameter in parameters)
-    small = sum(parameter.numel() for parameter in parameters) - gates * N * D - N * H * H
-    return CellSize(gates, cls.num_gates, lambda N, H: small, "counted")
 
 
 def shape_of(base: Any) -> Shape:

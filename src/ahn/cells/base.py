@@ -17,7 +17,7 @@ the state, and room for the memory beside the window.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,22 @@ if TYPE_CHECKING:
 Gates = tuple[Tensor, ...]
 
 
+class CellSize(NamedTuple):
+    """What one cell adds to a layer: gate projections of D -> N each, one H x H output matrix a head, and small change.
+
+    Args:
+        gates: projections D -> N; the write's run on the evicted token, the read's on the current one.
+        kept: of these, the write's. Their N numbers are computed when a token arrives and wait beside its K/V.
+        small: parameters in vectors (biases, decay rates, norm weights).
+        small_formula: `small` in letters.
+    """
+
+    gates: int
+    kept: int
+    small: int
+    small_formula: str
+
+
 class Cell(nn.Module):
     """Base of all cells. A new one needs `name`, `num_gates`, `gate_inputs`, `gates`, `naive` and `output`.
 
@@ -44,6 +60,8 @@ class Cell(nn.Module):
         tolerance: largest ||out - naive|| / ||naive|| of a fast form, by dtype of q, k, v.
         authors_name, authors_unused: how the authors' checkpoints call the cell, and tensors of theirs with no effect.
         fla_operation: operation of flash-linear-attention that computes `chunk` on CUDA.
+        vectors: for `ahn cost`, parameters that are neither D -> N nor the output, by the letters of their sizes:
+            {"N": 3, "H": 1} is 3N + H. Default: counted on the module.
     """
 
     name: ClassVar[str]
@@ -53,6 +71,20 @@ class Cell(nn.Module):
     authors_name: ClassVar[str | None] = None
     authors_unused: ClassVar[tuple[str, ...]] = ()
     fla_operation: ClassVar[str | None] = None
+    vectors: ClassVar[dict[str, int] | None] = None
+
+    @classmethod
+    def size(cls, D: int, N: int, H: int) -> CellSize:
+        """What the cell adds to a layer, without key maps and room."""
+        parameters = list(cls(D, N, H, device="meta").parameters())
+        gates = sum(parameter.shape == (N, D) for parameter in parameters)
+        if cls.vectors is None:
+            small = sum(parameter.numel() for parameter in parameters) - gates * N * D - N * H * H
+            return CellSize(gates, cls.num_gates, small, "counted")
+        letters = {"N": N, "H": H, "NH": N * H}
+        small = sum(count * letters[name] for name, count in cls.vectors.items())
+        formula = " + ".join(f"{count if count > 1 else ''}{name}" for name, count in cls.vectors.items())
+        return CellSize(gates, cls.num_gates, small, formula)
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class DeltaNet(Cell):
     num_gates = 1
     authors_name = "DeltaNet"
     fla_operation = "delta_rule"
+    vectors: ClassVar[dict[str, int]] = {"H": 1}
 
     def __init__(
         self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None

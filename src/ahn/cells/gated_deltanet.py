@@ -27,6 +27,7 @@ class GatedDeltaNet(Cell):
     authors_name = "GatedDeltaNet"
     authors_unused: ClassVar[tuple[str, ...]] = ("D",)
     fla_operation = "gated_delta_rule"
+    vectors: ClassVar[dict[str, int]] = {"N": 3, "H": 1}  # with the authors' `D`, as the paper counts
 
     def __init__(
         self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None

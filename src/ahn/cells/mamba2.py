@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Mamba2(Cell):
     decay_parameters = ("A_log", "dt_bias")
     authors_name = "Mamba2"
     fla_operation = "simple_gla"
+    vectors: ClassVar[dict[str, int]] = {"N": 4, "NH": 1}
 
     def __init__(
         self, hidden_size: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: Any = None
