@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -410,15 +409,22 @@ def hub_cache(tmp_path, monkeypatch):
 
 class TestHub:
     @pytest.mark.parametrize("load", [bases.load_base, bases.load_tokenizer, bases.base_config])
-    def test_unreachable(self, hub_cache, load):
-        start = time.monotonic()
+    def test_unreachable(self, hub_cache, load, monkeypatch):
+        """The hub is asked once, with a limit on the time that it may take."""
+        tries = []
+
+        def unreachable(*_, timeout, **__):
+            tries.append(timeout)
+            raise ConnectionError("no route to host")
+
+        monkeypatch.setattr("huggingface_hub.model_info", unreachable)
         with pytest.raises(BaseModelError) as caught:
             load("owner/none")
         assert str(caught.value) == (
             "owner/none is not in the local hub cache, and the hub cannot be asked (no route to host)"
         )
         assert caught.value.__suppress_context__
-        assert time.monotonic() - start < 5
+        assert tries == [bases._HUB_TIMEOUT_S]
 
     def test_offline_by_choice(self, hub_cache, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -488,12 +494,11 @@ class TestDefault:
         assert tokenizer.tokenize("a  1895") == ["a", "ĠĠ", "1", "8", "9", "5"]
         assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
 
-    def test_loads_quickly_once_converted(self):
+    def test_is_converted_once(self, monkeypatch):
         bases.load_tokenizer("smollm2-135m")
-        start = time.monotonic()
+        monkeypatch.setattr(bases, "_convert", lambda *_: pytest.fail("converted again"))
         bases.load_base("smollm2-135m", device="cpu")
         bases.load_tokenizer("smollm2-135m")
-        assert time.monotonic() - start < 5
 
 
 class TestRecognised:

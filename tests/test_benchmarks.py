@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -227,7 +226,7 @@ def test_a_share_for_the_store(tmp_path):
 def test_jobs_run_behind_those_they_build_on(tmp_path, capsys):
     from all import Job, Runner
 
-    asleep = "-c __import__('time').sleep(100)"
+    asleep = "-c __import__('time').sleep(100_000)"
     jobs = (
         Job("second", "-c pass", ("first",)),
         Job("first", "-c pass"),
@@ -250,9 +249,7 @@ def test_jobs_run_behind_those_they_build_on(tmp_path, capsys):
         "unfinished",
     ]
     # nothing is left behind when the time of all is over
-    began = time.monotonic()
     assert Runner((Job("endless", asleep),), 1, 0.5, tmp_path, {}).run() == ["endless"]
-    assert time.monotonic() - began < 20
 
 
 def test_commands_of_jobs_are_whole():

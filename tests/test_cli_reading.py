@@ -321,3 +321,42 @@ def test_a_stop_while_saving_waits_for_it(
     code, _, err = run("read", str(book), "-o", str(memory), "--base", base, *MODEL)
     assert code == cli.INTERRUPTED and f"the memory is kept in {memory}" in err
     assert memory_file.peek(memory)["texts"][0]["complete"]
+
+
+JUNK = {
+    "none.pdf": None,
+    "empty.txt": b"",
+    "junk.pdf": b"%PDF-1.4 junk",
+    "junk.docx": b"PK\3\4junk",
+    "junk.txt": bytes(99),
+}
+
+
+@pytest.mark.parametrize("name", JUNK)
+@pytest.mark.parametrize("command", ["read", "ask", "chat"])
+def test_documents_are_tried_before_the_model_is_loaded(
+    run: Any,  # noqa: F811
+    base: str,  # noqa: F811
+    book: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    name: str,
+) -> None:
+    document, content = tmp_path / name, JUNK[name]
+    if content is not None:
+        document.write_bytes(content)
+    monkeypatch.setattr(_session.Session, "__init__", lambda *_: pytest.fail("loaded"))
+    given = ["read", str(book), str(document), "-o", str(tmp_path / "out.ahn")]
+    if command != "read":
+        given = [command, "--document", str(book), "--document", str(document), *(["Who?"] if command == "ask" else [])]
+    code, out, err = run(*given, "--base", base, *MODEL)
+    assert code == cli.BAD_INPUT and not out and name in err and err.count("\n") == 1
+
+
+def test_a_pipe_is_not_tried_as_it_could_not_be_read_again(tmp_path: Path) -> None:
+    from ahn.documents import check
+
+    os.mkfifo(tmp_path / "pipe")
+    check(tmp_path / "pipe")  # would wait for ever for somebody to write
+    check("-")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ahn.tokens import Encoded
 
 SHORT = 512  # tokens of blocks that are not worth counting
+TRIED = 32  # documents that are opened before the model is loaded: enough for those named one by one
 LARGE = 1_000_000  # bytes of documents that are announced before the model is loaded
 
 
@@ -49,17 +50,20 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
 
     Raises:
         ConfigError: the output exists and holds something else.
+        DocumentError: a document cannot be read; said before the model is loaded where its first piece shows it.
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, with a message. What was read is saved first, if it has a
             place.
         MemoryFileError: the memory could not be saved as `args.output`; says where it is.
     """
-    from ahn.documents import expand
+    from ahn.documents import check, expand
     from ahn.files import check_writable
 
     check_writable(args.output)
     sources = Sources(expand(args.document))
     if not console.is_terminal and (sources.bytes or 0) > LARGE:
         console.print(f"opening {sources}, {size(sources.bytes or 0)}")
+    for source in sources.sources[:TRIED]:
+        check(source)
     with _terminated_like_interrupted():
         from ahn.generation import finish_before_interrupt  # which loads torch
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -13,7 +14,7 @@ from ahn.documents.base import ALLOWED, FORMATS, Format, Piece, bounded
 from ahn.documents.source import Stream, open_source, shown
 from ahn.errors import DocumentError
 
-__all__ = ["Format", "Piece", "expand", "pieces", "read_document"]
+__all__ = ["Format", "Piece", "check", "expand", "pieces", "read_document"]
 
 MAX_DOCUMENTS = 10_000  # that one folder or pattern may stand for
 
@@ -25,7 +26,7 @@ def read_document(source: str | Path) -> str:
     return "".join(piece.text for piece in pieces(source))
 
 
-def pieces(source: str | Path) -> Iterator[Piece]:
+def pieces(source: str | Path) -> Generator[Piece]:
     """The text of a document in order, in pieces of at most 2**20 characters.
 
     Line ends are `\\n`, there is no byte order mark, and characters that cannot be decoded are U+FFFD. The format is
@@ -54,6 +55,17 @@ def pieces(source: str | Path) -> Iterator[Piece]:
             yield piece
         if empty:
             raise DocumentError(f"{stream.name}: no text in this {kind.title}{kind.hint}")
+
+
+def check(source: str | Path) -> None:
+    """Read the first piece of a document that is a file. A pipe is left alone, as its text could not be read again.
+
+    Raises:
+        DocumentError: as `pieces`, as far as the first piece shows.
+    """
+    if str(source) != "-" and os.path.isfile(source):
+        with closing(pieces(source)) as found:
+            next(found, None)
 
 
 def expand(sources: Iterable[str | Path]) -> list[Path | str]:
@@ -104,7 +116,7 @@ def _below(source: str | Path) -> list[Path]:
         raise DocumentError(f"{name}: cannot be read ({getattr(error, 'strerror', error)}); {ALLOWED}") from error
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> Generator[Path]:
     def fail(error: OSError) -> None:
         raise error
 
