@@ -21,6 +21,9 @@ class Example:
     depth: float | None = None
     answer_prefix: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    asks: int | None = None
+    question: str = ""
+    needs: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 class Needle:

@@ -119,9 +119,12 @@ def test_ask_a_document(run: Any, base: str, book: str) -> None:
     code, out, err = run("ask", "--document", book, "--base", base, *SMALL, "Who", "sat?")
     assert code == 0
     assert out.strip()
-    notice, read, answer = err.splitlines()
+    notice, recall, read, answer = err.splitlines()
+    assert re.fullmatch(r"recall +\d+ passages, [\d,]+ tokens, found in [\d.]+ s", recall)
     assert notice.startswith("no trained memory") and "window with sinks only" in notice
-    assert re.fullmatch(r"read +[\d,]+ tokens in [\d.]+ s \([\d,]+ tokens/s\); cache .+ would hold .+B", read)
+    assert re.fullmatch(
+        r"read +[\d,]+ tokens in [\d.]+ s \([\d,]+ tokens/s\); cache .+ would hold .+B; archive .+B on the host", read
+    )
     assert re.fullmatch(r"answer +8 tokens in [\d.]+ s \([\d.,]+ tokens/s\), cut at --max-new-tokens", answer)
 
 
@@ -197,7 +200,7 @@ def test_chat_in_a_terminal(run: Any, base: str, monkeypatch: pytest.MonkeyPatch
     asked: list[str] = []
     start, turn = Dialogue.start, Dialogue.turn
     monkeypatch.setattr(Dialogue, "start", lambda self, text: asked.append(text) or start(self, text))
-    monkeypatch.setattr(Dialogue, "turn", lambda self, text, answer: asked.append(text) or turn(self, text, answer))
+    monkeypatch.setattr(Dialogue, "turn", lambda self, text, *rest: asked.append(text) or turn(self, text, *rest))
     type_in(monkeypatch, "")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with create_pipe_input() as keys, create_app_session(input=keys):
@@ -294,7 +297,7 @@ def test_full_disk_keeps_the_earlier_memory(
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save", full)
     code, _, err = run("read", book, "-o", str(memory), "--force", "--base", base, *SMALL[:4])
     assert code == cli.BAD_INPUT and "No space left" in err.splitlines()[-1]
     assert memory.read_text() == "earlier" and [path.name for path in tmp_path.glob("*ahn*")] == ["book.ahn"]

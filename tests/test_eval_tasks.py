@@ -121,10 +121,10 @@ def test_an_unknown_task_is_named_with_the_nearest(name):
     ("name", "expected"),
     [
         ("niah", r"; did you mean 'ruler/niah'\?"),
-        ("squad", r"; did you mean 'squad/spread', 'squad/0', 'squad/25', ...\?"),
+        ("squad", r"; did you mean 'qa/squad', 'squad/spread', 'squad/0', ...\?"),
         ("SQuAD", r"; did you mean 'squad'\?"),
         ("ruler/nia", r"; did you mean 'ruler/niah', "),
-        ("hotpot", r"; did you mean 'longbench/hotpotqa', 'lveval/hotpotwikiqa_mixup'\?"),
+        ("hotpot", r"; did you mean 'longbench/hotpotqa', 'lveval/hotpotwikiqa_mixup', 'qa/hotpotqa'\?"),
         ("books", "$"),
     ],
 )
