@@ -6,6 +6,7 @@ removed when the next one writes into the same folder.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -94,23 +95,40 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def appending(path: Path, end: int) -> Iterator[BinaryIO]:
-    """A file to append to behind its first `end` bytes, which is as it was before if anything goes wrong.
+def appending(path: Path, end: int, inode: int) -> Iterator[BinaryIO | None]:
+    """An unbuffered file to append to behind its first `end` bytes, which is as it was before if anything goes wrong.
+    None if it is not the file that it was, or if another process is appending to it.
 
     Raises:
         OutputError: the disk refused.
     """
     try:
-        with path.open("r+b") as file:
+        with path.open("r+b", buffering=0) as file:  # a buffer would be written when the file is closed
+            alone, status = _lock(file), os.fstat(file.fileno())
+            if not alone or (status.st_ino, status.st_size) != (inode, end):
+                yield None
+                return
             try:
                 yield file
-                file.flush()
                 os.fsync(file.fileno())
             except BaseException:
                 file.truncate(end)
                 raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}") from error
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether no other process has locked the file; this one has, until it is closed."""
+    try:
+        import fcntl
+    except ImportError:  # not on every system
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else there are no locks here
+    return True
 
 
 @contextmanager

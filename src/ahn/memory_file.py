@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ahn.cache import AHNCache
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2  # 1: one checksum over all bytes in a row
 WITH_ARCHIVE = 3
@@ -88,16 +91,12 @@ def save(cache: AHNCache, path: str | Path) -> None:
 
 def _save_with_archive(archive: Archive, header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
     header["ahn"], home, size = WITH_ARCHIVE, archive.home, sum(tensor.nbytes for tensor in tensors.values())
-    there = path.stat() if path.exists() else None
-    fits = (
-        home is not None
-        and there is not None
-        and (home.path, home.inode, home.end) == (path, there.st_ino, there.st_size)
-    )
-    if fits and home.memories + size <= sum(end - start for start, end, _ in home.parts):
-        with files.appending(path, home.end) as file:
-            archive.home = _append(file, path, archive, header, tensors, home)
-        return
+    worth = home is not None and home.memories + size <= sum(end - start for start, end, _ in home.parts)
+    if worth and home.path == path and path.exists():
+        with files.appending(path, home.end, home.inode) as appended:
+            if appended is not None:
+                archive.home = _append(appended, path, archive, header, tensors, home)
+                return
     with files.atomic(path) as temporary, temporary.open("r+b") as file:
         written = _append(file, path, archive, header, tensors, None)
     archive.home = written._replace(inode=path.stat().st_ino)
@@ -127,6 +126,12 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     from ahn.cache import AHNCache
 
     header, memory = _last(Path(path))
+    if (size := Path(path).stat().st_size) > memory.end:
+        logger.warning(
+            "%s: its last %s bytes are of a memory that was not written to its end; the one before is used",
+            path,
+            f"{size - memory.end:,}",
+        )
     cache = AHNCache(model)
     config = AHNConfig.from_dict(header["config"])
     if config != cache.config:
@@ -170,7 +175,10 @@ def _archive(path: Path, header: dict[str, Any], model: PreTrainedModel) -> Arch
                 raise ValueError("its checksum does not match")
             parts.append(tensors)
         archive = Archive.restored(about, parts, heads)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        words = model.get_input_embeddings().num_embeddings
+        if len(archive) and not 0 <= archive.ids.min() <= archive.ids.max() < words:
+            raise ValueError(f"token ids: expected 0 to {words - 1}")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise MemoryFileError(f"{path}: damaged archive: {error}") from error
     if archive.kind == "text" and len(archive) > max(header["seen"]):
         raise MemoryFileError(f"{path}: damaged archive: of more tokens than were read")

@@ -15,6 +15,8 @@ import ahn
 from ahn import memory_file
 from ahn.cache import PAST
 from ahn.errors import MemoryFileError
+from ahn.memory import segments
+from ahn.memory.head_keys import RetrievalHeads
 from conftest import storing, tiny, token_ids, with_memory
 from damage import damaged, edits, header_of, values, with_header
 from effort import bounded, fuzz
@@ -139,3 +141,119 @@ def names(name):
     some = ["", ".", "0", "-1.keys", "7.keys", "0.", "0.window", "0.sinks", "0.size", "x.keys", "text.1", "text.x"]
     some += [f"{index}.keys.x", f"{index}.{kind}x", f"00{name}", f"{name}\n"]
     return st.sampled_from(some) | st.text(max_size=8)
+
+
+# With an archive: several files in one, of which the last memory counts.
+
+ARCHIVES = {"text": 6000, "keys": 1000}  # tokens, so many that a memory is appended to them
+
+
+@dataclasses.dataclass
+class Archived(Memory):
+    """And what the memory before the last one held."""
+
+    before: Any
+    segments: list[bytes]
+
+
+@pytest.fixture(scope="module", params=ARCHIVES)
+def archived(request, tmp_path_factory):
+    model = KINDS["cell"]()
+    scales = torch.stack([torch.zeros(2, 8), torch.full((2, 8), 0.05)])
+    model.ahn_retrieval = RetrievalHeads(((0, 1), (1, 0), (1, 3)), 2, {0: scales[:, :1], 1: scales})
+    path, cache = tmp_path_factory.mktemp("archive") / "memory.ahn", ahn.AHNCache(model, request.param)
+    held = []
+    for name, count in (("one.txt", ARCHIVES[request.param]), ("two.txt", 9)):
+        cache.archive.begin(name)
+        ahn.read(model, token_ids(count), cache).save(path)
+        held.append(contents(model, ahn.AHNCache.load(path, model)))
+    data = path.read_bytes()
+    chain = segments.walk(path)
+    assert len(chain) == 4
+    return Archived(model, data, held[1], held[0], [data[one.start : one.end] for one in chain])
+
+
+def contents(model, cache):
+    archive = cache.archive
+    keys = [] if archive.keys is None else [archive.keys.of(layer).tolist() for layer in (0, 1)]
+    places = [archive.place(token, str) for token in (0, len(archive) - 9)]
+    return following(model, cache.fork()).tolist(), archive.ids.tolist(), archive.documents, keys, places
+
+
+def check_archived(archived, data, folder, equal=True):
+    """Loading `data` is refused, or gives the memory of before; where the end of the file is not that of a memory, it
+    may be the one before that. Without `equal`, one that can be used."""
+    path, model = folder / "memory.ahn", archived.model
+    path.write_bytes(data)
+    with bounded(folder, MemoryFileError) as refused:
+        cache = ahn.AHNCache.load(path, model)
+    if refused:
+        return
+    with bounded(folder, ()):
+        found = contents(model, cache)
+    unfinished = not data.endswith(archived.segments[-1]) or segments.walk(path)[-1].end < len(data)
+    assert not equal or found == archived.expected or (unfinished and found == archived.before)
+    ahn.read(model, token_ids(9), cache).save(path)  # appended, or written anew
+    with bounded(folder, ()):
+        assert ahn.AHNCache.load(path, model).archive.ids.tolist() == [*found[1], *token_ids(9)[0].tolist()]
+
+
+@fuzz(40)
+@given(st.data())
+def test_bytes_with_an_archive(archived, tmp_path, data):
+    check_archived(archived, data.draw(damaged(archived.data)), tmp_path)
+
+
+@fuzz(40)
+@given(st.data())
+def test_any_part_of_an_archive(archived, tmp_path, data):
+    """Bytes of one part are changed, or those of its header, which is where most can go wrong."""
+    parts = list(archived.segments)
+    index = data.draw(st.integers(0, len(parts) - 1))
+    if data.draw(st.booleans()):
+        parts[index] = data.draw(damaged(parts[index]))
+    else:
+        header, rest = header_of(parts[index])
+        parts[index] = with_header(data.draw(edits(header)), rest)
+    check_archived(archived, b"".join(parts), tmp_path)
+
+
+@fuzz(20)
+@given(st.data())
+def test_an_archive_that_ends_anywhere(archived, tmp_path, data):
+    """After the first memory there is always one."""
+    end = data.draw(st.integers(0, len(archived.data) - 1))
+    (tmp_path / "memory.ahn").write_bytes(archived.data[:end])
+    if end < len(archived.data) - sum(map(len, archived.segments[2:])):
+        with pytest.raises(MemoryFileError):
+            ahn.AHNCache.load(tmp_path / "memory.ahn", archived.model)
+    else:
+        found = ahn.AHNCache.load(tmp_path / "memory.ahn", archived.model)
+        assert contents(archived.model, found) == archived.before
+
+
+@fuzz(40)
+@given(st.data())
+def test_parts_of_an_archive_with_a_new_checksum(archived, tmp_path, data):
+    """Its description, places, ids and keys by someone who makes the checksums right again."""
+    first, memory = archived.segments[:2]
+    part = load(first)
+    header, tensors = json.loads(header_of(memory)[0]["__metadata__"]["memory"]), load(memory)
+    if data.draw(st.booleans()):
+        header["archive"] = data.draw(edits(header["archive"]))
+    else:
+        name = data.draw(st.sampled_from(sorted(part)))
+        match data.draw(st.sampled_from(["gone", "type", "shape", "value"])):
+            case "gone":
+                del part[name]
+            case "type":
+                part[name] = part[name].to(data.draw(st.sampled_from([torch.float32, torch.int16, torch.bool])))
+            case "shape":
+                part[name] = part[name][: data.draw(st.integers(0, len(part[name])))].clone()
+            case "value":
+                value = data.draw(st.sampled_from([-1, 127, 2**31 - 1]))
+                part[name].view(-1)[: data.draw(st.integers(0, 3))] = min(value, torch.iinfo(part[name].dtype).max)
+        first = save(part, {"archive": "0"})
+        digest = memory_file._digest({"ahn": memory_file.WITH_ARCHIVE, "archive": 0}, part)
+        header["archive"]["parts"] = [[0, len(first), digest]]
+    check_archived(archived, first + sealed(header, tensors), tmp_path, equal=False)

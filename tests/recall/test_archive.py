@@ -29,6 +29,11 @@ def model():
     return model
 
 
+def letters(ids):
+    """As a tokenizer decodes them, one character a token."""
+    return "x" * len(ids)
+
+
 def keys_of(cache):
     return [cache.archive.keys.of(layer) for layer in (0, 1)]
 
@@ -104,17 +109,16 @@ def test_heads_that_make_no_sense(changes):
 
 
 def test_places():
-    archive, text = Archive(), "abcdefghij" * 30
+    archive = Archive()
     archive.begin("one.txt")
     archive.locate(0, np.arange(200), 3)
     archive.add(torch.arange(200))
     archive.begin("two.txt")
     archive.add(torch.arange(100))
-    decode = lambda ids: text[: len(ids)]  # noqa: E731 - one character a token
-    assert archive.place(0, decode) == Place("one.txt", 3, 0)
-    assert archive.place(EVERY + 5, decode) == Place("one.txt", 3, EVERY + 5)
-    assert archive.place(210, decode) == Place("two.txt", None, 10)
-    assert Archive().place(0, decode) is None
+    assert archive.place(0, letters) == Place("one.txt", 3, 0)
+    assert archive.place(EVERY + 5, letters) == Place("one.txt", 3, EVERY + 5)
+    assert archive.place(210, letters) == Place("two.txt", None, 10)
+    assert Archive().place(0, letters) is None
 
 
 @pytest.mark.parametrize("kind", ["text", "keys"])
@@ -183,6 +187,41 @@ def test_an_unfinished_append_leaves_the_memory_before(model, tmp_path):
     path.write_bytes(whole[: size // 3])
     with pytest.raises(MemoryFileError):
         ahn.AHNCache.load(path, model)
+
+
+@pytest.mark.parametrize("pool", [1, 4])
+def test_keys_stay_with_their_tokens_when_more_is_appended(model, pool):
+    """Also behind tokens whose keys were not seen, as a CUDA graph leaves them."""
+    heads = retrieval(pool)
+    archive, parts = Archive(heads), []
+    for first, read, seen in ((0, 101, 78), (101, 60, 60), (161, 30, 0)):
+        archive.add(torch.zeros(read, dtype=torch.int64))
+        for layer, keys in archive.keys._layers.items():
+            if seen:
+                keys.add(torch.randn(len(heads.kept(layer)), seen, 8), first)
+        parts.append(archive.tensors(first))
+    found = Archive.restored(archive.describe(), parts, heads)
+    for more in (found, archive):
+        for layer, keys in more.keys._layers.items():
+            keys.add(torch.ones(len(heads.kept(layer)), 9, 8), 191)
+    for layer in heads.layers:
+        assert torch.equal(found.keys.of(layer), archive.keys.of(layer))
+
+
+def test_places_of_a_text_whose_reading_was_stopped():
+    """They were noted ahead of the model."""
+    archive = Archive()
+    archive.begin("one.txt")
+    archive.locate(0, np.arange(400))
+    archive.add(torch.arange(100))
+    restored = Archive.restored(archive.describe(), [archive.tensors()], None)
+    for text in (archive, restored):
+        text.begin("two.txt")
+        text.locate(100, np.arange(300))
+        text.add(torch.arange(300))
+        assert text.place(99, letters) == Place("one.txt", None, 99)
+        for token in (100, 130, 399):
+            assert text.place(token, letters) == Place("two.txt", None, token - 100)
 
 
 def test_a_fork_does_not_append_to_what_another_wrote(model, tmp_path):

@@ -122,7 +122,7 @@ class Archive:
 
     def _mark(self, token: int, page: int, offset: int) -> None:
         mark = _Mark(token, max(len(self.documents) - 1, 0), page, offset)
-        if self._marks and self._marks[-1].token == mark.token:
+        while self._marks and self._marks[-1].token >= token:  # of a text whose reading was stopped
             self._marks.pop()
         self._marks.append(mark)
 
@@ -161,31 +161,39 @@ class Archive:
 
     def tensors(self, first: int = 0) -> dict[str, Tensor]:
         """All of it from token `first` on, on the CPU."""
-        rows = [[mark.token, mark.document, mark.page, mark.offset] for mark in self._marks if mark.token >= first]
+        marks = [mark for mark in self._marks if first <= mark.token < len(self)]
+        rows = [[mark.token, mark.document, mark.page, mark.offset] for mark in marks]
         found = {
             "ids": torch.from_numpy(np.ascontiguousarray(self.ids[first:])),
             "marks": torch.tensor(rows, dtype=torch.int64).reshape(-1, 4),
         }
-        return found if self.keys is None else found | self.keys.tensors(first)
+        return found if self.keys is None else found | self.keys.tensors(first, len(self))
 
     @classmethod
     def restored(cls, header: dict[str, Any], parts: list[dict[str, Tensor]], heads: RetrievalHeads | None) -> Archive:
         """Inverse of `describe` and `tensors`, of parts that follow each other. Raises ValueError."""
         archive = cls(heads)
         archive.documents = list(header["documents"])
+        if not all(isinstance(name, str) for name in archive.documents):
+            raise ValueError("expected names of documents")
+        firsts = []
         for part in parts:
+            firsts.append(len(archive))
             ids, marks = part["ids"], part["marks"]
             if ids.dtype != torch.int32 or ids.dim() != 1 or marks.dtype != torch.int64 or marks.shape[1:] != (4,):
                 raise ValueError("an archive of other tensors than ids and places")
             archive._parts.append(ids.numpy())
-            archive._marks += [_Mark(*row) for row in marks.tolist()]
             archive._length += len(ids)
+            archive._marks += [_Mark(*row) for row in marks.tolist() if row[0] < archive._length]
         if archive._length != header["tokens"]:
             raise ValueError(f"an archive of {archive._length:,} tokens, not {header['tokens']:,}")
         if any(not 0 <= mark.document < max(len(archive.documents), 1) for mark in archive._marks):
             raise ValueError("an archive of other documents")
+        at = [mark.token for mark in archive._marks]
+        if at != sorted(at) or (at and at[0] < 0):
+            raise ValueError("places of tokens that do not follow each other")
         if archive.keys is not None:
-            archive.keys.restore(parts, archive._length)
+            archive.keys.restore(parts, firsts, archive._length)
         return archive
 
 

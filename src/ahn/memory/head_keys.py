@@ -142,17 +142,19 @@ class HeadKeys:
         """int8 [G, C, H], in steps of the layer's scales; where a key is not known its first channel is UNKNOWN."""
         return self._layers[layer].joined()
 
-    def tensors(self, first: int = 0) -> dict[str, Tensor]:
-        """Keys of the groups from that of token `first` on, and those of the last group if it is not complete."""
+    def tensors(self, first: int, length: int) -> dict[str, Tensor]:
+        """Keys of the groups from that of token `first` on, and those of the last group of the `length` tokens if it is
+        not complete."""
         found, low = {}, first // self.heads.pool
         for layer in self.heads.layers:
             found[f"keys.{layer}"] = self.of(layer)[low:]
-            if (tail := self._layers[layer].tail) is not None and tail.shape[1]:
+            if (tail := self._layers[layer].tail_of(length)) is not None and tail.shape[1]:
                 found[f"tail.{layer}"] = tail.cpu()
         return found
 
-    def restore(self, parts: list[dict[str, Tensor]], length: int) -> None:
-        """Inverse of `tensors` for a text of `length` tokens, of parts that follow each other. Raises ValueError."""
+    def restore(self, parts: list[dict[str, Tensor]], firsts: list[int], length: int) -> None:
+        """Inverse of `tensors` for a text of `length` tokens, of parts that follow each other and begin at the tokens
+        `firsts`. Raises ValueError."""
         for layer, held in self._layers.items():
             name, shape = f"keys.{layer}", self.heads.scales[layer].shape[1:]
             keys = [part[name] for part in parts if name in part]
@@ -161,7 +163,7 @@ class HeadKeys:
             tail = parts[-1].get(f"tail.{layer}") if parts else None
             if tail is not None and (tail.dim() != 3 or tail.shape[::2] != shape or not tail.is_floating_point()):
                 raise ValueError(f"keys of layer {layer} that do not fit its heads")
-            held.restore(keys, tail, length)
+            held.restore([first // self.heads.pool for first in firsts], keys, tail, length)
 
 
 class _LayerKeys:
@@ -200,6 +202,10 @@ class _LayerKeys:
             keys = ((pooled - centre) / step).round().clamp(-127, 127).to(torch.int8)
             self._pieces.append((first // self.pool, _to_host(keys)))
 
+    def tail_of(self, length: int) -> Tensor | None:
+        """The tail if it is that of `length` tokens, which it is not where the last ones were not seen."""
+        return self.tail if self._next == length else None
+
     def joined(self) -> Tensor:
         if len(self._pieces) != 1 or self._pieces[0][0]:
             self._join()
@@ -214,12 +220,15 @@ class _LayerKeys:
             whole[low : low + len(keys)] = keys
         self._pieces = [(0, whole)]
 
-    def restore(self, keys: list[Tensor], tail: Tensor | None, length: int) -> None:
-        self._pieces, self._next = [], length
-        for piece in keys:
-            self._pieces.append((sum(len(before) for _, before in self._pieces), piece))
+    def restore(self, groups: list[int], keys: list[Tensor], tail: Tensor | None, length: int) -> None:
+        """`keys`: pieces, which begin at `groups`. Raises ValueError if they overlap."""
+        ends = [low + len(piece) for low, piece in zip(groups, keys, strict=True)]
+        if any(end > after for end, after in zip(ends, [*groups[1:], length // self.pool], strict=True)):
+            raise ValueError("keys of more tokens than there are")
+        self._pieces, self._next = list(zip(groups, keys, strict=True)), length
         channels, size = self.scales.shape[1:]
-        self.tail = torch.zeros(channels, 0, size) if tail is None else tail
+        tail = torch.zeros(channels, 0, size) if tail is None else tail
+        self.tail = tail if tail.shape[1] == length % self.pool else None
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -62,11 +62,15 @@ def _segment(file: BinaryIO, start: int, size: int) -> Segment:
         index = json.loads(file.read(length))
         metadata = index.pop("__metadata__", {})
         ends = [info["data_offsets"][1] for info in index.values()]
+        if not isinstance(metadata, dict) or any(type(value) is not str for value in metadata.values()):
+            raise ValueError("its metadata are no texts")
+        if any(type(end) is not int or end < 0 for end in ends):
+            raise ValueError("places of tensors that are no numbers")
         data = start + 8 + length
         segment = Segment(start, data, data + max(ends, default=0), metadata, index)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a header: {error}") from error
-    if not isinstance(segment.end, int) or segment.end > size:
+    if segment.end > size:
         raise ValueError(f"the file has {size:,} bytes, {segment.end:,} are needed")
     return segment
 
@@ -107,5 +111,7 @@ def append(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str])
     start = file.seek(0, 2)
     if missing := -sum(tensor.nbytes for tensor in tensors.values()) % ALIGNED:
         tensors = tensors | {PADDING: torch.zeros(missing, dtype=torch.uint8)}
-    file.write(save(tensors, metadata))
+    data = memoryview(save(tensors, metadata))
+    while data:
+        data = data[file.write(data) :]
     return start, file.tell()
