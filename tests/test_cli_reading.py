@@ -13,7 +13,7 @@ import torch
 
 import ahn
 from ahn import cli, memory_file
-from ahn.cli import _session
+from ahn.cli import _reading, _session
 from test_cli import SMALL, TEXT, base, interrupt_reading, run, type_in  # noqa: F401 - fixtures
 
 MODEL = SMALL[:4]
@@ -281,7 +281,15 @@ def test_what_the_reader_says_of_time() -> None:
     ]
 
 
-def test_a_document_that_fails_keeps_those_before_it(run: Any, base: str, book: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_document_that_fails_keeps_those_before_it(
+    run: Any,  # noqa: F811
+    base: str,  # noqa: F811
+    book: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One whose first piece is in order, or one of many."""
+    monkeypatch.setattr(_reading, "TRIED", 1)
     bad, memory = tmp_path / "bad.pdf", tmp_path / "book.ahn"
     bad.write_bytes(b"%PDF-1.4 nothing")
     book.write_text(TEXT * 80)

@@ -368,7 +368,7 @@ def test_list(capsys):
         (["--store", "random", "--store-size", "99"], "store_size=99 of .* lossless tokens leaves no window"),
         (
             ["--policies", "store"],
-            "--store with one of attention, .*random, recency, surprise, and --store-size",
+            "--store with one of attention, .*random, recency, surprise.*, and --store-size",
         ),
     ],
 )

@@ -112,7 +112,7 @@ class TestWords:
 
 class TestFinders:
     def test_names(self):
-        assert finders.names() == ["bm25", "fused", "heads"]
+        assert {"bm25", "fused", "heads"} <= set(finders.names())
         with pytest.raises(ConfigError, match="did you mean 'bm25'"):
             finders.get("bm52")
 

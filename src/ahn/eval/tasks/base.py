@@ -69,12 +69,15 @@ class Task:
         suite: the file's name. sets: what it measures, in the benchmark's own names.
         groups: names of several sets that are asked for together, beside all of them.
         kind: "generate", or "loss" for texts whose loss is measured by position.
+        scored_as: the suite of `metrics.METRICS` whose metrics it uses; default: its own. A suite with a metric of its
+            own defines `needs` and `score`.
     """
 
     suite: ClassVar[str]
     sets: ClassVar[tuple[str, ...]]
     groups: ClassVar[dict[str, tuple[str, ...]]] = {}
     kind: ClassVar[Literal["generate", "loss"]] = "generate"
+    scored_as: ClassVar[str] = ""
 
     def __init__(self, set: str) -> None:
         if set not in self.sets:
@@ -83,13 +86,13 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """Name of the metric in `metrics.METRICS[suite]`."""
+        """Name of the metric in `metrics.METRICS[scored_as]`."""
         raise NotImplementedError
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Libraries that scoring imports; `metrics.check_libraries` says what is missing."""
-        return metrics.find(self.suite, self.metric).needs if self.kind == "generate" else ()
+        return metrics.find(self.scored_as or self.suite, self.metric).needs if self.kind == "generate" else ()
 
     def examples(
         self, *, tokenizer: Any, length: int | None, data: Path | None, seed: int, limit: int | None
@@ -112,7 +115,9 @@ class Task:
     def score(self, example: Example, prediction: str) -> float:
         """How good an answer is, 0 to 1."""
         extra = {key: example.extra.get(key) for key in ("gold_ans", "all_classes")}
-        return metrics.score(self.suite, self.metric, self.clean(prediction), example.answers, **extra)
+        return metrics.score(
+            self.scored_as or self.suite, self.metric, self.clean(prediction), example.answers, **extra
+        )
 
     def clean(self, prediction: str) -> str:
         """The part of what was said that counts."""
