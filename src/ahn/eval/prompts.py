@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ahn.dialogue import Dialogue, plain, readable
+import numpy as np
+
+from ahn.dialogue import LABEL, SEPARATOR, Dialogue, plain, readable
 
 if TYPE_CHECKING:
     from ahn.eval.tasks.base import Example, Span
@@ -39,7 +40,7 @@ class Prompt:
     @cached_property
     def digest(self) -> str:
         """Identifies the ids, so that no answer is taken for that of another prompt."""
-        return hashlib.sha256(str(self.ids.tolist()).encode()).hexdigest()[:12]
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()[:12]
 
 
 def exact_tokens(evidence: tuple[int, int], tokens: int, window: int, sinks: int) -> int:
@@ -57,6 +58,8 @@ def encode(tokenizer: Any, example: Example, dialogue: Dialogue | None = None) -
     """
     options: dict[str, Any] = {"return_offsets_mapping": tokenizer.is_fast}
     dialogue = dialogue or Dialogue(tokenizer)
+    if example.chat and example.asks is not None and example.prompt[example.asks :].startswith(LABEL):
+        return _on_a_document(dialogue, example)
     prompt, shift = readable(example.prompt), 0
     if example.chat and dialogue.has_template:
         pieces = dialogue.render([{"role": "user", "content": prompt}], ask=True)
@@ -68,21 +71,39 @@ def encode(tokenizer: Any, example: Example, dialogue: Dialogue | None = None) -
         pieces = [prompt + example.answer_prefix]
         encoded = [plain(tokenizer, pieces[0], special=True, **options)]
     ids = array("i", [id for part in encoded for id in part.input_ids])
-    if not tokenizer.is_fast:
-        return Prompt(ids, None)
-    shifts = list(accumulate(map(len, pieces[:-1]), initial=0))
-    starts, ends = (
-        [place[side] + at for part, at in zip(encoded, shifts, strict=True) for place in part.offset_mapping]
-        for side in (0, 1)
+    evidence = None
+    if example.evidence is not None and tokenizer.is_fast:
+        start, end = (place + shift for place in example.evidence)
+        places = accumulate(map(len, pieces[:-1]), initial=0)
+        spans = [(a + at, b + at) for part, at in zip(encoded, places, strict=True) for a, b in part.offset_mapping]
+        inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
+        evidence = (inside[0], inside[-1] + 1) if inside else None
+    return Prompt(ids, evidence)
+
+
+def _on_a_document(dialogue: Dialogue, example: Example) -> Prompt:
+    """A document and a question about it, as `Dialogue` has them. Questions on one document encode it once."""
+    assert example.asks is not None
+    document, asked = example.prompt[: example.asks].removesuffix(SEPARATOR), example.prompt[example.asks :]
+    ids, starts = _opened(dialogue, readable(document))
+    question = dialogue.question(readable(asked).removeprefix(LABEL))[0].tolist()
+
+    def tokens(span: Span) -> tuple[int, int]:
+        """The tokens that have characters of a span of the prompt."""
+        return int(np.searchsorted(starts, span[0], side="right")) - 1, int(np.searchsorted(starts, span[1]))
+
+    return Prompt(
+        ids + array("i", question),
+        example.evidence and tokens(example.evidence),
+        int(np.searchsorted(starts, 0)),
+        len(ids),
+        tuple(tuple(tokens(span) for span in one) for one in example.needs),
     )
 
-    def tokens(span: Span) -> tuple[int, int] | None:
-        """The tokens that have characters of a span of the prompt."""
-        first, last = bisect_right(ends, span[0] + shift), bisect_left(starts, span[1] + shift)
-        return (first, last) if first < last else None
 
-    evidence = example.evidence and tokens(example.evidence)
-    if example.asks is None:
-        return Prompt(ids, evidence)
-    needs = tuple(tuple(place for span in one if (place := tokens(span))) for one in example.needs)
-    return Prompt(ids, evidence, bisect_right(ends, shift), bisect_left(starts, example.asks + shift), needs)
+@lru_cache(maxsize=1)
+def _opened(dialogue: Dialogue, document: str) -> tuple[array[int], Any]:
+    """Ids of an open document, and the character that each begins at; below 0 for those of the template."""
+    blocks = list(dialogue.stream([document]))
+    starts = np.maximum.accumulate(np.concatenate([block.starts for block in blocks]))
+    return array("i", np.concatenate([block.ids for block in blocks]).tolist()), starts
