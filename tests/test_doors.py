@@ -179,7 +179,7 @@ def test_a_cache_of_other_weights(model, tmp_path):
     cache = ahn.read(model, token_ids(30))
     ahn.load_adapter(model, tmp_path / "b")
     for call in [*goes_on(model, cache, tmp_path), lambda: cache.save(tmp_path / "a.ahn")]:
-        with pytest.raises(ConfigError, match="weights of the memory have changed"):
+        with pytest.raises(ConfigError, match="weights of the model have changed"):
             call()
     assert not (tmp_path / "a.ahn").exists()
     ahn.read(model, token_ids(30)).save(tmp_path / "b.ahn")
@@ -189,7 +189,7 @@ def test_weights_that_are_changed_in_place(model, tmp_path):
     cache, other = ahn.read(model, token_ids(30)), with_memory(tiny(), seed=7)
     model.load_state_dict(other.state_dict())
     for call in [*goes_on(model, cache, tmp_path)[:2], lambda: cache.save(tmp_path / "a.ahn")]:
-        with pytest.raises(ConfigError, match="weights of the memory have changed"):
+        with pytest.raises(ConfigError, match="weights of the model have changed"):
             call()
 
 
@@ -211,14 +211,29 @@ def test_a_cache_whose_model_was_detached(model, tmp_path):
         ahn.read(model, token_ids(3), cache)
 
 
+def twins():
+    """Two models that were made with one config object."""
+    one = tiny()
+    other = type(one)(one.config).eval()
+    other.load_state_dict(one.state_dict())
+    assert one.config is other.config
+    return one, other
+
+
 def test_models_that_share_a_config():
-    """Both are given the memory's attention; detaching one does not take it from the other in silence."""
-    base = tiny()
-    other = type(base)(base.config).eval()
-    first, second = (with_memory(one) for one in (base, other))
-    ahn.detach(first)
-    with pytest.raises(ConfigError, match="detach"):
-        ahn.read(second, token_ids(30))
+    """Memories of one leave the other alone, whichever is detached first."""
+    ids = token_ids(60)[0]
+    plain = forward(tiny(), ids)
+    one, other = twins()
+    ahn.augment(one, ahn.AHNConfig(window=16, sinks=4))
+    remembering = forward(one, ids)
+    assert torch.equal(forward(other, ids), plain) and not torch.equal(remembering, plain)
+    ahn.augment(other, ahn.AHNConfig(window=16, sinks=4))
+    ahn.detach(one)
+    assert torch.equal(forward(one, ids), plain)
+    assert torch.equal(forward(other, ids), remembering)
+    ahn.detach(other)
+    assert torch.equal(forward(other, ids), plain)
 
 
 # Weights that are elsewhere, or are other layers.
@@ -281,3 +296,14 @@ def test_adapters_of_peft_beside_the_memory(target):
     assert ahn.read(apart, ids).tokens_seen == 40
     with pytest.raises(ValueError, match="exclude_modules"):  # of ours, or peft's own
         ahn.read(lora(with_memory(tiny()), target_modules=target), ids)
+
+
+def test_the_config_is_the_bases_again(tmp_path):
+    """It says that inputs have no limit only while there are memories, and never in a folder."""
+    before, model = tiny().config.to_dict(), with_memory(tiny())
+    assert model.config.n_positions > model.config.max_position_embeddings
+    model.save_pretrained(tmp_path)
+    assert "n_positions" not in (tmp_path / "config.json").read_text()
+    assert model.config.n_positions > model.config.max_position_embeddings
+    assert "n_positions" not in ahn.detach(model).config.to_dict()
+    assert ahn.detach(with_memory(tiny())).config.to_dict() == before

@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness, an extra")
 
 from ahn import bases
+from ahn.augmentation import augment, detach
+from ahn.config import AHNConfig
 from ahn.errors import ConfigError, UnsupportedOperationError
 from ahn.eval import harness
 from tiny_base import SINKS, WINDOW, write_base
@@ -138,3 +140,24 @@ def test_command(folder, tmp_path, monkeypatch):
     torch.set_num_threads(threads)
     (file,) = (tmp_path / "out").rglob("results*.json")
     assert 0 <= json.loads(file.read_text())["results"]["tiny_choice"]["acc,none"] <= 1
+
+
+def test_their_wrapper_cuts_nothing_of_an_augmented_model(folder):
+    """`HFLM(pretrained=model)` cuts prompts to the longest input that the config names."""
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = bases.load_base(folder[0], device="cpu"), bases.load_tokenizer(folder[0])
+    base = model.config.max_position_embeddings
+    augment(model, AHNConfig(None, window=WINDOW, sinks=SINKS))
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    text = TEXT * 60
+    assert len(tokenizer(text).input_ids) > base < theirs.max_length
+    long, lm = asked("loglikelihood_rolling", (text,)), ours(folder, policy="window")
+    assert theirs.loglikelihood_rolling(long) == pytest.approx(lm.loglikelihood_rolling(long), rel=1e-4)
+    asks = asked("loglikelihood", (text, " mice"))
+    for (a, b), (c, d) in zip(theirs.loglikelihood(asks), lm.loglikelihood(asks), strict=True):
+        assert (a, b) == (pytest.approx(c, rel=1e-3), d)
+    said = asked("generate_until", (text, {"until": ["@@"], "max_gen_toks": 4, "do_sample": False}))
+    assert theirs.generate_until(said) == lm.generate_until(said)
+    detach(model)
+    assert HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).max_length == base

@@ -310,7 +310,7 @@ def test_gradients_are_checked(cell, monkeypatch):
     from ahn.train.check import check
 
     found = check(cell, 2, 8, torch.device("cpu"), torch.float32)
-    assert all(row.value <= row.allowed for row in found) and len(found) > 8
+    assert all(row.value <= row.allowed for row in found) and len(found) > 6
     kind = ahn.cells.get(cell)
     monkeypatch.setattr(
         kind, "chunk", lambda self, q, k, v, gates, state: kind.naive(self, q, k * 1.01, v, gates, state)
@@ -329,7 +329,7 @@ def test_recipe_files(settings, tmp_path):
         recipe.load(tmp_path / "r.yaml", ["steps"])
     with pytest.raises(ConfigError, match="cannot be read"):
         recipe.load(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match=r"lr=\*a: no YAML: aliases are not allowed"):
+    with pytest.raises(ConfigError, match=r"'lr=\*a': no YAML: aliases are not allowed"):
         recipe.load(tmp_path / "r.yaml", ["lr=*a"])
     (tmp_path / "r.yaml").write_text("base: x\n")
     with pytest.raises(ConfigError, match="no output, data"):

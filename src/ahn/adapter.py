@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ahn import bases, cells, stores, zoo
-from ahn.augmentation import augment, detach, frame_of, layers_of
+from ahn.augmentation import augment, detach, frame_of, layers_of, set_unlimited
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, AHNError, BaseModelError, ConfigError, some
 from ahn.files import atomic
@@ -248,7 +248,11 @@ def save_with_base(
     memory = _gathered(model)
     if is_main_process:
         write_adapter(memory, folder)
-    type(model).save_pretrained(model, folder, is_main_process, base, **options)
+    set_unlimited(model, False)  # plain transformers loads a base that is limited
+    try:
+        type(model).save_pretrained(model, folder, is_main_process, base, **options)
+    finally:
+        set_unlimited(model, True)
     if push_to_hub:  # which saves once more, into a folder of its own
         model.push_to_hub(hub.pop("repo_id", folder.name), **hub)
 

@@ -16,6 +16,7 @@ graph is captured, modules are changed and buffers lent to one cache at a time, 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ Observer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
 Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 GPU_CHUNK = 8192  # tokens of all rows, at least: a GPU takes longer for them than Python for its part
 GPU_NUMBERS = 1 << 25  # in what passes between two layers: with few numbers a token, more tokens
+LONGEST = "n_positions", 2**31 - 1  # a setting that says how long inputs may be, which lm_eval cuts them to
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
 
@@ -166,7 +168,9 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     frame.hooks.append(model.register_forward_pre_hook(_read_in_chunks, with_kwargs=True))
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, _mask)
+    _own_config(model)
     model.config._attn_implementation = ATTENTION
+    set_unlimited(model, True)
     model.ahn_config, model._ahn_frame = config, frame
     model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
     model.save_pretrained = MethodType(_save_pretrained, model)
@@ -175,6 +179,25 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
     decoder.forward = MethodType(_call, decoder)
     return given
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a config of its own: another one may have been made with the same object."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        held: Any = getattr(module, "config", None)
+        if id(held) in copies:
+            module.config = copies[id(held)]
+
+
+def set_unlimited(model: PreTrainedModel, unlimited: bool) -> None:
+    """Let the config say that inputs may have any length, or nothing of it, as that of the base."""
+    config, (name, value) = model.config.get_text_config(), LONGEST
+    if unlimited and not hasattr(config, name):
+        setattr(config, name, value)
+    elif not unlimited and vars(config).get(name) == value:
+        delattr(config, name)
 
 
 def base_of(model: Any) -> Any:
@@ -219,6 +242,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for attention in _attention_modules(model):
         del attention.ahn
     model.config._attn_implementation = frame.attention
+    set_unlimited(model, False)
     frame.release_frequencies()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in frame.trainable)

@@ -32,6 +32,7 @@ IDLE = {
     *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_decoder"),
     *("pretraining_tp", "attn_implementation", "router_aux_loss_coef", "output_router_logits", "max_window_layers"),
+    "n_positions",  # which says that there is no limit, where there are memories
 }  # fmt: skip
 
 
