@@ -90,6 +90,20 @@ def test_standard_output_on_a_full_disk(capsys: Any, monkeypatch: pytest.MonkeyP
     assert "standard output: No space left on device" in refused(capsys, "cost", "--base", "qwen2.5-3b")
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["ask", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("buffered", [True, False])
+def test_help_on_a_full_disk(capsys: Any, monkeypatch: pytest.MonkeyPatch, argv: list[str], buffered: bool) -> None:
+    raw: Any = io.BufferedWriter(Full()) if buffered else Full()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "utf-8", write_through=not buffered))
+    assert "standard output: No space left on device" in refused(capsys, *argv)
+
+
+def test_standard_error_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(Full(), "utf-8", write_through=True))  # type: ignore[arg-type]
+    for argv in (["nonsense"], ["ask", "--nonsense"], ["cost", "--base", "none.json"]):
+        assert cli.main(argv) == cli.BAD_INPUT
+
+
 def test_what_standard_output_cannot_encode_is_escaped(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii", write_through=True))

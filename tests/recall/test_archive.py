@@ -173,7 +173,7 @@ def test_more_is_appended_without_rewriting(model, tmp_path):
     assert len(ahn.AHNCache.load(path, model).archive) == 4150 + 300
 
 
-def test_an_unfinished_append_leaves_the_memory_before(model, tmp_path):
+def test_an_unfinished_append_leaves_the_memory_before(model, tmp_path, caplog):
     path = tmp_path / "m.ahn"
     cache = long(model)
     cache.save(path)
@@ -181,9 +181,12 @@ def test_an_unfinished_append_leaves_the_memory_before(model, tmp_path):
     ahn.read(model, IDS, cache)
     cache.save(path)
     whole = path.read_bytes()
+    assert ahn.AHNCache.load(path, model).tokens_seen == 4150 and not caplog.messages
     for end in range(size, len(whole), 997):
         path.write_bytes(whole[:end])
+        caplog.clear()
         assert ahn.AHNCache.load(path, model).tokens_seen == 4000
+        assert len(caplog.messages) == (end > size)
     path.write_bytes(whole[: size // 3])
     with pytest.raises(MemoryFileError):
         ahn.AHNCache.load(path, model)
