@@ -22,7 +22,7 @@ demo: $(VENV)/.installed ## read a bundled book with the default model and answe
 	$(VENV)/bin/ahn ask --document $(BOOK) "$(QUESTION)"
 
 test: $(VENV)/.dev ## run the tests
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses auto
 
 check: $(VENV)/.dev ## lint, check the format, check the types
 	$(VENV)/bin/ruff check
