@@ -1,0 +1,73 @@
+"""List the memory files of folders, with what they hold.
+
+  ahn memories            those of this folder
+  ahn memories books/ notes.ahn
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("place", nargs="*", default=["."], metavar="PLACE", help="folders or files (default: this one)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from ahn.cli._session import console, size
+    from ahn.errors import MemoryFileError
+    from ahn.memory_file import peek
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("file", "base", "adapter", "archive"):
+        table.add_column(name, overflow="fold")
+    for name in ("tokens", "bytes"):
+        table.add_column(name, justify="right")
+    table.add_column("documents", overflow="fold")
+    for path in _files(args.place):
+        try:
+            header = peek(path)
+        except MemoryFileError as error:
+            console.print(str(error))
+            continue
+        archive = header.get("archive") or {}
+        kind = "none" if not archive else "text" if archive.get("heads") is None else "keys"
+        table.add_row(
+            str(path),
+            Path(str(header.get("base"))).name,
+            Path(str(header.get("adapter") or "none")).name,
+            kind,
+            f"{header['tokens_seen']:,}",
+            size(path.stat().st_size),
+            _documents(archive.get("documents")),
+        )
+    if table.row_count:
+        Console(highlight=False, markup=False, emoji=False).print(table)
+    else:
+        console.print(f"no memory file in {', '.join(args.place)}; ahn read DOCUMENT -o NAME.ahn makes one")
+
+
+def _files(places: list[str]) -> list[Path]:
+    """Memory files by name, those of folders by their ending. Raises MemoryFileError for a place that does not exist."""
+    from ahn.errors import MemoryFileError
+
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise MemoryFileError(f"{place}: no such file or folder; expected memory files, or folders of them")
+        found += sorted(place.glob("*.ahn")) if place.is_dir() else [place]
+    return found
+
+
+def _documents(names: Any, most: int = 3) -> str:
+    """Names of what was read, without their folders."""
+    if not isinstance(names, list):
+        return ""
+    short = [Path(str(name)).name for name in names]
+    return ", ".join(short[:most]) + (f" and {len(short) - most:,} more" if len(short) > most else "")
