@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -9,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import ahn
-from ahn import adapter, bases
+from ahn import adapter, bases, named_bases
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
+from ahn.named_bases import NAMED, NamedBase
 from conftest import tiny
 
 
@@ -390,7 +393,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["", "gpt", "a/b/c", "what is this?"])
     def test_unknown(self, name):
-        with pytest.raises(BaseModelError, match=r"unknown base .*: expected a model folder.*'smollm2-135m'$"):
+        with pytest.raises(BaseModelError, match=r"unknown base .*: expected a model folder.*'smollm2-135m', "):
             bases.base_config(name)
 
 
@@ -551,3 +554,56 @@ class TestRecognised:
 
         defaults = [name for name in zoo.names() if "default_for" in zoo._settings(name)]
         assert defaults and all(len(zoo._settings(name)["embedding"]) == 256 for name in defaults)
+
+
+class TestNamed:
+    """Official files of the hub, by a short name."""
+
+    @pytest.fixture(autouse=True)
+    def tiny_file(self, tiny_gguf, tmp_path, monkeypatch):
+        """A named base whose file is the tiny one, and a hub that has it."""
+        import huggingface_hub
+
+        data, self.asked = tiny_gguf.read_bytes(), []
+        named = NamedBase("owner/tiny", "tiny-named.gguf", hashlib.sha256(data).hexdigest(), len(data), 1000)
+        self.hub = tmp_path / "hub.gguf"
+        self.hub.write_bytes(data)
+
+        def download(repository, file, local_files_only):
+            self.asked.append((repository, file, local_files_only))
+            if local_files_only:
+                raise LocalEntryNotFoundError("not cached")
+            return str(self.hub)
+
+        monkeypatch.setitem(NAMED, "tiny", named)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        monkeypatch.setattr(bases, "hub_unreachable", lambda repo, kind="model": None)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        return tiny_gguf
+
+    def test_fetched_checked_and_said(self, caplog):
+        with caplog.at_level("INFO", logger="ahn"):
+            model = bases.load_base("tiny", device="cpu")
+        assert self.asked[0] == ("owner/tiny", "tiny-named.gguf", False)
+        assert model.config.num_hidden_layers and "GB to fetch" in caplog.text and "bfloat16" in caplog.text
+
+    def test_a_copy_in_the_folder_is_taken(self, tiny_gguf):
+        Path("tiny-named.gguf").write_bytes(tiny_gguf.read_bytes())
+        assert named_bases.fetched("tiny") == Path("tiny-named.gguf") and not self.asked
+
+    @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+    def test_another_file_is_refused(self, change):
+        self.hub.write_bytes(change(self.hub.read_bytes()))
+        with pytest.raises(BaseModelError, match=r"hub.gguf: .*official tiny-named.gguf"):
+            named_bases.fetched("tiny")
+
+    def test_without_a_hub(self, monkeypatch):
+        monkeypatch.setattr(bases, "hub_unreachable", lambda repo, kind="model": "offline")
+        with pytest.raises(BaseModelError, match=r"tiny: owner/tiny/tiny-named.gguf .*\(offline\); a copy of the file"):
+            named_bases.fetched("tiny")
+
+    def test_names_are_known(self):
+        assert {"qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"} <= set(bases.SHORT)
+        with pytest.raises(BaseModelError, match="did you mean 'qwen2.5-coder-1.5b'"):
+            bases.load_tokenizer("qwen2.5-coder-1.5")

