@@ -1,5 +1,7 @@
 """Passages, ways to find them, and reading them again."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -85,8 +87,11 @@ class TestPassages:
     def test_groups_belong_to_the_passage_of_their_middle(self, memory, tokenizer, pool):
         passages = Passages.of(memory.archive, tokenizer)
         count = len(memory.archive) // pool
-        for group, passage in enumerate(passages.of_groups(pool, count).tolist()):
-            assert passages.bounds[passage] <= group * pool + pool // 2 < passages.bounds[passage + 1]
+        bounds = passages.groups(pool, count).tolist()
+        assert bounds[0] == 0 and bounds[-1] == count
+        for passage, (low, high) in enumerate(pairwise(bounds)):
+            for group in range(low, high):
+                assert passages.bounds[passage] <= group * pool + pool // 2 < passages.bounds[passage + 1]
 
     def test_sentence_ends(self, tokenizer):
         ends = sentence_ends(tokenizer)
@@ -141,21 +146,21 @@ class TestFinders:
         generator = torch.Generator().manual_seed(0)
         q = torch.randn(3, 8, generator=generator) / 20
         keys = torch.randint(-127, 128, (100, 8), generator=generator, dtype=torch.int8)
-        passage = torch.arange(100) // 7 - 1
-        keys[50, 0] = -128
-        known = (passage >= 0) & (keys[:, 0] != -128)
-        weights = (q @ keys.float().T).masked_fill(~known, -torch.inf).softmax(1)
-        expected = torch.stack([weights[:, passage == i].amax(1) for i in range(14)], 1)
-        assert torch.allclose(by_passage(q, keys, passage, 14), expected, atol=1e-6)
+        bounds = torch.tensor([0, 3, 10, 11, 60, 60, 100])  # one is empty
+        keys[50, 0] = keys[10, 0] = -128  # one has no known key
+        weights = (q @ keys.float().T).masked_fill(keys[:, 0] == -128, -torch.inf).softmax(1)
+        parts = [weights[:, low:high] for low, high in pairwise(bounds.tolist())]
+        expected = torch.stack([part.amax(1) if part.shape[1] else torch.zeros(3) for part in parts], 1)
+        assert torch.allclose(by_passage(q, keys, bounds), expected, atol=1e-6)
 
     def test_blocks_do_not_matter(self, monkeypatch):
         from ahn.recall.finders import heads
 
         q, keys = torch.randn(2, 8), torch.randint(-127, 128, (500, 8), dtype=torch.int8)
-        passage = torch.arange(500) // 9
-        whole = by_passage(q / 30, keys, passage, 56)
+        bounds = torch.tensor([*range(0, 500, 9), 500])
+        whole = by_passage(q / 30, keys, bounds)
         monkeypatch.setattr(heads, "BLOCK", 37)
-        assert torch.allclose(by_passage(q / 30, keys, passage, 56), whole, atol=1e-6)
+        assert torch.allclose(by_passage(q / 30, keys, bounds), whole, atol=1e-6)
 
     def test_heads_need_keys(self, model, tokenizer):
         cache = ahn.read(model, ahn.Dialogue(tokenizer).open(document()), archive="text")

@@ -41,17 +41,17 @@ def run(args: argparse.Namespace) -> None:
     from ahn.errors import ConfigError
     from ahn.eval.prompts import encode
     from ahn.eval.tasks import get
-    from ahn.train.heads import choose_heads
+    from ahn.train.heads import EACH, choose_heads, few_texts
 
     transformers.logging.set_verbosity_error()
     if not args.data.is_file():
         raise ConfigError(f"--data {args.data}: no such file; expected articles with questions, as SQuAD's")
     tokenizer = ahn.load_tokenizer(args.base)
     examples = get("qa/squad").examples(
-        tokenizer=tokenizer, length=args.length, data=args.data, seed=args.seed, limit=args.questions
+        tokenizer=tokenizer, length=args.length, data=args.data, seed=args.seed, limit=None
     )
-    dialogue = Dialogue(tokenizer)
-    work = [(encode(tokenizer, example, dialogue), example) for example in examples]
+    chosen, dialogue = few_texts(examples, args.questions, EACH, args.seed), Dialogue(tokenizer)
+    work = [(encode(tokenizer, example, dialogue), example) for example in chosen]
     sizes = {"lossless": args.lossless} if args.adapter != NONE else {"window": max(1, args.lossless - 64), "sinks": 64}
     model = ahn.from_pretrained(args.base, args.adapter, dtype=args.dtype, device=args.device, **sizes)
     with Progress(console=console, transient=True) as bar:
@@ -61,6 +61,6 @@ def run(args: argparse.Namespace) -> None:
         )
     found = adapter_of(model)
     write_adapter(found, args.output)
-    chosen = ", ".join(f"{layer}.{head}" for layer, head in model.ahn_retrieval.heads)
-    console.print(f"heads   {chosen} (layer.head); {model.ahn_retrieval.bytes_per_token:.0f} bytes a token")
+    named = ", ".join(f"{layer}.{head}" for layer, head in model.ahn_retrieval.heads)
+    console.print(f"heads   {named} (layer.head); {model.ahn_retrieval.bytes_per_token:.0f} bytes a token")
     console.print(f"saved   {args.output}")

@@ -7,6 +7,7 @@ ahn memories books/ notes.ahn
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
             _documents(archive.get("documents")),
         )
     if table.row_count:
-        Console(highlight=False, markup=False, emoji=False).print(table)
+        width = None if sys.stdout.isatty() else 10_000  # a line each for programs
+        Console(width=width, highlight=False, markup=False, emoji=False).print(table)
     else:
         console.print(f"no memory file in {', '.join(args.place)}; ahn read DOCUMENT -o NAME.ahn makes one")
 

@@ -51,11 +51,10 @@ class Passages:
         new = [ids[self.bounds[i] : self.bounds[i + 1]].tolist() for i in range(len(known), len(self))]
         return known + self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
-    def of_groups(self, pool: int, count: int) -> Tensor:
-        """Which passage each of `count` groups of `pool` tokens belongs to, by its middle, int64 [count]."""
-        middles = np.arange(count) * pool + pool // 2
-        found = np.searchsorted(self.bounds, middles, side="right") - 1
-        return torch.from_numpy(np.where(found < len(self), found, -1))
+    def groups(self, pool: int, count: int) -> Tensor:
+        """Where passages begin among `count` groups of `pool` tokens, each of which belongs to the passage of its
+        middle, and the end of the last one, int64 [P + 1]."""
+        return torch.from_numpy(np.minimum(-(-(self.bounds - pool // 2) // pool), count).clip(min=0))
 
     def place(self, index: int) -> Place | None:
         """Where a passage stands in its document."""

@@ -9,7 +9,9 @@ Letters: N query heads, M key/value heads, T tokens, H head size, P passages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 BYTES = 128  # a token, of all keys that are kept
 DISTANCE = 512
+EACH = 16  # questions on a text
 LEAST = 0.3  # of the best head's score: others are not chosen
 MOST = 24  # query heads
 
@@ -106,6 +109,19 @@ def best_heads(share: Tensor, groups: int, most: int) -> list[tuple[int, int]]:
     return chosen
 
 
+def few_texts(examples: Iterable[Example], count: int, each: int, seed: int) -> list[Example]:
+    """At most `count` questions, `each` of a text, drawn from the first texts: a text takes longer than a question."""
+    chance = random.Random(seed)
+    found: list[Example] = []
+    for _, of_text in groupby(examples, key=lambda example: example.prompt[: example.asks]):
+        asked = list(of_text)
+        kept = sorted(chance.sample(range(len(asked)), min(each, len(asked), count - len(found))))
+        found += [asked[i] for i in kept]
+        if len(found) >= count:
+            break
+    return found
+
+
 class _Spread:
     """Mean and largest deviation of each channel of all keys, over texts."""
 
@@ -171,17 +187,17 @@ def _observe(cache: AHNCache, observe: Any) -> None:
 def _share(queries: tuple[list[Tensor], ...], keys: list[Tensor], passages: Any, gold: Any, groups: int) -> Tensor:
     """The share of each head's attention to passages that falls on those with evidence, less that of a question about
     nothing, [layers, N]."""
-    counts = torch.as_tensor(np.diff(passages), device=keys[0].device)
-    passage = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    wanted, end = torch.as_tensor(gold, device=counts.device), int(passages[-1])
+    device, end = keys[0].device, int(passages[-1])
+    places = passages[:-1, None] + np.arange(np.diff(passages).max())
+    places = torch.as_tensor(np.where(places < passages[1:, None], places, end), device=device)  # `end`: of no key
+    wanted = torch.as_tensor(gold, device=device)
     found = []
     for layer, k in enumerate(keys):
         k = k[:, :end].repeat_interleave(groups, 0)
         shares = []
         for q in (queries[0][layer], queries[1][layer]):
             weights = (q.to(k.dtype) @ k.transpose(1, 2) * q.shape[-1] ** -0.5).float().softmax(-1)
-            most = weights.new_zeros(*weights.shape[:2], len(counts))
-            most = most.scatter_reduce_(2, passage.expand_as(weights), weights, "amax").mean(1)
+            most = torch.nn.functional.pad(weights, (0, 1))[:, :, places].amax(3).mean(1)
             shares.append(most[:, wanted].sum(1) / most.sum(1))
         found.append((shares[0] - shares[1]).cpu())
     return torch.stack(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,11 +29,23 @@ class BM25(Finder):
 
 
 def _index(texts: list[str]) -> tuple[Any, dict[str, int]]:
-    import bm25s
-
+    bm25s = _library()
     vocabulary: dict[str, int] = {}
     corpus = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in texts]
     index = bm25s.BM25()
     if vocabulary:
         index.index((corpus, vocabulary), show_progress=False)
     return index, vocabulary
+
+
+def _library() -> Any:
+    """The library without JAX. Where that is installed, importing bm25s starts it, and it takes three quarters of a
+    GPU's memory for an operation that is not used here."""
+    hides = not {"jax", "bm25s"} & sys.modules.keys()
+    if hides:
+        sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("bm25s")
+    finally:
+        if hides:
+            del sys.modules["jax"]

@@ -47,27 +47,31 @@ def attention(passages: Passages, queries: dict[int, Tensor]) -> Tensor:
         keys, steps = archive.keys.of(layer), heads.scales[layer][1].to(q.device)
         of_group = [head // heads.groups for head in heads.queries(layer)]
         for place, head in enumerate(heads.kept(layer)):
-            mine = q[[i for i, found in enumerate(of_group) if found == head]].float()
+            mine = q[[i for i, group in enumerate(of_group) if group == head]].float()
             scaled = (mine * steps[place] * q.shape[-1] ** -0.5).flatten(0, 1)
-            found = by_passage(scaled, keys[:, place], passages.of_groups(heads.pool, len(keys)), len(passages))
-            total += len(mine) * found.mean(0).cpu()
+            total += (
+                len(mine) * by_passage(scaled, keys[:, place], passages.groups(heads.pool, len(keys))).mean(0).cpu()
+            )
     return total
 
 
-def by_passage(q: Tensor, keys: Tensor, passage: Tensor, count: int) -> Tensor:
-    """Softmax of queries [R, H] over keys int8 [G, H]: its largest value in each passage, [R, P].
+def by_passage(q: Tensor, keys: Tensor, bounds: Tensor) -> Tensor:
+    """Softmax of queries [R, H] over keys int8 [G, H]: its largest value in each of P passages, [R, P].
 
     Args:
-        keys: they come to the device block by block.
-        passage: which of `count` passages each key belongs to, [G], -1 for none.
+        keys: they come to the device block by block. bounds: passage i has the keys bounds[i] to bounds[i + 1] - 1.
     """
-    largest = torch.full((len(q), count), -torch.inf, device=q.device)
-    norm = torch.full((len(q),), -torch.inf, device=q.device)
+    largest, norm = [], torch.full((len(q),), -torch.inf, device=q.device)
     dtype = torch.bfloat16 if q.device.type == "cuda" else torch.float32  # which holds all int8 values
-    for low in range(0, len(keys), BLOCK):
-        k, at = (t[low : low + BLOCK].to(q.device, non_blocking=True) for t in (keys, passage))
-        scores = (q.to(dtype) @ k.to(dtype).T).float()
-        scores = scores.masked_fill((k[:, 0] == UNKNOWN) | (at < 0), -torch.inf)
-        largest.scatter_reduce_(1, at.clamp(min=0).expand_as(scores), scores, "amax")
+    width = max(int(bounds.diff().max()), 1)
+    step = max(1, BLOCK // width)
+    for low in range(0, len(bounds) - 1, step):
+        part = bounds[low : low + step + 1]
+        k = keys[int(part[0]) : int(part[-1])].to(q.device, non_blocking=True)
+        scores = (q.to(dtype) @ k.to(dtype).T).float().masked_fill(k[:, 0] == UNKNOWN, -torch.inf)
+        scores = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)  # for the ends of shorter passages
+        places = part[:-1, None] + torch.arange(width)
+        places = torch.where(places < part[1:, None], places - part[0], len(k)).to(q.device)
+        largest.append(scores[:, places].amax(2))
         norm = torch.logaddexp(norm, scores.logsumexp(1))
-    return (largest - norm[:, None].clamp(min=-1e30)).exp()
+    return (torch.cat(largest, 1) - norm[:, None].clamp(min=-1e30)).exp()
