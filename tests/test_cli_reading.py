@@ -28,9 +28,9 @@ def book(tmp_path: Path) -> Path:
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+    from ahn.memory import segments
 
-    return load_file(path)
+    return {name: tensor.clone() for name, tensor in segments.read(path, segments.walk(path)[-1]).items()}
 
 
 def assert_same(one: Path, two: Path) -> None:
@@ -192,7 +192,7 @@ def test_old_memory_files_are_appended_to(run: Any, base: str, book: Path, tmp_p
     from safetensors.torch import save_file
 
     memory = tmp_path / "book.ahn"
-    assert run("read", str(book), "-o", str(memory), "--base", base, *MODEL)[0] == 0
+    assert run("read", str(book), "-o", str(memory), "--base", base, *MODEL, "--archive", "none")[0] == 0
     with safe_open(memory, "pt") as file:
         header = json.loads(file.metadata()["memory"])
     del header["texts"]
@@ -224,7 +224,7 @@ def test_a_full_disk_at_the_end_saves_elsewhere(
         save(held, path, **options)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    code, _, err = run("read", str(book), "-o", str(memory), "--base", base, *MODEL)
+    code, _, err = run("read", str(book), "-o", str(memory), "--base", base, *MODEL, "--archive", "none")
     (rescued,) = (tmp_path / "cache" / "rescued").iterdir()
     assert code == cli.BAD_INPUT and "No space left" in err and str(rescued) in err.splitlines()[-1]
     assert list(memory.parent.iterdir()) == []
@@ -326,7 +326,7 @@ def test_a_stop_while_saving_waits_for_it(
         save(*args, **options)
 
     monkeypatch.setattr(safetensors.torch, "save_file", stopped)
-    code, _, err = run("read", str(book), "-o", str(memory), "--base", base, *MODEL)
+    code, _, err = run("read", str(book), "-o", str(memory), "--base", base, *MODEL, "--archive", "none")
     assert code == cli.INTERRUPTED and f"the memory is kept in {memory}" in err
     assert memory_file.peek(memory)["texts"][0]["complete"]
 

@@ -610,7 +610,7 @@ def test_inspect_shows_the_stored_words(tmp_path, monkeypatch, capsys):
     assert cli.main(["inspect", file, "--html", str(tmp_path / "none" / "a.html")]) == 2
     assert "error: --html" in capsys.readouterr().err
     assert cli.main(["inspect", file, "--layer", "7"]) == 2
-    assert cli.main([*read]) == 0
+    assert cli.main([*read, "--force"]) == 0
     capsys.readouterr()
     assert cli.main(["inspect", file]) == 2
     assert "read without a store" in capsys.readouterr().err
@@ -657,7 +657,7 @@ def test_commands_say_what_is_kept(tmp_path, capsys):
     base, adapter = write_base(tmp_path, store="recency", store_size=8, store_span=2)
     (tmp_path / "a.txt").write_text("The old cat. " * 40)
     file = str(tmp_path / "a.ahn")
-    read = ["read", str(tmp_path / "a.txt"), "-o", file, "--base", base]
+    read = ["read", str(tmp_path / "a.txt"), "-o", file, "--base", base, "--force"]
     random = ["--store", "random", "--store-size", "4", "--window", "24", "--sinks", "8"]
     for options, said in (
         (["--adapter", adapter], "; exact: the first 8 tokens, 8 chosen ones (recency in spans of 2), the last 24\n"),
