@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ahn
-from ahn import cli, memory_file
+from ahn import cli, files, memory_file
 from ahn.cli import _reading, _session
 from test_cli import SMALL, TEXT, base, interrupt_reading, run, type_in  # noqa: F401 - fixtures
 
@@ -143,6 +143,28 @@ def test_the_same_command_goes_on_where_it_stopped(
     assert code == 0 and f"resumed {memory}: it holds the first 500 tokens" in err
     assert_same(memory, whole)
     assert memory_file.peek(memory)["texts"] == memory_file.peek(whole)["texts"]
+    assert memory_file.peek(memory)["archive"]["documents"] == [str(book)]
+
+
+def test_the_output_is_no_document(run: Any, base: str, book: Path, tmp_path: Path) -> None:  # noqa: F811
+    before = book.read_bytes()
+    (tmp_path / "link.txt").symlink_to(book)
+    for output in (book, tmp_path / "link.txt"):
+        code, _, err = run("read", str(book), "-o", str(output), "--force", "--base", base, *MODEL)
+        assert code == cli.BAD_INPUT and "is one of the documents" in err
+    assert book.read_bytes() == before
+
+
+def test_two_processes_do_not_write_to_one_output(run: Any, base: str, book: Path, tmp_path: Path) -> None:  # noqa: F811
+    memory, more = tmp_path / "book.ahn", tmp_path / "more.txt"
+    more.write_text(OTHER)
+    assert run("read", str(book), "-o", str(memory), "--base", base, *MODEL)[0] == 0
+    held = memory_file.peek(memory)["tokens_seen"]
+    with files.claimed(memory):  # as another process does while it reads
+        code, _, err = run("read", str(more), "--memory", str(memory))
+        assert code == cli.BAD_INPUT and "another process is writing to it" in err
+    assert run("read", str(more), "--memory", str(memory))[0] == 0
+    assert memory_file.peek(memory)["tokens_seen"] > held
 
 
 def test_going_on_needs_the_same_settings(

@@ -7,11 +7,13 @@ removed when the next one writes into the same folder.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import platform
 import re
 import shutil
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -129,6 +131,32 @@ def _lock(file: BinaryIO) -> bool:
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else there are no locks here
     return True
+
+
+@contextmanager
+def claimed(path: str | os.PathLike[str], option: str = "-o") -> Iterator[None]:
+    """Within, no other process of this machine claims the same path: of two that read an old file and write a new one,
+    one would lose its work.
+
+    Raises:
+        OutputError: another one does.
+    """
+    from filelock import FileLock, Timeout
+
+    name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:24]
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    lock = FileLock(Path(tempfile.gettempdir()) / f"ahn-{user}-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"{option} {path}: another process is writing to it; expected another name") from None
+    except OSError:  # no place for locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -56,15 +56,17 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
         MemoryFileError: the memory could not be saved as `args.output`; says where it is.
     """
     from ahn.documents import check, expand
-    from ahn.files import check_writable
+    from ahn.files import check_writable, claimed
 
     check_writable(args.output)
     sources = Sources(expand(args.document))
+    if args.output and any(_is_same(source, args.output) for source in sources.sources):
+        raise ConfigError(f"-o {args.output}: is one of the documents; expected another name")
     if not console.is_terminal and (sources.bytes or 0) > LARGE:
         console.print(f"opening {sources}, {size(sources.bytes or 0)}")
     for source in sources.sources[:TRIED]:
         check(source)
-    with _terminated_like_interrupted():
+    with _terminated_like_interrupted(), claimed(args.output) if args.output else nullcontext():
         from ahn.generation import finish_before_interrupt  # which loads torch
 
         earlier = _texts(memory) if memory else []
@@ -183,6 +185,7 @@ class Text(Iterator["Tensor"]):
     def keep_places(self, cache: AHNCache) -> None:
         """Note in the archive of the cache where the tokens that are given stand in their documents."""
         self._archive, self._origin = cache.archive, -1
+        self._noted = self._character if self.skipped else -1  # documents that begin up to here are in the archive
         self._first = cache.tokens_seen - self.skipped  # where the text begins in all that was read
 
     def _locate(self, block: Encoded) -> None:
@@ -197,7 +200,8 @@ class Text(Iterator["Tensor"]):
                 continue
             origin = documents[index]
             if index > self._origin:
-                archive.begin(origin.name, first + int(here[0]))
+                if origin.start > self._noted:
+                    archive.begin(origin.name, first + int(here[0]))
                 self._origin = index
             offsets = block.starts[here] - origin.start
             pages = np.searchsorted([at for at, _ in origin.pages], offsets, side="right") - 1
@@ -279,6 +283,12 @@ class Text(Iterator["Tensor"]):
     def described(self, complete: bool) -> dict[str, Any]:
         """For a memory file: how to know the text again."""
         return {"tokens": self.read, "sha256": self._digest.hexdigest(), "complete": complete}
+
+
+def _is_same(source: Path | str, output: str) -> bool:
+    with suppress(OSError, ValueError):
+        return str(source) != "-" and os.path.samefile(source, output)
+    return False
 
 
 def _size(source: Path | str) -> int | None:
