@@ -186,7 +186,7 @@ def test_chat_carries_the_memory_over_turns(
     code, out, err = run("chat", "--memory", memory, *SMALL[4:])
     assert code == 0 and out.startswith(first) and len(out) > len(first)
     assert err.count("tokens/s") == 2
-    for leave in ("/quit", "/exit"):
+    for leave in ("/quit", "/exit", "/quit now"):
         type_in(monkeypatch, f"/help\nHello\n{leave}\nnot asked\n")
         code, _, err = run("chat", "--base", base, *SMALL)
         assert code == 0 and err.count("tokens/s") == 1 and "/quit, /exit or Ctrl-D leaves" in err

@@ -296,3 +296,17 @@ def test_a_gguf_file_without_weights(capsys: Any, things: Path, tmp_path: Path) 
         write()
     base = str(tmp_path / "none.gguf")
     assert "no weights" in refused(capsys, "ask", "--document", str(things / "book.txt"), "--base", base, "Who?")
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["read", "-o", "dash.ahn", "--", "-dash.txt", "--force"], "document", ["-dash.txt", "--force"]),
+        (["read", "a.txt", "-o", "dash.ahn", "--", "-dash.txt"], "document", ["a.txt", "-dash.txt"]),
+        (["ask", "--document", "x", "--", "-x?"], "question", ["-x?"]),
+        (["ask", "--document", "x", "--", "--document"], "question", ["--document"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_words_behind_two_dashes_are_no_options(argv: list[str], name: str, value: Any) -> None:
+    assert getattr(cli._parse(argv), name) == value

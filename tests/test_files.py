@@ -72,6 +72,14 @@ def test_a_name_that_cannot_be(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
+@pytest.mark.parametrize("name", ["a\nb.ahn", "a\x1b[31m.ahn", "a\u2028b.ahn"])
+def test_a_name_with_control_characters(tmp_path: Path, name: str) -> None:
+    for said in both(tmp_path / name):
+        assert "the name has control characters" in said and said.isprintable()
+    write(tmp_path / "a\u3000b \u200d.ahn")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_that_takes_no_file_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **options: object) -> int:
         raise OSError(30, "Read-only file system")

@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 import tempfile
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,9 +36,14 @@ def checked(path: str | os.PathLike[str], option: str = "") -> Path:
         option: of the command line, for messages.
 
     Raises:
-        OutputError: it exists and is no regular file or cannot be written, or there is no such folder.
+        OutputError: its name has line ends or other control characters, it exists and is no regular file or cannot be
+            written, or there is no such folder.
     """
     name = f"{option} {path}".strip()
+    if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in os.path.basename(os.fsdecode(path))):
+        raise OutputError(
+            f"{option} {os.fsdecode(path)!r}".strip() + ": cannot be written: the name has control characters"
+        )
     try:
         file = Path(os.path.realpath(path))
         kind = file.lstat() if os.path.lexists(file) else None

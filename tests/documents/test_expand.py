@@ -1,11 +1,12 @@
 import os
+import stat
 from pathlib import Path
 
 import pytest
 from made import pdf
 
 import ahn.documents
-from ahn.documents import expand, read_document
+from ahn.documents import check, expand, read_document, source
 from ahn.errors import DocumentError
 
 
@@ -55,8 +56,18 @@ def test_pipes_and_linked_folders_in_a_folder_are_left_out(folder: Path) -> None
     assert expand([folder / "pipe.txt"]) == [folder / "pipe.txt"]
 
 
+def test_what_is_no_file_and_no_pipe_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "a.txt"
+    os.mkfifo(pipe)
+    check(pipe)
+    monkeypatch.setattr(source, "_KINDS", ((stat.S_ISFIFO, "device"),))  # in the place of a real one
+    for door in (check, read_document):
+        with pytest.raises(DocumentError, match=r"a\.txt: is a device; expected text"):
+            door(pipe)
+
+
 def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for source, said in [
+    for name, said in [
         (tmp_path / "a.txt", "no such file"),
         ("", "no such file"),
         ("a\0b", "cannot be read"),
@@ -65,7 +76,7 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (str(tmp_path / "*.txt"), "no documents there"),
     ]:
         with pytest.raises(DocumentError, match=said) as error:
-            expand([source])
+            expand([name])
         assert "\n" not in str(error.value)
     with pytest.raises(DocumentError, match="named twice"):
         expand(["-", "-"])

@@ -100,21 +100,29 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: error: {_guard.shortened(message)}\n")
 
 
+class _Plain(str):
+    """A word behind `--`, which is no option."""
+
+
 class _CommandParser(_Parser):
     _mixing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._mixing:
+            return super().parse_known_args(args, namespace)
+        words = list(args or ())
+        end = words.index("--") if "--" in words else len(words)
         # before argparse looks: it would first complain about whatever the mistyped option was to provide
-        for word in args or ():
-            if word == "--":
-                break
+        for word in words[:end]:
             option = word.partition("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
                 self.error(f"unknown option {option}{nearest(option, self._option_string_actions)}")
-        if self._mixing:
-            return super().parse_known_args(args, namespace)
         self._mixing = True
         try:  # options may stand between other words, as in `ahn train recipe.yaml --resume steps=900`
-            return self.parse_known_intermixed_args(args, namespace)
+            plain = map(_Plain, words[end + 1 :])  # argparse would drop `--` in the first of two passes
+            return self.parse_known_intermixed_args([*words[:end], *plain], namespace)
         finally:
             self._mixing = False
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        return None if isinstance(arg_string, _Plain) else super()._parse_optional(arg_string)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 HELP = "/quit, /exit or Ctrl-D leaves, Ctrl-C stops an answer or clears the line, /help says so"
 COMMANDS = ("/exit", "/help", "/quit")
-LEAVE = ("exit", "quit", "/exit", "/quit")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,14 +107,13 @@ def _next(line: Callable[[], str]) -> str | None:
             if not sys.stdin.isatty():
                 raise
             continue
-        if text in LEAVE:
+        found = re.fullmatch(r"(/\w*)([ \t].*)?", text)
+        command = found[1] if found else ""  # what stands behind it on the line is passed over
+        if text in ("exit", "quit") or command in ("/exit", "/quit"):
             return None
-        command = re.fullmatch(r"(/\w*)( .*)?", text)
-        if text == "/help":
+        if command == "/help":
             console.print(HELP)
         elif command:
-            console.print(
-                f"unknown command {command[1]}: expected {', '.join(COMMANDS)}{nearest(command[1], COMMANDS)}"
-            )
+            console.print(f"unknown command {command}: expected {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
         elif text:
             return text

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ahn.documents.base import ALLOWED, FORMATS, Format, Piece, bounded
-from ahn.documents.source import Stream, open_source, shown
+from ahn.documents.source import Stream, check_kind, open_source, shown
 from ahn.errors import DocumentError
 
 __all__ = ["Format", "Piece", "check", "expand", "pieces", "read_document"]
@@ -61,9 +61,12 @@ def check(source: str | Path) -> None:
     """Read the first piece of a document that is a file. A pipe is left alone, as its text could not be read again.
 
     Raises:
-        DocumentError: as `pieces`, as far as the first piece shows.
+        DocumentError: as `pieces`, as far as the first piece shows; a device or a socket.
     """
-    if str(source) != "-" and os.path.isfile(source):
+    if str(source) == "-":
+        return
+    check_kind(source)
+    if os.path.isfile(source):
         with closing(pieces(source)) as found:
             next(found, None)
 

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ _PACKED: tuple[tuple[re.Pattern[bytes], str, str, Callable[[Any], Any]], ...] = 
     (re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"), ".bz2", "bzip2", bz2.BZ2File),
     (re.compile(rb"\xfd7zXZ\x00"), ".xz", "xz", lzma.LZMAFile),
 )
+_KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"), (stat.S_ISSOCK, "socket"))
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)  # of something that is unpacked
 
 
@@ -34,6 +36,17 @@ def shown(source: str | Path) -> str:
         return "standard input"
     name = str(source).encode("utf-8", "replace").decode("utf-8")
     return name if name and name.isprintable() else repr(name)
+
+
+def check_kind(source: str | Path) -> None:
+    """Raises DocumentError if there is something at the path `source`, and it is neither a file nor a pipe."""
+    try:
+        mode = os.stat(source).st_mode
+    except (OSError, ValueError):  # opening it says why
+        return
+    for is_kind, kind in _KINDS:
+        if is_kind(mode):
+            raise DocumentError(f"{shown(source)}: is a {kind}; {ALLOWED}")
 
 
 class Stream(io.RawIOBase):
@@ -119,8 +132,7 @@ def _open(source: str | Path, name: str, opened: ExitStack) -> BinaryIO:
         if file is None:
             raise DocumentError(f"{name}: is closed; {ALLOWED}")
         return cast(BinaryIO, file)
-    if str(source) and os.path.isdir(source):
-        raise DocumentError(f"{name}: is a folder; {ALLOWED}")
+    check_kind(source)
     try:
         return opened.enter_context(open(source, "rb", buffering=0))
     except FileNotFoundError:
