@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from made import DOCX, EPUB, archive, chapter, locked, pdf
 
-from ahn.documents import Piece, pieces, read_document
+from ahn.documents import Piece, isolate, pieces, read_document
 from ahn.documents import archive as documents_archive
 from ahn.errors import DocumentError
 
@@ -16,6 +16,14 @@ ENCRYPTION = (
     '<encryption xmlns:enc="http://www.w3.org/2001/04/xmlenc#"><enc:EncryptedData><enc:CipherData>'
     '<enc:CipherReference URI="OEBPS/a.xhtml"/></enc:CipherData></enc:EncryptedData></encryption>'
 )
+
+
+def nested(tags: str, times: int) -> str:
+    """The body of a DOCX with these elements in each other so many times."""
+    start = "".join(f"<w:{tag}>" for tag in tags.split())
+    end = "".join(f"</w:{tag}>" for tag in reversed(tags.split()))
+    before, after = DOCX[BODY].split("<w:body>")
+    return f"{before}<w:body>{start * times}<w:p><w:r><w:t>Deep</w:t></w:r></w:p>{end * times}{after}"
 
 
 @pytest.mark.parametrize("name", ["a.epub", "a.EPUB", "download", "a.zip", "a.epub.gz"])
@@ -33,6 +41,36 @@ def test_docx(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(archive(DOCX))
     assert read_document(path) == "One <p>\n\nIn a control\n\nInserted\n\na | b\n"
+
+
+@pytest.mark.parametrize("tags", ["tbl tr tc", "sdt sdtContent", "ins", "p r txbxContent"])
+def test_a_docx_as_deep_as_is_allowed(tmp_path: Path, tags: str) -> None:
+    path = tmp_path / "a.docx"
+    path.write_bytes(archive(DOCX | {BODY: nested(tags, 995 // len(tags.split()))}))
+    assert "Deep" in read_document(path)
+
+
+def test_a_chapter_that_is_named_again_is_read_once(tmp_path: Path) -> None:
+    path, package = tmp_path / "a.epub", EPUB["OEBPS/book.opf"]
+    start, end = package.split("</spine>")
+    path.write_bytes(
+        archive(
+            EPUB | {"OEBPS/book.opf": f"{start}{package.split('<spine>')[1].split('</spine>')[0] * 99}</spine>{end}"}
+        )
+    )
+    assert [piece.page for piece in pieces(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["a.epub", "a.docx"])
+def test_more_characters_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(archive(EPUB if name.endswith("epub") else DOCX))
+    size = len(read_document(path))
+    monkeypatch.setattr(isolate, "MAX_CHARACTERS", size)
+    read_document(path)
+    monkeypatch.setattr(isolate, "MAX_CHARACTERS", size - 1)
+    with pytest.raises(DocumentError, match=rf"more than {size - 1} characters; expected at most that many"):
+        read_document(path)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +98,12 @@ def test_docx(tmp_path: Path, name: str) -> None:
         ("a.docx", archive(DOCX | {BODY: LAUGHS + DOCX[BODY]}), "declares XML entities; expected none"),
         ("a.docx", archive(DOCX | {BODY: OUTSIDE + DOCX[BODY]}), "declares XML entities; expected none"),
         ("a.epub", archive(EPUB | {"OEBPS/book.opf": LAUGHS + EPUB["OEBPS/book.opf"]}), "declares XML entities"),
-        ("a.docx", archive(DOCX | {BODY: "<a>" * 100_000 + "</a>" * 100_000}), "damaged DOCX"),
+        (
+            "a.docx",
+            archive(DOCX | {BODY: "<a>" * 100_000 + "</a>" * 100_000}),
+            "more than 1,000 elements in each other",
+        ),
+        ("a.docx", archive(DOCX | {BODY: nested("sdt sdtContent", 501)}), "expected at most that many"),
         ("a.epub", archive(EPUB | {"OEBPS/a.xhtml": "<div>" * 100_000}), "more than 10,000 <div> in each other"),
     ],
 )

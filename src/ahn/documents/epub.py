@@ -57,7 +57,7 @@ def _package(archive: zipfile.ZipFile) -> str:
 
 
 def _chapters(archive: zipfile.ZipFile, package: str) -> list[str]:
-    """The names of the chapters, in reading order."""
+    """The names of the chapters, in reading order, each once: EPUB forbids more, which could give any length."""
     root = _xml(archive, package)
     folder = posixpath.dirname(package)
     names = {}
@@ -65,9 +65,8 @@ def _chapters(archive: zipfile.ZipFile, package: str) -> list[str]:
         href = unquote(item.attrib["href"].partition("#")[0])
         if item.attrib.get("media-type", _CHAPTERS[0]) in _CHAPTERS:
             names[item.attrib["id"]] = posixpath.normpath(posixpath.join(folder, href))
-    chapters = [
-        names[item.attrib["idref"]] for item in root.iter(f"{_PACKAGE}itemref") if item.attrib["idref"] in names
-    ]
+    listed = (item.attrib["idref"] for item in root.iter(f"{_PACKAGE}itemref"))
+    chapters = list(dict.fromkeys(names[item] for item in listed if item in names))
     if not chapters:
         raise ValueError(f"{package} lists no chapters")
     return chapters

@@ -18,6 +18,7 @@ from ahn.errors import DocumentError
 
 MAX_SECONDS = 120  # from one piece to the next
 MAX_CPU_SECONDS = 3600  # of a parser whose reader is gone
+MAX_CHARACTERS = 2**27  # of all pieces together
 MAX_MEMORY = 4 * 2**30  # bytes of a parser
 
 _BLOCK = 2**20
@@ -31,9 +32,10 @@ def read_isolated(kind: Format, stream: Stream) -> Iterator[Piece]:
     """The pieces of `kind.read`, which runs in a child process.
 
     Raises:
-        DocumentError: that of the format, or the limit that was met: bytes of the document, seconds, or memory.
+        DocumentError: that of the format, or the limit that was met: bytes or characters of the document, seconds, or
+            memory.
     """
-    name = stream.name
+    name, characters = stream.name, 0
     try:
         with _copy(kind, stream) as file:
             child = subprocess.Popen(
@@ -71,7 +73,12 @@ def read_isolated(kind: Format, stream: Stream) -> Iterator[Piece]:
                 raise DocumentError(message["error"])
             if "end" in message:
                 return
-            yield Piece(**message)
+            piece = Piece(**message)
+            characters += len(piece.text)
+            if characters > MAX_CHARACTERS:
+                limit = f"{MAX_CHARACTERS:,}"
+                raise DocumentError(f"{name}: {kind.title} of more than {limit} characters; expected at most that many")
+            yield piece
     finally:
         child.kill()
         child.stdout.close()
