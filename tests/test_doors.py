@@ -83,6 +83,39 @@ def test_ids_that_are_none(model, door, ids, message):
         door(model, ids)
 
 
+def odd_forms():
+    """Tensors whose numbers are not there, or not one behind the other."""
+    ones = torch.ones(2, 3, dtype=torch.long)
+    parts = [ones[0], ones[0, :2]]
+    return {
+        "on the meta device": ones.to("meta"),
+        "sparse": ones.to_sparse(),
+        "nested": torch.nested.nested_tensor(parts),
+        "nested ": torch.nested.nested_tensor(parts, layout=torch.jagged),
+        "quantised": torch.quantize_per_tensor(ones.float(), 1.0, 0, torch.quint8),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nested tensors are a prototype, quantised ones deprecated
+@pytest.mark.parametrize("form", ["on the meta device", "sparse", "nested", "nested ", "quantised"])
+def test_tensors_of_odd_forms(model, form):
+    tensor = odd_forms()[form]
+    for door in (read, generate):
+        with pytest.raises(ConfigError, match=f"ids as a tensor that is {form.strip()}: expected"):
+            door(model, tensor)
+        with pytest.raises(ConfigError, match=f"attention_mask as a tensor that is {form.strip()}: expected"):
+            door(model, {"input_ids": token_ids(6, batch=2), "attention_mask": tensor})
+
+
+@pytest.mark.parametrize("count", [0, -1, "a", 1.5, True, float("nan")])
+def test_numbers_of_new_tokens_that_are_none(model, count):
+    cache = ahn.read(model, token_ids(30))
+    with pytest.raises(ConfigError, match=f"max_new_tokens={count!r}: expected an integer of at least 1"):
+        ahn.generate(model, token_ids(3), cache, max_new_tokens=count)
+    assert cache.tokens_seen == 30
+    assert ahn.generate(model, token_ids(3), cache, **GREEDY | {"max_new_tokens": np.int64(2)}).shape == (1, 2)
+
+
 @pytest.mark.parametrize("ids", [[3, 128], [3, -1], [3.5, 4.0], [True, False], []], ids=str)
 def test_ids_that_are_none_for_the_model_itself(model, ids):
     with pytest.raises(ConfigError, match="expected"):
@@ -193,6 +226,17 @@ def test_weights_that_are_changed_in_place(model, tmp_path):
             call()
 
 
+def test_a_cache_of_another_precision(model, tmp_path):
+    cache = ahn.read(model, token_ids(30))
+    model.to(torch.bfloat16)
+    for call in [*goes_on(model, cache, tmp_path), lambda: cache.save(tmp_path / "a.ahn")]:
+        with pytest.raises(ConfigError, match=r"model is in torch\.bfloat16, the cache was made in torch\.float32"):
+            call()
+    assert not (tmp_path / "a.ahn").exists()
+    model.float()
+    ahn.read(model, token_ids(3), cache)
+
+
 def test_a_cache_of_another_model(model, tmp_path):
     cache = ahn.read(with_memory(tiny(seed=5), seed=6), token_ids(30))
     for call in goes_on(model, cache, tmp_path):
@@ -237,6 +281,11 @@ def test_models_that_share_a_config():
 
 
 # Weights that are elsewhere, or are other layers.
+def test_a_base_without_layers():
+    with pytest.raises(UnsupportedModelError, match=r"num_hidden_layers=0\): expected at least 1"):
+        ahn.augment(tiny(num_hidden_layers=0))
+
+
 def test_an_offloaded_base():
     accelerate = pytest.importorskip("accelerate")
     base = accelerate.cpu_offload(tiny(), execution_device="cpu")

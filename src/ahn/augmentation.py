@@ -360,6 +360,8 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
         raise UnsupportedModelError(f"{kind} has no decoder with `layers`")
+    if not len(layers):
+        raise UnsupportedModelError(f"{kind} has no layers (num_hidden_layers=0): expected at least 1")
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{kind} has no language-model head")
     types = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -345,6 +345,7 @@ class AHNCache(Cache):
         super().__init__(layers=[layer.memory() for layer in layers_of(model)])
         self._frame = frame_of(model)
         self._model = self._frame.model
+        self._dtype = self._model.dtype
         self._weights, self._base = self._frame.weights(), _versions(self._model)
         self.config = model.ahn_config
         self.tokens_seen = 0
@@ -492,6 +493,11 @@ class AHNCache(Cache):
             raise ConfigError(f"the cache was made for {self.config}, the model has {frame.model.ahn_config}")
         if frame is not self._frame:
             raise ConfigError("the cache was made for another model: expected one made by ahn.AHNCache(model)")
+        if frame.model.dtype != self._dtype:
+            raise ConfigError(
+                f"the model is in {frame.model.dtype}, the cache was made in {self._dtype}: expected a new cache, "
+                "which reads the text again"
+            )
         if frame.adapter is not self._weights[0]:
             raise ConfigError(_OTHER_WEIGHTS)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -199,12 +200,15 @@ def generate(
         the generated token ids [B, T_new], without the prompt.
 
     Raises:
-        ConfigError: no tokens or some that do not exist, padding behind text, or a cache of another model, other
-            weights or another number of rows.
+        ConfigError: no tokens or some that do not exist, padding behind text, max_new_tokens below 1, or a cache of
+            another model, other weights or another number of rows.
         UnsupportedOperationError: the cache is in use.
         KeyboardInterrupt: after the token in progress, so that `cache` can still be used and saved.
     """
     model = base_of(model)
+    new = options.get("max_new_tokens")
+    if new is not None and (isinstance(new, bool) or not isinstance(new, Integral) or new < 1):
+        raise ConfigError(f"max_new_tokens={new!r}: expected an integer of at least 1")
     ids, own_mask = rows_of(ids, frame_of(model).vocabulary)
     _checked(cache)
     with deferred(ready=True), cache.in_use():  # the handler of Ctrl-C is set once for all tokens

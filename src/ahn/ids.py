@@ -20,7 +20,8 @@ def rows_of(ids: Any, vocabulary: int) -> tuple[Tensor, Tensor | None]:
         vocabulary: how many tokens there are.
 
     Raises:
-        ConfigError: text, rows of different lengths, no tokens, no integers, or an id that does not exist.
+        ConfigError: text, rows of different lengths, no tokens, no integers, an id that does not exist, or a tensor on
+            meta, sparse, nested or quantised.
     """
     mask = None
     if isinstance(ids, Mapping):
@@ -35,6 +36,7 @@ def rows_of(ids: Any, vocabulary: int) -> tuple[Tensor, Tensor | None]:
         raise ConfigError(
             f"ids of type {type(ids).__name__}: expected integers, in rows of one length ({error})"
         ) from None
+    _check_plain(found, "ids")
     found = found[None] if found.dim() == 1 else found
     if found.dim() != 2 or found.numel() == 0:
         raise ConfigError(
@@ -45,6 +47,7 @@ def rows_of(ids: Any, vocabulary: int) -> tuple[Tensor, Tensor | None]:
 
 def checked(ids: Tensor, vocabulary: int) -> Tensor:
     """Token ids as int64. Raises ConfigError if they are none, or not in the vocabulary."""
+    _check_plain(ids, "ids")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ConfigError(f"ids of {ids.dtype}: expected at least one token id, an integer")
     ids = ids.long()
@@ -60,7 +63,21 @@ def mask_of(mask: Any) -> Tensor:
         found = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"attention_mask of type {type(mask).__name__}: expected zeros and ones ({error})") from None
+    _check_plain(found, "attention_mask")
     found = found[None] if found.dim() == 1 else found
     if found.dim() != 2:
         raise ConfigError(f"attention_mask of shape {list(found.shape)}: expected [batch, tokens]")
     return (found != 0).long()
+
+
+def _check_plain(tensor: Tensor, name: str) -> None:
+    """Raises ConfigError unless the numbers of `tensor` are there, one behind the other."""
+    form = (
+        "on the meta device" if tensor.is_meta
+        else "nested" if tensor.is_nested
+        else "quantised" if tensor.is_quantized
+        else "sparse" if tensor.layout != torch.strided
+        else ""
+    )  # fmt: skip
+    if form:
+        raise ConfigError(f"{name} as a tensor that is {form}: expected a dense tensor of integers")
