@@ -329,7 +329,7 @@ def test_recipe_files(settings, tmp_path):
         recipe.load(tmp_path / "r.yaml", ["steps"])
     with pytest.raises(ConfigError, match="cannot be read"):
         recipe.load(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match=r"'lr=\*a': no YAML: aliases are not allowed"):
+    with pytest.raises(ConfigError, match=r"'lr=\*a', line 1, column 1: aliases are not allowed"):
         recipe.load(tmp_path / "r.yaml", ["lr=*a"])
     (tmp_path / "r.yaml").write_text("base: x\n")
     with pytest.raises(ConfigError, match="no output, data"):
@@ -341,12 +341,14 @@ BAD_YAML = [
     (LAUGHS.encode(), "aliases are not allowed"),
     (b"a: &a [*a]\n", "aliases are not allowed"),
     (b"base: x\nbase: y\n", "the key 'base' is there twice"),
-    (b"seed: " + b"9" * 5000, "no YAML"),
-    (b"[" * 100_000, "no YAML"),
-    (b"!!python/object/apply:os.getcwd []", "no YAML"),
-    (b"? [a]\n: b\n", "no YAML"),
-    (b"\xff\xfe", "cannot be read"),
-    (b"a: \x00", "no YAML"),
+    (b"seed: " + b"9" * 5000, "a value that cannot be read: "),
+    (b"[" * 100_000, "nested too deeply"),
+    (b"!!python/object/apply:os.getcwd []", "yaml, line 1, column 1: could not determine a constructor"),
+    (b"? [a]\n: b\n", "line 1, column 3: .*found unhashable key"),
+    (b"base: [", "line 1, column 8: while parsing a flow node, expected the node content"),
+    (b"\xff\xfe", r"not UTF-8 text \(.*\): expected a recipe saved as UTF-8"),
+    ("base: x".encode("utf-16"), "expected a recipe saved as UTF-8"),
+    (b"b: c\na: \x00", r"line 2: the character '\\x00', which YAML does not allow"),
     (b"", "expected keys and values"),
     (b"[]", "expected keys and values"),
     (b"1: 2", "unknown key 1"),
@@ -361,8 +363,9 @@ BAD_YAML = [
 @pytest.mark.parametrize(("content", "said"), BAD_YAML, ids=[said for _, said in BAD_YAML])
 def test_recipes_that_are_no_recipes(tmp_path, content, said):
     (tmp_path / "r.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said) as refused:
         recipe.load(tmp_path / "r.yaml")
+    assert "unicode string" not in str(refused.value)
 
 
 def test_the_command(settings, tmp_path, capsys):

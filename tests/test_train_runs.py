@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import lzma
 import os
 import re
 import signal
@@ -690,10 +691,10 @@ def test_a_document_precedes_the_first_question(tmp_path, tokenizer):
         ("a.txt", b"", "empty"),
         ("a.txt", b" \n", "empty"),
         ("a.txt", b"too short", "tokens to train on: expected at least the 64 of one row"),
-        ("a.txt", b"caf\xe9 " * 100, "not UTF-8"),
+        ("a.txt", b"\0\1\2" * 99, "not text"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"not UTF-8 text \(.*\): expected records in UTF-8"),
         ("a.jsonl", b"[1]\n", "list: expected a record"),
         ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "no 'role'"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: not JSON: .*surrogates"),
         ("a.jsonl.xz", b"not xz", "cannot be read"),
         ("a.csv", b"a,b\n", "unknown kind of file '.csv'; expected .txt"),
         ("a.json", b"{}", "unknown kind of file '.json'"),
@@ -726,6 +727,25 @@ def test_values_of_the_wrong_type(tmp_path, tokenizer, record, message):
     source = jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, record])
     with pytest.raises(DocumentError, match=f"a.jsonl, line 2: not of the shape that its keys promise: {message}"):
         data.rows([source], tokenizer, 64)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md.xz"])
+def test_texts_of_other_encodings(tmp_path, tokenizer, encoding, name):
+    text = "the cat sat on the mat, the caf\xe9 sat.\n" * 20
+    (tmp_path / "expected.txt").write_text(text, encoding="utf-8")
+    content = text.encode(encoding)
+    (tmp_path / name).write_bytes(lzma.compress(content) if name.endswith(".xz") else content)
+    found, expected = (data.rows([str(tmp_path / file)], tokenizer, 64) for file in (name, "expected.txt"))
+    assert torch.equal(found.ids, expected.ids)
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character(tmp_path, tokenizer):
+    lines = [tmp_path / f"{name}.jsonl" for name in ("half", "replaced")]
+    for path, sign in zip(lines, ["\\ud800", "\\ufffd"], strict=True):
+        path.write_text(f'{{"text": "the cat {sign} sat"}}\n' * 40)
+    half, replaced = (data.rows([str(path)], tokenizer, 64) for path in lines)
+    assert torch.equal(half.ids, replaced.ids)
 
 
 def test_folders_are_no_sources(tmp_path, tokenizer):

@@ -7,6 +7,7 @@ placeholders, and the text between them is all that is needed.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -36,6 +37,8 @@ _CUT = "\ufdd0"  # no character: it marks where a rendered conversation is cut
 _RENDERING_S = 5  # a template that takes longer is taken for one that never ends
 _CONTEXT = "a"  # stands for whatever text came before, where a piece does not begin with a special token
 
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 
 def readable(text: str) -> str:
     """`text` without lone surrogates, which no tokenizer can read. Bytes that Python kept in an argument are decoded as
@@ -44,6 +47,15 @@ def readable(text: str) -> str:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except UnicodeEncodeError:
         return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def from_json(text: str) -> Any:
+    """The value of a JSON text, with texts that are `readable`: half a surrogate pair can be escaped in it. Raises
+    ValueError, RecursionError."""
+    value = json.loads(text)
+    if _ESCAPED_SURROGATE.search(text):
+        value = json.loads(readable(json.dumps(value, ensure_ascii=False)))
+    return value
 
 
 def plain(tokenizer: Any, text: str | list[str], special: bool = False, **options: Any) -> Any:

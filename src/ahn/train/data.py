@@ -1,8 +1,8 @@
 """Texts and chats as rows of token ids of one length, with the tokens that count.
 
 A source is one of
-- `.txt`, `.md`: one text;
-- `.jsonl`: a record a line;
+- `.txt`, `.md`: one text, in any encoding that `ahn.documents` knows;
+- `.jsonl`: a record a line, in UTF-8;
 - `.parquet`: a record a row;
 - `hub:OWNER/NAME[/CONFIG][:SPLIT]`: a dataset of the hub (split: train), streamed; `hub:FOLDER[:SPLIT]`: one on disk.
 
@@ -16,6 +16,7 @@ a `document` beside it precedes the first prompt, and `answers` beside it answer
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import lzma
@@ -23,15 +24,17 @@ import random
 import reprlib
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ahn.bases import check_dataset, expanded
-from ahn.dialogue import Dialogue
+from ahn.dialogue import Dialogue, from_json
+from ahn.documents.encoding import binary, guess, marked, wide
 from ahn.errors import AHNError, BaseModelError, ConfigError, DocumentError
 
 QUESTIONS = 24  # of a document, at most, in one chat
@@ -85,7 +88,8 @@ def rows(
         cache: folder where rows that took long are kept; the same source, tokenizer and settings find them there.
 
     Raises:
-        DocumentError: a source is missing, empty, not UTF-8, or of no known shape; nothing fills a row.
+        DocumentError: a source is missing, empty, not text, of no known shape, or has records that are not in UTF-8;
+            nothing fills a row.
         BaseModelError: the tokenizer has no end-of-text token or no chat template, and the sources need it.
     """
     parts = []
@@ -178,7 +182,7 @@ def _texts(source: str, dialogue: Dialogue, seed: int) -> Iterator[_Text]:
             if text.pieces or text.ends:
                 yield text
     elif suffix in (".txt", ".md"):
-        whole = "".join(_lines(source))
+        whole = _whole(source)
         if not whole.strip():
             raise DocumentError(f"{source}: empty")
         yield _plain(whole, dialogue)
@@ -192,27 +196,42 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"{source}, line {number}"
             try:
-                record = json.loads(line)
-                json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair, which a tokenizer cannot read
+                record = from_json(line)
             except (ValueError, RecursionError) as error:
                 raise DocumentError(f"{where}: not JSON: {error}") from error
             yield where, record
 
 
 def _lines(source: str) -> Iterator[str]:
+    with _opened(source) as file, io.TextIOWrapper(file, "utf-8-sig") as lines:
+        try:
+            yield from lines
+        except UnicodeDecodeError as error:
+            raise DocumentError(f"{source}: not UTF-8 text ({error.reason}): expected records in UTF-8") from error
+
+
+def _whole(source: str) -> str:
+    """A text in the encoding that it seems to be in."""
+    with _opened(source) as file:
+        content = file.read()
+    encoding = marked(content) or wide(content)
+    if not encoding and (reason := binary(content)):
+        raise DocumentError(f"{source}: not text ({reason}); {EXPECTED}")
+    text = content.decode(encoding or guess(content), "replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked."""
     path = Path(source)
     if path.is_dir():
         raise DocumentError(f"{source}: is a folder; {EXPECTED}")
     try:
-        # without the byte order mark that some editors write
-        with (
-            lzma.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".xz" else open(path, encoding="utf-8-sig")
-        ) as file:
-            yield from file
+        with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as file:
+            yield cast(BinaryIO, file)
     except FileNotFoundError as error:
         raise DocumentError(f"{source}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise DocumentError(f"{source}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DocumentError(f"{source}: cannot be read: {error}") from error
 

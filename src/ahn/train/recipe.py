@@ -185,6 +185,8 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(LONGEST + 1)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason}): expected a recipe saved as UTF-8") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(text) > LONGEST:
@@ -221,8 +223,19 @@ def _yaml(text: str, source: str) -> Any:
 
     try:
         return yaml.load(text, Loader)
-    except Exception as error:  # YAMLError, and whatever the conversion of a value to its type raises
-        raise ConfigError(f"{source}: no YAML: {' '.join(str(error).split())}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{source}{place}: {said}") from error
+    except yaml.reader.ReaderError as error:
+        place = f"line {text.count(chr(10), 0, error.position) + 1}"
+        sign = chr(error.character)
+        raise ConfigError(f"{source}, {place}: the character {sign!r}, which YAML does not allow") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply: expected a key and a value on each line") from error
+    except Exception as error:  # whatever the conversion of a value to its type raises
+        raise ConfigError(f"{source}: a value that cannot be read: {' '.join(str(error).split())}") from error
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

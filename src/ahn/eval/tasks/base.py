@@ -6,17 +6,15 @@ or a seed, into `Example`s, and scores what a model says to them. It knows no mo
 
 from __future__ import annotations
 
-import json
 import lzma
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ahn.bases import check_dataset
-from ahn.dialogue import Dialogue, plain, readable
+from ahn.dialogue import Dialogue, from_json, plain
 from ahn.errors import EvalError, some
 from ahn.eval import metrics
 from ahn.registry import did_you_mean
@@ -24,7 +22,6 @@ from ahn.registry import did_you_mean
 SUFFIXES = (".jsonl", ".jsonl.xz", ".json", ".json.xz")
 COPY = "or give a copy with --data FOLDER"
 Span = tuple[int, int]
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -276,12 +273,9 @@ def read(path: Path) -> Iterator[Record]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        value = json.loads(text)
-        if _ESCAPED_SURROGATE.search(text):
-            value = json.loads(readable(json.dumps(value, ensure_ascii=False)))
+        return from_json(text)
     except (ValueError, RecursionError) as error:
         raise EvalError(f"{where}: not JSON: {error}") from error
-    return value
 
 
 def hub(source: str, **options: Any) -> Iterator[Record]:
