@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn import decoding, kernels
+from ahn import decoding, kernels, weights
 from ahn.attention import Rotary, heads_of
 from ahn.cache import OTHER_PAST, PAST, AHNCache, Span
 from ahn.config import AHNConfig
@@ -99,12 +99,11 @@ class _Frame:
                 self.stream = stream
             yield
 
-    def weights(self) -> tuple[Any, ...]:
-        """Another one whenever the weights of the memory have changed. Raises UnsupportedModelError if they are not
-        there, or have become something else."""
+    def weights(self) -> weights.State:
+        """The weights of model and memory as they are now, for a comparison. Raises UnsupportedModelError if those of
+        the memory are not there, or have become something else."""
         _check_memory(self.layers)
-        parameters = [p for layer in self.layers for p in layer.parameters() if not p.is_inference()]
-        return self.adapter, *(p._version for p in parameters)
+        return weights.state(self.model)
 
     def hold_frequencies(self, decoder: Any) -> None:
         """Keep the rotary frequencies those of short texts, where the base changes them with the length ("dynamic",
@@ -533,7 +532,9 @@ def _opened(kwargs: dict[str, Any], frame: _Frame, cache: AHNCache | None) -> di
     due = (batch, length + (cache.tokens_seen if cache is not None else 0))
     if mask is not None and tuple(mask.shape) != due:
         raise ConfigError(f"attention_mask of shape {list(mask.shape)}: expected {list(due)}, past tokens included")
-    if length > 1:
+    if length > 1 and cache is not None:
+        cache.check_weights()
+    elif length > 1:
         _check_memory(frame.layers)
     span = cache.open_span(batch, length, mask, ids) if cache is not None else None
     skips = mask is not None or (cache is not None and cache.skips_padding)

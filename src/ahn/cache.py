@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import create_causal_mask
 
+from ahn import weights
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.interrupts import deferred
 from ahn.memory.archive import Archive, new_archive
@@ -45,6 +46,10 @@ T = TypeVar("T")
 _IN_USE = "this cache is in use by another call: expected one call at a time; fork it for another"
 _OTHER_WEIGHTS = (
     "the weights of the model have changed since the cache was made: expected a new cache, which reads the text again"
+)
+_NO_MODEL = (
+    "the model has no memories, or others than those that the cache was made for: expected a cache made by "
+    "ahn.AHNCache(model) for the model as it is now"
 )
 
 
@@ -346,7 +351,9 @@ class AHNCache(Cache):
         self._frame = frame_of(model)
         self._model = self._frame.model
         self._dtype = self._model.dtype
-        self._weights, self._base = self._frame.weights(), _versions(self._model)
+        self._adapter, self._weights = self._frame.adapter, self._frame.weights()
+        self._sample: weights.Sample | None = None  # of the weights at the first reading
+        self._fingerprint: str | None = None  # of the model, once it was needed
         self.config = model.ahn_config
         self.tokens_seen = 0
         self.texts: list[dict[str, Any]] = []
@@ -442,9 +449,7 @@ class AHNCache(Cache):
         from ahn import memory_file
 
         _check_path(path)
-        self.check_weights()
-        if _versions(self._model) != self._base:  # the file would carry the fingerprint of other weights
-            raise ConfigError(_OTHER_WEIGHTS)
+        self.check_weights(closely=True)
         with self._at_rest():
             memory_file.save(self, path)
 
@@ -457,15 +462,20 @@ class AHNCache(Cache):
         return memory_file.load(path, model)
 
     def describe(self) -> dict[str, Any]:
-        """What a memory file says about this cache."""
+        """What a memory file says about this cache. Raises ConfigError if the model is no longer the one that an
+        earlier file was of."""
         import ahn
         from ahn.fingerprint import fingerprint
 
+        found = fingerprint(self._model)
+        if self._fingerprint not in (None, found):
+            raise ConfigError(_OTHER_WEIGHTS)
+        self._fingerprint = found
         return {
             "package": ahn.__version__,
             "config": self.config.to_dict(),
             "dtype": str(self._model.dtype),
-            "fingerprint": fingerprint(self._model),
+            "fingerprint": found,
             "tokens_seen": self.tokens_seen,
             "seen": self._seen,
             "batch": self._batch,
@@ -485,6 +495,7 @@ class AHNCache(Cache):
             self.layers[int(index)].is_initialized = True
         self.tokens_seen, self._seen, self._batch = header["tokens_seen"], header["seen"], header["batch"]
         self.texts = header.get("texts", [])
+        self._sample = weights.sample(self._model)
 
     # Who uses it, and with which weights.
     def check_model(self, frame: Any) -> None:
@@ -498,16 +509,23 @@ class AHNCache(Cache):
                 f"the model is in {frame.model.dtype}, the cache was made in {self._dtype}: expected a new cache, "
                 "which reads the text again"
             )
-        if frame.adapter is not self._weights[0]:
+        if frame.adapter is not self._adapter:
             raise ConfigError(_OTHER_WEIGHTS)
 
-    def check_weights(self) -> None:
-        """`check_model`, and whether the weights of its memory have changed since: all of them are looked at."""
+    @torch.compiler.disable
+    def check_weights(self, closely: bool = False) -> None:
+        """`check_model`, and whether weights or adapters have changed since (`ahn.weights`). `closely`: a few numbers
+        of each tensor are compared too, as they are where tensors were only moved."""
         from ahn.augmentation import frame_of
 
         self.check_model(frame_of(self._model))
-        if self._frame.weights() != self._weights:
+        before, now = self._weights, self._frame.weights()
+        if now.counts != before.counts:
             raise ConfigError(_OTHER_WEIGHTS)
+        if self._sample is not None and (closely or now.places != before.places):
+            if not weights.same(self._sample, weights.sample(self._model)):
+                raise ConfigError(_OTHER_WEIGHTS)
+            self._weights = now
 
     @contextmanager
     def in_use(self, again: bool = False) -> Iterator[None]:
@@ -575,6 +593,8 @@ class AHNCache(Cache):
             self.transcript.add(span.start.tolist(), span.counts, span.compact(ids, 1))
         seen = span.after()
         self._seen = seen[:1] if len(set(seen)) == 1 else seen
+        if self._sample is None:
+            self._sample = weights.sample(self._model)  # behind the first launches: a GPU computes meanwhile
         self.tokens_seen += span.length
         self._span, self._coming, self.last_logits = None, (0, None), None
         if self.transcript is not None and self.transcript.is_due:
@@ -593,7 +613,16 @@ class AHNCache(Cache):
 
     # What transformers asks of a cache.
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        if vars(self._model).get("_ahn_frame") is not self._frame:
+            raise ConfigError(_NO_MODEL)
         return self.tokens_seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._span is None:
+            raise ConfigError(_NO_MODEL)
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.tokens_seen + query_length, 0
@@ -643,11 +672,6 @@ class AHNCache(Cache):
 def _check_path(path: Any) -> None:
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"path={path!r}: expected the name of a memory file")
-
-
-def _versions(model: Any) -> list[tuple[int, int]]:
-    """Another list once a weight of the model was replaced, or changed in place; moving it to a device does neither."""
-    return [(id(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
 
 
 def _grown(old: Tensor | None, shape: tuple[int, ...], dim: int, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ahn import weights
 from ahn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,19 +37,20 @@ IDLE = {
 }  # fmt: skip
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, adapters: bool = True) -> str:
     """The fingerprint of a model's weights and settings as they are now; nothing is remembered.
 
     Any single number that changes is noticed; of other changes all but one in 2**32. The same on every device.
+    `adapters`: whether it tells how peft's adapters are set, which it did not at first.
 
     Raises:
         ConfigError: weights are offloaded, so they cannot be read here.
     """
-    digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_settings(model, adapters), sort_keys=True).encode())
     tensors = {name: _plain(name, tensor) for name, tensor in sorted(_tensors(model).items())}
     digest.update(json.dumps([(name, str(t.dtype), list(t.shape)) for name, t in tensors.items()]).encode())
-    weights = torch.randint(-(2**63), 2**63 - 1, (WORDS,), generator=torch.Generator().manual_seed(0)) | 1
-    for sums in [_sums(tensor, weights.to(tensor.device)) for tensor in tensors.values() if tensor.numel()]:
+    factors = torch.randint(-(2**63), 2**63 - 1, (WORDS,), generator=torch.Generator().manual_seed(0)) | 1
+    for sums in [_sums(tensor, factors.to(tensor.device)) for tensor in tensors.values() if tensor.numel()]:
         digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
@@ -84,7 +86,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return values
 
 
-def _settings(model: PreTrainedModel) -> dict[str, Any]:
+def _settings(model: PreTrainedModel, adapters: bool) -> dict[str, Any]:
     """Those that are no defaults, because later versions of transformers add more of these."""
     config = model.config.get_text_config()
     given, usual = config.to_dict(), type(config)().to_dict()
@@ -95,13 +97,29 @@ def _settings(model: PreTrainedModel) -> dict[str, Any]:
         for key, value in given.items()
         if not (key in idle or key.startswith("_") or (key in usual and usual[key] == value))
     }
-    return {"class": type(model).__name__, "rope": rope, **kept}
+    more = {"ahn.adapters": weights.adapters(model) if adapters else {}, "ahn.scales": _scales(model)}
+    return {"class": type(model).__name__, "rope": rope, **kept, **{key: value for key, value in more.items() if value}}
 
 
-def _sums(tensor: Tensor, weights_W: Tensor) -> Tensor:
+def _scales(model: PreTrainedModel) -> dict[str, float]:
+    """The scale of the scores in each attention module where it is not that of its family."""
+    found = {}
+    for name, module in model.named_modules():
+        scale, size = vars(module).get("scaling"), vars(module).get("head_dim")
+        if not isinstance(scale, int | float) or not isinstance(size, int):
+            continue
+        config = getattr(module, "config", None)
+        numbers = getattr(config, "query_pre_attn_scalar", None) or size  # of Gemma
+        usual = getattr(config, "attention_multiplier", None) or numbers**-0.5  # of Granite
+        if scale != usual:
+            found[name] = scale
+    return found
+
+
+def _sums(tensor: Tensor, factors_W: Tensor) -> Tensor:
     """A weighted sum of the words of each piece, modulo 2**64 [P].
 
-    The weights are odd, so no change of one word is lost. The upper bits of a word are folded into the lower ones
+    The factors are odd, so no change of one word is lost. The upper bits of a word are folded into the lower ones
     first: otherwise two flipped signs could cancel, since twice the highest bit is nothing. Folding by 33 places keeps
     the signs of two floats in a word apart.
     """
@@ -115,7 +133,7 @@ def _sums(tensor: Tensor, weights_W: Tensor) -> Tensor:
         mixed.bitwise_and_(0x7FFFFFFF).bitwise_xor_(part)
         whole = len(part) // WORDS * WORDS
         if whole:
-            sums.append(mixed[:whole].view(-1, WORDS).mul_(weights_W).sum(1))
+            sums.append(mixed[:whole].view(-1, WORDS).mul_(factors_W).sum(1))
         if rest := len(part) - whole:
-            sums.append(mixed[whole:].mul_(weights_W[:rest]).sum()[None])
+            sums.append(mixed[whole:].mul_(factors_W[:rest]).sum()[None])
     return torch.cat(sums)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ahn import files, fingerprint
+from ahn import files, fingerprint, weights
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError, MemoryFileError, OutputError, some
 from ahn.memory import segments
@@ -123,8 +123,10 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     Raises:
         MemoryFileError: not a memory file, damaged, of another version, base, adapter, dtype or config.
     """
+    from ahn.augmentation import base_of
     from ahn.cache import AHNCache
 
+    model = base_of(model)
     header, memory = _last(Path(path))
     if (size := Path(path).stat().st_size) > memory.end:
         logger.warning(
@@ -140,7 +142,7 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
         raise MemoryFileError(f"{path}: memory of another model ({_whose(header)}; {differing})")
     ours = cache.describe()
     for key in ("dtype", "fingerprint"):
-        if header[key] != ours[key] and not (key == "fingerprint" and header[key] == fingerprint.sampled(model)):
+        if header[key] != ours[key] and not (key == "fingerprint" and header[key] in _earlier_fingerprints(model)):
             raise MemoryFileError(
                 f"{path}: memory of another model ({_whose(header)}; {key} {header[key]}, not {ours[key]})"
             )
@@ -155,6 +157,12 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
     if header.get("archive") is not None:
         cache.set_archive(_archive(Path(path), header, model))
     return cache
+
+
+def _earlier_fingerprints(model: PreTrainedModel) -> list[str]:
+    """Those that earlier versions would have written."""
+    found = [fingerprint.sampled(model)]
+    return [*found, fingerprint.fingerprint(model, adapters=False)] if weights.adapters(model) else found
 
 
 def _archive(path: Path, header: dict[str, Any], model: PreTrainedModel) -> Archive:

@@ -1,0 +1,97 @@
+"""Whether a model still computes with the weights that a cache was made with, without reading them all.
+
+Torch counts the changes of each tensor, so a comparison of counters notices what is done to the weights in place. It
+misses what is done through `.data`; there a few numbers of each tensor are compared, when a memory is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NUMBERS = 8  # of each parameter, spread over it
+Sample = list[tuple[list[int], Tensor]]  # by dtype and device: which parameters, and their numbers one by one
+
+
+class State(NamedTuple):
+    """What a model computes with, as far as it can be known in a millisecond."""
+
+    counts: list[Any]  # which parameters there are, how often each was changed, and how peft's adapters are set
+    places: list[int]  # where the parameters lie; another device is another place
+
+
+def state(model: nn.Module) -> State:
+    """Another one once a parameter was replaced, changed in place or moved, the scale of an attention was changed, or
+    adapters of peft were switched."""
+    counts: list[Any] = []
+    places: list[int] = []
+    for module in _modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                counts.append((id(parameter), 0 if parameter.is_inference() else parameter._version))
+                if type(parameter) is nn.Parameter:  # others need not have a place
+                    places.append(parameter.data_ptr())
+        if isinstance(scaling := vars(module).get("scaling"), int | float):
+            counts.append(scaling)
+        if (adapters := _adapters(module)) is not None:
+            counts.append(adapters)
+    return State(counts, places)
+
+
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """How the adapters of peft are set, by layer; empty if there are none."""
+    return {name: found for name, module in model.named_modules() if (found := _adapters(module)) is not None}
+
+
+def _adapters(module: nn.Module) -> list[Any] | None:
+    """Of a layer of peft: the active adapters with their scales, and those that are merged. None: it is no such layer.
+
+    While adapters are disabled it does not matter which ones would be active.
+    """
+    children = module._modules
+    if "base_layer" not in children and "original_module" not in children:
+        return None
+    if getattr(module, "disable_adapters", False):
+        return ["disabled"]
+    active = getattr(module, "active_adapters", [])
+    active, scales = [active] if isinstance(active, str) else list(active), getattr(module, "scaling", {})
+    return [[[name, scales.get(name)] for name in active], list(getattr(module, "merged_adapters", []))]
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def sample(model: nn.Module) -> Sample:
+    """Eight numbers of each parameter that has as many, spread over it. Nothing waits for the device."""
+    groups: dict[Any, tuple[list[int], list[Tensor]]] = {}
+    parameters = [p for module in _modules(model) for p in module._parameters.values() if p is not None]
+    for index, p in enumerate(parameters):
+        if type(p) is nn.Parameter and p.numel() >= NUMBERS and not p.is_meta and p.is_contiguous():
+            which, numbers = groups.setdefault((p.dtype, p.device), ([], []))
+            which.append(index)
+            numbers.append(p.as_strided((NUMBERS,), (p.numel() // NUMBERS,), p.storage_offset()))
+    return [(which, torch.cat(numbers)) for which, numbers in groups.values()]
+
+
+def same(one: Sample, other: Sample) -> bool:
+    """Whether two samples of a model are equal, wherever its parameters were."""
+    return _bytes(one) == _bytes(other)
+
+
+def _bytes(found: Sample) -> dict[int, bytes]:
+    rows: dict[int, bytes] = {}
+    for which, numbers in found:
+        parts = numbers.cpu().view(torch.uint8).view(len(which), -1).numpy()
+        rows |= {index: part.tobytes() for index, part in zip(which, parts, strict=True)}
+    return rows
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, a shared one as often as it is found: several times as fast as `modules`."""
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        if (module := waiting.pop()) is not None:
+            waiting.extend(module._modules.values())
+            yield module
