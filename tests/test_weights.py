@@ -113,11 +113,15 @@ def replace_data(model):
     up.data = -up.data
 
 
+def round_all(model):
+    model.to(torch.bfloat16).float()
+
+
 def double_scale(model):
     model.model.layers[0].self_attn.scaling *= 2
 
 
-CHANGES = [negate, load_others, replace, replace_data, double_scale]
+CHANGES = [negate, load_others, replace, replace_data, round_all, double_scale]
 
 
 @pytest.mark.parametrize("change", CHANGES)
