@@ -1,6 +1,7 @@
 """Tiny random models: everything here runs on a CPU, offline, in seconds."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from ahn.augmentation import layers_of
 from ahn.cache import PAST
 from ahn.cells.base import unit
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny products gain nothing from more, and parallel test processes lose
 
 VOCABULARY = 128

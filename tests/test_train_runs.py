@@ -542,6 +542,8 @@ def test_other_errors_keep_their_traceback(run, monkeypatch):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(distill, "loss", broken)
+    assert main(["train", run("a")]) == 2  # one line, and where the rest is
+    monkeypatch.setenv("AHN_DEBUG", "1")
     with pytest.raises(RuntimeError, match="shapes differ") as caught:
         main(["train", run("r")])
     assert not isinstance(caught.value, TrainingError)
