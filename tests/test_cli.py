@@ -119,12 +119,15 @@ def test_ask_a_document(run: Any, base: str, book: str) -> None:
     code, out, err = run("ask", "--document", book, "--base", base, *SMALL, "Who", "sat?")
     assert code == 0
     assert out.strip()
-    notice, recall, read, answer = err.splitlines()
-    assert re.fullmatch(r"recall +\d+ passages, [\d,]+ tokens, found in [\d.]+ s", recall)
+    notice, read, answer = err.splitlines()
     assert notice.startswith("no trained memory") and "window with sinks only" in notice
     assert re.fullmatch(
         r"read +[\d,]+ tokens in [\d.]+ s \([\d,]+ tokens/s\); cache .+ would hold .+B; archive .+B on the host", read
     )
+    assert run("ask", "--document", book, "--base", base, *SMALL, "--recall", "0", "Who sat?")[:2] == (0, out)
+    code, _, err = run("ask", "--document", book, "--base", base, *SMALL, "--recall", "99", "--sources", "Who sat?")
+    assert code == 0 and re.search(r"^recall +\d+ passages, [\d,]+ tokens, found in [\d.]+ s$", err, re.MULTILINE)
+    assert re.search(rf"^\[1\] +{re.escape(book)}, character [\d,]+$", err, re.MULTILINE)
     assert re.fullmatch(r"answer +8 tokens in [\d.]+ s \([\d.,]+ tokens/s\), cut at --max-new-tokens", answer)
 
 

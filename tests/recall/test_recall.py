@@ -165,8 +165,9 @@ class TestFinders:
     def test_heads_need_keys(self, model, tokenizer):
         cache = ahn.read(model, ahn.Dialogue(tokenizer).open(document()), archive="text")
         with pytest.raises(ConfigError, match="holds no keys"):
-            find(model, tokenizer, cache, "Where?", finder="heads")
-        assert find(model, tokenizer, cache, "Where is the compass?", finder="fused")
+            find(model, tokenizer, cache, "Where?", 512, finder="heads")
+        assert find(model, tokenizer, cache, "Where is the compass?", 512, finder="fused")
+        assert find(model, tokenizer, cache, "Where is the compass?") == ()  # by default only with keys
 
     def test_a_finder_of_another_package(self, model, memory, tokenizer):
         class Last(Finder):

@@ -114,7 +114,10 @@ def add_recall(parser: argparse.ArgumentParser) -> None:
     """How passages are found and read again."""
     group = parser.add_argument_group("recall")
     group.add_argument(
-        "--recall", type=at_least(0), metavar="N", help="tokens of passages to read again, 0 for none (default: 512)"
+        "--recall",
+        type=at_least(0),
+        metavar="N",
+        help="tokens of passages to read again, 0 for none (default: 512 if the memory has keys, else 0)",
     )
     group.add_argument("--finder", default="fused", metavar="F", help="how they are found (default: %(default)s)")
     group.add_argument(

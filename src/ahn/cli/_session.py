@@ -263,7 +263,7 @@ def show(sources: tuple[Source, ...]) -> None:
         console.print(f"[{number}]     {source}", style="bold")
         console.print(" ".join(source.text.split()), style="dim")
     if not sources:
-        console.print("no passage was read again")
+        console.print("no passage was read again (--recall 512 finds some)")
 
 
 def check_question(text: str) -> str:

@@ -128,9 +128,10 @@ class Archive:
 
     def place(self, token: int, decode: Callable[[list[int]], str]) -> Place | None:
         """Where a token stands; None in text that was read without a document. `decode` gives the text of ids."""
-        index = bisect_right(self._marks, token, key=lambda mark: mark.token) - 1
-        if index < 0 or not self.documents:
+        if not self._marks or not self.documents:
             return None
+        index = bisect_right(self._marks, token, key=lambda mark: mark.token) - 1
+        index = max(index, 0)  # the chat template stands in front of the first document
         mark = self._marks[index]
         between = decode(self.ids[mark.token : token].tolist()) if token > mark.token else ""
         return Place(self.documents[mark.document], mark.page or None, mark.offset + len(between))

@@ -80,7 +80,7 @@ def ask(
         model, tokenizer: of the memory.
         memory: what `ahn.read` returned, or a loaded one. It is not changed.
         question: at least one word.
-        recall: tokens to read again at most; 0: none. Default: 512 if the memory has an archive, else 0.
+        recall: tokens to read again at most; 0: none. Default: 512 if the memory has keys of retrieval heads, else 0.
         finder: how passages are found (`ahn.recall.finders.names()`).
         rounds: 2 looks for the second half of the passages with the first half in mind, for questions whose answer is
             spread over several passages.
@@ -130,7 +130,8 @@ def find(
                 f"recall={recall}: the memory has no archive to find passages in; read with archive='text' or 'keys'"
             )
         return ()
-    recall = RECALL if recall is None else recall
+    if recall is None:  # a base for which nobody has chosen heads may answer worse with passages than without
+        recall = 0 if memory.archive.keys is None else RECALL
     taken = rank(model, tokenizer, memory, question, recall, finder, rounds) if recall else []
     return sources(Passages.of(memory.archive, tokenizer), taken)
 
