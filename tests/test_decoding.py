@@ -399,6 +399,19 @@ def test_weights_that_moved_need_another_graph(replays):
     assert replays["made"] == 2
 
 
+def test_adapters_that_are_switched_need_another_graph(replays):
+    model = with_memory(tiny())
+    for made, scale in enumerate([1, 2, 2]):
+        model.model.layers[0].self_attn.scaling *= scale
+        cache = ahn.read(model, token_ids(30))
+        with torch.no_grad():
+            model(token_ids(1), **{PAST: cache})
+            model(token_ids(1), **{PAST: cache})
+        assert replays["made"] == made + 1
+    model(token_ids(1), **{PAST: ahn.read(model, token_ids(30))})
+    assert replays["made"] == 3
+
+
 def test_a_failed_capture_says_so_and_goes_on(replays, monkeypatch, caplog):
     model = with_memory(tiny())
     cache = ahn.read(model, token_ids(30))

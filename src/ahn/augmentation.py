@@ -67,6 +67,7 @@ class _Frame:
         self.hooks: list[Any] = []
         self.no_graph: str | None = None  # why there is none; None: not looked yet
         self.asked = 0  # tokens of questions that were read by the graph
+        self.switches: list[Any] = []  # another list once adapters of peft were switched: a graph has them built in
         self.full: dict[int, Full] = {}  # by thread, within `full_attention`
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
@@ -103,7 +104,10 @@ class _Frame:
         """The weights of model and memory as they are now, for a comparison. Raises UnsupportedModelError if those of
         the memory are not there, or have become something else."""
         _check_memory(self.layers)
-        return weights.state(self.model)
+        found = weights.state(self.model)
+        if found.switches != self.switches:
+            self.switches = found.switches
+        return found
 
     def hold_frequencies(self, decoder: Any) -> None:
         """Keep the rotary frequencies those of short texts, where the base changes them with the length ("dynamic",

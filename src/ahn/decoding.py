@@ -92,6 +92,7 @@ class Graph:
 
     def __init__(self, model: PreTrainedModel, cache: AHNCache, rows: int) -> None:
         self.decoder, self.weights = model.get_decoder(), _addresses(model.get_decoder())
+        self.frame, self.switches = model._ahn_frame, model._ahn_frame.switches
         self.kinds = _one_of_a_kind(self.decoder)
         device = model.device
         with torch.inference_mode(False):
@@ -132,7 +133,10 @@ class Graph:
             self._next = None  # the warm-up has counted too
 
     def fits(self, cache: AHNCache, rows: int) -> bool:
-        """Whether it is for caches of this shape, with rows at `rows` positions, and the weights lie where they lay."""
+        """Whether it is for caches of this shape, with rows at `rows` positions, the weights lie where they lay, and
+        adapters of peft are as they were."""
+        if self.switches is not self.frame.switches:
+            return False
         if rows != len(self.start) or self.weights != _addresses(self.decoder):
             return False
         return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]

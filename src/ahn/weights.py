@@ -19,14 +19,16 @@ Sample = list[tuple[list[int], Tensor]]  # by dtype and device: which parameters
 class State(NamedTuple):
     """What a model computes with, as far as it can be known in a millisecond."""
 
-    counts: list[Any]  # which parameters there are, how often each was changed, and how peft's adapters are set
+    counts: list[tuple[int, int]]  # which parameters there are, and how often each was changed
+    switches: list[Any]  # scales of attention, and how peft's adapters are set
     places: list[int]  # where the parameters lie; another device is another place
 
 
 def state(model: nn.Module) -> State:
     """Another one once a parameter was replaced, changed in place or moved, the scale of an attention was changed, or
     adapters of peft were switched."""
-    counts: list[Any] = []
+    counts: list[tuple[int, int]] = []
+    switches: list[Any] = []
     places: list[int] = []
     for module in _modules(model):
         for parameter in module._parameters.values():
@@ -35,10 +37,10 @@ def state(model: nn.Module) -> State:
                 if type(parameter) is nn.Parameter:  # others need not have a place
                     places.append(parameter.data_ptr())
         if isinstance(scaling := vars(module).get("scaling"), int | float):
-            counts.append(scaling)
+            switches.append(scaling)
         if (adapters := _adapters(module)) is not None:
-            counts.append(adapters)
-    return State(counts, places)
+            switches.append(adapters)
+    return State(counts, switches, places)
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
