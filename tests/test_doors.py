@@ -357,3 +357,7 @@ def test_the_config_is_the_bases_again(tmp_path):
     assert model.config.n_positions > model.config.max_position_embeddings
     assert "n_positions" not in ahn.detach(model).config.to_dict()
     assert ahn.detach(with_memory(tiny())).config.to_dict() == before
+
+
+def test_errors_are_one_line():
+    assert str(ConfigError("one\r\ntwo\x85three")) == "one two three"

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 
 class AHNError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. Its text is one line, whatever a library or a file put into it."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
 
 
 class ConfigError(AHNError, ValueError):

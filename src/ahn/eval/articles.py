@@ -52,7 +52,7 @@ def _asked(record: Record) -> list[dict[str, Any]]:
     """The question, if it has an answer."""
     answers = record["answers"]
     if isinstance(answers, dict):
-        answers = record["answers"]["text"]
+        answers = Record(f"{record.where}, answers", answers)["text"]
     if not isinstance(answers, list):
         raise EvalError(f"{record.where}: field 'answers' is {type(answers).__name__}: expected a list")
     texts = [Record(record.where, answer).text("text") if isinstance(answer, dict) else answer for answer in answers]

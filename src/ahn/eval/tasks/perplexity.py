@@ -44,12 +44,14 @@ class Perplexity(Task):
             offsets = plain(tokenizer, text, return_offsets_mapping=True)
             ends = [end for _, end in offsets.offset_mapping]
             longest = max(longest, len(ends))
-            if length is None or len(ends) >= length:
+            if len(ends) >= (length or 1):
                 given += 1
                 cut = text if length is None else text[: ends[length - 1]]
                 yield Example(id=name, prompt=cut, answers=(), chat=False, max_new_tokens=0)
         if not given:
-            raise EvalError(f"{self.name}: length {length}: the longest of {len(texts)} texts has {longest} tokens")
+            raise EvalError(
+                f"{self.name}: length {length or 1}: the longest of {len(texts)} texts has {longest} tokens"
+            )
 
     def score(self, example: Example, prediction: str) -> float:
         raise EvalError(f"{self.name}: measures losses, there is no answer to score")
