@@ -1,7 +1,7 @@
 """Everything that is measured and trained on GPUs, the most important first, on as many of them as there are.
 
-    python benchmarks/all.py DATA --qwen QWEN.gguf --smollm2 SMOLLM2.gguf --output FOLDER [--seconds 1500]
-        [--only NAME ...] [--list]
+    python benchmarks/all.py DATA --qwen QWEN.gguf --smollm2 SMOLLM2.gguf --output FOLDER [--qwen15 QWEN15.gguf]
+        [--seconds 1500] [--only NAME ...] [--list]
 
 A job is one of the scripts beside this one, or `ahn train`. It begins when the jobs it builds on are done and there is
 a GPU for it: what is timed has one for itself, the last of several until all of that is done; others share one by two.
@@ -65,9 +65,24 @@ WORDS = {
     "curve": "--limit 48 --tasks ruler/niah_single_2 ruler/niah_multikey_1 ruler/niah_multiquery",
     "qwen_gdn": "qwen2.5-coder-0.5b-gated_deltanet",
     "small_dn": "smollm2-135m-deltanet",
+    "heads": "{output}/heads",
+    "asked": "-m ahn eval --base {qwen15} --data {data}/qa --lossless 2048 --sinks 64 --batch 24 "
+    "--output {output}/asked",
+    "often": "--length 16384 --limit 200 --tasks qa/squad qa/fairytaleqa qa/musique qa/hotpotqa",
 }
 KERNEL_TESTS = "gpu", "gates", "step", "product", "reading_store"
 JOBS = (
+    Job("heads", "-m ahn heads --base {qwen15} --data {data}/qa/squad-train.jsonl.xz -o {heads}", (), 200),
+    Job("asked-plain", "{asked} {often} --adapter none --policies full window"),
+    Job("asked-rag", "{asked} {often} --adapter none --policies rag rag-true rag-random"),
+    Job("asked-recall", "{asked} {often} --adapter {heads} --policies recall", ("heads",)),
+    Job("asked-bm25", "{asked} {often} --adapter {heads} --policies recall --finder bm25", ("heads",)),
+    Job("asked-heads", "{asked} {often} --adapter {heads} --policies recall --finder heads", ("heads",)),
+    Job("asked-rounds", "{asked} {often} --adapter {heads} --policies recall --rounds 2", ("heads",)),
+    Job("asked-long", "{asked} --length 131072 1048576 --limit 120 --tasks qa/squad --adapter {heads} "
+        "--policies recall", ("heads",)),
+    Job("asked-qmsum", "{asked} --length 16384 --limit 60 --tasks qa/qmsum --adapter {heads} --policies recall window "
+        "full", ("heads",)),
     Job("qwen-gates", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store.yaml base={qwen} {qwen_data} "
         "{to_train}", (), 900),
     Job("smollm2-gates", "-m ahn train ../recipes/smollm2-135m-store.yaml base={smollm2} {smollm2_data} {to_train} "
@@ -220,13 +235,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--qwen", type=Path, required=True)
     parser.add_argument("--smollm2", type=Path, required=True)
+    parser.add_argument("--qwen15", type=Path, default=Path("qwen2.5-coder-1.5b"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--gpus", type=int, help="default: all")
     parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     options = parser.parse_args()
-    paths = {name: str(getattr(options, name).absolute()) for name in ("data", "qwen", "smollm2", "output")}
+    paths = {"qwen15": str(options.qwen15.absolute() if options.qwen15.exists() else options.qwen15)}
+    paths |= {name: str(getattr(options, name).absolute()) for name in ("data", "qwen", "smollm2", "output")}
     jobs = tuple(job for job in JOBS if not options.only or job.name in options.only)
     if options.list:
         for job in jobs:

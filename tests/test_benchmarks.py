@@ -255,7 +255,7 @@ def test_jobs_run_behind_those_they_build_on(tmp_path, capsys):
 def test_commands_of_jobs_are_whole():
     from all import JOBS, filled
 
-    values = dict.fromkeys(("data", "qwen", "smollm2", "output"), "X") | {"name": "N", "left": "5"}
+    values = dict.fromkeys(("data", "qwen", "qwen15", "smollm2", "output"), "X") | {"name": "N", "left": "5"}
     names = [job.name for job in JOBS]
     for job in JOBS:
         script, *rest = filled(job.command, values).split()
