@@ -234,3 +234,11 @@ def test_a_special_token_takes_the_space_that_it_took() -> None:
     assert torch.cat([dialogue.open("A cat."), dialogue.question("Why?")], 1)[0].tolist() == rendered(
         tokenizer, f"A cat.{SEPARATOR}{LABEL}Why?"
     )
+
+
+def test_a_tokenizer_has_one_dialogue_for_each_template():
+    tokenizer = tiny_tokenizer()
+    first = Dialogue.of(tokenizer)
+    assert Dialogue.of(tokenizer) is first
+    tokenizer.chat_template = None
+    assert not Dialogue.of(tokenizer).has_template and first.has_template

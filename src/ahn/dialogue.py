@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,11 @@ class Dialogue:
             template = tokenizer.bos_token if begin else "", "\nAnswer:", SEPARATOR
         self._label = "" if self.has_template else LABEL
         self._prefix, self._suffix, self._between = template
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Dialogue:
+        """The dialogue of a tokenizer with its present template, made once: it takes a copy of the tokenizer."""
+        return _dialogue_of(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
     def render(self, messages: Sequence[dict[str, str]], ask: bool = False) -> list[str]:
         """The chat template's text of a whole conversation, in pieces to be tokenised one by one: cut inside whatever
@@ -232,6 +237,11 @@ class Dialogue:
     @cached_property
     def _encoder(self) -> Encoder:
         return Encoder(self.tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _dialogue_of(tokenizer: Any, template: str) -> Dialogue:
+    return Dialogue(tokenizer)
 
 
 class Stripped:

@@ -105,7 +105,7 @@ class Session:
                 dtype=args.dtype or str(header.get("dtype", "")).removeprefix("torch.") or None,
                 device=args.device,
             )
-            self.dialogue = Dialogue(self.tokenizer)
+            self.dialogue = Dialogue.of(self.tokenizer)
             best = "text" if self.model.ahn_retrieval is None else "keys"
             self.cache: AHNCache = (
                 ahn.AHNCache.load(memory, self.model)

@@ -92,7 +92,7 @@ def ask(
     if not memory.tokens_seen:
         raise ConfigError("the memory is empty: expected one that has read a document")
     found = find(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds)
-    ids = Dialogue(tokenizer).question(question, as_text(found))
+    ids = Dialogue.of(tokenizer).question(question, as_text(found))
     from ahn.generation import generate
 
     fork = memory.fork()

@@ -25,7 +25,7 @@ class Question:
 
     def __init__(self, text: str, model: PreTrainedModel, tokenizer: Any, memory: AHNCache, before: str = "") -> None:
         self.asked, self.model, self.tokenizer, self.memory, self.before = text, model, tokenizer, memory, before
-        self._dialogue = Dialogue(tokenizer)
+        self._dialogue = Dialogue.of(tokenizer)
 
     @property
     def text(self) -> str:
@@ -66,6 +66,6 @@ class Question:
 
 def question_tokens(tokenizer: Any, text: str) -> slice:
     """Which tokens of `Dialogue.question` are the question itself, counted from the end."""
-    closing = Dialogue(tokenizer).closing
+    closing = Dialogue.of(tokenizer).closing
     length = len(tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False).input_ids)
     return slice(-closing - length, -closing or None)

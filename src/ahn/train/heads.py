@@ -165,7 +165,7 @@ def _queries(model: PreTrainedModel, tokenizer: Any, memory: AHNCache, question:
     found = []
     for text in (question, NOTHING):
         fork, queries = memory.fork(), [torch.empty(0)] * len(memory.layers)
-        ids, wanted = Dialogue(tokenizer).question(text), question_tokens(tokenizer, text)
+        ids, wanted = Dialogue.of(tokenizer).question(text), question_tokens(tokenizer, text)
 
         def observe(
             index: int, layer: Any, q: Tensor, k: Tensor, span: Any, into: Any = queries, at: Any = wanted
