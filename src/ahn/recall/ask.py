@@ -132,7 +132,9 @@ def find(
         return ()
     if recall is None:  # a base for which nobody has chosen heads may answer worse with passages than without
         recall = 0 if memory.archive.keys is None else RECALL
-    taken = rank(model, tokenizer, memory, question, recall, finder, rounds) if recall else []
+    if not recall:
+        return ()
+    taken = rank(model, tokenizer, memory, question, recall, finder, rounds)
     return sources(Passages.of(memory.archive, tokenizer), taken)
 
 
