@@ -13,8 +13,10 @@ from ahn.augmentation import layers_of
 from ahn.cache import PAST
 from ahn.cells.base import unit
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# In the background of a script, or behind nohup, these are ignored; some tests send them.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
 torch.set_num_threads(1)  # tiny products gain nothing from more, and parallel test processes lose
 
 VOCABULARY = 128
