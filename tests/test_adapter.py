@@ -364,6 +364,8 @@ def test_push_to_hub_sends_the_memory_too(monkeypatch):
         def create_branch(self, **options):
             pass
 
+    card = type("Card", (), {"save": lambda self, path: open(path, "w").close()})
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **options: card())
     monkeypatch.setattr("transformers.utils.hub.hf_api", Hub, raising=False)
     monkeypatch.setattr("transformers.utils.hub.create_repo", Hub().create_repo, raising=False)
     monkeypatch.setattr("transformers.utils.hub.create_commit", Hub().create_commit, raising=False)
