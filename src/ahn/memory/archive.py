@@ -19,6 +19,8 @@ from ahn.errors import ConfigError
 from ahn.memory.head_keys import HeadKeys, RetrievalHeads
 
 KINDS = ("none", "text", "keys")
+TOKEN_BYTES = 4  # of a token id
+KEY_BYTES = 128  # of the keys of retrieval heads, a token, at most
 EVERY = 64  # tokens between two places that are kept
 PENDING = 65_536  # tokens that may wait on the device before they are copied to the host
 
@@ -76,7 +78,7 @@ class Archive:
     @property
     def nbytes(self) -> int:
         """Bytes on the host."""
-        held = 4 * len(self) + 32 * len(self._marks)
+        held = TOKEN_BYTES * len(self) + 32 * len(self._marks)
         return held if self.keys is None else held + self.keys.nbytes
 
     @property

@@ -24,6 +24,7 @@ from ahn.cache import PAST, AHNCache
 from ahn.dialogue import Dialogue
 from ahn.errors import ConfigError
 from ahn.generation import read
+from ahn.memory.archive import KEY_BYTES
 from ahn.memory.head_keys import RetrievalHeads
 from ahn.recall.passages import cut, sentence_ends
 from ahn.recall.question import NOTHING, question_tokens
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from ahn.eval.prompts import Prompt
     from ahn.eval.tasks.base import Example
 
-BYTES = 128  # a token, of all keys that are kept
 DISTANCE = 512
 EACH = 16  # questions on a text
 LEAST = 0.3  # of the best head's score: others are not chosen
@@ -48,7 +48,7 @@ def choose_heads(
     model: PreTrainedModel,
     tokenizer: Any,
     questions: Sequence[Work],
-    budget: int = BYTES,
+    budget: int = KEY_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> RetrievalHeads:
     """The best heads whose keys take at most `budget` bytes a token.
