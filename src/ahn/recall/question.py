@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,6 @@ class Question:
 
     def __init__(self, text: str, model: PreTrainedModel, tokenizer: Any, memory: AHNCache, before: str = "") -> None:
         self.asked, self.model, self.tokenizer, self.memory, self.before = text, model, tokenizer, memory, before
-        self._dialogue = Dialogue.of(tokenizer)
 
     @property
     def text(self) -> str:
@@ -43,25 +43,38 @@ class Question:
         """The same of a question about nothing."""
         return self._queries(NOTHING, "")
 
-    @torch.no_grad()
     def _queries(self, text: str, before: str) -> dict[int, Tensor]:
         heads = self.model.ahn_retrieval
         assert heads is not None
-        found: dict[int, Tensor] = {}
-        fork = self.memory.fork()
-        fork.set_archive(None)
-        ids, tokens = self._dialogue.question(text, before), question_tokens(self.tokenizer, text)
+        wanted = {layer: heads.queries(layer) for layer in heads.layers}
+        return queries_of(self.model, self.tokenizer, self.memory, text, wanted, heads.distance, before)
 
-        def observe(index: int, layer: Any, q: Tensor, span: Any) -> None:
-            wanted = q[:, heads.queries(index)]
-            plain = layer.without_positions(wanted, span.positions(q.device))
-            turned = layer.at_distance(plain, heads.distance)
-            found[index] = turned[0, :, tokens]
 
-        for index in heads.layers:
-            fork.layers[index].observer = lambda layer, q, k, span, index=index: observe(index, layer, q, span)
-        self.model.get_decoder()(ids.to(self.model.device), **{PAST: fork}, use_cache=True)
-        return found
+@torch.no_grad()
+def queries_of(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    memory: AHNCache,
+    text: str,
+    heads: Mapping[int, Sequence[int]],
+    distance: int,
+    before: str = "",
+) -> dict[int, Tensor]:
+    """By layer in `heads`, the queries of these heads for the tokens of a question, [N, Q, H], turned to `distance`.
+    `before`: text that is read in front of the question. The memory is not changed."""
+    found: dict[int, Tensor] = {}
+    fork = memory.fork()
+    fork.set_archive(None)
+    ids, tokens = Dialogue.of(tokenizer).question(text, before), question_tokens(tokenizer, text)
+
+    def observe(index: int, layer: Any, q: Tensor, k: Tensor, span: Any) -> None:
+        plain = layer.without_positions(q[:, list(heads[index])], span.positions(q.device))
+        found[index] = layer.at_distance(plain, distance)[0, :, tokens]
+
+    for index in heads:
+        fork.layers[index].observer = partial(observe, index)
+    model.get_decoder()(ids.to(model.device), **{PAST: fork}, use_cache=True)
+    return found
 
 
 def question_tokens(tokenizer: Any, text: str) -> slice:

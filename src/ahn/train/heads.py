@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,13 @@ from torch import Tensor
 
 from ahn.adapter import base_shape
 from ahn.augmentation import layers_of
-from ahn.cache import PAST, AHNCache
-from ahn.dialogue import Dialogue
+from ahn.cache import AHNCache
 from ahn.errors import ConfigError
 from ahn.generation import read
 from ahn.memory.archive import KEY_BYTES
 from ahn.memory.head_keys import RetrievalHeads
 from ahn.recall.passages import cut, sentence_ends
-from ahn.recall.question import NOTHING, question_tokens
+from ahn.recall.question import NOTHING, queries_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +67,7 @@ def choose_heads(
     if budget < size:
         raise ConfigError(f"budget={budget}: expected at least the {size} bytes of one head's keys")
     share = torch.zeros(len(layers_of(model)), heads)
+    every = {layer: range(heads) for layer in range(len(share))}
     asked, spread = 0, _Spread()
     text: Any = None
     for done, (prompt, example) in enumerate(questions):
@@ -78,8 +79,11 @@ def choose_heads(
         passages = passages[passages <= len(text) - model.ahn_config.window]
         gold = _evidence(passages, prompt)
         if gold.any():
-            wanted = _queries(model, tokenizer, memory, example.question)
-            share += _share(wanted, keys, passages, gold, groups)
+            asks = [
+                queries_of(model, tokenizer, memory, asked_for, every, DISTANCE)
+                for asked_for in (example.question, NOTHING)
+            ]
+            share += _share(asks, keys, passages, gold, groups)
             asked += 1
         if progress is not None:
             progress(done + 1, len(questions))
@@ -151,40 +155,17 @@ def _read(model: PreTrainedModel, text: Any) -> tuple[list[Tensor], AHNCache]:
     cache = AHNCache(model)
     pieces: list[list[Tensor]] = [[] for _ in layers_of(model)]
 
-    def observe(index: int, layer: Any, k: Tensor, span: Any) -> None:
+    def observe(index: int, layer: Any, q: Tensor, k: Tensor, span: Any) -> None:
         pieces[index].append(layer.without_positions(k, span.positions(k.device))[0])
 
-    _observe(cache, lambda index, layer, q, k, span: observe(index, layer, k, span))
+    for index, layer in enumerate(cache.layers):
+        layer.observer = partial(observe, index)
     read(model, torch.tensor([list(text)]), cache)
-    _observe(cache, None)
+    cache.set_archive(None)  # its forks observe nothing
     return [torch.cat(found, 1) for found in pieces], cache
 
 
-def _queries(model: PreTrainedModel, tokenizer: Any, memory: AHNCache, question: str) -> tuple[list[Tensor], ...]:
-    """Queries [N, Q, H] of each layer for the question, and for one about nothing."""
-    found = []
-    for text in (question, NOTHING):
-        fork, queries = memory.fork(), [torch.empty(0)] * len(memory.layers)
-        ids, wanted = Dialogue.of(tokenizer).question(text), question_tokens(tokenizer, text)
-
-        def observe(
-            index: int, layer: Any, q: Tensor, k: Tensor, span: Any, into: Any = queries, at: Any = wanted
-        ) -> None:
-            plain = layer.without_positions(q, span.positions(q.device))
-            into[index] = layer.at_distance(plain, DISTANCE)[0, :, at]
-
-        _observe(fork, observe)
-        model.get_decoder()(ids.to(model.device), **{PAST: fork}, use_cache=True)
-        found.append(queries)
-    return tuple(found)
-
-
-def _observe(cache: AHNCache, observe: Any) -> None:
-    for index, layer in enumerate(cache.layers):
-        layer.observer = None if observe is None else lambda *call, index=index: observe(index, *call)
-
-
-def _share(queries: tuple[list[Tensor], ...], keys: list[Tensor], passages: Any, gold: Any, groups: int) -> Tensor:
+def _share(queries: Sequence[dict[int, Tensor]], keys: list[Tensor], passages: Any, gold: Any, groups: int) -> Tensor:
     """The share of each head's attention to passages that falls on those with evidence, less that of a question about
     nothing, [layers, N]."""
     device, end = keys[0].device, int(passages[-1])
