@@ -6,7 +6,6 @@ import hashlib
 from array import array
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,8 @@ import numpy as np
 from ahn.dialogue import LABEL, SEPARATOR, Dialogue, plain, readable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ahn.eval.tasks.base import Example, Span
 
 
@@ -22,8 +23,8 @@ class Prompt:
     """`ids`, 4 bytes each, and the evidence: tokens `evidence[0]` to `evidence[1]` - 1 of them, None where it is not
     known.
 
-    The text is tokens `begins` to `asks` - 1; in front of it stands the template, behind it the question. `asks` is
-    None where that is not known. `needs` as in `Example`, in tokens.
+    The text is tokens `begins` to `asks` - 1; in front of it stand template and instructions, behind it the question,
+    or the rest of the template. `asks` is None where nothing is asked about a text. `needs` as in `Example`, in tokens.
     """
 
     ids: array[int]
@@ -58,27 +59,49 @@ def encode(tokenizer: Any, example: Example, dialogue: Dialogue | None = None) -
     """
     options: dict[str, Any] = {"return_offsets_mapping": tokenizer.is_fast}
     dialogue = dialogue or Dialogue(tokenizer)
-    if example.chat and example.asks is not None and example.prompt[example.asks :].startswith(LABEL):
+    if example.asks is not None and example.apart:
         return _on_a_document(dialogue, example)
-    prompt, shift = readable(example.prompt), 0
+    prompt = readable(example.prompt)
+    shift, end = 0, len(prompt)
     if example.chat and dialogue.has_template:
         pieces = dialogue.render([{"role": "user", "content": prompt}], ask=True)
         core = prompt.strip()  # many templates trim what they wrap
         shift = "".join(pieces).find(core) - prompt.find(core)
+        end = prompt.find(core) + len(core)
         pieces[-1] += example.answer_prefix
         encoded = [tokenizer(piece, add_special_tokens=False, verbose=False, **options) for piece in pieces]
     else:
         pieces = [prompt + example.answer_prefix]
         encoded = [plain(tokenizer, pieces[0], special=True, **options)]
     ids = array("i", [id for part in encoded for id in part.input_ids])
-    evidence = None
-    if example.evidence is not None and tokenizer.is_fast:
-        start, end = (place + shift for place in example.evidence)
-        places = accumulate(map(len, pieces[:-1]), initial=0)
-        spans = [(a + at, b + at) for part, at in zip(encoded, places, strict=True) for a, b in part.offset_mapping]
-        inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start and b > a]
-        evidence = (inside[0], inside[-1] + 1) if inside else None
-    return Prompt(ids, evidence)
+    if not tokenizer.is_fast or (example.evidence is None and example.asks is None):
+        return Prompt(ids, None)
+    starts, ends = _characters(encoded, pieces)
+
+    def tokens(span: Span) -> Span | None:
+        """The tokens that have characters of a span of the prompt."""
+        inside = np.flatnonzero((starts < span[1] + shift) & (ends > span[0] + shift) & (ends > starts))
+        return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else None
+
+    def token(place: int) -> int:
+        """The first token that has a character from `place` of the prompt on; if none has, the last one, so that there
+        always is one to answer behind."""
+        later = ends > min(place, end) + shift
+        return int(np.argmax(later)) if later.any() else len(ids) - 1
+
+    evidence = example.evidence and tokens(example.evidence)
+    if example.asks is None or not (asks := token(example.asks)):
+        return Prompt(ids, evidence)
+    needs = (tuple(found for span in fact if (found := tokens(span))) for fact in example.needs)
+    return Prompt(ids, evidence, token(example.begins), asks, tuple(fact for fact in needs if fact))
+
+
+def _characters(encoded: Sequence[Any], pieces: Sequence[str]) -> tuple[Any, Any]:
+    """Of each token of pieces that are encoded one by one, its first character in all of them, and its end."""
+    offsets = [np.array(part.offset_mapping, dtype=np.int64).reshape(-1, 2) for part in encoded]
+    before = np.cumsum([0, *map(len, pieces)])[:-1]
+    both = np.concatenate([part + at for part, at in zip(offsets, before, strict=True)])
+    return both[:, 0], both[:, 1]
 
 
 def _on_a_document(dialogue: Dialogue, example: Example) -> Prompt:

@@ -313,7 +313,7 @@ def _run_policy(
         return
     every = 0.1 if sys.stderr.isatty() else QUIET_S
     with tqdm(total=len(mine), unit="example", desc=policy.name, disable=not team.first, mininterval=every) as bar:
-        for batch in batches(mine, options.batch):
+        for batch in batches(mine, options.batch, policy.recalls):
             if stop():
                 return
             for job, row in zip(batch, _do(policy, batch, options), strict=True):
@@ -321,14 +321,18 @@ def _run_policy(
             bar.update(len(batch))
 
 
-def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+def batches(jobs: Sequence[Job], size: int, recalls: bool = False) -> list[list[Job]]:
     """At most `size` jobs in each: questions on one text, or jobs of one kind, of lengths that differ by less than a
-    fifth, since padding is read too, and with answers of about the same length. One by one they keep their order."""
+    fifth, since padding is read too, and with answers of about the same length. One by one they keep their order.
+
+    Args:
+        recalls: `Policy.recalls`.
+    """
     if size == 1:
         return [[job] for job in jobs]
-    asking = [job for job in jobs if job.prompt.asks is not None]
+    asking = [job for job in jobs if _apart(job, recalls)]
     if asking:
-        rest = [job for job in jobs if job.prompt.asks is None]
+        rest = [job for job in jobs if not _apart(job, recalls)]
         texts = [list(found) for _, found in groupby(asking, key=lambda job: (job.folder, job.prompt.text))]
         shared = [text[low : low + size] for text in texts for low in range(0, len(text), size)]
         return shared + (batches(rest, size) if rest else [])
@@ -342,6 +346,11 @@ def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
             found.append([])
         found[-1].append(job)
     return found
+
+
+def _apart(job: Job, recalls: bool) -> bool:
+    """Whether the text is read apart from the question. Where there is no need, a prompt is read as one, as others."""
+    return job.prompt.asks is not None and (recalls or job.example.apart)
 
 
 def _pending(work: Work, folder: Path) -> list[Job]:
@@ -396,7 +405,7 @@ def _do(policy: Policy, batch: Sequence[Job], options: Options) -> list[results.
     ids = [job.prompt.ids for job in batch]
     if batch[0].work.task.kind == "loss":
         return [_measured(job, losses) for job, losses in zip(batch, policy.losses(ids), strict=True)]
-    if batch[0].prompt.asks is None:
+    if not _apart(batch[0], policy.recalls):
         answers = policy.answers(ids, [job.example.max_new_tokens for job in batch])
         said: list[tuple[list[int], dict[str, Any]]] = [(answer, {}) for answer in answers]
     else:
@@ -420,6 +429,8 @@ def _answered(policy: Policy, job: Job, prediction: str, options: Options) -> re
     example, prompt = job.example, job.prompt
     row = _row(job) | {"prediction": prediction, "score": job.work.task.score(example, prediction)}
     row |= {"evidence": prompt.evidence, "depth": example.depth}
+    if prompt.needs:  # of a fact's places the first may be a sink, the last may be in the window
+        row["needs"] = [[fact[0], fact[-1]] if len(fact) > 1 else [fact[0]] for fact in prompt.needs]
     if example.extra.get("evidence_cut"):
         row["evidence_cut"] = True
     if prompt.evidence is not None and policy.uses_window:

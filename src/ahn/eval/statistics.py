@@ -88,13 +88,21 @@ def place(row: Row, exact: tuple[int, int] | None) -> str:
     """Where the evidence of an example is when the answer begins: inside or outside of the window (sinks count as
     inside), partly, cut away when the prompt was truncated, or unknown.
 
+    A fact that stands in several places is inside if one of them is. Several facts are inside or outside if all are.
+
     Args:
         exact: window and sinks.
     """
     if row.get("evidence_cut"):
         return "cut"
-    if row.get("evidence") is None or exact is None:
+    if exact is None or not (row.get("needs") or row.get("evidence")):
         return "unknown"
-    start, end = row["evidence"]
-    kept = exact_tokens((start, end), row["prompt_tokens"], *exact)
-    return "inside" if kept == end - start else "partly" if kept else "outside"
+    facts = row.get("needs") or [[row["evidence"]]]
+    there = {max(_kept(place, row["prompt_tokens"], exact) for place in fact) for fact in facts}
+    return "inside" if there == {1} else "outside" if there == {0} else "partly"
+
+
+def _kept(place: Sequence[int], tokens: int, exact: tuple[int, int]) -> float:
+    """Share of a place's tokens that are sinks or in the window."""
+    start, end = place
+    return exact_tokens((start, end), tokens, *exact) / (end - start)

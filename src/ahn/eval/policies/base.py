@@ -100,6 +100,7 @@ class Policy:
     needs_adapter: ClassVar[bool] = False
     uses_window: ClassVar[bool] = True
     uses_store: ClassVar[bool] = False
+    recalls: ClassVar[bool] = False  # reads the text apart from the question, wherever that is known
     keeps_padding: ClassVar[bool] = False  # in its cache, so that it must be masked for ever
 
     def __init__(

@@ -28,11 +28,12 @@ BUDGETS = (256, 512, 1024)  # tokens re-read, for which it is noted how much of 
 class Recall(Policy):
     """Sinks, window, and any memory of an adapter; passages of the text are read again (--recall, --finder).
 
-    Questions whose place in the prompt is not known are answered without.
+    Prompts that ask nothing about a text are answered without.
     """
 
     name = "recall"
     uses_store = True
+    recalls = True
 
     @classmethod
     def _check(cls, base: Any, longest: int, kept: Kept) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,9 +38,12 @@ class Example:
         depth: 0 to 1, where in the text the evidence is, if that is known.
         answer_prefix: what the answer begins with, after the chat template; it is not part of the prediction.
         extra: what scoring needs besides: all_classes, gold_ans. `evidence_cut`: truncation took the evidence.
-        asks: character of `prompt` where the text ends and the question about it begins; None: unknown.
-        question: the question alone, without instructions: what is looked for in the text.
-        needs: where each fact that the answer takes stands; any of a fact's places will do.
+        begins: character of `prompt` where the text begins, behind instructions.
+        asks: character where the text ends and the question about it begins, the end of `prompt` if the question stands
+            in front; None: nothing is asked about a text.
+        question: the question alone, without instructions: finders look for it in the text.
+        needs: where each fact that the answer takes stands; any of a fact's places will do. Empty: unknown.
+        apart: text and question are encoded apart, as `ahn ask` does, so that a text with many questions is read once.
     """
 
     id: str
@@ -54,6 +58,8 @@ class Example:
     asks: int | None = None
     question: str = ""
     needs: tuple[tuple[Span, ...], ...] = ()
+    begins: int = 0
+    apart: bool = False
 
 
 class Task:
@@ -128,7 +134,11 @@ class Task:
         return ids[:half] + ids[len(ids) - half :]
 
     def shorten(self, example: Example, tokenizer: Any, limit: int | None) -> Example:
-        """`example` with a prompt of at most `limit` tokens, without the template's, as `truncate` has it."""
+        """`example` with a prompt of at most `limit` tokens, without the template's, as `truncate` has it.
+
+        Places of a fact that are cut out are dropped, and so is a fact that has no place left: no finder can find it.
+        `evidence_cut` tells such examples apart.
+        """
         if limit is None:
             return example
         encoded = plain(tokenizer, example.prompt, return_offsets_mapping=True)
@@ -145,8 +155,18 @@ class Task:
             pieces[-1] = (pieces[-1][0], len(example.prompt))
         prompt = "".join(example.prompt[start:end] for start, end in pieces)
         evidence = example.evidence and _moved(example.evidence, pieces)
-        cut = {"evidence_cut": True} if example.evidence and not evidence else {}
-        return replace(example, prompt=prompt, evidence=evidence, extra=example.extra | cut)
+        left = (tuple(place for span in fact if (place := _moved(span, pieces))) for fact in example.needs)
+        needs = tuple(fact for fact in left if fact)
+        cut = (example.evidence and not evidence) or len(needs) < len(example.needs)
+        return replace(
+            example,
+            prompt=prompt,
+            evidence=evidence,
+            extra=example.extra | ({"evidence_cut": True} if cut else {}),
+            begins=_before(example.begins, pieces),
+            asks=None if example.asks is None else _before(example.asks, pieces),
+            needs=needs,
+        )
 
     def random(self, seed: int, *more: object) -> random.Random:
         """Numbers of this task, seed, and whatever else they should depend on."""
@@ -307,11 +327,43 @@ def hub(source: str, **options: Any) -> Iterator[Record]:
         raise EvalError(f"{source}: cannot be loaded from the hub: {reason}; {COPY}") from error
 
 
-def fill(template: str, context: str, **fields: str) -> tuple[str, int]:
-    """The prompt, and where in it the context begins."""
-    before, after = template.split("{context}")
-    start = before.format(**fields)
-    return start + context + after.format(**fields), len(start)
+def on_a_text(
+    template: str, context: str, evidence: Span | None = None, question: str = "", **fields: str
+) -> dict[str, Any]:
+    """The fields of an `Example` that say where its text, evidence and question are.
+
+    Args:
+        template: of the prompt, with {context} and the names in `fields`.
+        evidence: characters of `context`.
+        question: about the context; empty if nothing is asked about it.
+    """
+    before, after = (part.format(**fields) for part in template.split("{context}"))
+    start, end = len(before), len(before + context)
+    place = evidence and (evidence[0] + start, evidence[1] + start)
+    return {
+        "prompt": before + context + after,
+        "evidence": place,
+        "depth": evidence and evidence[0] / len(context),
+        "begins": start,
+        "asks": end + len(after) - len(after.lstrip()) if question.strip() else None,
+        "question": question.strip(),
+        "needs": ((place,),) if place else (),
+    }
+
+
+def places(text: str, answers: Sequence[str], start: int = 0) -> tuple[tuple[Span, ...], ...]:
+    """`Example.needs` of a fact that stands wherever an answer occurs in `text`; empty if none does.
+
+    Args:
+        start: of the text in the prompt.
+    """
+    spans = {
+        (start + place.start(), start + place.end())
+        for answer in answers
+        if answer.strip()
+        for place in re.finditer(re.escape(answer.strip()), text, re.IGNORECASE)
+    }
+    return (tuple(sorted(spans)),) if spans else ()
 
 
 def only_place(text: str, wanted: str) -> Span | None:
@@ -350,3 +402,8 @@ def _moved(span: Span, pieces: Sequence[Span]) -> Span | None:
             return span[0] - start + before, span[1] - start + before
         before += end - start
     return None
+
+
+def _before(place: int, pieces: Sequence[Span]) -> int:
+    """Where the character `place` is when only the pieces are left: how much of them stands in front of it."""
+    return sum(min(max(place - start, 0), end - start) for start, end in pieces)

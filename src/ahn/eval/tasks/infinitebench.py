@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ahn.errors import EvalError
-from ahn.eval.tasks.base import Example, FixedTask, Record, Span, fill
+from ahn.eval.tasks.base import Example, FixedTask, Record, Span, on_a_text
 
 _BOOK = "Read the book below and answer a question.\n\n{context}\n\nQuestion: {input}\n\nBe very concise."
 _CHOICE = (
@@ -67,16 +67,14 @@ class InfiniteBench(FixedTask):
             if len(options) < 4 or not letters:
                 raise EvalError(f"{record.where}: field 'options': expected four, the answer {answers[0]!r} among them")
             answers = letters + answers
-        prompt, start = fill(settings.prompt, context, input=record.text("input"), **options)
+        asked = record.text("input")
         evidence = _lines(context, answers[0]) if self.set in self.groups["retrieval"] else None
         return Example(
             id=str(record.fields.get("id", record.where.rpartition(" ")[2])),
-            prompt=prompt,
             answers=answers,
             chat=settings.chat,
             max_new_tokens=settings.max_new_tokens,
-            evidence=evidence and (evidence[0] + start, evidence[1] + start),
-            depth=evidence and evidence[0] / len(context),
+            **on_a_text(settings.prompt, context, evidence, asked, input=asked, **options),
         )
 
     def hub(self, length: int | None) -> str:

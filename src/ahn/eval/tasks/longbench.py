@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ahn.errors import EvalError
 from ahn.eval.data import benchmark
-from ahn.eval.tasks.base import Example, FixedTask, Record, Span, fill, only_place
+from ahn.eval.tasks.base import Example, FixedTask, Record, Span, on_a_text, only_place
 
 FEW_SHOT = ("trec", "triviaqa", "samsum", "lsht")
 CODE = ("lcc", "repobench-p")
@@ -20,7 +20,8 @@ class LongBench(FixedTask):
     The few-shot and code sets are continued as they are, the others asked as chats. Of a few-shot answer the first line
     counts. The best over the right answers is the score.
 
-    The evidence is known for the paragraph to be retrieved, and for multifieldqa where the answer occurs once.
+    The evidence is known for the paragraph to be retrieved, and for multifieldqa where the answer occurs once. Nothing
+    is asked about the text of code, summaries, duplicates to count, and solved examples.
     """
 
     suite = "longbench"
@@ -36,17 +37,21 @@ class LongBench(FixedTask):
         if record.fields.get("dataset", self.set) not in (self.set, f"{self.set}_e"):
             raise EvalError(f"{record.where}: of {record['dataset']!r}: expected records of {self.set!r}")
         context, answers = record.text("context"), record.texts("answers")
-        prompt, start = fill(settings["prompt"], context, input=record.text("input"))
-        evidence = self._evidence(context, answers)
+        asked = record.text("input")
+        about = "{input}" in settings["prompt"] and self.set not in FEW_SHOT + CODE
         return Example(
             id=record.text("_id"),
-            prompt=prompt,
             answers=answers,
             chat=self.set not in FEW_SHOT + CODE,
             max_new_tokens=settings["max_new_tokens"],
-            evidence=evidence and (evidence[0] + start, evidence[1] + start),
-            depth=evidence and evidence[0] / len(context),
             extra={"all_classes": record.texts_or_none("all_classes")},
+            **on_a_text(
+                settings["prompt"],
+                context,
+                self._evidence(context, answers),
+                asked if about else "",
+                input=asked,
+            ),
         )
 
     def clean(self, prediction: str) -> str:

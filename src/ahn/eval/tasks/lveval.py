@@ -8,7 +8,7 @@ from typing import Any
 
 from ahn.errors import EvalError
 from ahn.eval.data import benchmark
-from ahn.eval.tasks.base import Example, FixedTask, Record, fill, only_place
+from ahn.eval.tasks.base import Example, FixedTask, Record, on_a_text, only_place
 
 LEVELS = (16, 32, 64, 128, 256)
 SINGLE_HOP = (
@@ -46,20 +46,18 @@ class LVEval(FixedTask):
     def example(self, record: Record) -> Example:
         settings = benchmark("lveval")[self.set]
         context, answers = record.text("context"), record.texts("answers")
-        prompt, start = fill(settings["prompt"], context, input=record.text("input"))
+        asked = record.text("input")
         wanted = answers[0].strip().rstrip("。.")
         evidence = only_place(context, wanted) if self.set in SINGLE_HOP else None
         return Example(
             id=record.where.rpartition(" ")[2],
-            prompt=prompt,
             answers=answers,
             chat=True,
             max_new_tokens=settings["max_new_tokens"],
-            evidence=evidence and (evidence[0] + start, evidence[1] + start),
-            depth=evidence and evidence[0] / len(context),
             extra={
                 "gold_ans": None if record.fields.get("answer_keywords") is None else record.text("answer_keywords")
             },
+            **on_a_text(settings["prompt"], context, evidence, asked, input=asked),
         )
 
     def files(self, length: int | None) -> list[str]:

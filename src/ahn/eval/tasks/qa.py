@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ahn.dialogue import LABEL, SEPARATOR
 from ahn.errors import EvalError
 from ahn.eval.articles import squad
-from ahn.eval.tasks.base import Example, Record, Span, Task, found, read, template_tokens, tokens
+from ahn.eval.tasks.base import Example, Record, Span, Task, found, places, read, template_tokens, tokens
 
 DEFAULT_LENGTH = 16_384
 INSTRUCTION = "Answer from the text in as few words as possible."
@@ -169,6 +169,7 @@ class QA(Task):
             asks=len(document) + len(SEPARATOR),
             question=asked.text.strip(),
             needs=spans,
+            apart=True,
         )
 
     def _groups(self, data: Path) -> list[Group]:
@@ -198,14 +199,7 @@ def _story(record: Record) -> Group:
 
 def _on(text: str, question: str, answers: tuple[str, ...]) -> Asked:
     """A question whose evidence is wherever an answer occurs in the text; unknown if none does."""
-    lower = text.lower()
-    places = {
-        (0, place.start(), place.end())
-        for answer in answers
-        if answer.strip()
-        for place in re.finditer(re.escape(answer.strip().lower()), lower)
-    }
-    return Asked(question, answers, (tuple(sorted(places)),) if places else ())
+    return Asked(question, answers, tuple(tuple((0, *span) for span in fact) for fact in places(text, answers)))
 
 
 def _passages(record: Record) -> Group:

@@ -30,6 +30,7 @@ from ahn.eval.tasks.base import (
     hub,
     only_place,
     open_text,
+    places,
     read,
     template_tokens,
     tokens,
@@ -72,6 +73,17 @@ _ONLY = "Answer the question based on the given documents. Only give me the answ
 _QA = f"{_ONLY}\n\nThe following are given documents.\n\n{{context}}\n\n{_ONLY}\n\nQuestion: {{query}}"
 _QA_PREFIX = " Answer:"
 _PREFIX_STARTS = (" The special magic ", " Answer:")
+_INSTRUCTIONS = {  # in front of the text
+    name: template.partition("{context}")[0]
+    for name, template in {"vt": _VT, "cwe": _CWE, "fwe": _FWE, "qa_1": _QA, "qa_2": _QA}.items()
+}
+_ASKED = {  # behind the text, in front of the question
+    "vt": "Question: ",
+    "cwe": "Question: ",
+    "fwe": "Question: Do not provide any explanation. Please ignore the dots '....'. ",
+    "qa_1": f"{_ONLY}\n\nQuestion: ",
+    "qa_2": f"{_ONLY}\n\nQuestion: ",
+}
 
 
 @dataclass(frozen=True)
@@ -101,13 +113,15 @@ _NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 
 @dataclass(frozen=True)
 class _Text:
-    """What one draw gives; `depth` only where a single place was chosen."""
+    """What one draw gives; `depth` only where a single place was chosen. `facts`: the statements or documents that
+    answer. `needs`: as in `Example`, where a fact's own places are closer; default: the facts."""
 
     prompt: str
     answer_prefix: str
     answers: tuple[str, ...]
-    evidence: Span | None = None
+    facts: tuple[Span, ...] = ()
     depth: float | None = None
+    needs: tuple[tuple[Span, ...], ...] = ()
 
 
 class Ruler(Task):
@@ -120,6 +134,10 @@ class Ruler(Task):
     or text, .txt or a folder of it, that becomes the essays; or for qa_1 SQuAD, for qa_2 HotpotQA, each as the
     benchmark has it or a JSON line a record. Without it the essays are the bundled stories, and QA is from the hub.
     A haystack that is too short is repeated. Sentences end at ". ", "! " or "? ".
+
+    The facts that an answer needs are its needles, the chain's assignments, the places of the answer in qa_1's
+    document, and qa_2's documents. Words to count stand everywhere, so that none are known for cwe and fwe; nor for
+    the questions of RULER's own files, which do not say which documents answer.
     """
 
     suite = "ruler"
@@ -160,13 +178,12 @@ class Ruler(Task):
             text = draw(index, _filling(partial(size, index), length, usual, self.name))
             yield Example(
                 id=str(index),
-                prompt=text.prompt,
                 answers=text.answers,
                 chat=True,
                 max_new_tokens=self.max_new_tokens,
-                evidence=text.evidence,
                 depth=text.depth,
                 answer_prefix=text.answer_prefix,
+                **self._asked(text.prompt, text.facts, text.needs),
             )
 
     def _ready(self, data: Path, length: int | None) -> Path | None:
@@ -191,17 +208,31 @@ class Ruler(Task):
             at = max(prompt.rfind(start) for start in _PREFIX_STARTS)
             prompt, prefix = (prompt[:at], prompt[at:]) if at >= 0 else (prompt, "")
         answers = record.texts("outputs")
-        evidence = _needle_lines(prompt, answers) if self.set in _NIAH_SETS else None
+        facts = _needle_lines(prompt, answers) if self.set in _NIAH_SETS else ()
+        if self.set == "vt":
+            facts = _assignments(prompt, answers)
         return Example(
             id=str(record.fields.get("index", record.where.rpartition(" ")[2])),
-            prompt=prompt,
             answers=answers,
             chat=True,
             max_new_tokens=self.max_new_tokens,
-            evidence=evidence,
-            depth=evidence and evidence[0] / len(prompt),
+            depth=facts[0][0] / len(prompt) if facts else None,
             answer_prefix=prefix,
+            **self._asked(prompt, facts),
         )
+
+    def _asked(self, prompt: str, facts: tuple[Span, ...], needs: tuple[tuple[Span, ...], ...] = ()) -> dict[str, Any]:
+        """The fields of an `Example` that say where its text, evidence and question are."""
+        front, behind = _INSTRUCTIONS.get(self.set, " afterwards.\n"), _ASKED.get(self.set, "")
+        first, last = prompt.rfind(front), prompt.rfind("\n" + (behind or "What "))
+        return {
+            "prompt": prompt,
+            "evidence": (facts[0][0], facts[-1][1]) if facts else None,
+            "begins": first + len(front) if first >= 0 else 0,
+            "asks": last + 1 if last >= 0 else None,
+            "question": prompt[last + 1 + len(behind) :].strip() if last >= 0 else "",
+            "needs": needs or tuple((fact,) for fact in facts),
+        }
 
     def _draw(self, length: int, data: Path | None, seed: int) -> Callable[[int, int], _Text]:
         """What draws the text of an index with so many units of filling: the same needles, whatever the filling."""
@@ -336,7 +367,7 @@ def _niah(kind: _Needles, essay: Sequence[str], chance: random.Random, units: in
         prompt=text,
         answer_prefix=(_NIAH_ONE_PREFIX if one else _NIAH_PREFIX).format(kind=what, query=query),
         answers=tuple(value for k in asked for value in values[k]),
-        evidence=(spans[0][0], spans[-1][1]),
+        facts=tuple(spans),
         depth=next(depth for (key, _), depth in zip(needles, depths, strict=True) if key in asked) if one else None,
     )
 
@@ -363,13 +394,13 @@ def _variables(chance: random.Random, units: int, hops: int = 4) -> _Text:
             last = at
         text = (text + (NOISE + "\n") * (noise - last)).removesuffix("\n") + after.format(query=value)
         prefix = _VT_PREFIX.format(count=len(names), query=value)
-        return _Text(text, prefix, tuple(names), evidence=(spans[0][0], spans[-1][1]))
+        return _Text(text, prefix, tuple(names), tuple(spans))
 
     shown = chain(letters=3, noise=5)
     shot = shown.prompt + shown.answer_prefix + " ".join(shown.answers) + "\n\n"
     asked = chain(letters=5, noise=units)
-    start, end = asked.evidence or (0, 0)
-    return _Text(shot + asked.prompt, asked.answer_prefix, asked.answers, evidence=(start + len(shot), end + len(shot)))
+    facts = tuple((start + len(shot), end + len(shot)) for start, end in asked.facts)
+    return _Text(shot + asked.prompt, asked.answer_prefix, asked.answers, facts)
 
 
 def _variable_names(letters: int, count: int, chance: random.Random) -> list[str]:
@@ -424,13 +455,15 @@ def _frequent_words(chance: random.Random, units: int, vocabulary: int) -> _Text
 
 @dataclass(frozen=True)
 class _Question:
-    """gold: documents that answer it. beside: those always shown with them. near: those shown before any others."""
+    """gold: documents that answer it. beside: those always shown with them. near: those shown before any others.
+    quoted: the answer stands in the document, word for word."""
 
     text: str
     answers: tuple[str, ...]
     gold: tuple[str, ...]
     beside: tuple[str, ...] = ()
     near: tuple[str, ...] = ()
+    quoted: bool = False
 
     @property
     def documents(self) -> tuple[str, ...]:
@@ -457,8 +490,9 @@ def _qa(question: _Question, documents: Sequence[str], chance: random.Random, un
         prompt=text + after.format(query=question.text),
         answer_prefix=_QA_PREFIX,
         answers=question.answers,
-        evidence=(spans[0][0], spans[-1][1]) if spans else None,
+        facts=tuple(spans),
         depth=(spans[0][0] - len(before)) / (len(text) - len(before)) if len(spans) == 1 else None,
+        needs=places(text[slice(*spans[0])], question.answers, spans[0][0]) if question.quoted else (),
     )
 
 
@@ -469,7 +503,10 @@ def _squad(data: Path | None, task: str) -> list[_Question]:
         for paragraph in article["paragraphs"]:
             gold = paragraph["context"]
             near = tuple(text for text in texts if text != gold)
-            asked += [_Question(qa["question"], tuple(qa["answers"]), (gold,), near=near) for qa in paragraph["qas"]]
+            asked += [
+                _Question(qa["question"], tuple(qa["answers"]), (gold,), near=near, quoted=True)
+                for qa in paragraph["qas"]
+            ]
     if not asked:
         raise EvalError(f"{data or task}: no question that has an answer")
     return asked
@@ -503,13 +540,21 @@ def _of_hotpot(record: Record) -> _Question:
     return _Question(record.text("question"), record.texts("answer"), gold, beside)
 
 
-def _needle_lines(prompt: str, answers: Sequence[str]) -> Span | None:
-    """From the first needle that holds an answer to the last, if each answer is in one."""
+def _needle_lines(prompt: str, answers: Sequence[str]) -> tuple[Span, ...]:
+    """The needles that hold the answers, in their order in the text; none unless each answer is in one."""
     spans = []
     for answer in answers:
         place = only_place(prompt, f" is: {answer}.")
         start = prompt.rfind(NEEDLE[:24], 0, place[0]) if place else -1
         if not place or start < 0:
-            return None
+            return ()
         spans.append((start, place[1]))
-    return min(start for start, _ in spans), max(end for _, end in spans)
+    return tuple(sorted(spans))
+
+
+def _assignments(prompt: str, names: Sequence[str]) -> tuple[Span, ...]:
+    """Where the variables get their values; none unless each does so in one place."""
+    found = [list(re.finditer(rf"VAR {re.escape(name)} = (?:VAR )?\w+", prompt)) for name in names]
+    if any(len(places) != 1 for places in found):
+        return ()
+    return tuple(sorted(place.span() for (place,) in found))

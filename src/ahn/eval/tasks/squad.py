@@ -11,7 +11,7 @@ from ahn.dialogue import LABEL, SEPARATOR
 from ahn.errors import EvalError
 from ahn.eval.articles import shuffled_paragraphs, squad
 from ahn.eval.metrics import normalize
-from ahn.eval.tasks.base import Example, Task, template_tokens, tokens
+from ahn.eval.tasks.base import Example, Task, places, template_tokens, tokens
 
 DEFAULT_LENGTH = 8192
 INSTRUCTION = "Give a short answer (1 to 5 words)."
@@ -86,6 +86,9 @@ class Squad(Task):
                 max_new_tokens=ANSWER_TOKENS,
                 evidence=(len(head), len(head + texts[at])),
                 depth=depth,
+                asks=len(prompt) - len(question) + len(SEPARATOR),
+                question=qa["question"].strip(),
+                needs=places(texts[at], qa["answers"], len(head)),
             )
 
     def random(self, seed: int, *more: object) -> random.Random:
