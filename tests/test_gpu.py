@@ -553,3 +553,41 @@ def test_the_fingerprint_is_that_of_the_cpu(dtype):
     model.extra = torch.nn.Parameter(torch.randn(7, dtype=dtype))
     expected = fingerprint(model)
     assert fingerprint(model.to("cuda")) == expected
+
+
+def test_an_archive_takes_no_bytes_of_the_gpu():
+    """Held after reading, at most while asking, and held after that."""
+    from ahn.memory.head_keys import RetrievalHeads
+    from tiny_tokenizer import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    model = with_memory(tiny(vocab_size=len(tokenizer)).cuda())
+    scales = torch.stack([torch.zeros(1, 8), torch.full((1, 8), 0.05)])
+    model.ahn_retrieval = RetrievalHeads(((0, 1),), 2, {0: scales})
+    options = {"max_new_tokens": 4, "do_sample": False}
+    found = {}
+    for kind in ("keys", "none", "text", "keys"):  # the first time kernels are built and graphs captured
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        memory = ahn.read(model, token_ids(3000), archive=kind)
+        held = torch.cuda.memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        ahn.ask(model, tokenizer, memory, "Where is the cat?", 0, **options)
+        peak = torch.cuda.max_memory_allocated() - before
+        if kind == "keys":
+            assert ahn.ask(model, tokenizer, memory, "Where is the cat?", 200, finder="heads", **options).sources
+        gc.collect()
+        found[kind] = held, peak, torch.cuda.memory_allocated() - before
+        del memory
+    assert found["none"] == found["text"] == found["keys"]
+
+
+def test_passages_of_heads_are_those_of_the_cpu():
+    from ahn.recall.finders.heads import by_passage
+
+    q = torch.randn(32, 128) / 300
+    keys = torch.randint(-127, 128, (50_000, 128), dtype=torch.int8)
+    keys[100:300, 0] = -128
+    bounds = torch.tensor([*range(0, 50_000, 83), 50_000])
+    ours, theirs = (by_passage(q.to(device), keys, bounds).cpu().mean(0) for device in ("cuda", "cpu"))
+    assert (ours - theirs).abs().max() < 0.05 * theirs.max()

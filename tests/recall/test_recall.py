@@ -10,19 +10,27 @@ from test_archive import retrieval
 import ahn
 from ahn.errors import ConfigError
 from ahn.memory.archive import Archive
+from ahn.memory.head_keys import UNKNOWN
 from ahn.recall import find, finders
 from ahn.recall.ask import best
 from ahn.recall.finders.base import Finder
 from ahn.recall.finders.fused import ranks
-from ahn.recall.finders.heads import by_passage
+from ahn.recall.finders.heads import by_passage, gathered
 from ahn.recall.passages import LONGEST, SHORTEST, Passages, cut, sentence_ends
-from ahn.recall.question import Question
+from ahn.recall.question import Question, queries_of
 from ahn.recall.words import words
 from conftest import tiny, with_memory
 from tiny_tokenizer import tiny_tokenizer
 
 FACTS = ["The cat sat on the mat.", "Who has the old mice?", "One quote was in the house."]
 FILLER = "It was a day like any other day, and nobody said a thing about it. "
+
+
+def naive(q, keys, bounds):
+    """`by_passage` in float32, at once."""
+    weights = (q @ keys.float().T).masked_fill(keys[:, 0] == UNKNOWN, -torch.inf).softmax(1)
+    parts = [weights[:, low:high] for low, high in pairwise(bounds.tolist())]
+    return torch.stack([part.amax(1) if part.shape[1] else torch.zeros(len(q)) for part in parts], 1)
 
 
 @pytest.fixture(scope="module")
@@ -142,25 +150,63 @@ class TestFinders:
         assert not finders.get("bm25")().scores(passages, nothing).any()
 
     def test_heads_are_a_softmax_over_all_keys(self):
-        """The naive form, whatever the size of blocks."""
+        """The naive form, of queries that int8 holds."""
         generator = torch.Generator().manual_seed(0)
-        q = torch.randn(3, 8, generator=generator) / 20
+        q = torch.randint(-127, 128, (3, 8), generator=generator) / 2540
+        q[:, 0] = 0.05
         keys = torch.randint(-127, 128, (100, 8), generator=generator, dtype=torch.int8)
-        bounds = torch.tensor([0, 3, 10, 11, 60, 60, 100])  # one is empty
+        bounds = torch.tensor([0, 3, 10, 11, 60, 60, 100, 100])  # two are empty
         keys[50, 0] = keys[10, 0] = -128  # one has no known key
-        weights = (q @ keys.float().T).masked_fill(keys[:, 0] == -128, -torch.inf).softmax(1)
-        parts = [weights[:, low:high] for low, high in pairwise(bounds.tolist())]
-        expected = torch.stack([part.amax(1) if part.shape[1] else torch.zeros(3) for part in parts], 1)
-        assert torch.allclose(by_passage(q, keys, bounds), expected, atol=1e-6)
+        assert torch.allclose(by_passage(q, keys, bounds), naive(q, keys, bounds), atol=1e-6)
+
+    def test_rounded_queries_find_the_same_passages(self):
+        """Of the shape of a real head. Attention is off by 3% of the largest at most, so close ranks may change."""
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(32, 128, generator=generator) / 300
+        keys = (35 * torch.randn(8000, 128, generator=generator)).clamp(-127, 127).to(torch.int8)
+        bounds = torch.tensor([*range(0, 8000, 83), 8000])
+        found, exact = (of(q, keys, bounds).mean(0) for of in (by_passage, naive))
+        assert (found - exact).abs().max() < 0.03 * exact.max()
+        assert set(found.topk(8).indices.tolist()) <= set(exact.topk(10).indices.tolist())
+
+    def test_every_device_multiplies_alike(self, monkeypatch):
+        q, keys = torch.randn(2, 8) / 30, torch.randint(-127, 128, (500, 8), dtype=torch.int8)
+        bounds = torch.tensor([*range(0, 500, 9), 500])
+        rounded = by_passage(q, keys, bounds)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        exact = by_passage(q, keys, bounds)
+        assert torch.allclose(exact, naive(q, keys, bounds), atol=1e-6)
+        assert (rounded - exact).abs().max() < 0.05 * exact.max()
 
     def test_blocks_do_not_matter(self, monkeypatch):
         from ahn.recall.finders import heads
 
         q, keys = torch.randn(2, 8), torch.randint(-127, 128, (500, 8), dtype=torch.int8)
+        keys[9:40, 0] = -128
         bounds = torch.tensor([*range(0, 500, 9), 500])
         whole = by_passage(q / 30, keys, bounds)
         monkeypatch.setattr(heads, "BLOCK", 37)
         assert torch.allclose(by_passage(q / 30, keys, bounds), whole, atol=1e-6)
+
+    def test_passages_are_gathered_where_they_are_not_reduced(self):
+        """On a GPU; the meaning of both forms is the same."""
+        from ahn.recall.finders.heads import largest_of
+
+        scores, bounds = torch.randn(2, 50), torch.tensor([0, 0, 7, 8, 30, 50, 50])
+        expected = [[row[a:b].max() if b > a else -torch.inf for a, b in pairwise(bounds.tolist())] for row in scores]
+        assert torch.equal(largest_of(scores, bounds), torch.tensor(expected))
+        assert torch.equal(gathered(scores, bounds), torch.tensor(expected))
+
+    def test_layers_behind_the_last_head_are_not_computed(self, model, memory, tokenizer):
+        calls = []
+        hook = model.get_decoder().layers[1].register_forward_hook(lambda *_: calls.append(1))
+        try:
+            first = queries_of(model, tokenizer, memory, "Where?", {0: [1]}, 64)
+            assert not calls
+            both = queries_of(model, tokenizer, memory, "Where?", {0: [1], 1: [0]}, 64)
+            assert torch.equal(first[0], both[0]) and 1 in both and both[1].abs().sum() > 0
+        finally:
+            hook.remove()
 
     def test_heads_need_keys(self, model, tokenizer):
         cache = ahn.read(model, ahn.Dialogue(tokenizer).open(document()), archive="text")

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ahn.errors import ConfigError
-from ahn.memory.head_keys import HeadKeys, RetrievalHeads
+from ahn.memory.head_keys import HeadKeys, RetrievalHeads, to_host, wait_for
 
 KINDS = ("none", "text", "keys")
 TOKEN_BYTES = 4  # of a token id
 KEY_BYTES = 128  # of the keys of retrieval heads, a token, at most
 EVERY = 64  # tokens between two places that are kept
-PENDING = 65_536  # tokens that may wait on the device before they are copied to the host
+PENDING = 65_536  # tokens that are joined at once
 
 
 class Place(NamedTuple):
@@ -85,7 +85,8 @@ class Archive:
     def ids(self) -> np.ndarray:
         """int32 [tokens]."""
         if self._pending:
-            self._parts.append(torch.cat(self._pending).to("cpu", torch.int32).numpy())
+            wait_for(self._pending)
+            self._parts.append(torch.cat(self._pending).to(torch.int32).numpy())
             self._pending, self._waiting = [], 0
         if len(self._parts) != 1:
             self._parts = [np.concatenate(self._parts) if self._parts else np.zeros(0, np.int32)]
@@ -105,7 +106,7 @@ class Archive:
 
     def add(self, ids: Tensor) -> None:
         """Tokens [T] that were read, on any device."""
-        self._pending.append(ids.clone())
+        self._pending.append(to_host(ids))
         self._length += len(ids)
         self._waiting += len(ids)
         if self._waiting >= PENDING:

@@ -14,7 +14,7 @@ of a query alike, which no softmax sees, and leaves the int8 values for the diff
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -197,23 +197,21 @@ class _LayerKeys:
         self.tail = k[:, whole * self.pool :].clone()
         if whole:
             pooled = k[:, : whole * self.pool].unflatten(1, (whole, self.pool)).float().mean(2).transpose(0, 1)
-            self.scales = self.scales.to(k.device)
-            centre, step = self.scales
+            centre, step = self.scales.to(k.device, non_blocking=True)  # not kept there: the device holds no archive
             keys = ((pooled - centre) / step).round().clamp(-127, 127).to(torch.int8)
-            self._pieces.append((first // self.pool, _to_host(keys)))
+            self._pieces.append((first // self.pool, to_host(keys)))
 
     def tail_of(self, length: int) -> Tensor | None:
         """The tail if it is that of `length` tokens, which it is not where the last ones were not seen."""
         return self.tail if self._next == length else None
 
     def joined(self) -> Tensor:
+        wait_for([keys for _, keys in self._pieces])
         if len(self._pieces) != 1 or self._pieces[0][0]:
             self._join()
         return self._pieces[0][1]
 
     def _join(self) -> None:
-        if any(keys.is_pinned() for _, keys in self._pieces):
-            torch.cuda.synchronize()  # the copies are made by the device
         total = max((low + len(keys) for low, keys in self._pieces), default=0)
         whole = torch.full((total, *self.scales.shape[1:]), UNKNOWN, dtype=torch.int8)
         for low, keys in self._pieces:
@@ -231,9 +229,15 @@ class _LayerKeys:
         self.tail = tail if tail.shape[1] == length % self.pool else None
 
 
-def _to_host(x: Tensor) -> Tensor:
-    """A copy that the device makes when it comes to it."""
+def to_host(x: Tensor) -> Tensor:
+    """A copy on the host. A GPU makes it when it comes to it: call `wait_for` before it is read."""
     if x.device.type != "cuda":
-        return x.cpu()
+        return x.cpu().clone()
     held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return held.copy_(x, non_blocking=True)
+
+
+def wait_for(copies: Sequence[Tensor]) -> None:
+    """Until copies of `to_host` are complete."""
+    if any(copy.is_pinned() for copy in copies):
+        torch.cuda.synchronize()
