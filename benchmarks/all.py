@@ -66,8 +66,8 @@ WORDS = {
     "qwen_gdn": "qwen2.5-coder-0.5b-gated_deltanet",
     "small_dn": "smollm2-135m-deltanet",
     "heads": "{output}/heads",
-    "asked": "-m ahn eval --base {qwen15} --data {data}/qa --lossless 2048 --sinks 64 --batch 24 "
-    "--output {output}/asked",
+    "asking": "-m ahn eval --base {qwen15} --lossless 2048 --sinks 64 --batch 24 --output {output}/asked",
+    "asked": "{asking} --data {data}/qa",
     "often": "--length 16384 --limit 200 --tasks qa/squad qa/fairytaleqa qa/musique qa/hotpotqa",
 }
 KERNEL_TESTS = "gpu", "gates", "step", "product", "reading_store"
@@ -83,6 +83,12 @@ JOBS = (
         "--policies recall", ("heads",)),
     Job("asked-qmsum", "{asked} --length 16384 --limit 60 --tasks qa/qmsum --adapter {heads} --policies recall window "
         "full", ("heads",)),
+    Job("asked-zh", "{asking} --data {data}/benchmarks --tasks longbench/multifieldqa_zh --adapter {heads} --policies "
+        "full window recall rag", ("heads",)),
+    Job("asked-ruler", "{asking} --length 16384 --limit 20 --tasks ruler/niah ruler/vt ruler/cwe ruler/fwe --adapter "
+        "{heads} --policies window recall", ("heads",)),
+    Job("asked-ruler-qa", "{asked} --length 16384 --limit 20 --tasks ruler/qa --adapter {heads} --policies window "
+        "recall", ("heads",)),
     Job("qwen-gates", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store.yaml base={qwen} {qwen_data} "
         "{to_train}", (), 900),
     Job("smollm2-gates", "-m ahn train ../recipes/smollm2-135m-store.yaml base={smollm2} {smollm2_data} {to_train} "
