@@ -13,7 +13,7 @@ QUESTION ?= With whom does Arsène Lupin dine tonight?
 PIP = -m pip --disable-pip-version-check install --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-oldest fuzz bench clean
+.PHONY: help demo test check docs test-oldest fuzz bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ check: $(VENV)/.dev ## lint, check the format, check the types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.dev ## write tables, model cards and plots from benchmarks/results
+	$(VENV)/bin/python benchmarks/docs.py
 
 test-oldest: $(VENV)-oldest/.dev ## run a fast part of the tests with the oldest supported packages
 	$(VENV)-oldest/bin/pytest -m "not slow" $(OLDEST_TESTS)

@@ -179,7 +179,7 @@ def answers(name: str) -> list[str]:
     parts = []
     for path in sorted(RESULTS.glob("qa-*.json")):
         found = json.loads(path.read_text())
-        if not any(row["memory"] == name for row in found["rows"]):
+        if not any(row.get("memory") == name for row in found["rows"]):  # those of `ahn eval` name policies
             continue
         rows = []
         for (tokens, group), same in groupby(found["rows"], lambda row: (row["tokens"], row["group"])):

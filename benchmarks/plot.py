@@ -1,9 +1,8 @@
-"""Draws the plots of docs from the results of positions.py, lengths.py and recall.py: loss-by-position, cost-by-length,
-facts-found and facts-by-depth (at one size), and facts-by-budget for two bases.
+"""Draws the plots of the documentation from the result files.
 
-    python benchmarks/plot.py [--positions FILE] [--lengths FILE] [--recall FILE] [--budgets FILE ...] [--into docs]
+    python benchmarks/plot.py [--into docs] [--format svg]
 
-Needs matplotlib (the `dev` extra). A results file that is not there is left out.
+Needs matplotlib (the `dev` extra). A plot whose result file is not there is left out.
 """
 
 from __future__ import annotations
@@ -262,34 +261,37 @@ def facts_by_budget(results: dict[str, Any]) -> Any:
     return figure
 
 
+def draw_all(into: Path, form: str = "svg") -> None:
+    """Every plot there is data for, into a folder of files of that form."""
+    with plt.rc_context(STYLE):
+        for name, (draw, sources) in PLOTS.items():
+            paths = [RESULTS / f"{source}.json" for source in sources]
+            if missing := [path for path in paths if not path.is_file()]:
+                print(f"{missing[0]} is not there: no {name}")
+                continue
+            found = [json.loads(path.read_text()) for path in paths]
+            results = found[0] | {"rows": [row for result in found for row in result["rows"]]}
+            path = into / f"{name}.{form}"
+            draw(results).savefig(path, metadata={"Date": None} if form == "svg" else None, dpi=110)
+            print(path)
+
+
+PLOTS = {
+    "loss-by-position": (loss_by_position, ["positions-smollm2-135m"]),
+    "cost-by-length": (cost_by_length, ["lengths-smollm2-135m-cpu"]),
+    "facts-found": (facts_found, ["recall-qwen2.5-coder-0.5b-default"]),
+    "facts-by-depth": (facts_by_depth, ["recall-qwen2.5-coder-0.5b-default"]),
+    "facts-by-budget": (facts_by_budget, BUDGETS),
+    "facts-by-budget-smollm2": (facts_by_budget, SMALL_BUDGETS),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=Path, default=RESULTS / "positions-smollm2-135m.json")
-    parser.add_argument("--lengths", type=Path, default=RESULTS / "lengths-smollm2-135m-cpu.json")
-    parser.add_argument("--recall", type=Path, default=RESULTS / "recall-qwen2.5-coder-0.5b-default.json")
-    parser.add_argument("--budgets", type=Path, nargs="+", default=[RESULTS / f"{name}.json" for name in BUDGETS])
-    parser.add_argument("--small-budgets", type=Path, nargs="+", default=[RESULTS / f"{n}.json" for n in SMALL_BUDGETS])
     parser.add_argument("--into", type=Path, default=DOCS)
     parser.add_argument("--format", default="svg", choices=["svg", "png"])
     options = parser.parse_args()
-    plots = {
-        "loss-by-position": (loss_by_position, [options.positions]),
-        "cost-by-length": (cost_by_length, [options.lengths]),
-        "facts-found": (facts_found, [options.recall]),
-        "facts-by-depth": (facts_by_depth, [options.recall]),
-        "facts-by-budget": (facts_by_budget, options.budgets),
-        "facts-by-budget-smollm2": (facts_by_budget, options.small_budgets),
-    }
-    with plt.rc_context(STYLE):
-        for name, (draw, sources) in plots.items():
-            if missing := [source for source in sources if not source.is_file()]:
-                print(f"{missing[0]} is not there: no {name}")
-                continue
-            path = options.into / f"{name}.{options.format}"
-            found = [json.loads(source.read_text()) for source in sources]
-            results = found[0] | {"rows": [row for result in found for row in result["rows"]]}
-            draw(results).savefig(path, metadata={"Date": None} if options.format == "svg" else None, dpi=110)
-            print(path)
+    draw_all(options.into, options.format)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""What the documentation says is what the result files hold."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("no benchmarks in this distribution", allow_module_level=True)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import docs  # noqa: E402  (benchmarks is no package: its folder must be on the path first)
+import tables  # noqa: E402
+
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+
+
+def test_committed_tables_and_cards_are_those_of_the_result_files():
+    outdated = [str(path.relative_to(ROOT)) for path, text in docs.generated() if path.read_text("utf-8") != text]
+    assert not outdated, "run `make docs`"
+
+
+def test_every_table_stands_in_a_page():
+    shown = [name for page in docs.pages() for name, _ in docs.MARKED.findall(page.read_text("utf-8"))]
+    assert sorted(set(shown)) == sorted(tables.TABLES)
+
+
+def test_a_page_is_made_again_from_its_markers():
+    page = "before\n<!-- table: cpu -->\nold\n<!-- end -->\nbehind\n"
+    made = docs.rewritten(page)
+    assert made.startswith("before\n<!-- table: cpu -->\n| ") and made.endswith("\n<!-- end -->\nbehind\n")
+    assert "old" not in made and docs.rewritten(made) == made
+    with pytest.raises(KeyError, match="nothing"):
+        docs.rewritten("<!-- table: nothing -->\n<!-- end -->")
+
+
+def test_a_cell_holds_one_number():
+    number = r"[+-]?\d[\d,]*(?:\.\d+)?%?"
+    for name in tables.TABLES:
+        for line in tables.make(name).splitlines():
+            cells = [cell.strip() for cell in line.strip("| ").split(" | ")[1:]] if line.startswith("|") else []
+            assert not [cell for cell in cells if re.fullmatch(rf"{number}[\s/(\[-]+{number}.*", cell)], (name, line)
+
+
+@pytest.mark.parametrize("page", [*docs.pages(), *sorted((ROOT / "docs" / "log").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    missing = [link for link in LINK.findall(page.read_text("utf-8")) if not (page.parent / link).exists()]
+    assert not missing
