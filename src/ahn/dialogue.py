@@ -32,6 +32,9 @@ SEPARATOR, LABEL = "\n\n", "Question: "
 """Between a document and the question about it, in the same user turn. How the separator is cut into tokens may depend
 on what follows it, so what follows is fixed."""
 
+NOT_FOUND = "not found in the text"
+"""The answer to a question that the text does not answer."""
+
 _FIRST, _ANSWER, _SECOND = "ahnfirst", "ahnanswer", "ahnsecond"
 _CUT = "\ufdd0"  # no character: it marks where a rendered conversation is cut
 _RENDERING_S = 5  # a template that takes longer is taken for one that never ends

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ahn.dialogue import Dialogue
+from ahn.dialogue import NOT_FOUND, Dialogue
 from ahn.errors import ConfigError, EvalError
 from ahn.eval import policies
 from ahn.eval.policies.base import Recalled
@@ -86,6 +86,40 @@ def test_longer_texts_are_filled_up(data):
     assert len({one.prompt[: one.asks] for one in found}) == 1
     assert 2500 < len(prompts[0].ids) <= 3000
     assert {one.question for one in found} == {f"Where was the {word}?" for word in NAMES}
+
+
+@pytest.mark.parametrize("name", ["squad", "fairytaleqa"])
+def test_questions_without_an_answer_in_the_text(data, name):
+    found, prompts, _ = examples(data, f"{name}-absent", 700)
+    texts = {one.prompt[: one.asks] for one in found}
+    assert texts <= {one.prompt[: one.asks] for one in examples(data, name, 700)[0]} and len(texts) > 1
+    for one, prompt in zip(found, prompts, strict=True):
+        assert one.answers == (NOT_FOUND,) and one.evidence is None and prompt.needs == ()
+        word = one.question.removesuffix("?").split()[-1]
+        assert word in NAMES and word not in one.prompt[: one.asks]
+    assert len({one.id for one in found}) == len(found)
+    assert examples(data, f"{name}-absent", 700)[0] == found
+    few = examples(data, f"{name}-absent", 700, 3)[0]
+    assert len(few) == 3 and all(one in found for one in few)
+
+
+def test_an_answer_that_occurs_is_not_absent(tmp_path):
+    """Nor is a question of the same article, which may be in two texts."""
+
+    def paragraph(text, *answers):
+        asked = [{"question": f"{answer} {i}?", "answers": [answer]} for i in range(9) for answer in answers]
+        return {"context": f"{FILLER * 5}{text}", "qas": asked}
+
+    articles = [
+        [paragraph("Under the anchorstone.", "ELSEWHERE", "zebra")],
+        [paragraph("Elsewhere.", "UNDER the anchorstone"), paragraph("Elsewhere.", "UNDER the anchorstone")],
+        [paragraph("the end")],  # of a text that is left out
+    ]
+    records = [{"title": str(i), "paragraphs": paragraphs} for i, paragraphs in enumerate(articles)]
+    (tmp_path / "squad-dev.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert len({one.prompt[: one.asks] for one in examples(tmp_path, "squad", 700)[0]}) == 3
+    found, _, _ = examples(tmp_path, "squad-absent", 700)
+    assert found and all("zebra" in one.question and "Elsewhere" in one.prompt for one in found)
 
 
 def test_missing_data(data, tmp_path):

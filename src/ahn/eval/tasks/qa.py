@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ahn.dialogue import LABEL, SEPARATOR
+from ahn.dialogue import LABEL, NOT_FOUND, SEPARATOR
 from ahn.errors import EvalError
 from ahn.eval.articles import squad
 from ahn.eval.tasks.base import Example, Record, Span, Task, found, places, read, template_tokens, tokens
@@ -25,7 +25,10 @@ FILES = {
     "hotpotqa": ("hotpotqa-train100", "hotpotqa"),
     "qmsum": ("qmsum-valid", "qmsum"),
 }
+ABSENT = "-absent"  # behind the name of a set: questions of other texts
 FILLER = ("squad-train",)  # articles that make texts longer than the questions' own
+Text = tuple[str, dict[int, list[Span]]]
+"""A text, and for each of its groups where the pieces stand."""
 _PASSAGE = re.compile(r"^Passage \d+:\n", re.MULTILINE)
 
 
@@ -41,10 +44,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Group:
-    """Pieces of text that stay in one context, and what is asked about them."""
+    """Pieces of text that stay in one context, and what is asked about them. `origin`: article or story, by number."""
 
     pieces: tuple[str, ...]
     asked: tuple[Asked, ...]
+    origin: int
 
 
 class QA(Task):
@@ -53,11 +57,19 @@ class QA(Task):
     `squad` joins articles, `fairytaleqa` stories, `musique` and `hotpotqa` the passages of several questions, shuffled;
     a `qmsum` meeting stands alone. A text and the longest question have at most `length` tokens (None: 16,384). Texts
     longer than all of SQuAD's development articles are filled up with training articles, spread evenly.
+
+    `squad-absent` and `fairytaleqa-absent` ask the same texts questions of other articles or stories, none of whose
+    answers occurs in the text. The right answer is NOT_FOUND.
     """
 
     suite = "qa"
-    sets = tuple(FILES)
+    sets = (*FILES, f"squad{ABSENT}", f"fairytaleqa{ABSENT}")
     groups: ClassVar = {"short": ("squad", "fairytaleqa", "musique", "hotpotqa")}
+
+    def __init__(self, set: str) -> None:
+        super().__init__(set)
+        self.source = set.removesuffix(ABSENT)
+        self.absent = set != self.source
 
     @property
     def metric(self) -> str:
@@ -67,7 +79,7 @@ class QA(Task):
         self, *, tokenizer: Any, length: int | None, data: Path | None, seed: int, limit: int | None
     ) -> Iterator[Example]:
         if data is None:
-            raise EvalError(f"{self.name}: expected --data FOLDER with {FILES[self.set][0]}.jsonl")
+            raise EvalError(f"{self.name}: expected --data FOLDER with {FILES[self.source][0]}.jsonl")
         length = length or DEFAULT_LENGTH
         room = length - template_tokens(tokenizer) - ROOM - (SUMMARY_TOKENS if self.set == "qmsum" else ANSWER_TOKENS)
         groups = self._groups(data)
@@ -75,18 +87,32 @@ class QA(Task):
         contexts = self._contexts(groups, tokenizer, room, data)
         if not contexts:
             raise EvalError(f"{self.name}: length {length}: the texts are too short, or none fits")
-        inside = {at for members, _ in contexts for at in members}
         order = list(every)
         self.random(seed, "questions").shuffle(order)  # of all, so that other lengths ask the same
-        wanted = set([one for one in order if one[0] in inside][:limit])
+        texts = [self._joined(members, [groups[at] for at in members], filler, seed) for members, filler in contexts]
+        wanted = sorted(islice(self._placed(order, groups, texts, seed), limit))
         if not wanted:
             raise EvalError(f"{self.name}: length {length}: no question")
-        for members, filler in contexts:
-            document, places = self._joined(members, [groups[at] for at in members], filler, seed)
-            for at in members:
-                for number, asked in enumerate(groups[at].asked):
-                    if (at, number) in wanted:
-                        yield self._example(f"{at}-{number}", document, asked, places[at])
+        for place, at, number in wanted:
+            document, places = texts[place]
+            yield self._example(f"{at}-{number}", document, groups[at].asked[number], places.get(at, ()))
+
+    def _placed(
+        self, order: Sequence[tuple[int, int]], groups: Sequence[Group], texts: Sequence[Text], seed: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """Questions that can be asked, in this order, behind the number of the text they are asked of."""
+        if not self.absent:
+            home = {at: place for place, (_, places) in enumerate(texts) for at in places}
+            yield from ((home[at], at, number) for at, number in order if at in home)
+            return
+        chance = self.random(seed, "texts")
+        lower = [document.lower() for document, _ in texts]
+        origins = [{groups[at].origin for at in places} for _, places in texts]
+        for at, number in order:
+            place, group = chance.randrange(len(texts)), groups[at]
+            answers = [answer.strip().lower() for answer in group.asked[number].answers]
+            if group.origin not in origins[place] and not any(answer in lower[place] for answer in answers):
+                yield place, at, number
 
     def _contexts(
         self, groups: Sequence[Group], tokenizer: Any, room: int, data: Path
@@ -109,7 +135,7 @@ class QA(Task):
             used += size
         if found:
             return found
-        if self.set != "squad":
+        if self.source != "squad":
             return [(members, [])] if members else []
         return [(members, self._filler(tokenizer, room - used, data))]
 
@@ -126,10 +152,7 @@ class QA(Task):
                 filler.append(text)
         return filler
 
-    def _joined(
-        self, members: Sequence[int], groups: Sequence[Group], filler: Sequence[str], seed: int
-    ) -> tuple[str, dict[int, list[Span]]]:
-        """The text, and for each member where its pieces stand."""
+    def _joined(self, members: Sequence[int], groups: Sequence[Group], filler: Sequence[str], seed: int) -> Text:
         pieces = [
             (at, i, text) for at, group in zip(members, groups, strict=True) for i, text in enumerate(group.pieces)
         ]
@@ -151,6 +174,8 @@ class QA(Task):
         return SEPARATOR.join(text for _, _, text in spread), places
 
     def _example(self, id: str, document: str, asked: Asked, places: Sequence[Span]) -> Example:
+        if self.absent:
+            asked = Asked(asked.text, (NOT_FOUND,), ())
         spans = tuple(
             tuple((places[piece][0] + start, places[piece][0] + end) for piece, start, end in one)
             for one in asked.needs
@@ -173,28 +198,26 @@ class QA(Task):
         )
 
     def _groups(self, data: Path) -> list[Group]:
-        if self.set == "squad":
-            return [_paragraph(p) for article in _articles(data, self.name) for p in article["paragraphs"]]
-        make = {"fairytaleqa": _story, "qmsum": _story}.get(self.set, _passages)
-        groups = [make(record) for record in read(found(data, FILES[self.set], self.name))]
+        if self.source == "squad":
+            articles = enumerate(squad(found(data, FILES["squad"], self.name), self.name))
+            return [_paragraph(p, number) for number, article in articles for p in article["paragraphs"]]
+        make = {"fairytaleqa": _story, "qmsum": _story}.get(self.source, _passages)
+        records = enumerate(read(found(data, FILES[self.source], self.name)))
+        groups = [make(record, number) for number, record in records]
         if not any(group.asked for group in groups):
             raise EvalError(f"{data}: no question that has an answer")
         return groups
 
 
-def _articles(data: Path, task: str) -> list[dict[str, Any]]:
-    return squad(found(data, FILES["squad"], task), task)
-
-
-def _paragraph(paragraph: dict[str, Any]) -> Group:
+def _paragraph(paragraph: dict[str, Any], origin: int) -> Group:
     text = paragraph["context"].strip()
-    return Group((text,), tuple(_on(text, qa["question"], tuple(qa["answers"])) for qa in paragraph["qas"]))
+    return Group((text,), tuple(_on(text, qa["question"], tuple(qa["answers"])) for qa in paragraph["qas"]), origin)
 
 
-def _story(record: Record) -> Group:
+def _story(record: Record, origin: int) -> Group:
     text = record.text("context").strip()
     qas = [(qa.text("question"), qa.texts("answers")) for qa in record.records("qas")]
-    return Group((text,), tuple(_on(text, question, answers) for question, answers in qas))
+    return Group((text,), tuple(_on(text, question, answers) for question, answers in qas), origin)
 
 
 def _on(text: str, question: str, answers: tuple[str, ...]) -> Asked:
@@ -202,7 +225,7 @@ def _on(text: str, question: str, answers: tuple[str, ...]) -> Asked:
     return Asked(question, answers, tuple(tuple((0, *span) for span in fact) for fact in places(text, answers)))
 
 
-def _passages(record: Record) -> Group:
+def _passages(record: Record, origin: int) -> Group:
     """Passages of a question over several of them; the supporting ones are named by title, or by number from 0."""
     pieces = tuple(piece.strip() for piece in _PASSAGE.split(record.text("context")) if piece.strip())
     wanted = record["supporting"]
@@ -214,4 +237,4 @@ def _passages(record: Record) -> Group:
         if (piece.partition("\n")[0].strip() in wanted if isinstance(wanted[0], str) else i in wanted)
     ]
     needs = tuple(((i, 0, len(pieces[i])),) for i in chosen)
-    return Group(pieces, (Asked(record.text("input"), record.texts("answers"), needs),))
+    return Group(pieces, (Asked(record.text("input"), record.texts("answers"), needs),), origin)
