@@ -66,6 +66,7 @@ WORDS = {
     "qwen_gdn": "qwen2.5-coder-0.5b-gated_deltanet",
     "small_dn": "smollm2-135m-deltanet",
     "heads": "{output}/heads",
+    "calibrate": "{output}/calibrate",
     "asking": "-m ahn eval --base {qwen15} --lossless 2048 --sinks 64 --batch 24 --output {output}/asked",
     "asked": "{asking} --data {data}/qa",
     "often": "--length 16384 --limit 200 --tasks qa/squad qa/fairytaleqa qa/musique qa/hotpotqa",
@@ -76,6 +77,11 @@ JOBS = (
     Job("asked-plain", "{asked} {often} --adapter none --policies full window"),
     Job("asked-rag", "{asked} {often} --adapter none --policies rag rag-true rag-random"),
     Job("asked-recall", "{asked} {often} --adapter {heads} --policies recall", ("heads",)),
+    Job("asked-absent", "{asked} --length 16384 --limit 200 --tasks qa/squad-absent qa/fairytaleqa-absent "
+        "--adapter {heads} --policies recall rag", ("heads",)),
+    Job("calibrate-data", "support.py articles {data}/qa/squad-train.jsonl.xz {calibrate}.jsonl.xz", (), 60),
+    Job("asked-calibrate", "{asking} --output {calibrate} --data {calibrate}.jsonl.xz --length 16384 --limit 200 "
+        "--tasks qa/squad qa/squad-absent --adapter {heads} --policies recall", ("heads", "calibrate-data")),
     Job("asked-bm25", "{asked} {often} --adapter {heads} --policies recall --finder bm25", ("heads",)),
     Job("asked-heads", "{asked} {often} --adapter {heads} --policies recall --finder heads", ("heads",)),
     Job("asked-rounds", "{asked} {often} --adapter {heads} --policies recall --rounds 2", ("heads",)),

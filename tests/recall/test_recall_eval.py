@@ -112,7 +112,7 @@ def test_an_answer_that_occurs_is_not_absent(tmp_path):
 
     articles = [
         [paragraph("Under the anchorstone.", "ELSEWHERE", "zebra")],
-        [paragraph("Elsewhere.", "UNDER the anchorstone"), paragraph("Elsewhere.", "UNDER the anchorstone")],
+        [paragraph(f"Elsewhere {i}.", "UNDER the anchorstone") for i in range(2)],
         [paragraph("the end")],  # of a text that is left out
     ]
     records = [{"title": str(i), "paragraphs": paragraphs} for i, paragraphs in enumerate(articles)]
@@ -172,6 +172,8 @@ def test_what_is_noted(data, make):
         ((_, note),) = make(name).asked([(prompts[0], found[0])])
         assert note["found"] == evidence and 0 < note["recalled"] <= 120
         assert set(note["found_by_budget"]) == {"256", "512", "1024"} and 0 < note["overlap"] <= 1
+        assert set(note["support"]) == {"words", "words_all", "said"}
+        assert 0 < note["support"]["words"] <= note["support"]["words_all"] <= 1
 
 
 def test_what_is_read_again(data, make):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ahn.errors import ConfigError
+from ahn.memory.calibration import Calibration
 
 Observer = Callable[[Any, Tensor, Tensor, Any], None]
 UNKNOWN = -128  # first channel of a key that is not known; others are within 127
@@ -37,6 +38,7 @@ class RetrievalHeads:
         scales: by layer, float32 [2, C, H]: the centre of each channel of the kept keys, and the step of its int8
             values.
         pool: tokens whose keys are averaged. distance: positions at which a question is held against every key.
+        calibration: when an answer is supported, as measured with these heads; None: not known.
 
     Raises:
         ConfigError: no heads, negative numbers, or scales that do not fit the heads.
@@ -47,6 +49,7 @@ class RetrievalHeads:
     scales: dict[int, Tensor] = field(repr=False)
     pool: int = 1
     distance: int = 512
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         numbers = [self.groups, self.pool, self.distance + 1, *(n + 1 for head in self.heads for n in head)]
@@ -87,21 +90,24 @@ class RetrievalHeads:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the scales."""
-        return {
+        found = {
             "heads": [list(head) for head in self.heads],
             "groups": self.groups,
             "pool": self.pool,
             "distance": self.distance,
             "digest": self.digest,
         }
+        return found if self.calibration is None else found | {"calibration": self.calibration.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Any, scales: dict[int, Tensor]) -> RetrievalHeads:
         """Inverse of `to_dict`. Raises ConfigError."""
         try:
             heads = tuple((layer, head) for layer, head in values["heads"])
-            found = cls(heads, values["groups"], scales, values["pool"], values["distance"])
-        except (KeyError, TypeError, ValueError) as error:
+            calibration = values.get("calibration")
+            calibration = None if calibration is None else Calibration.from_dict(calibration)
+            found = cls(heads, values["groups"], scales, values["pool"], values["distance"], calibration)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"retrieval heads {values!r}: expected heads, groups, pool and distance") from error

@@ -134,23 +134,19 @@ def find(
         recall = 0 if memory.archive.keys is None else RECALL
     if not recall:
         return ()
-    taken = rank(model, tokenizer, memory, question, recall, finder, rounds)
-    return sources(Passages.of(memory.archive, tokenizer), taken)
-
-
-def rank(
-    model: PreTrainedModel, tokenizer: Any, memory: AHNCache, question: str, recall: int, finder: str, rounds: int
-) -> list[int]:
-    """Passages for a question by their numbers, of `recall` tokens at most, those of the first round first."""
-    assert memory.archive is not None
     passages = Passages.of(memory.archive, tokenizer)
-    allowed = forgotten(passages, memory)
+    return sources(passages, rank(passages, Question(question, model, tokenizer, memory), recall, finder, rounds))
+
+
+def rank(passages: Passages, question: Question, recall: int, finder: str, rounds: int) -> list[int]:
+    """Passages for a question by their numbers, of `recall` tokens at most, those of the first round first."""
+    allowed = forgotten(passages, question.memory)
     taken: list[int] = []
     for part in range(1, rounds + 1):
         if not allowed.any():
             break
         before = SEPARATOR.join(passages.texts[i].strip() for i in sorted(taken))
-        scores = finders.get(finder)().scores(passages, Question(question, model, tokenizer, memory, before))
+        scores = finders.get(finder)().scores(passages, question.after(before) if before else question)
         scores = np.where(allowed, scores, -np.inf)
         scores[taken] = -np.inf
         taken += best(scores, passages.lengths, recall * part // rounds - int(passages.lengths[taken].sum()))
@@ -178,6 +174,11 @@ def forgotten(passages: Passages, memory: AHNCache) -> np.ndarray:
     starts, ends = passages.bounds[:-1], passages.bounds[1:]
     config = memory.config
     return (ends > config.sinks) & (starts < len(passages.archive) - config.window)
+
+
+def held(passages: Passages, memory: AHNCache) -> list[int]:
+    """The other passages, by number."""
+    return [int(i) for i in np.flatnonzero(~forgotten(passages, memory))]
 
 
 def sources(passages: Passages, taken: list[int]) -> tuple[Source, ...]:

@@ -32,6 +32,10 @@ class Question:
     def __init__(self, text: str, model: PreTrainedModel, tokenizer: Any, memory: AHNCache, before: str = "") -> None:
         self.asked, self.model, self.tokenizer, self.memory, self.before = text, model, tokenizer, memory, before
 
+    def after(self, before: str) -> Question:
+        """The same behind a text."""
+        return Question(self.asked, self.model, self.tokenizer, self.memory, before)
+
     @property
     def text(self) -> str:
         """Words to look for."""

@@ -270,6 +270,30 @@ class Policy:
     @torch.no_grad()
     def after(self, cache: Any, rows: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
         """`answers` to questions, each a row, that follow what `cache` has read, which is one text. It is changed."""
+        hidden, read = self._follow(cache, rows)
+        ended = torch.tensor(sorted(self.ends), device=self.model.device)
+        tokens: list[Tensor] = []
+        while True:
+            tokens.append(self.model.get_output_embeddings()(hidden).argmax(-1, keepdim=True))
+            # whether all have ended is asked now and then: it makes a GPU wait
+            done = len(tokens) % 8 == 0 and bool(torch.isin(torch.cat(tokens, 1), ended).any(1).all())
+            if done or len(tokens) == max(limits):
+                break
+            hidden = read(tokens[-1])
+        found = []
+        for row, limit in zip(torch.cat(tokens, 1).tolist(), limits, strict=True):
+            stop = next((i for i, token in enumerate(row) if token in self.ends), len(row))
+            found.append(row[: min(stop, limit)])
+        return found
+
+    @torch.no_grad()
+    def logits_after(self, cache: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [B, V] of the token behind each row, as `after` reads them."""
+        found: Tensor = self.model.get_output_embeddings()(self._follow(cache, rows)[0])
+        return found
+
+    def _follow(self, cache: Any, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The last hidden state [B, D] of each row behind one text, and that of a further token [B, 1] of each."""
         past, device = cache.get_seq_length(), self.model.device
         if past and len(rows) > 1:
             cache.batch_repeat_interleave(len(rows))
@@ -284,23 +308,13 @@ class Policy:
             found = self.model.get_decoder()(new, **{PAST: cache}, use_cache=True, position_ids=at, **options)
             return found.last_hidden_state[:, -1]
 
-        hidden = read(ids, positions, real if padding else None)
-        ended = torch.tensor(sorted(self.ends), device=device)
-        tokens: list[Tensor] = []
-        while True:
-            tokens.append(self.model.get_output_embeddings()(hidden).argmax(-1, keepdim=True))
-            # whether all have ended is asked now and then: it makes a GPU wait
-            done = len(tokens) % 8 == 0 and bool(torch.isin(torch.cat(tokens, 1), ended).any(1).all())
-            if done or len(tokens) == max(limits):
-                break
+        def further(tokens: Tensor) -> Tensor:
+            nonlocal real, positions
             real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
             positions = positions[:, -1:] + 1
-            hidden = read(tokens[-1], positions, real if padding and self.keeps_padding else None)
-        found = []
-        for row, limit in zip(torch.cat(tokens, 1).tolist(), limits, strict=True):
-            stop = next((i for i, token in enumerate(row) if token in self.ends), len(row))
-            found.append(row[: min(stop, limit)])
-        return found
+            return read(tokens, positions, real if padding and self.keeps_padding else None)
+
+        return read(ids, positions, real if padding else None), further
 
     def losses(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Of each text, the next-token loss in nats at each position but the last, float32 [T - 1] on the CPU."""

@@ -11,7 +11,9 @@ from ahn.augmentation import augment
 from ahn.cache import AHNCache
 from ahn.eval.policies.base import Kept, exact_part
 from ahn.eval.policies.recall import Recall
+from ahn.recall import finders
 from ahn.recall.passages import Passages
+from ahn.recall.question import Question
 
 if TYPE_CHECKING:
     from ahn.eval.prompts import Prompt
@@ -40,9 +42,8 @@ class Rag(Recall):
     def behind(self, memory: AHNCache) -> AHNCache:
         return AHNCache(self.model)
 
-    def scores(self, memory: AHNCache, passages: Passages, prompt: Prompt, example: Example) -> np.ndarray:
-        from ahn.recall import finders
-        from ahn.recall.question import Question
-
-        question = Question(example.question, self.model, self.tokenizer, memory)
+    def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
         return finders.get(self.finder)().scores(passages, question)
+
+    def held(self, passages: Passages, memory: AHNCache) -> list[int]:
+        return []

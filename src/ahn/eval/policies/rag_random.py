@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ahn.cache import AHNCache
 from ahn.eval.policies.rag import Rag
 from ahn.recall.passages import Passages
+from ahn.recall.question import Question
 
 if TYPE_CHECKING:
     from ahn.eval.prompts import Prompt
@@ -21,5 +21,5 @@ class RagRandom(Rag):
 
     name = "rag-random"
 
-    def scores(self, memory: AHNCache, passages: Passages, prompt: Prompt, example: Example) -> np.ndarray:
+    def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
         return np.random.default_rng(zlib.crc32(example.id.encode())).random(len(passages))

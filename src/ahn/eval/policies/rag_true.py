@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ahn.cache import AHNCache
 from ahn.eval.policies.rag import Rag
 from ahn.recall.passages import Passages
+from ahn.recall.question import Question
 
 if TYPE_CHECKING:
     from ahn.eval.prompts import Prompt
@@ -20,8 +20,8 @@ class RagTrue(Rag):
 
     name = "rag-true"
 
-    def scores(self, memory: AHNCache, passages: Passages, prompt: Prompt, example: Example) -> np.ndarray:
-        found = super().scores(memory, passages, prompt, example)
+    def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
+        found = super().scores(passages, question, prompt, example)
         low, high = passages.bounds[:-1], passages.bounds[1:]
         holds = np.zeros(len(passages), bool)
         for one in prompt.needs:

@@ -10,12 +10,13 @@ import numpy as np
 from ahn.adapter import apply
 from ahn.augmentation import augment
 from ahn.cache import AHNCache
-from ahn.dialogue import SEPARATOR
+from ahn.dialogue import SEPARATOR, Dialogue
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Kept, Policy, digest, exact_part, memory_part, trained
-from ahn.recall import finders
-from ahn.recall.ask import as_text, best, forgotten, rank, sources
+from ahn.recall import finders, support
+from ahn.recall.ask import as_text, best, forgotten, held, rank, sources
 from ahn.recall.passages import Passages
+from ahn.recall.question import Question
 from ahn.recall.words import words
 
 if TYPE_CHECKING:
@@ -67,40 +68,50 @@ class Recall(Policy):
         return sum(p.numel() for name, p in self.model.named_parameters() if ".ahn." in name)
 
     def asked(self, questions: Sequence[tuple[Prompt, Example]]) -> list[tuple[list[int], dict[str, Any]]]:
-        memory = self.document(questions[0][0])
-        rows, notes = [], []
+        memory, dialogue = self.document(questions[0][0]), Dialogue.of(self.tokenizer)
+        rows, checks, notes = [], [], []
         for prompt, example in questions:
             passages, taken, note = self.found(memory, prompt, example)
             text = as_text(sources(passages, taken))
-            rows.append([*self.front(prompt), *self._ids(text and text + SEPARATOR), *prompt.ids[prompt.asks :]])
+            front = [*self.front(prompt), *self._ids(text and text + SEPARATOR)]
+            rows.append([*front, *prompt.ids[prompt.asks :]])
+            checks.append([*front, *dialogue.question(support.check(example.question))[0].tolist()])
             notes.append(note)
+        said = support.said(self.tokenizer, self.logits_after(self.behind(memory), checks))
+        for note, more in zip(notes, said, strict=True):
+            note["support"] |= more
         limits = [example.max_new_tokens for _, example in questions]
         return list(zip(self.after(self.behind(memory), rows, limits), notes, strict=True))
 
     def found(self, memory: Any, prompt: Prompt, example: Example) -> tuple[Passages, list[int], dict[str, Any]]:
-        """All passages, those for a question, and how much of its evidence is among them."""
+        """All passages, those for a question, how much of its evidence is among them, and how far they support an
+        answer."""
         passages = Passages.of(memory.archive, self.tokenizer)
-        scores = self.scores(memory, passages, prompt, example)
+        question = Question(example.question, self.model, self.tokenizer, memory)
+        scores = self.scores(passages, question, prompt, example)
         by_budget = {str(n): evidence(passages, best(scores, passages.lengths, n), prompt) for n in BUDGETS}
         taken = (
-            rank(self.model, self.tokenizer, memory, example.question, *self.recall) if self.recall.rounds > 1 else None
+            rank(passages, question, *self.recall)
+            if self.recall.rounds > 1
+            else best(scores, passages.lengths, self.recall.tokens)
         )
-        taken = best(scores, passages.lengths, self.recall.tokens) if taken is None else taken
         note: dict[str, Any] = {
             "recalled": int(passages.lengths[taken].sum()),
             "overlap": overlap(passages, prompt, example),
+            "support": support.of_passages(passages, [*taken, *self.held(passages, memory)], question),
         }
         if prompt.needs:
             note |= {"found": evidence(passages, taken, prompt), "found_by_budget": by_budget}
         return passages, taken, note
 
-    def scores(self, memory: AHNCache, passages: Passages, prompt: Prompt, example: Example) -> np.ndarray:
+    def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
         """Of each passage, -inf for those that are not to be taken."""
-        from ahn.recall.question import Question
-
-        question = Question(example.question, self.model, self.tokenizer, memory)
         found = finders.get(self.recall.finder)().scores(passages, question)
-        return np.where(forgotten(passages, memory), found, -np.inf)
+        return np.where(forgotten(passages, question.memory), found, -np.inf)
+
+    def held(self, passages: Passages, memory: AHNCache) -> list[int]:
+        """Passages that need not be read again to answer from them."""
+        return held(passages, memory)
 
     def front(self, prompt: Prompt) -> Sequence[int]:
         """What is read in front of the passages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from typing import Any, ClassVar
 
@@ -20,22 +21,41 @@ class BM25(Finder):
     name: ClassVar[str] = "bm25"
 
     def scores(self, passages: Passages, question: Question) -> np.ndarray:
-        index, vocabulary = passages.archive.memo("bm25", lambda: _index(passages.texts))
-        asked = [vocabulary[word] for word in dict.fromkeys(words(question.text)) if word in vocabulary]
+        lexicon = Lexicon.of(passages)
+        asked = [lexicon.numbers[word] for word in dict.fromkeys(words(question.text)) if word in lexicon.numbers]
         if not asked:
             return np.zeros(len(passages), np.float32)
-        found: np.ndarray = index.get_scores(asked)
+        found: np.ndarray = lexicon.index.get_scores(asked)
         return found
 
 
-def _index(texts: list[str]) -> tuple[Any, dict[str, int]]:
-    bm25s = _library()
-    vocabulary: dict[str, int] = {}
-    corpus = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in texts]
-    index = bm25s.BM25()
-    if vocabulary:
-        index.index((corpus, vocabulary), show_progress=False)
-    return index, vocabulary
+class Lexicon:
+    """The words of all passages. Use `of`, which makes it once.
+
+    Attributes:
+        numbers: of each word. index: of bm25s, by these numbers.
+    """
+
+    def __init__(self, texts: list[str]) -> None:
+        self.numbers: dict[str, int] = {}
+        corpus = [[self.numbers.setdefault(word, len(self.numbers)) for word in words(text)] for text in texts]
+        self.index: Any = _library().BM25()
+        if self.numbers:
+            self.index.index((corpus, self.numbers), show_progress=False)
+        self._passages = len(texts)
+        self._having = np.zeros(len(self.numbers), np.int64)  # passages that have a word
+        for one in corpus:
+            self._having[list(set(one))] += 1
+
+    @classmethod
+    def of(cls, passages: Passages) -> Lexicon:
+        found: Lexicon = passages.archive.memo("bm25", lambda: cls(passages.texts))
+        return found
+
+    def weight(self, word: str) -> float:
+        """How much BM25 makes of a word: the fewer passages have it, the more."""
+        having = int(self._having[self.numbers[word]]) if word in self.numbers else 0
+        return math.log(1 + (self._passages - having + 0.5) / (having + 0.5))
 
 
 def _library() -> Any:

@@ -35,9 +35,14 @@ class Heads(Finder):
     def scores(self, passages: Passages, question: Question) -> np.ndarray:
         if passages.archive.keys is None:
             raise ConfigError("finder 'heads': the archive holds no keys: expected archive='keys', or finder 'bm25'")
-        nothing = passages.archive.memo("nothing", lambda: attention(passages, question.nothing))
-        found: np.ndarray = (attention(passages, question.queries) - nothing).cpu().numpy()
+        found: np.ndarray = (attention(passages, question.queries) - nothing(passages, question)).cpu().numpy()
         return found
+
+
+def nothing(passages: Passages, question: Question) -> Tensor:
+    """Attention to each passage for a question about nothing, float32 [P]."""
+    found: Tensor = passages.archive.memo("nothing", lambda: attention(passages, question.nothing))
+    return found
 
 
 def attention(passages: Passages, queries: dict[int, Tensor]) -> Tensor:
