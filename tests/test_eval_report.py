@@ -1,5 +1,6 @@
 """Statistics, and what a report says of results made up for it."""
 
+import json
 import math
 import re
 
@@ -238,7 +239,7 @@ def test_bad_input(tmp_path, folder, capsys):
     for argv, message in (
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([str(tmp_path / "empty")], "no results in this folder"),
-        ([str(folder), "-o", "report.pdf"], "ends in .html or .md"),
+        ([str(folder), "-o", "report.pdf"], "ends in .html, .md or .json"),
     ):
         assert cli.main(["report", *argv]) == 2
         assert message in capsys.readouterr().err
@@ -266,3 +267,89 @@ def test_a_cell_of_fewer_examples_says_so(tmp_path):
     write(tmp_path, "ahn", count=2)
     text = report.markdown(results.find([tmp_path]))
     assert "one (n=3)" in text and "50.0 [50.0, 50.0] n=2 |" in text
+
+
+def recalled(folder, policy, score, found=None, **settings):
+    """Results of 30 questions whose evidence moves from the first token to the last: the later, the more words it
+    shares with its question."""
+    path = write(folder, policy, "made/asked", count=30, score=score, **settings)
+    if found is not None:
+        rows = results.load(path).rows.values()
+        results.merge(path, [])
+        (path / results.PREDICTIONS).unlink()
+        for i, row in enumerate(rows):
+            by_budget = {"256": found(i) / 2, "512": found(i), "1024": 1.0}
+            more = {"recalled": 500, "found": found(i), "found_by_budget": by_budget, "overlap": i / 30}
+            results.append(path, 0, row | more)
+    return path
+
+
+def test_evidence_found_stands_apart_from_scores(tmp_path, capsys):
+    recalled(tmp_path, "window", lambda i: 0.0)
+    recalled(tmp_path, "recall", lambda i: i / 30, lambda i: float(i >= 5), recall={"tokens": 512})
+    behind = [i for i in range(30) if statistics.place(next(iter(_rows(tmp_path, "window", i))), EXACT) == "outside"]
+    within = [i for i in range(30) if statistics.place(next(iter(_rows(tmp_path, "window", i))), EXACT) == "inside"]
+    third = behind[: len(behind) // 3]
+
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "report.json")]) == 0
+    (group,) = json.loads((tmp_path / "report.json").read_text())["groups"]
+    window, recall = group["recall"]
+    assert (window["task"], window["length"], window["policy"]) == ("made/asked", 1000, "window")
+    assert recall["behind"] == {"n": len(behind), "score": pytest.approx(np.mean(behind) / 30)}
+    assert recall["within"] == {"n": len(within), "score": pytest.approx(np.mean(within) / 30)}
+    share = np.mean([i >= 5 for i in behind])
+    assert recall["found"] == {"256": pytest.approx(share / 2), "512": pytest.approx(share), "1024": 1.0}
+    low = {"n": len(third), "score": pytest.approx(np.mean(third) / 30), "found": np.mean([i >= 5 for i in third])}
+    assert recall["lowest_third"] == low and 0 < low["found"] < 1
+    assert window["lowest_third"] == {"n": len(third), "score": 0.0, "found": None}
+    assert window["found"] == {"256": None, "512": None, "1024": None}
+
+    capsys.readouterr()
+    assert cli.main(["report", str(tmp_path)]) == 0
+    table = re.search(r"1,000 tokens: evidence found\n\n.*?\n\n(.*?)\n\n", capsys.readouterr().out, re.S)[
+        1
+    ].splitlines()
+    assert len({len(line) for line in table}) == 1, "aligned"
+    head, _, first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    assert head[8:11] == ["found in 256", "found in 512", "found in 1,024"]
+    assert first == [
+        "asked",
+        "window",
+        "30",
+        "0.0",
+        str(len(behind)),
+        "0.0",
+        str(len(within)),
+        "0.0",
+        *"---",
+        str(len(third)),
+        "0.0",
+        "-",
+    ]
+    assert second[8:11] == [f"{50 * share:.1f}", f"{100 * share:.1f}", "100.0"]
+    assert second[-2:] == [f"{100 * np.mean(third) / 30:.1f}", f"{100 * low['found']:.1f}"]
+
+
+def _rows(folder, policy, i):
+    return [r.rows[str(i)] for r in results.find([folder]) if r.config["policy"] == policy]
+
+
+def test_nothing_is_said_of_recall_where_nothing_was_read_again(folder):
+    assert "evidence found" not in report.markdown(results.find([folder]))
+
+
+@pytest.mark.parametrize(
+    ("needs", "where"),
+    [
+        ([[[500, 510]]], "outside"),
+        ([[[500, 510], [950, 960]]], "inside"),
+        ([[[5, 9], [500, 510]]], "inside"),
+        ([[[500, 510]], [[950, 960]]], "partly"),
+        ([[[500, 510]], [[600, 610]]], "outside"),
+        ([[[895, 905]]], "partly"),
+        ([[[5, 9]], [[950, 960]]], "inside"),
+    ],
+)
+def test_place_of_facts(needs, where):
+    row = {"evidence": [500, 960], "needs": needs, "prompt_tokens": 1000}
+    assert statistics.place(row, EXACT) == where

@@ -2,6 +2,7 @@
 
 ahn report results                    tables as markdown, to standard output
 ahn report results -o report.html     one page with tables and plots
+ahn report results -o report.json     tables, and numbers of what recall has found
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="folders that `ahn eval --output` wrote")
-    parser.add_argument("-o", "--output", metavar="FILE", help=".html for tables and plots, .md for tables")
+    parser.add_argument("-o", "--output", metavar="FILE", help=".html for tables and plots, .md or .json for tables")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,12 +22,12 @@ def run(args: argparse.Namespace) -> None:
     from ahn.files import atomic, check_writable
 
     check_writable(args.output)
-    if args.output is not None and Path(args.output).suffix not in (".html", ".md"):
-        raise ConfigError(f"-o {args.output}: expected a name that ends in .html or .md")
+    if args.output is not None and Path(args.output).suffix not in (".html", ".md", ".json"):
+        raise ConfigError(f"-o {args.output}: expected a name that ends in .html, .md or .json")
     found = results.find(args.results)
-    as_page = args.output is not None and args.output.endswith(".html")
+    forms = {".html": report.page, ".json": report.as_json}
     try:
-        text = report.page(found) if as_page else report.markdown(found)
+        text = forms.get(Path(args.output or "").suffix, report.markdown)(found)
     except AHNError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:  # whatever a changed file leads to

@@ -7,12 +7,13 @@ the window is said in the same place and the same words as what is better.
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ahn.eval import statistics
+from ahn.eval import evidence, statistics
 from ahn.eval.results import Result
 from ahn.eval.statistics import Interval
 
@@ -30,19 +31,26 @@ class Table:
     note: str
     head: list[str]
     rows: list[list[str]]
+    aligned: bool = False
 
     def markdown(self) -> str:
         lines = [f"### {self.title}", "", self.note, ""] if self.note else [f"### {self.title}", ""]
-        lines += [_line(self.head), _line(["-"] * len(self.head)), *map(_line, self.rows), ""]
+        head, *rows = self._aligned() if self.aligned else [self.head, *self.rows]
+        rule = ["-" * len(cell) if self.aligned else "-" for cell in head]
+        lines += [_line(head), _line(rule), *map(_line, rows), ""]
         return "\n".join(lines)
 
     def text(self) -> str:
         """Aligned, for a terminal: the first column to the left."""
+        return "\n".join([self.title, *map("  ".join, self._aligned())])
+
+    def _aligned(self) -> list[list[str]]:
+        """Head and rows, their cells as wide as their columns."""
         columns = []
         for i, column in enumerate(zip(self.head, *self.rows, strict=True)):
             width = max(map(len, column))
             columns.append([cell.rjust(width) if i else cell.ljust(width) for cell in column])
-        return "\n".join([self.title, *map("  ".join, zip(*columns, strict=True))])
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def html(self) -> str:
         def cell(text: str) -> str:
@@ -150,6 +158,21 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(parts)
 
 
+def as_json(results: Sequence[Result]) -> str:
+    """All tables as they are shown, and as numbers what was found by policies that read passages again."""
+    groups = []
+    for group in grouped(results):
+        recall = [
+            {"task": task, "length": length, **row}
+            for _, length, by_task in group.blocks()
+            for task, found in by_task.items()
+            for row in evidence.measured(_in_order(found), group.exact.get(length))
+        ]
+        shown = [{"title": t.title, "note": t.note, "head": t.head, "rows": t.rows} for t in tables(group)]
+        groups.append({"title": group.title, "made_with": _made_with(group), "recall": recall, "tables": shown})
+    return json.dumps({"groups": groups}, indent=2, ensure_ascii=False)
+
+
 def page(results: Sequence[Result]) -> str:
     """One HTML page with all tables and plots, that needs no other file. Raises ConfigError without matplotlib."""
     from ahn.eval import plots
@@ -171,6 +194,8 @@ def tables(group: Group) -> Iterator[Table]:
         at = f"{suite}, its own lengths" if length is None else f"{suite}, {length:,} tokens"
         if split := _split(at, by_task, group.exact.get(length)):
             yield split
+        if found := _found(at, by_task, group.exact.get(length)):
+            yield found
         yield _scores(at, by_task)
         if compared := _against(at, by_task):
             yield compared
@@ -275,6 +300,40 @@ def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
     )
     note += "; cut: truncation has taken it out of the prompt." if "cut" in places else "."
     return Table(f"{at}: evidence outside and inside", note, ["policy", *head], rows)
+
+
+def _found(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) -> Table | None:
+    """How much of the evidence was found, and the scores that depend on it."""
+    measured = [(task, row) for task, f in by_task.items() for row in evidence.measured(_in_order(f), exact)]
+    if not measured:
+        return None
+    budgets = sorted({budget for _, row in measured for budget in row["found"]}, key=int)
+
+    def cells(task: str, row: dict[str, Any]) -> list[str]:
+        third = row["lowest_third"]
+        numbers = [row["n"], row["score"]]
+        numbers += [number for part in (row["behind"], row["within"]) for number in (part["n"], part["score"])]
+        numbers += [*(row["found"].get(budget) for budget in budgets), third["n"], third["score"], third["found"]]
+        return [_short(task), row["policy"], *map(_number, numbers)]
+
+    head = ["task", "policy", "n", "score", "n behind", "score behind", "n within", "score within"]
+    head += [*(f"found in {int(budget):,}" for budget in budgets), "n lowest", "score lowest", "found lowest"]
+    note = (
+        "Scores and shares, 0 to 100. Behind: the evidence has left sinks and window when the question is asked. "
+        "Within: they still hold it. Found: share of the evidence behind the window that is among so many tokens of "
+        "passages. Lowest: the third of the questions behind the window that share the fewest words with the passage; "
+        "found among the tokens that were read again."
+    )
+    return Table(f"{at}: evidence found", note, head, [cells(task, row) for task, row in measured], aligned=True)
+
+
+def _number(value: float | None) -> str:
+    """A count as it is, a share in percent."""
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}"
+
+
+def _in_order(found: dict[str, Result]) -> dict[str, Result]:
+    return {label: found[label] for label in _all_labels({"": found})}
 
 
 def _laid_out(
