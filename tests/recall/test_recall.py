@@ -16,7 +16,7 @@ from ahn.recall.ask import best
 from ahn.recall.finders.base import Finder
 from ahn.recall.finders.fused import ranks
 from ahn.recall.finders.heads import by_passage, gathered
-from ahn.recall.passages import LONGEST, SHORTEST, Passages, cut, sentence_ends
+from ahn.recall.passages import LONGEST, SHORTEST, Passages, cut, decode_each, sentence_ends
 from ahn.recall.question import Question, queries_of
 from ahn.recall.words import words
 from conftest import tiny, with_memory
@@ -316,3 +316,12 @@ def test_special_tokens_in_passages_are_text(tokenizer):
     dialogue = ahn.Dialogue(tokenizer)
     ids = dialogue.question("Who?", "He said <|end|> and left.")[0].tolist()
     assert ids.count(tokenizer.eos_token_id) == dialogue.question("Who?")[0].tolist().count(tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("cleaned", [False, True])
+def test_texts_are_those_of_the_tokenizer(cleaned):
+    tokenizer = tiny_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = cleaned
+    ids = [[i, tokenizer.eos_token_id, i + 1] for i in range(len(tokenizer) - 1)] + [[]]
+    for skip in (True, False):
+        assert decode_each(tokenizer, ids, skip) == tokenizer.batch_decode(ids, skip_special_tokens=skip)

@@ -49,7 +49,7 @@ class Passages:
     def texts(self) -> list[str]:
         ids, known = self.archive.ids, self._known
         new = [ids[self.bounds[i] : self.bounds[i + 1]].tolist() for i in range(len(known), len(self))]
-        return known + self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return known + decode_each(self.tokenizer, new, skip_special_tokens=True)
 
     def groups(self, pool: int, count: int) -> Tensor:
         """Where passages begin among `count` groups of `pool` tokens, each of which belongs to the passage of its
@@ -88,5 +88,15 @@ def cut(ids: np.ndarray, ends: np.ndarray, longest: int = LONGEST, shortest: int
 @lru_cache(maxsize=4)
 def sentence_ends(tokenizer: Any) -> np.ndarray:
     """Which tokens end a sentence or a line, bool [vocabulary]."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    texts = decode_each(tokenizer, [[i] for i in range(len(tokenizer))], skip_special_tokens=False)
     return np.array([_END.search(text) is not None for text in texts])
+
+
+def decode_each(tokenizer: Any, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+    """`tokenizer.batch_decode`, in one call of the Rust library where nothing is done to the texts behind it. Its
+    threads decode a million tokens in a third of the time."""
+    if not hasattr(tokenizer, "backend_tokenizer") or tokenizer.clean_up_tokenization_spaces:
+        found: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens)
+        return found
+    found = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=skip_special_tokens)
+    return found
