@@ -28,7 +28,7 @@ from common import UNFINISHED
 
 HERE = Path(__file__).parent
 PATIENCE = 5  # seconds between asking a job to end and ending it
-TOGETHER = 2  # jobs on a GPU that are not timed
+TOGETHER = 2  # jobs on a GPU that are not timed, unless --together says otherwise
 
 
 @dataclass(frozen=True)
@@ -69,32 +69,55 @@ WORDS = {
     "calibrate": "{output}/calibrate",
     "asking": "-m ahn eval --base {qwen15} --lossless 2048 --sinks 64 --batch 24 --output {output}/asked",
     "asked": "{asking} --data {data}/qa",
-    "often": "--length 16384 --limit 200 --tasks qa/squad qa/fairytaleqa qa/musique qa/hotpotqa",
+    "often": "--length 16384 --limit 240 --tasks qa/squad qa/fairytaleqa qa/musique qa/hotpotqa",
+    "coder": "{output}/qwen15",
+    "many": "-m ahn eval --tasks qa/squad qa/fairytaleqa --data {data}/qa --limit 200 --lossless 2048 --batch 24 "
+    "--policies recall ahn rag window full --output {output}/{name}",
 }
 KERNEL_TESTS = "gpu", "gates", "step", "product", "reading_store"
 JOBS = (
     Job("heads", "-m ahn heads --base {qwen15} --data {data}/qa/squad-train.jsonl.xz -o {heads}", (), 200),
+    Job("qwen15-cells", "-m ahn train ../recipes/qwen2.5-coder-1.5b-deltanet.yaml base={qwen15} "
+        "data=[{data}/facts-long.jsonl.xz,{data}/qa/squad-train.jsonl.xz,{data}/qa/fairytaleqa-train.jsonl.xz,"
+        "{data}/books-part.jsonl.xz] {to_train}", (), 900),
+    Job("qwen15-gates", "-m ahn train ../recipes/qwen2.5-coder-1.5b-store.yaml base={qwen15} {qwen_data} {to_train}",
+        (), 900),
+    Job("asked-recall", "{asked} {often} --adapter {heads} --policies recall", ("heads",)),
     Job("asked-plain", "{asked} {often} --adapter none --policies full window"),
     Job("asked-rag", "{asked} {often} --adapter none --policies rag rag-true rag-random"),
-    Job("asked-recall", "{asked} {often} --adapter {heads} --policies recall", ("heads",)),
     Job("asked-absent", "{asked} --length 16384 --limit 200 --tasks qa/squad-absent qa/fairytaleqa-absent "
         "--adapter {heads} --policies recall rag", ("heads",)),
     Job("calibrate-data", "support.py articles {data}/qa/squad-train.jsonl.xz {calibrate}.jsonl.xz", (), 60),
     Job("asked-calibrate", "{asking} --output {calibrate} --data {calibrate}.jsonl.xz --length 16384 --limit 200 "
         "--tasks qa/squad qa/squad-absent --adapter {heads} --policies recall", ("heads", "calibrate-data")),
+    Job("asked-long", "{asked} --length 131072 1048576 --limit 120 --tasks qa/squad --adapter {heads} "
+        "--policies recall rag", ("heads",)),
+    Job("asked-qmsum", "{asked} --length 16384 --limit 100 --tasks qa/qmsum --adapter {heads} --policies recall window "
+        "full rag", ("heads",)),
     Job("asked-bm25", "{asked} {often} --adapter {heads} --policies recall --finder bm25", ("heads",)),
     Job("asked-heads", "{asked} {often} --adapter {heads} --policies recall --finder heads", ("heads",)),
     Job("asked-rounds", "{asked} {often} --adapter {heads} --policies recall --rounds 2", ("heads",)),
-    Job("asked-long", "{asked} --length 131072 1048576 --limit 120 --tasks qa/squad --adapter {heads} "
-        "--policies recall", ("heads",)),
-    Job("asked-qmsum", "{asked} --length 16384 --limit 60 --tasks qa/qmsum --adapter {heads} --policies recall window "
-        "full", ("heads",)),
     Job("asked-zh", "{asking} --data {data}/benchmarks --tasks longbench/multifieldqa_zh --adapter {heads} --policies "
         "full window recall rag", ("heads",)),
-    Job("asked-ruler", "{asking} --length 16384 --limit 20 --tasks ruler/niah ruler/vt ruler/cwe ruler/fwe --adapter "
-        "{heads} --policies window recall", ("heads",)),
-    Job("asked-ruler-qa", "{asked} --length 16384 --limit 20 --tasks ruler/qa --adapter {heads} --policies window "
-        "recall", ("heads",)),
+    Job("qwen15", "join.py {output}/qwen15-cells/adapter {coder} --gates {output}/qwen15-gates/adapter --heads {heads}",
+        ("qwen15-cells", "qwen15-gates", "heads"), 60),
+    Job("coder-recall", "{asked} {often} --adapter {coder} --policies recall", ("qwen15",)),
+    Job("coder-ahn", "{asked} {often} --adapter {coder} --policies ahn", ("qwen15",)),
+    Job("coder-qmsum", "{asked} --length 16384 --limit 100 --tasks qa/qmsum --adapter {coder} --policies recall ahn",
+        ("qwen15",)),
+    Job("coder-ruler", "{asking} --length 16384 --limit 20 --tasks ruler/niah ruler/vt ruler/cwe ruler/fwe --adapter "
+        "{coder} --policies ahn recall window", ("qwen15",)),
+    Job("coder-ruler-qa", "{asked} --length 16384 --limit 40 --tasks ruler/qa --adapter {coder} --policies ahn recall "
+        "window", ("qwen15",)),
+    Job("qwen15-gap", "gap.py {data}/books/valid.jsonl.xz --base {qwen15} --tokens 16384 --lossless 2048 --name "
+        "gap-qwen2.5-coder-1.5b --adapter {coder}@none {coder}@0.25", ("qwen15",), 300),
+    Job("qwen-heads", "-m ahn heads --base {qwen} --adapter {qwen_gdn} --data {data}/qa/squad-train.jsonl.xz -o "
+        "{output}/{name}", (), 200),
+    Job("smollm2-heads", "-m ahn heads --base {smollm2} --adapter {small_dn} --length 8192 --lossless 1024 --data "
+        "{data}/qa/squad-train.jsonl.xz -o {output}/{name}", (), 200),
+    Job("qwen-asked", "{many} --length 16384 --base {qwen} --adapter {output}/qwen-heads", ("qwen-heads",)),
+    Job("smollm2-asked", "{many} --length 8192 --base {smollm2} --adapter {output}/smollm2-heads",
+        ("smollm2-heads",)),
     Job("qwen-gates", "-m ahn train ../recipes/qwen2.5-coder-0.5b-store.yaml base={qwen} {qwen_data} "
         "{to_train}", (), 900),
     Job("smollm2-gates", "-m ahn train ../recipes/smollm2-135m-store.yaml base={smollm2} {smollm2_data} {to_train} "
@@ -143,7 +166,16 @@ JOBS = (
 class Runner:
     """Runs jobs on GPUs, for `seconds` at most. `values`: of the words in braces."""
 
-    def __init__(self, jobs: tuple[Job, ...], gpus: int, seconds: float, output: Path, values: dict[str, str]) -> None:
+    def __init__(
+        self,
+        jobs: tuple[Job, ...],
+        gpus: int,
+        seconds: float,
+        output: Path,
+        values: dict[str, str],
+        together: int = TOGETHER,
+    ) -> None:
+        self.together = together
         self.jobs, self.gpus, self.values = {job.name: job for job in jobs}, gpus, values
         self.end = time.monotonic() + seconds
         self.done, self.logs = output / "done", output / "logs"
@@ -190,7 +222,7 @@ class Runner:
         fitting = [
             gpu
             for gpu in range(last if kept else self.gpus)
-            if len(on[gpu]) < TOGETHER and not any(self.jobs[other].timed for other in on[gpu])
+            if len(on[gpu]) < self.together and not any(self.jobs[other].timed for other in on[gpu])
         ]
         return min(fitting, key=lambda gpu: len(on[gpu]), default=None)
 
@@ -251,6 +283,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--gpus", type=int, help="default: all")
+    parser.add_argument("--together", type=int, default=TOGETHER, help="jobs on a GPU (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     options = parser.parse_args()
@@ -268,7 +301,7 @@ def main() -> None:
         options.gpus = torch.cuda.device_count()
     if options.gpus < 1:
         parser.error("no GPU: expected a machine with at least one, or --gpus")
-    if left := Runner(jobs, options.gpus, options.seconds, options.output, paths).run():
+    if left := Runner(jobs, options.gpus, options.seconds, options.output, paths, options.together).run():
         print(f"not done: {', '.join(left)}")
 
 
