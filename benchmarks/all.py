@@ -91,14 +91,9 @@ JOBS = (
     Job("asked-calibrate", "{asking} --output {calibrate} --data {calibrate}.jsonl.xz --length 16384 --limit 200 "
         "--tasks qa/squad qa/squad-absent --adapter {heads} --policies recall", ("heads", "calibrate-data")),
     Job("asked-long", "{asked} --length 131072 1048576 --limit 120 --tasks qa/squad --adapter {heads} "
-        "--policies recall rag", ("heads",)),
+        "--policies recall rag", ("heads",), 900),
     Job("asked-qmsum", "{asked} --length 16384 --limit 100 --tasks qa/qmsum --adapter {heads} --policies recall window "
         "full rag", ("heads",)),
-    Job("asked-bm25", "{asked} {often} --adapter {heads} --policies recall --finder bm25", ("heads",)),
-    Job("asked-heads", "{asked} {often} --adapter {heads} --policies recall --finder heads", ("heads",)),
-    Job("asked-rounds", "{asked} {often} --adapter {heads} --policies recall --rounds 2", ("heads",)),
-    Job("asked-zh", "{asking} --data {data}/benchmarks --tasks longbench/multifieldqa_zh --adapter {heads} --policies "
-        "full window recall rag", ("heads",)),
     Job("qwen15", "join.py {output}/qwen15-cells/adapter {coder} --gates {output}/qwen15-gates/adapter --heads {heads}",
         ("qwen15-cells", "qwen15-gates", "heads"), 60),
     Job("coder-recall", "{asked} {often} --adapter {coder} --policies recall", ("qwen15",)),
@@ -111,6 +106,15 @@ JOBS = (
         "window", ("qwen15",)),
     Job("qwen15-gap", "gap.py {data}/books/valid.jsonl.xz --base {qwen15} --tokens 16384 --lossless 2048 --name "
         "gap-qwen2.5-coder-1.5b --adapter {coder}@none {coder}@0.25", ("qwen15",), 300),
+    Job("coder-absent", "{asked} --length 16384 --limit 200 --tasks qa/squad-absent qa/fairytaleqa-absent "
+        "--adapter {coder} --policies recall", ("qwen15",)),
+    Job("coder-calibrate", "{asking} --output {calibrate} --data {calibrate}.jsonl.xz --length 16384 --limit 200 "
+        "--tasks qa/squad qa/squad-absent --adapter {coder} --policies recall", ("qwen15", "calibrate-data")),
+    Job("asked-bm25", "{asked} {often} --adapter {heads} --policies recall --finder bm25", ("heads",)),
+    Job("asked-heads", "{asked} {often} --adapter {heads} --policies recall --finder heads", ("heads",)),
+    Job("asked-rounds", "{asked} {often} --adapter {heads} --policies recall --rounds 2", ("heads",)),
+    Job("asked-zh", "{asking} --data {data}/benchmarks --tasks longbench/multifieldqa_zh --adapter {heads} --policies "
+        "full window recall rag", ("heads",)),
     Job("qwen-heads", "-m ahn heads --base {qwen} --adapter {qwen_gdn} --data {data}/qa/squad-train.jsonl.xz -o "
         "{output}/{name}", (), 200),
     Job("smollm2-heads", "-m ahn heads --base {smollm2} --adapter {small_dn} --length 8192 --lossless 1024 --data "
