@@ -318,23 +318,34 @@ def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int 
     model.ahn_config = config
 
 
+def most_lossless(base: Any) -> int | None:
+    """Tokens that a base of this transformers config can keep exactly at most; None without a limit."""
+    return min((limit for limit in _limits(base) if limit is not None), default=None)
+
+
+def _limits(base: Any) -> tuple[int | None, int | None, int | None]:
+    """Tokens by the positions of a base, by those of short texts where frequencies change, and by its own window."""
+    context = getattr(base, "max_position_embeddings", None)
+    settings = getattr(base, "rope_parameters", None) or {}
+    short = None
+    if (kind := settings.get("rope_type")) in CHANGING:
+        short = (settings.get("original_max_position_embeddings") if kind == "longrope" else None) or context
+    return context, short, getattr(base, "sliding_window", None)
+
+
 def check_fits(config: AHNConfig, base: Any, layers: int) -> None:
     """Raises ConfigError if the memory does not fit a base of this transformers config."""
-    context = getattr(base, "max_position_embeddings", None)
+    context, short, native = _limits(base)
     if context is not None and config.lossless > context:
         raise ConfigError(
             f"{_sum(config)} tokens, more than the {context} positions of the base: expected at most {context}"
         )
-    settings = getattr(base, "rope_parameters", None) or {}
-    if (kind := settings.get("rope_type")) in CHANGING:
-        short = settings.get("original_max_position_embeddings") if kind == "longrope" else None
-        short = short or context
-        if short is not None and config.lossless > short:
-            raise ConfigError(
-                f"{_sum(config)}: this base's {kind!r} positions are those of short texts up to {short} tokens, "
-                f"expected at most {short}"
-            )
-    native = getattr(base, "sliding_window", None)
+    if short is not None and config.lossless > short:
+        kind = base.rope_parameters["rope_type"]
+        raise ConfigError(
+            f"{_sum(config)}: this base's {kind!r} positions are those of short texts up to {short} tokens, "
+            f"expected at most {short}"
+        )
     if native is not None and config.lossless > native:
         raise UnsupportedModelError(
             f"the base itself slides over {native} tokens (config.sliding_window), fewer than {_sum(config)}: "

@@ -17,7 +17,10 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -171,23 +174,12 @@ def _archive(path: Path, header: dict[str, Any], model: PreTrainedModel) -> Arch
     heads = model.ahn_retrieval if about.get("heads") is not None else None
     if about.get("heads") != (heads and heads.digest):
         raise MemoryFileError(f"{path}: its archive has keys of other retrieval heads than those of the adapter")
-    try:
+    with _damage(path):
         chain = {segment.start: segment for segment in segments.walk(path)}
-        parts = []
-        for start, end, digest in about["parts"]:
-            segment = chain[start]
-            tensors = segments.read(path, segment)
-            if segment.end != end or digest != _digest(
-                {"ahn": WITH_ARCHIVE, "archive": int(segment.metadata["archive"])}, tensors
-            ):
-                raise ValueError("its checksum does not match")
-            parts.append(tensors)
-        archive = Archive.restored(about, parts, heads)
+        archive = Archive.restored(about, _parts(path, about, chain), heads)
         words = model.get_input_embeddings().num_embeddings
         if len(archive) and not 0 <= archive.ids.min() <= archive.ids.max() < words:
             raise ValueError(f"token ids: expected 0 to {words - 1}")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        raise MemoryFileError(f"{path}: damaged archive: {error}") from error
     if archive.kind == "text" and len(archive) > max(header["seen"]):
         raise MemoryFileError(f"{path}: damaged archive: of more tokens than were read")
     end = max(segment.end for segment in chain.values())
@@ -195,6 +187,79 @@ def _archive(path: Path, header: dict[str, Any], model: PreTrainedModel) -> Arch
     real = Path(os.path.realpath(path))
     archive.home = Home(real, real.stat().st_ino, end, [tuple(part) for part in about["parts"]], len(archive), memories)
     return archive
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Within, what goes wrong is the fault of the archive of a file."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+        raise MemoryFileError(f"{path}: damaged archive: {error}") from error
+
+
+def _parts(path: Path, about: dict[str, Any], chain: dict[int, segments.Segment]) -> list[dict[str, Tensor]]:
+    """The tensors of an archive, mapped into memory, by part. Raises ValueError if a checksum does not match."""
+    parts = []
+    for start, end, digest in about["parts"]:
+        segment = chain[start]
+        tensors = segments.read(path, segment)
+        header = {"ahn": WITH_ARCHIVE, "archive": int(segment.metadata["archive"])}
+        if segment.end != end or digest != _digest(header, tensors):
+            raise ValueError("its checksum does not match")
+        parts.append(tensors)
+    return parts
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a memory file holds, in bytes.
+
+    Attributes:
+        memory: of the memory that counts, which stay as many whatever is read.
+        archive: of its parts, which grow with the text. ids, places, keys: what they are of, in the main.
+        heads: key/value heads whose keys are kept, by layer.
+        documents: (name, tokens, pages) of each, in order; pages is 0 where a document has none.
+    """
+
+    memory: int
+    archive: int = 0
+    ids: int = 0
+    places: int = 0
+    keys: int = 0
+    heads: dict[int, int] = field(default_factory=dict)
+    documents: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+def archive_bytes(header: dict[str, Any]) -> int:
+    """Of the archive in a memory file, by the header of `peek`."""
+    about = header.get("archive") or {"parts": []}
+    return sum(end - start for start, end, _ in about["parts"])
+
+
+def held(path: str | Path) -> Held:
+    """What a memory file holds, without a model. Every checksum is compared. Raises MemoryFileError."""
+    path = Path(path)
+    header, memory = _last(path)
+    tensors = _tensors(path, memory)
+    _check_digest(path, header, _digest(header, tensors))
+    constant = sum(tensor.nbytes for tensor in tensors.values())
+    if header.get("archive") is None:
+        return Held(constant)
+    with _damage(path):
+        parts = _parts(path, header["archive"], {segment.start: segment for segment in segments.walk(path)})
+        archive = Archive.restored(header["archive"], parts, None)
+        named = [(name, tensor) for part in parts for name, tensor in part.items()]
+        keys = {name: tensor for name, tensor in named if name.startswith("keys.")}
+        return Held(
+            memory=constant,
+            archive=archive_bytes(header),
+            ids=sum(tensor.nbytes for name, tensor in named if name == "ids"),
+            places=sum(tensor.nbytes for name, tensor in named if name == "marks"),
+            keys=sum(tensor.nbytes for name, tensor in named if name.startswith(("keys.", "tail."))),
+            heads={int(name.partition(".")[2]): tensor.shape[1] for name, tensor in keys.items()},
+            documents=archive.contents(),
+        )
 
 
 def peek(path: str | Path) -> dict[str, Any]:

@@ -1,7 +1,14 @@
 """`ahn memories` lists what memory files hold."""
 
+import re
+
+import numpy as np
+import pytest
+from test_archive import retrieval
+
 import ahn
 from ahn import cli
+from ahn.memory.archive import KEY_BYTES, PLACE_BYTES, TOKEN_BYTES
 from conftest import tiny, token_ids, with_memory
 
 
@@ -24,3 +31,56 @@ def test_nothing_there(tmp_path, capsys):
     assert "ahn read" in capsys.readouterr().err
     assert cli.main(["memories", str(tmp_path / "absent")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["text", "keys"])
+def test_inspect_states_the_archive(tmp_path, capsys, kind):
+    """Of a memory without a store, documents and bytes apart from the constant part; `ahn memories` agrees."""
+    model, path = with_memory(tiny()), tmp_path / "m.ahn"
+    model.ahn_retrieval = retrieval()
+    cache = ahn.AHNCache(model, kind)
+    for name, tokens, page in (("one.txt", 200, None), ("two.pdf", 300, 7)):
+        cache.archive.begin(name)
+        cache.archive.locate(cache.tokens_seen, np.arange(tokens // 2), page)
+        cache.archive.locate(cache.tokens_seen + tokens // 2, np.arange(tokens // 2), page and page + 1)
+        ahn.read(model, token_ids(tokens), cache)
+        cache.save(path)
+    assert cli.main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "read     500 tokens" in out and "4 sinks + 16 window" in out
+    assert "memory   " + _size(cache.nbytes + cache.last_logits.nbytes) in out
+    assert f"ids {_size(500 * TOKEN_BYTES)}, places " in out
+    assert re.search(r"^ +200 tokens  one.txt\n +300 tokens, 2 pages  two.pdf$", out, re.MULTILINE)
+    keys = 500 * 3 * 8  # three key/value heads of 8 numbers
+    assert (f"keys {_size(keys)} (key/value heads: 1 of layer 0, 2 of layer 1)" in out) == (kind == "keys")
+    total = re.search(r"archive  (\S+ \S+) for 500 tokens", out)[1]
+    assert cli.main(["memories", str(path)]) == 0
+    assert f"{kind}, {total}" in capsys.readouterr().out
+
+
+def test_inspect_without_an_archive_and_of_a_damaged_one(tmp_path, capsys):
+    model, path = with_memory(tiny()), tmp_path / "m.ahn"
+    ahn.read(model, token_ids(60)).save(path)
+    assert cli.main(["inspect", str(path)]) == 0
+    assert "archive  none" in capsys.readouterr().out
+    ahn.read(model, token_ids(60), archive="text").save(path)
+    data = bytearray(path.read_bytes())
+    data[data.find(np.array(token_ids(8)[0].tolist(), np.int32).tobytes())] ^= 1
+    path.write_bytes(data)
+    assert cli.main(["inspect", str(path)]) == 2
+    assert "damaged archive: its checksum does not match" in capsys.readouterr().err
+
+
+def test_cost_counts_what_a_file_holds(tmp_path, capsys):
+    """On texts that are read in documents: 4 bytes a token, and a place for each 64."""
+    assert cli.main(["cost", "--base", "qwen2.5-3b", "--length", "128000"]) == 0
+    out = capsys.readouterr().out
+    text = 128_000 * TOKEN_BYTES + 2000 * PLACE_BYTES
+    assert re.search(rf"  text +4L \+ 32L / 64 +- +{text / 1e6:,.3f} M", out)
+    assert f"{(text + 128_000 * KEY_BYTES) / 1e6:,.3f} M" in out
+
+
+def _size(count):
+    from ahn.cli._session import size
+
+    return size(count)

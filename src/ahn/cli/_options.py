@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def byte_count(text: str) -> int:
+    """An argparse type: bytes in decimal units, such as 512MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected bytes, such as 512MB, 2GB or 0")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model reads, and with what memory."""
     group = parser.add_argument_group("model and memory")
@@ -40,6 +52,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--window", type=at_least(1), metavar="N", help="last tokens kept exactly")
     either.add_argument(
         "--lossless", type=at_least(1), metavar="N", help="sinks, store and window in all; the store keeps its share"
+    )
+    either.add_argument(
+        "--exact",
+        type=byte_count,
+        metavar="SIZE",
+        help="keep all of a text exactly while it fits the base's positions and a cache of SIZE bytes, where no sizes "
+        "of the memory are given (default: 512MB; 0: never)",
     )
     group.add_argument("--sinks", type=at_least(0), metavar="N", help="first tokens kept exactly")
     add_store(group, "the adapter's", "the adapter's, else 1")

@@ -77,6 +77,8 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
         else:
             session = Session(args, memory)
             text = Text(_ids(session.dialogue, sources, earlier), sources)
+            if not memory:
+                session.introduce(text)
         text.keep_places(session.cache)
         before = session.cache.tokens_seen
         with finish_before_interrupt() as interrupted:  # also between reading and saving
@@ -180,6 +182,8 @@ class Text(Iterator["Tensor"]):
         self._digest = hashlib.sha256()
         self._character = 0  # up to which the model has read
         self._archive: Archive | None = None
+        self._ended = False  # whether all blocks are there
+        self._error: AHNError | None = None  # that the next block ends with
         self._look()
 
     def keep_places(self, cache: AHNCache) -> None:
@@ -211,11 +215,31 @@ class Text(Iterator["Tensor"]):
 
     def _look(self) -> None:
         """Two blocks ahead, so that the end of a short text is known at once."""
-        while sum(len(block.ids) > SHORT for block in self._ahead) < 2:
-            block = next(self._blocks, None)
-            if block is None:
-                break
-            self._ahead.append(block)
+        while sum(len(block.ids) > SHORT for block in self._ahead) < 2 and self._look_further():
+            pass
+
+    def _look_further(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        block = next(self._blocks, None)
+        if block is None:
+            self._ended = True
+            return False
+        self._ahead.append(block)
+        return True
+
+    def within(self, most: int) -> int | None:
+        """Tokens in all, if they are at most so many. Of files the end is looked for as far ahead as that."""
+        try:
+            while self.sources.bytes is not None and self._in_sight <= most and self._look_further():
+                pass
+        except AHNError as error:  # where reading gets to it, what stands before is kept
+            self._error = error
+        return self._in_sight if self._ended and self._in_sight <= most else None
+
+    @property
+    def _in_sight(self) -> int:
+        return self._given + sum(len(block.ids) for block in self._ahead)
 
     def __next__(self) -> Tensor:
         import torch
@@ -232,9 +256,7 @@ class Text(Iterator["Tensor"]):
     @property
     def total(self) -> int | None:
         """Tokens in all, if the end of the text is in sight."""
-        if sum(len(block.ids) > SHORT for block in self._ahead) > 1:
-            return None
-        return self._given + sum(len(block.ids) for block in self._ahead)
+        return self._in_sight if self._ended else None
 
     @property
     def fraction(self) -> float | None:

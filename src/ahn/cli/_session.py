@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
 # settings that a memory file fixes
 SEEN_IN_MEMORY = "window", "lossless", "sinks", "cell", "store", "store_size", "store_span"
+SIZES = "window", "lossless", "sinks", "store", "store_size"  # options that leave no choice of the window
+EXACT = 512_000_000  # bytes of cache in which all of a text is kept if it fits
+ASKING = 16  # a share of 1 / 16 of what may be kept stays free behind a text: for questions and answers
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
@@ -107,27 +110,54 @@ class Session:
             )
             self.dialogue = Dialogue.of(self.tokenizer)
             best = "text" if self.model.ahn_retrieval is None else "keys"
+            self._archive = getattr(args, "archive", None) or best
             self.cache: AHNCache = (
-                ahn.AHNCache.load(memory, self.model)
-                if memory
-                else ahn.AHNCache(self.model, getattr(args, "archive", None) or best)
+                ahn.AHNCache.load(memory, self.model) if memory else ahn.AHNCache(self.model, self._archive)
             )
         self.base = base
+        self._allowed = 0 if any(getattr(args, name) for name in SIZES) else EXACT if args.exact is None else args.exact
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
         self._ends = end_tokens(self.model, self.tokenizer)
         self._unread: Tensor | None = None  # generated, but not in the cache yet
-        console.print(self._kind(wanted=adapter != NONE))
+        self._wanted = adapter != NONE
+        if memory:
+            self.introduce()
 
-    def _kind(self, wanted: bool) -> str:
-        """What this memory is, for people. `wanted`: a trained one was not refused."""
+    def introduce(self, text: Text | None = None) -> None:
+        """Say what this memory is. Where all of `text` fits what may be kept exactly, the window is widened for it."""
+        total = self._fitted(text) if text is not None and not self.cache.tokens_seen else None
+        console.print(self._kind(total))
+
+    def _fitted(self, text: Text) -> int | None:
+        """The tokens of a text that fits the positions of the base and the bytes allowed, None of any other. The
+        window is then as wide as both let it be, so that more can be appended; buffers grow with the text."""
+        import ahn
+        from ahn.augmentation import most_lossless, set_window
+
+        config, layers = self.model.ahn_config, self.cache.layers
+        each = self._per_token + sum(layer.gate_width for layer in layers) * self.model.dtype.itemsize
+        most, positions = self._allowed // each, most_lossless(self.model.config.get_text_config())
+        most = most if positions is None else min(most, positions)
+        if most <= config.lossless:
+            return None
+        total = text.within(most - config.store_size - most // ASKING)
+        if total is not None:
+            set_window(self.model, most - config.sinks - config.store_size, config.sinks)
+            self.cache = ahn.AHNCache(self.model, self._archive)
+        return total
+
+    def _kind(self, total: int | None) -> str:
+        """What this memory is, for people. `total`: tokens of a text that it keeps exactly."""
         from ahn import zoo
         from ahn.adapter import base_shape
 
-        settings, store = self.model.ahn_config, ""
+        settings, store, wanted = self.model.ahn_config, "", self._wanted
         if settings.store:
             spans = f" in spans of {settings.store_span}" if settings.store_span > 1 else ""
             store = f"{settings.store_size:,} chosen ones ({settings.store}{spans}), "
         exact = f"exact: the first {settings.sinks:,} tokens, {store}the last {settings.window:,}"
+        if total is not None:
+            exact = f"exact: all {total:,} tokens, room for {settings.sinks + settings.window:,}"
         if adapter := self.model.ahn_names["adapter"]:
             return f"memory  {adapter}; {exact}"
         what = f"the window with sinks{' and a store' if store else ''} only"
@@ -138,10 +168,18 @@ class Session:
         return f"no trained memory{'' if shipped else f' for {self.base}'}: running {what}{hint}; {exact}"
 
     @property
+    def exact(self) -> bool:
+        """Whether nothing that was read has left the window."""
+        config = self.cache.config
+        return 0 < self.cache.tokens_seen <= config.sinks + config.window
+
+    @property
     def held(self) -> str:
-        full = self.cache.tokens_seen * self._per_token
+        seen = self.cache.tokens_seen
+        full = size(seen * self._per_token)
+        kept = f"kept exactly: all {seen:,} tokens; " if self.exact else ""
         archive = "" if self.cache.archive is None else f"; archive {size(self.cache.archive.nbytes)} on the host"
-        return f"cache {size(self.cache.nbytes)}, full attention would hold {size(full)}{archive}"
+        return f"{kept}cache {size(self.cache.nbytes)}, full attention would hold {full}{archive}"
 
     def find(self, question: str, args: argparse.Namespace) -> tuple[Source, ...]:
         """The passages that a question asks for; says how many. `args`: with the options of `add_recall`."""
@@ -160,7 +198,7 @@ class Session:
         """Read into the cache, showing progress, and return a summary. KeyboardInterrupt leaves the cache usable."""
         import ahn
 
-        began, before = time.monotonic(), self.cache.tokens_seen
+        began, before, exact = time.monotonic(), self.cache.tokens_seen, self.exact
         if text.total != text.read:
             with self._progress(text, began) as progress:
 
@@ -169,6 +207,9 @@ class Session:
                     progress(done, text.total)
 
                 ahn.read(self.model, text, self.cache, chunk, note)
+        if exact and not self.exact:
+            room = self.cache.config.sinks + self.cache.config.window
+            console.print(f"exact   no longer all: {self.cache.tokens_seen:,} tokens, and room for {room:,}")
         seconds, tokens = max(time.monotonic() - began, 1e-3), self.cache.tokens_seen - before
         return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); {self.held}"
 
@@ -293,6 +334,8 @@ def _header(memory: str, args: argparse.Namespace) -> dict[str, Any]:
 
     header = peek(memory)
     config = AHNConfig.from_dict(header["config"])
+    if args.exact is not None and args.memory == memory:
+        raise ConfigError(f"--exact: {memory} was read with window={config.window:,}; leave the option out")
     for name in SEEN_IN_MEMORY:
         given, kept = getattr(args, name), getattr(config, name)
         if given is not None and given != kept:

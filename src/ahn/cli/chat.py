@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> None:
         console.print(f"read    {summary}")
     else:
         session = Session(args, args.memory)
-        if args.memory:
+        if not args.memory:
+            session.introduce()
+        else:
             console.print(f"memory  {session.cache.tokens_seen:,} tokens; {session.held}")
 
     line = _line_reader()

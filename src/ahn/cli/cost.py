@@ -75,13 +75,14 @@ def _report(base: str, result: Cost) -> Iterator[str]:
     if config.cell or config.store:
         yield _row("held by ahn", "state in float32", result.full_bytes, result.held_bytes)
 
-    from ahn.memory.archive import KEY_BYTES, TOKEN_BYTES
+    from ahn.memory.archive import EVERY, KEY_BYTES, PLACE_BYTES, TOKEN_BYTES
 
     yield ""
     yield "archive (bytes, on host and disk)"
-    most = (TOKEN_BYTES + KEY_BYTES) * result.length
-    yield _row("  text", f"{TOKEN_BYTES}L", 0, TOKEN_BYTES * result.length, most)
-    yield _row("  keys, at most", f"{TOKEN_BYTES}L + {KEY_BYTES}L", 0, most, most)
+    text = TOKEN_BYTES * result.length + PLACE_BYTES * result.length // EVERY
+    formula, most = f"{TOKEN_BYTES}L + {PLACE_BYTES}L / {EVERY}", text + KEY_BYTES * result.length
+    yield _row("  text", formula, 0, text, most)
+    yield _row("  keys, at most", f"{formula} + {KEY_BYTES}L", 0, most, most)
 
     yield from _section("FLOPs", result.mixing)
     yield _total("token mixing", result.mixing)

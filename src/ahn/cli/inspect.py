@@ -1,8 +1,10 @@
-"""Show which words of a text a memory file keeps exactly, in their context.
+"""Show what a memory file holds: its documents, its bytes, and the words that its store keeps exactly.
 
   ahn read book.txt -o book.ahn
   ahn inspect book.ahn
   ahn inspect book.ahn --html book.html
+
+The bytes of the memory stay as many whatever is read; those of the archive grow with the text.
 
 Each layer's heads keep tokens of their own. What most heads keep comes first, a line for each passage: how many heads
 keep a token of it, where that is, and the words kept, in ⟦ ⟧, coloured by how many heads keep them, with those around
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ahn.cli import _options
 
@@ -21,7 +25,7 @@ LINES, WORDS = 100, 400  # kept tokens that are shown in a terminal and on a pag
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("memory", metavar="FILE", help="a memory file that was read with a store")
+    parser.add_argument("memory", metavar="FILE", help="a memory file made by ahn read")
     parser.add_argument("--html", metavar="FILE", help="write a page, with a map of the layers (- for standard output)")
     parser.add_argument(
         "--show",
@@ -46,6 +50,14 @@ def run(args: argparse.Namespace) -> None:
 
     check_writable(None if args.html == "-" else args.html, "--html")
     header = peek(args.memory)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    words = args.html or args.layer is not None or args.show or args.base
+    if not words:
+        for line in _held(args.memory, header):
+            console.print(line)
+        if not header["config"]["store"]:
+            return
+        console.print()
     base = args.base or header.get("base")
     if not base:
         raise ConfigError(f"{args.memory} does not say which base it is of: expected --base")
@@ -76,9 +88,31 @@ def run(args: argparse.Namespace) -> None:
             path.write_text(page, encoding="utf-8")
         print(args.html)
         return
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for fact in facts:
         console.print(fact, style="dim")
     console.print(f"\n{'heads':>5} {'token':>9}", style="dim")
     for passage in _pages.passages(shown):
         console.print(_pages.terminal(passage, total))
+
+
+def _held(path: str, header: dict[str, Any]) -> Iterator[str]:
+    """The memory and its archive, a line each, and one for each document."""
+    from ahn.cli._session import size
+    from ahn.memory_file import held
+
+    found, config, adapter = held(path), header["config"], header.get("adapter") or "none"
+    store = f" + {config['store_size']:,} store" if config["store"] else ""
+    yield f"read     {header['tokens_seen']:,} tokens by {header.get('base')}, adapter {adapter}"
+    yield f"memory   {size(found.memory)}: {config['sinks']:,} sinks{store} + {config['window']:,} window exactly"
+    archive = header.get("archive")
+    if archive is None:
+        yield "archive  none"
+        return
+    heads = ", ".join(f"{count} of layer {layer}" for layer, count in sorted(found.heads.items()))
+    keys = f", keys {size(found.keys)} (key/value heads: {heads})" if heads else ""
+    yield (
+        f"archive  {size(found.archive)} for {archive['tokens']:,} tokens: "
+        f"ids {size(found.ids)}, places {size(found.places)}{keys}"
+    )
+    for name, tokens, pages in found.documents:
+        yield f"         {tokens:>9,} tokens{f', {pages:,} pages' if pages else ''}  {name}"

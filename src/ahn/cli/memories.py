@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ahn.cli._session import console, size
     from ahn.errors import MemoryFileError
-    from ahn.memory_file import peek
+    from ahn.memory_file import archive_bytes, peek
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("file", "base", "adapter", "archive"):
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
             str(path),
             Path(str(header.get("base"))).name,
             Path(str(header.get("adapter") or "none")).name,
-            kind,
+            f"{kind}, {size(archive_bytes(header))}" if archive else kind,
             f"{header['tokens_seen']:,}",
             size(path.stat().st_size),
             _documents(archive.get("documents")),

@@ -22,6 +22,7 @@ KINDS = ("none", "text", "keys")
 TOKEN_BYTES = 4  # of a token id
 KEY_BYTES = 128  # of the keys of retrieval heads, a token, at most
 EVERY = 64  # tokens between two places that are kept
+PLACE_BYTES = 32  # of a place
 PENDING = 65_536  # tokens that are joined at once
 
 
@@ -78,7 +79,7 @@ class Archive:
     @property
     def nbytes(self) -> int:
         """Bytes on the host."""
-        held = TOKEN_BYTES * len(self) + 32 * len(self._marks)
+        held = TOKEN_BYTES * len(self) + PLACE_BYTES * len(self._marks)
         return held if self.keys is None else held + self.keys.nbytes
 
     @property
@@ -138,6 +139,19 @@ class Archive:
         mark = self._marks[index]
         between = decode(self.ids[mark.token : token].tolist()) if token > mark.token else ""
         return Place(self.documents[mark.document], mark.page or None, mark.offset + len(between))
+
+    def contents(self) -> list[tuple[str, int, int]]:
+        """By document, in order: its name, its tokens, and the pages that have some, 0 where there are none."""
+        firsts: dict[int, int] = {}
+        pages: dict[int, set[int]] = {}
+        for mark in self._marks:
+            firsts.setdefault(mark.document, mark.token)
+            pages.setdefault(mark.document, set()).add(mark.page)
+        ends = dict(zip(firsts, [*list(firsts.values())[1:], len(self)], strict=True))
+        return [
+            (name, ends[number] - firsts[number], len(pages[number] - {0})) if number in firsts else (name, 0, 0)
+            for number, name in enumerate(self.documents)
+        ]
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
         """Whatever is derived from the archive as it is now, made once: passages, an index."""
