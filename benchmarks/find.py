@@ -39,7 +39,7 @@ from ahn.generation import generate
 from ahn.memory.archive import KEY_BYTES, KINDS
 from ahn.memory.head_keys import RetrievalHeads
 from ahn.recall import as_text, find
-from ahn.recall.passages import sentence_ends
+from ahn.recall.passages import number_parts, sentence_ends
 from ahn.recall.question import Question
 from common import BOOK, environment, now, records, write
 
@@ -146,7 +146,7 @@ def finding(model: Any, tokenizer: Any, memory: Any) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for finder in FINDERS:
         memory.archive._made.clear()
-        sentence_ends.cache_clear()
+        sentence_ends.cache_clear(), number_parts.cache_clear()
         seconds = [
             timed(model.device, lambda: find(model, tokenizer, memory, asked, 512, finder=finder))  # noqa: B023
             for asked in (*QUESTIONS, *QUESTIONS[1:])

@@ -16,7 +16,7 @@ from ahn.recall.ask import best
 from ahn.recall.finders.base import Finder
 from ahn.recall.finders.fused import ranks
 from ahn.recall.finders.heads import by_passage, gathered
-from ahn.recall.passages import LONGEST, SHORTEST, Passages, cut, decode_each, sentence_ends
+from ahn.recall.passages import LONGEST, SHORTEST, Passages, cut, cut_text, decode_each, sentence_ends
 from ahn.recall.question import Question, queries_of
 from ahn.recall.words import words
 from conftest import tiny, with_memory
@@ -66,20 +66,32 @@ class TestPassages:
         assert ended >= len(passages.texts) // 2
 
     def test_a_long_sentence_is_cut(self):
-        ids = np.zeros(1000, np.int32)
-        assert np.diff(cut(ids, np.array([False]))).max() == LONGEST
-        assert np.diff(cut(ids, np.array([True]))).tolist()[:-1] == [LONGEST] * (1000 // LONGEST)
-        assert cut(ids[:0], np.array([True])).tolist() == [0]
+        assert np.diff(cut(np.zeros(1000, bool))).max() == LONGEST
+        assert np.diff(cut(np.ones(1000, bool))).tolist()[:-1] == [LONGEST] * (1000 // LONGEST)
+        assert cut(np.ones(0, bool)).tolist() == [0]
 
     def test_the_beginning_does_not_depend_on_the_rest(self):
         rng = np.random.default_rng(0)
-        ends = rng.random(50) < 0.1
-        ids = rng.integers(0, 50, 3000)
-        whole = cut(ids, ends)
+        ends = rng.random(3000) < 0.1
+        whole = cut(ends)
         for length in (1, 95, 96, 97, 500, 2999):
-            part = cut(ids[:length], ends)
+            part = cut(ends[:length])
             assert part[-1] == length
             assert part[:-1].tolist() == whole[: len(part) - 1].tolist()
+
+    @pytest.mark.parametrize("pre_tokenizer", ["gpt2", "qwen", "metaspace"])
+    @pytest.mark.parametrize(
+        ("text", "ends"),
+        [
+            ("A cat 1.5 2.5 3.5 4.5 5.5 6.5 7.5 8.5 today. ", "today."),
+            ("The cat came in 2013. 86 mice did not", "2013."),
+        ],
+    )
+    def test_no_number_is_cut(self, pre_tokenizer, text, ends):
+        tokenizer = tiny_tokenizer(pre_tokenizer)
+        ids = np.array(tokenizer(text * 40, add_special_tokens=False).input_ids)
+        passages = [tokenizer.decode(ids[low:high]).strip() for low, high in pairwise(cut_text(ids, tokenizer))]
+        assert len(passages) > 5 and all(passage.endswith(ends) for passage in passages[:-1])
 
     def test_they_grow_with_the_archive(self, tokenizer):
         ids = torch.tensor(tokenizer(document()).input_ids)

@@ -28,7 +28,7 @@ class Passages:
         first = 0 if earlier is None else max(len(earlier) - 1, 0)  # the last one may have been cut short
         before = np.zeros(0, np.int64) if earlier is None else earlier.bounds[:first]
         start = 0 if earlier is None else int(earlier.bounds[first])
-        self.bounds: np.ndarray = np.concatenate([before, start + cut(archive.ids[start:], sentence_ends(tokenizer))])
+        self.bounds: np.ndarray = np.concatenate([before, start + cut_text(archive.ids[start:], tokenizer)])
         self._known = [] if earlier is None else earlier.texts[:first]
 
     @classmethod
@@ -61,20 +61,28 @@ class Passages:
         return self.archive.place(int(self.bounds[index]), self.tokenizer.decode)
 
 
-def cut(ids: np.ndarray, ends: np.ndarray, longest: int = LONGEST, shortest: int = SHORTEST) -> np.ndarray:
+def cut_text(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """`cut` where sentences end, and nowhere within a number."""
+    ends = sentence_ends(tokenizer)[ids]
+    points, digits = number_parts(tokenizer)
+    ends[:-1] &= ~(points[ids[:-1]] & digits[ids[1:]])
+    return cut(ends)
+
+
+def cut(ends: np.ndarray, longest: int = LONGEST, shortest: int = SHORTEST) -> np.ndarray:
     """Where passages begin.
 
     A passage ends with the last sentence that ends within `longest` tokens and after `shortest`; where none does, after
     `longest` tokens. Passages of the beginning of a text do not depend on its rest, but for the last one.
 
     Args:
-        ids: int [T]. ends: bool [vocabulary], of `sentence_ends`.
+        ends: bool [T], which tokens end a sentence or a line.
 
     Returns:
         int64 [P + 1]: the first token of each passage, and T.
     """
-    total = len(ids)
-    stops = np.flatnonzero(ends[ids]) + 1
+    total = len(ends)
+    stops = np.flatnonzero(ends) + 1
     before = np.searchsorted(stops, np.arange(total + longest + 1), side="right")  # stops up to each token
     starts, at = [0], 0
     while total - at > longest:
@@ -90,6 +98,15 @@ def sentence_ends(tokenizer: Any) -> np.ndarray:
     """Which tokens end a sentence or a line, bool [vocabulary]."""
     texts = decode_each(tokenizer, [[i] for i in range(len(tokenizer))], skip_special_tokens=False)
     return np.array([_END.search(text) is not None for text in texts])
+
+
+@lru_cache(maxsize=4)
+def number_parts(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens end in a full stop, and which begin with a digit, bool [vocabulary] each: one behind the other they
+    are a number. A space in front of a digit is a character of the token."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    points = np.array([(token or "").endswith(".") for token in tokens])
+    return points, np.array([(token or "")[:1].isdigit() for token in tokens])
 
 
 def decode_each(tokenizer: Any, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:

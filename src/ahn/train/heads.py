@@ -26,7 +26,7 @@ from ahn.errors import ConfigError
 from ahn.generation import read
 from ahn.memory.archive import KEY_BYTES
 from ahn.memory.head_keys import RetrievalHeads
-from ahn.recall.passages import cut, sentence_ends
+from ahn.recall.passages import cut_text
 from ahn.recall.question import NOTHING, queries_of
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def choose_heads(
             text = prompt.text
             keys, memory = _read(model, text)
             spread.add(keys)
-        passages = cut(np.asarray(text, np.int32), sentence_ends(tokenizer))
+        passages = cut_text(np.asarray(text, np.int32), tokenizer)
         passages = passages[passages <= len(text) - model.ahn_config.window]
         gold = _evidence(passages, prompt)
         if gold.any():
