@@ -17,6 +17,8 @@ from pathlib import Path
 
 import cards
 import tables
+import tables_quality  # noqa: F401  (fills tables.TABLES, as the next)
+import tables_speed  # noqa: F401
 from ahn import zoo
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,7 @@
-"""The tables of the documentation. Each is one function, made from the result files that its caption names.
+"""How the tables of the documentation are made: tables_quality.py and tables_speed.py hold them.
 
-The name of a function, with "-" for "_", is the name in the marker that docs.py fills. A cell holds one number.
+Each is one function, made from the result files that its caption names. The name of the function, with "-" for "_", is
+the name in the marker that docs.py fills. A cell holds one number.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from typing import Any
 from cards import table as markdown
 from common import RESULTS
 
-CELLS = ("gated_deltanet", "deltanet", "mamba2")
-KINDS = {"full": "full attention", "window": "sinks and window"} | {cell: f"+ {cell}" for cell in CELLS}
 TABLES: dict[str, Callable[[], str]] = {}
 
 Row = dict[str, Any]
@@ -45,8 +44,11 @@ def rows(name: str, **wanted: Any) -> list[Row]:
 
 def block(head: Sequence[str], body: Iterable[Sequence[str]], about: str, *names: str) -> str:
     """A table, and below it what was measured, on which device, on which day, and the files."""
-    caption = textwrap.fill(f"{about} {source(*names)}", 120, break_long_words=False, break_on_hyphens=False)
-    return f"{markdown(list(head), [list(line) for line in body])}\n\n{caption}"
+    return f"{markdown(list(head), [list(line) for line in body])}\n\n{wrapped(f'{about} {source(*names)}')}"
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def source(*names: str) -> str:
@@ -67,41 +69,22 @@ def numbers(values: Iterable[float | None], form: str = "{:,.0f}") -> list[str]:
     return ["" if value is None else form.format(value) for value in values]
 
 
-@table
-def cpu() -> str:
-    name = "cpu"
-    head = ["", "read, tokens/s", "decode, ms a token", "peak, MiB", "cache, MiB"]
-    body = []
-    for kind in ("full", "window", *CELLS):
-        (row,) = rows(name, kind=kind, length=16384)
-        keys = ("read_tokens_per_s", "decode_ms", "peak_mib", "cache_mib")
-        body.append([KINDS[kind], *numbers(row[key] for key in keys)])
-    about = "SmolLM2-135M, float32, 16,384 tokens, 512 of them lossless, one run."
-    return block(head, body, about, name)
+def percent(values: Iterable[float | None]) -> list[str]:
+    return numbers(values, "{:.0%}")
 
 
-@table
-def gap_smollm2() -> str:
-    name = "gap-smollm2-135m"
-    sizes = [256, 512, 1024, 2048]
-    longer = {448: 256, 704: 512, 1216: 1024, 2240: 2048}
+def one(name: str, **wanted: Any) -> Row:
+    """The last row of a result file that agrees with all that is wanted: files grow at their end."""
+    return rows(name, **wanted)[-1]
 
-    def line(memory: str, key: str, form: str) -> list[str]:
-        found = {longer.get(row["lossless"], row["lossless"]): row[key] for row in rows(name, memory=memory)}
-        return numbers((found[size] for size in sizes), form)
 
-    window, clipped, long = "sinks and window, absolute", "sinks and window, clipped", "a longer window, clipped"
-    body = [
-        [f"{clipped}: no memory", *line(clipped, "closed", "{:.0%}")],
-        ["a window longer by the bytes of the state", *line(long, "closed", "{:.0%}")],
-    ]
-    for cell in ("deltanet", "gated_deltanet", "mamba2"):
-        memory = f"smollm2-135m-{cell}"
-        body.append([f"`{memory}`", *line(memory, "closed", "{:.0%}")])
-        body.append(["the same, memory of another book", *line(memory, "control_closed", "{:.0%}")])
-    found = result(name)
-    about = (
-        f"Share of the gap between `{window}` and full attention that is closed; positions 4,096 to 8,191 of "
-        f"{found['books']} held-out books, 64 sinks, bfloat16."
-    )
-    return block(["lossless tokens", *numbers(sizes)], body, about, name)
+def at_least(label: str, limit: float, value: float, form: str, device: str) -> list[str]:
+    return goal(label, f"at least {form.format(limit)}", form.format(value), device, value >= limit)
+
+
+def at_most(label: str, limit: float, value: float, form: str, device: str) -> list[str]:
+    return goal(label, f"at most {form.format(limit)}", form.format(value), device, value <= limit)
+
+
+def goal(label: str, limit: str, value: str, device: str, met: bool) -> list[str]:
+    return [label, device, limit, value, "met" if met else "**missed**"]
