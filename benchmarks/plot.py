@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from common import NO_STORE, RESULTS, recalled
+from tables_quality import question_scores
 
 DOCS = Path(__file__).parent.parent / "docs"
 STYLE = {
@@ -261,6 +262,60 @@ def facts_by_budget(results: dict[str, Any]) -> Any:
     return figure
 
 
+def answers(results: dict[str, Any]) -> Any:
+    """What is gained: ordinary questions answered and needles found, by each way to read. Ways differ in lightness and
+    pattern, so that the plot can be read in grey."""
+    styles: dict[str, dict[str, Any]] = {
+        "window": {"facecolor": "#dcdcdc"},
+        "memory": {"facecolor": "#9cc3e6"},
+        "recall": {"facecolor": "#1f5f99"},
+        "full attention": {"facecolor": "white", "hatch": "////"},
+    }
+    by, (_, sets) = recalled(results), question_scores()
+    keys = {"window": ("window", 0), "memory": ("ahn", 4), "full attention": ("full", 0)}
+    tasks = dict.fromkeys(task for task, policy, span in by if (policy, span) == ("ahn", 4) and task != "squad/spread")
+    needles = {
+        NEEDLES[task]: {way: {"score": 100 * row["score"], "interval_95": [100 * row["low"], 100 * row["high"]]} for
+                        way, key in keys.items() for row in [by[task, *key]]} for task in tasks
+    }  # fmt: skip
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.6))
+    named: dict[str, Any] = {}
+    titles = "ordinary questions, word F1 (1.5B)", "needles found, % (0.5B)"
+    for axes, title, groups in zip(panels, titles, (sets, needles), strict=True):
+        y, ticks = 0.0, []
+        for group in groups.values():
+            ways = [way for way in styles if way in group]
+            ticks.append(y + (len(ways) - 1) / 2)
+            for way in ways:
+                score, interval = group[way]["score"], group[way].get("interval_95")
+                drawn = axes.barh(y, score, 0.86, edgecolor="black", linewidth=0.8, zorder=2, **styles[way])
+                named.setdefault(way, drawn)
+                if interval:
+                    axes.plot(interval, [y, y], color="black", linewidth=1, zorder=3)
+                axes.text(max(score, *(interval or [0])) + 1.5, y, f"{score:.0f}", va="center", fontsize=8)
+                y += 1
+            y += 0.8
+        axes.set(title=title, xlim=(0, 110), ylim=(y - 1.2, -0.8), yticks=ticks)
+        axes.set_yticklabels(list(groups))
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    labels = [way for way in styles if way in named]
+    bars = [named[way] for way in labels]
+    figure.legend(bars, labels, frameon=False, loc="outside lower center", ncols=4)
+    return figure
+
+
+NEEDLES = {
+    "infinitebench/passkey": "pass keys",
+    "ruler/niah_single_1": "number in noise",
+    "ruler/niah_single_2": "number in a book",
+    "ruler/niah_single_3": "hexadecimal value",
+    "ruler/niah_multikey_1": "one of several",
+    "ruler/niah_multivalue": "several values",
+    "ruler/niah_multiquery": "several keys",
+}
+
+
 def draw_all(into: Path, form: str = "svg") -> None:
     """Every plot there is data for, into a folder of files of that form."""
     with plt.rc_context(STYLE):
@@ -277,6 +332,7 @@ def draw_all(into: Path, form: str = "svg") -> None:
 
 
 PLOTS = {
+    "answers": (answers, ["recall-qwen2.5-coder-0.5b-default"]),
     "loss-by-position": (loss_by_position, ["positions-smollm2-135m"]),
     "cost-by-length": (cost_by_length, ["lengths-smollm2-135m-cpu"]),
     "facts-found": (facts_found, ["recall-qwen2.5-coder-0.5b-default"]),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from common import RESULTS, recalled
-from tables import Row, at_least, at_most, block, markdown, numbers, one, percent, result, rows, table, wrapped
+from tables import Row, at_least, at_most, block, markdown, numbers, one, percent, result, rows, source, table, wrapped
 
 WINDOW, CLIPPED, LONGER = "sinks and window, absolute", "sinks and window, clipped", "a longer window, clipped"
 SMALL = ("deltanet", "gated_deltanet", "mamba2")
@@ -573,6 +573,40 @@ def question_files() -> list[str]:
         if any(str(row.get("task", "")).startswith("qa/") for row in result(path.stem)["rows"]):
             found.append(path.stem)
     return found
+
+
+WAYS = {"window": "window", "ahn": "memory", "recall": "recall", "full": "full attention"}
+WAYS_OF_TRIAL = {"window": "window", "window + fused 512": "recall", "full attention": "full attention"}
+
+
+def question_scores() -> tuple[str, dict[str, dict[str, Row]]]:
+    """The file that has recall, and of each of its sets a row by way: of `ahn eval`, else of the trial."""
+    for name in question_files():
+        found = [row for row in rows(name) if row.get("policy") in WAYS and "score" in row]
+        if any(row["policy"] == "recall" for row in found):
+            sets: dict[str, dict[str, Row]] = {}
+            for row in found:
+                sets.setdefault(row["task"].partition("/")[2], {})[WAYS[row["policy"]]] = row
+            return name, {task: ways for task, ways in sets.items() if "recall" in ways}
+    name, sets = "recall-heads-qwen2.5-coder-1.5b", {}
+    for row in result(name)["answers"]:
+        if row["policy"] in WAYS_OF_TRIAL:
+            sets.setdefault(SETS[row["set"]], {})[WAYS_OF_TRIAL[row["policy"]]] = row | {"score": row["f1"]}
+    return name, sets
+
+
+@table
+def picture() -> str:
+    """The caption of docs/answers.svg."""
+    name, sets = question_scores()
+    counts = ", ".join(f"{ways['window']['n']}" for ways in sets.values())
+    facts = "recall-qwen2.5-coder-0.5b-default"
+    return wrapped(
+        f"Left: word F1 of Qwen2.5-Coder-1.5B on {', '.join(sets)} ({counts} questions, answers behind the window, no "
+        f"trained memory; {source(name)[1:]}. Right: Qwen2.5-Coder-0.5B with its default memory, 100 to 200 examples a "
+        f"task ({source(facts)[1:]}. All texts have 16,384 tokens, of which 2,048 are kept exactly; recall reads 512 "
+        "again. Lines are 95% intervals, where the file has them."
+    )
 
 
 @table

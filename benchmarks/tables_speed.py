@@ -19,16 +19,6 @@ NARROW = {"H100": ("gpu-h100-narrow",), "H200": ("gpu-h200-narrow",)}
 
 
 @table
-def cpu() -> str:
-    name = "cpu"
-    head = ["", "read, tokens/s", "decode, ms a token", "peak, MiB", "cache, MiB"]
-    keys = ("read_tokens_per_s", "decode_ms", "peak_mib", "cache_mib")
-    body = [[KINDS[kind], *numbers(one(name, kind=kind, length=16384)[key] for key in keys)] for kind in KINDS]
-    about = "SmolLM2-135M, float32, 16,384 tokens, 512 of them lossless, one run."
-    return block(head, body, about, name)
-
-
-@table
 def cpu_lengths() -> str:
     name = "cpu"
     head = ["", "tokens", "read, tokens/s", "decode, ms a token", "peak, MiB", "cache, MiB"]
@@ -360,3 +350,24 @@ def choose() -> str:
         "200 examples each, 95% intervals at most ± 5 points."
     )
     return block(["", "when", "needles found", "cache, MiB"], body, about, name)
+
+
+@table
+def speed() -> str:
+    """What reading costs, in sentences."""
+    cell, full = (one("cpu", kind=kind, length=16384) for kind in ("deltanet", "full"))
+    base = "qwen2.5-3b"
+    gpu = {
+        (kind, what): newest(WIDE["H200"], **shape(base, kind, what)) or {}
+        for kind in ("gated_deltanet", "full")
+        for what in ("read", "decode")
+    }
+    read_s = [gpu[kind, "read"]["prefill_s"] for kind in ("gated_deltanet", "full")]
+    decode_ms = [gpu[kind, "decode"]["decode_ms"] for kind in ("gated_deltanet", "full")]
+    return wrapped(
+        f"On two CPU cores SmolLM2-135M reads 16,384 tokens at {cell['read_tokens_per_s']:.0f} tokens/s and decodes a "
+        f"token in {cell['decode_ms']:.0f} ms, with a cache of {cell['cache_mib']:.0f} MiB; full attention at "
+        f"{full['read_tokens_per_s']:.0f} tokens/s and in {full['decode_ms']:.0f} ms, with {full['cache_mib']:.0f} MiB "
+        f"(`cpu.json`). On an H200 Qwen2.5-3B's shape reads 131,072 tokens in {read_s[0]:.1f} s and decodes a token in "
+        f"{decode_ms[0]:.1f} ms; full attention takes {read_s[1]:.1f} s and {decode_ms[1]:.0f} ms (`gpu-h200-3b.json`)."
+    )

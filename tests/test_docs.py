@@ -28,9 +28,9 @@ def test_every_table_stands_in_a_page():
 
 
 def test_a_page_is_made_again_from_its_markers():
-    page = "before\n<!-- table: cpu -->\nold\n<!-- end -->\nbehind\n"
+    page = "before\n<!-- table: cpu-load -->\nold\n<!-- end -->\nbehind\n"
     made = docs.rewritten(page)
-    assert made.startswith("before\n<!-- table: cpu -->\n| ") and made.endswith("\n<!-- end -->\nbehind\n")
+    assert made.startswith("before\n<!-- table: cpu-load -->\n| ") and made.endswith("\n<!-- end -->\nbehind\n")
     assert "old" not in made and docs.rewritten(made) == made
     with pytest.raises(KeyError, match="nothing"):
         docs.rewritten("<!-- table: nothing -->\n<!-- end -->")
@@ -48,3 +48,7 @@ def test_a_cell_holds_one_number():
 def test_links_lead_somewhere(page):
     missing = [link for link in LINK.findall(page.read_text("utf-8")) if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
