@@ -135,48 +135,47 @@ def memory_of(model: Any, ids: torch.Tensor, kind: str, lossless: int) -> Any:
     return cache
 
 
-def timed(device: torch.device, work: Callable[[], Any]) -> float:
-    start = now(device)
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and of the CPU's threads together, which other work on the machine lengthens less."""
+    start, busy = now(device), time.process_time()
     work()
-    return now(device) - start
+    return now(device) - start, time.process_time() - busy
 
 
 def finding(model: Any, tokenizer: Any, memory: Any) -> dict[str, Any]:
-    """Seconds by finder; `later_s` of all but the first question, `later_cpu_s` of all its threads together, which
-    other work on the machine lengthens less."""
+    """Seconds by finder: the first question, and the median of others."""
     rows: dict[str, Any] = {}
     for finder in FINDERS:
         memory.archive._made.clear()
         sentence_ends.cache_clear()
-        seconds, busy = [], []
-        for asked in (*QUESTIONS, *QUESTIONS[1:]):
-            start = time.process_time()
-            seconds.append(timed(model.device, lambda: find(model, tokenizer, memory, asked, 512, finder=finder)))  # noqa: B023
-            busy.append(time.process_time() - start)
-        rows[finder] = {
-            "first_s": seconds[0],
-            "later_s": statistics.median(seconds[1:]),
-            "first_cpu_s": busy[0],
-            "later_cpu_s": statistics.median(busy[1:]),
-        }
+        taken = [
+            timed(model.device, lambda: find(model, tokenizer, memory, asked, 512, finder=finder))  # noqa: B023
+            for asked in (*QUESTIONS, *QUESTIONS[1:])
+        ]
+        later, busy = map(statistics.median, zip(*taken[1:], strict=True))
+        rows[finder] = {"first_s": taken[0][0], "later_s": later, "first_cpu_s": taken[0][1], "later_cpu_s": busy}
     queries = [timed(model.device, lambda: Question(asked, model, tokenizer, memory).queries) for asked in QUESTIONS]  # noqa: B023
-    return rows | {"queries_s": statistics.median(queries)}
+    seconds, busy = map(statistics.median, zip(*queries, strict=True))
+    return rows | {"queries_s": seconds, "queries_cpu_s": busy}
 
 
 def reading(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, Any]:
     """Seconds (median) by kind of archive, and ratios to none."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for turn in range(repeats + 1):
         for kind in KINDS[turn % 3 :] + KINDS[: turn % 3]:
-            taken = timed(model.device, lambda: ahn.read(model, ids, archive=kind))  # noqa: B023
+            one = timed(model.device, lambda: ahn.read(model, ids, archive=kind))  # noqa: B023
             if turn:  # kernels are built and buffers are made in the first
-                seconds[kind].append(taken)
-    found: dict[str, Any] = {f"{kind}_s": statistics.median(seconds[kind]) for kind in KINDS}
-    for kind in KINDS[1:]:
-        ratios = [ours / plain for ours, plain in zip(seconds[kind], seconds["none"], strict=True)]
-        found[f"{kind}_ratio"] = statistics.median(ratios)
-        found[f"{kind}_ratio_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
-    return {"tokens": ids.shape[-1], "repeats": repeats, **found}
+                taken[kind].append(one)
+    found: dict[str, Any] = {"tokens": ids.shape[-1], "repeats": repeats}
+    for index, unit in enumerate(("s", "cpu_s")):
+        by_kind = {kind: [one[index] for one in taken[kind]] for kind in KINDS}
+        found |= {f"{kind}_{unit}": statistics.median(seconds) for kind, seconds in by_kind.items()}
+        for kind in KINDS[1:]:
+            ratios = [ours / none for ours, none in zip(by_kind[kind], by_kind["none"], strict=True)]
+            found[f"{kind}_{unit}_ratio"] = statistics.median(ratios)
+            found[f"{kind}_{unit}_ratio_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+    return found
 
 
 def asking(model: Any, tokenizer: Any, ids: torch.Tensor, lossless: int) -> dict[str, Any]:
