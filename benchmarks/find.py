@@ -147,7 +147,7 @@ def finding(model: Any, tokenizer: Any, memory: Any) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for finder in FINDERS:
         memory.archive._made.clear()
-        sentence_ends.cache_clear()
+        sentence_ends.cache_clear(), number_parts.cache_clear()
         taken = [
             timed(model.device, lambda: find(model, tokenizer, memory, asked, 512, finder=finder))  # noqa: B023
             for asked in (*QUESTIONS, *QUESTIONS[1:])
