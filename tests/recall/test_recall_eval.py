@@ -1,15 +1,17 @@
 """Questions on long texts, and policies that read passages again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from ahn.dialogue import NOT_FOUND, Dialogue
 from ahn.errors import ConfigError, EvalError
-from ahn.eval import policies
+from ahn.eval import policies, runner
 from ahn.eval.policies.base import Recalled
 from ahn.eval.prompts import encode
 from ahn.eval.tasks import get
+from ahn.eval.tasks.base import Example
 from ahn.recall.passages import Passages
 from tiny_base import SINKS, WINDOW, write_base
 from tiny_tokenizer import tiny_tokenizer
@@ -209,3 +211,45 @@ def test_settings_tell_policies_apart(folder):
 def test_refused(folder, recall):
     with pytest.raises(ConfigError):
         policies.get("recall")(folder[0], window=WINDOW, sinks=SINKS, device="cpu", recall=recall)
+
+
+@pytest.mark.parametrize("name", ["recall", "rag"])
+def test_prompts_with_instructions_in_front_and_one_question(name, make):
+    """What is read in front of the passages, and what behind them, is all of the prompt but the text."""
+    text = "".join(f"The {word} was under the {word}stone. {FILLER}" for word in NAMES * 2)
+    instruction = "Read the text. " + "Say where it was. " * 9 + "\n\n"
+    prompt = f"{instruction}{text}\n\nQuestion: Where was the anchor?"
+    asks, at = prompt.index("Question"), prompt.index("under the anchorstone")
+    needs = (((at, at + len("under the anchorstone")),),)
+    example = Example(
+        "x",
+        prompt,
+        ("under",),
+        True,
+        4,
+        asks=asks,
+        question="Where was the anchor?",
+        needs=needs,
+        begins=len(instruction),
+    )
+    encoded, policy, rows = encode(tiny_tokenizer(), example), make(name), []
+    after = policy.after
+    policy.after = lambda cache, given, limits: rows.extend(given) or after(cache, given, limits)
+    ((_, note),) = policy.asked([(encoded, example)])
+    ((row,), tokenizer) = rows, policy.tokenizer
+    front = tokenizer.decode(encoded.ids[: encoded.begins])
+    said = tokenizer.decode(row)
+    assert front.endswith(instruction) and said.startswith(front if name == "rag" else "Passages")
+    assert said.endswith(tokenizer.decode(encoded.ids[encoded.asks :])) and "anchorstone" in said
+    assert note["found"] == 1.0 and said.count("Question: Where") == 1
+    assert said.count("Read the text.") == (name == "rag"), "instructions are no passage"
+
+
+def test_only_policies_that_recall_read_text_and_question_apart(make):
+    example = Example("x", "The cat sat.\n\nWho sat?", ("cat",), True, 4, asks=14, question="Who sat?")
+    prompt = encode(tiny_tokenizer(), example)
+    for apart in (False, True):
+        job = runner.Job(None, replace(example, apart=apart), prompt, None)
+        assert [runner._apart(job, policies.get(name).recalls) for name in ("window", "full", "recall", "rag")] == [
+            apart, apart, True, True,
+        ]  # fmt: skip

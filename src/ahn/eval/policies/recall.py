@@ -89,6 +89,7 @@ class Recall(Policy):
         passages = Passages.of(memory.archive, self.tokenizer)
         question = Question(example.question, self.model, self.tokenizer, memory)
         scores = self.scores(passages, question, prompt, example)
+        scores = np.where(passages.bounds[1:] > prompt.begins, scores, -np.inf)  # instructions are no passage
         by_budget = {str(n): evidence(passages, best(scores, passages.lengths, n), prompt) for n in BUDGETS}
         taken = (
             rank(passages, question, *self.recall)
