@@ -22,6 +22,7 @@ _PUBLIC = {
     "AHNCache": "cache",
     "AHNConfig": "config",
     "Dialogue": "dialogue",
+    "NOT_FOUND": "dialogue",
     "ask": "recall.ask",
     "augment": "augmentation",
     "convert": "adapter",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from ahn.bases import load_tokenizer as load_tokenizer
     from ahn.cache import AHNCache as AHNCache
     from ahn.config import AHNConfig as AHNConfig
+    from ahn.dialogue import NOT_FOUND as NOT_FOUND
     from ahn.dialogue import Dialogue as Dialogue
     from ahn.generation import generate as generate
     from ahn.generation import read as read

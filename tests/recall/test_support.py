@@ -1,7 +1,10 @@
 """Whether a text supports an answer, and the limit that says so."""
 
+import dataclasses
+import io
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,13 +13,16 @@ import torch
 from test_archive import retrieval
 
 import ahn
-from ahn.errors import ConfigError
+from ahn import cli
+from ahn.adapter import read_adapter, write_adapter
+from ahn.errors import AdapterError, ConfigError
 from ahn.memory.calibration import Calibration
 from ahn.recall import support
 from ahn.recall.ask import held
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
 from conftest import tiny, with_memory
+from tiny_base import write_base
 from tiny_tokenizer import tiny_tokenizer
 
 FILLER = "It was a day like any other day, and nobody said a thing about it. "
@@ -158,3 +164,169 @@ class TestCalibration:
                 support.calibrate(yes, no)
         with pytest.raises(ConfigError, match="no signal that all 2 questions have"):
             support.calibrate([one], [{"words": 1.0}])
+
+
+ALWAYS, NEVER = (Calibration(("said", "words"), (1.0, 1.0), limit) for limit in (-1e6, 1e6))
+
+
+@pytest.fixture
+def calibrated(model):
+    """Sets the calibration of the model."""
+
+    def calibrate(calibration):
+        model.ahn_retrieval = dataclasses.replace(model.ahn_retrieval, calibration=calibration)
+
+    yield calibrate
+    calibrate(None)
+
+
+class TestAsk:
+    @pytest.fixture
+    def asked(self, model, memory, tokenizer):
+        def ask(*args, **options):
+            question = "Where did the captain hide the compass?"
+            return ahn.ask(model, tokenizer, memory, question, *args, max_new_tokens=4, do_sample=False, **options)
+
+        return ask
+
+    def test_without_a_calibration_nothing_is_refused(self, asked):
+        answer = asked()
+        assert answer.support is None and answer.found and answer.sources
+
+    def test_an_answer_that_nothing_supports(self, asked, calibrated, memory, tokenizer):
+        plain, seen = asked(), memory.tokens_seen
+        calibrated(NEVER)
+        answer = asked()
+        assert answer.text == str(answer) == ahn.NOT_FOUND and not answer.found and answer.support < 0
+        assert tokenizer.decode(answer.ids) == ahn.NOT_FOUND and answer.ids.dtype == torch.int64
+        assert answer.sources == plain.sources
+        guess = asked(unsupported="answer")
+        assert guess.ids.tolist() == plain.ids.tolist() and not guess.found and guess.support == answer.support
+        assert memory.tokens_seen == seen == len(memory.archive)
+
+    def test_a_supported_answer_is_as_before(self, asked, calibrated):
+        plain = asked()
+        calibrated(ALWAYS)
+        answer = asked()
+        assert answer.text == plain.text and answer.found and answer.support > 0
+
+    def test_a_signal_that_is_not_known_refuses_nothing(self, asked, calibrated):
+        calibrated(Calibration(("of a later version",), (1.0,), 1e6))
+        assert asked().found
+        calibrated(NEVER)
+        assert asked(0).support is None  # without passages it is what it was
+
+    def test_said_is_asked_of_the_memory_and_the_passages(self, asked, calibrated, model, memory, tokenizer):
+        calibrated(Calibration(("said",), (2.0,), 0.5))
+        answer = asked()
+        passages = "Passages from the text:\n\n" + "\n\n".join(one.text.strip() for one in answer.sources)
+        ids = ahn.Dialogue(tokenizer).question(support.check("Where did the captain hide the compass?"), passages)
+        fork = memory.fork()
+        fork.set_archive(None)
+        logits = ahn.read(model, ids, fork).last_logits
+        assert answer.support == pytest.approx(2 * support.said(tokenizer, logits)[0]["said"] - 0.5, abs=1e-3)
+
+    def test_what_the_window_still_holds_supports_an_answer(self, model, tokenizer, calibrated):
+        """No passage is read again, as the window holds all of them."""
+        short = with_memory(tiny(vocab_size=len(tokenizer), max_position_embeddings=4096))
+        ahn.detach(short)
+        ahn.augment(short, ahn.AHNConfig(None, 900, 4))
+        short.ahn_retrieval = dataclasses.replace(retrieval(), calibration=Calibration(("words",), (1.0,), 0.9))
+        memory = ahn.read(short, ahn.Dialogue(tokenizer).open(f"{FILLER}{SECRET} {FILLER}"), archive="keys")
+        answers = [
+            ahn.ask(short, tokenizer, memory, question, max_new_tokens=2, do_sample=False)
+            for question in ("the captain hid the compass", "the sextant of the zyxw")
+        ]
+        assert [answer.found for answer in answers] == [True, False] and not any(one.sources for one in answers)
+
+    def test_refused(self, asked):
+        with pytest.raises(ConfigError, match="unsupported='guess': expected one of say, answer"):
+            asked(unsupported="guess")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base, and adapters that refuse nothing and everything."""
+    folder = tmp_path_factory.mktemp("base")
+    base, adapter = write_base(folder, positions=4096)
+    found = read_adapter(adapter)
+    names = []
+    for name, calibration in (("plain", None), ("always", ALWAYS), ("never", NEVER)):
+        found.retrieval = dataclasses.replace(retrieval(), calibration=calibration)
+        write_adapter(found, folder / name)
+        names.append(str(folder / name))
+    return base, *names
+
+
+class TestAdapter:
+    def test_a_calibration_is_kept_with_the_heads(self, folders):
+        base, plain, _, never = folders
+        assert read_adapter(plain).retrieval.calibration is None
+        assert "calibration" not in read_adapter(plain).retrieval.to_dict()
+        assert read_adapter(never).retrieval.calibration == NEVER
+        assert ahn.from_pretrained(base, never, device="cpu").ahn_retrieval.calibration == NEVER
+        # memories that were read before it was calibrated stay usable
+        assert read_adapter(plain).retrieval.digest == read_adapter(never).retrieval.digest
+
+    def test_a_damaged_one(self, folders, tmp_path):
+        write_adapter(read_adapter(folders[3]), tmp_path / "a")
+        path = tmp_path / "a" / "ahn.json"
+        settings = json.loads(path.read_text())
+        for value in (7, {"signals": ["said"], "weights": [1.0]}, {"signals": [], "weights": [], "threshold": 0}):
+            settings["retrieval"]["calibration"] = value
+            path.write_text(json.dumps(settings))
+            with pytest.raises(AdapterError, match="expected"):
+                read_adapter(tmp_path / "a")
+
+
+class TestCommands:
+    @pytest.fixture
+    def run(self, folders, tmp_path, capsys):
+        book = tmp_path / "book.txt"
+        book.write_text(f"{FILLER * 5}{SECRET} {FILLER * 8}")
+
+        def call(command, adapter, *more):
+            options = ["--document", str(book), "--base", folders[0], "--adapter", adapter, "--max-new-tokens", "4"]
+            assert cli.main([command, *options, "--device", "cpu", *more]) == 0
+            return capsys.readouterr()
+
+        return call
+
+    def test_ask(self, folders, run):
+        _, plain, always, never = folders
+        question = "Where is the compass?"
+        (expected, _), (same, _) = run("ask", plain, question), run("ask", always, question)
+        assert expected == same
+        out, err = run("ask", never, question, "--sources")
+        assert out == f"{ahn.NOT_FOUND}\n" and "--guess answers anyway" in err and "[1]" in err
+        out, err = run("ask", never, question, "--guess")
+        assert out == expected and "this answer is a guess" in err
+        assert run("ask", never, question, "--recall", "0").out != f"{ahn.NOT_FOUND}\n"
+
+    def test_chat(self, folders, run, monkeypatch):
+        def talk(adapter, *more):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Where is the compass?\nWho had it?\n"))
+            return run("chat", adapter, *more)
+
+        out, err = talk(folders[3])
+        assert out == f"{ahn.NOT_FOUND}\n" * 2 and err.count("--guess answers anyway") == 2
+        assert talk(folders[3], "--guess").out == talk(folders[1]).out
+
+    def test_a_chat_about_nothing_refuses_nothing(self, folders, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Where is the compass?\nWho had it?\n"))
+        options = ["--base", folders[0], "--adapter", folders[3], "--max-new-tokens", "4", "--device", "cpu"]
+        assert cli.main(["chat", *options]) == 0
+        assert ahn.NOT_FOUND not in capsys.readouterr().out
+
+    def test_a_refusal_is_part_of_a_chat(self, folders, tokenizer):
+        """The memory goes on as if the words had been generated."""
+        from ahn.cli._session import Session
+        from ahn.recall import not_found
+
+        session = Session(cli._parse(["chat", "--base", folders[0], "--adapter", folders[3], "--device", "cpu"]))
+        first, said = ahn.Dialogue(tokenizer).start("Who?"), not_found(tokenizer)
+        answer = session.say(first)
+        assert answer.ids.tolist() == [said.tolist()]
+        session.answer(ahn.Dialogue(tokenizer).turn("Where?", said), 2)
+        whole = [*first[0].tolist(), *said.tolist(), *ahn.Dialogue(tokenizer).turn("Where?", said)[0].tolist()]
+        assert session.cache.archive.ids[: len(whole)].tolist() == whole

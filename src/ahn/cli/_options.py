@@ -142,6 +142,11 @@ def add_recall(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rounds", type=int, choices=(1, 2), default=1, help="2 looks again with the first passages in mind"
     )
+    group.add_argument(
+        "--guess",
+        action="store_true",
+        help="answer although the text supports no answer, where the adapter can tell (default: say so)",
+    )
     group.add_argument("--sources", action="store_true", help="show the passages after the answer")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ahn.cache import AHNCache
     from ahn.cli._reading import Text
-    from ahn.recall import Source
+    from ahn.recall import Found, Source
 
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
 # settings that a memory file fixes
@@ -181,18 +181,56 @@ class Session:
         archive = "" if self.cache.archive is None else f"; archive {size(self.cache.archive.nbytes)} on the host"
         return f"{kept}cache {size(self.cache.nbytes)}, full attention would hold {full}{archive}"
 
-    def find(self, question: str, args: argparse.Namespace) -> tuple[Source, ...]:
-        """The passages that a question asks for; says how many. `args`: with the options of `add_recall`."""
-        from ahn.recall import find
+    def find(
+        self, question: str, args: argparse.Namespace, prompt: Callable[[str, str], Tensor], judge: bool = True
+    ) -> Found:
+        """The passages that a question asks for, and whether an answer is supported; says so.
+
+        Args:
+            args: with the options of `add_recall`. prompt, judge: as of `ahn.recall.search`.
+        """
+        from ahn.recall import search
 
         began = time.monotonic()
-        found = find(
-            self.model, self.tokenizer, self.cache, question, args.recall, finder=args.finder, rounds=args.rounds
+        found = search(
+            self.model,
+            self.tokenizer,
+            self.cache,
+            question,
+            args.recall,
+            finder=args.finder,
+            rounds=args.rounds,
+            judge=judge,
+            prompt=lambda text, passages: self._with_unread(prompt(text, passages)),
         )
-        if found:
-            tokens, seconds = sum(source.end - source.start for source in found), time.monotonic() - began
-            console.print(f"recall  {len(found)} passages, {tokens:,} tokens, found in {seconds:.2f} s")
+        if found.sources:
+            tokens, seconds = sum(source.end - source.start for source in found.sources), time.monotonic() - began
+            console.print(f"recall  {len(found.sources)} passages, {tokens:,} tokens, found in {seconds:.2f} s")
+        if not found.supported:
+            hint = "this answer is a guess" if args.guess else "--guess answers anyway"
+            console.print(f"support the text does not seem to answer this; {hint}")
         return found
+
+    def say(self, ids: Tensor | None = None) -> Answer:
+        """Say that the text supports no answer. `ids` [1, T]: the prompt, after which the memory goes on as if this
+        had been generated; None: it does not go on."""
+        import torch
+
+        import ahn
+        from ahn.recall import not_found
+
+        began, new = time.monotonic(), not_found(self.tokenizer)[None]
+        print(ahn.NOT_FOUND)
+        if ids is not None:
+            ahn.read(self.model, torch.cat([self._with_unread(ids), new[:, :-1]], 1), self.cache)
+            self._unread = new[:, -1:]
+        return Answer(new, max(time.monotonic() - began, 1e-3), stopped=False, cut=False)
+
+    def _with_unread(self, ids: Tensor) -> Tensor:
+        """`ids` [1, T] behind what was generated and is not in the cache yet."""
+        import torch
+
+        return ids if self._unread is None else torch.cat([self._unread, ids], 1)
 
     def read(self, text: Text, chunk: int | None) -> str:
         """Read into the cache, showing progress, and return a summary. KeyboardInterrupt leaves the cache usable."""
@@ -221,8 +259,7 @@ class Session:
         import ahn
         from ahn.generation import finish_before_interrupt
 
-        if self._unread is not None:
-            ids = torch.cat([self._unread, ids], 1)
+        ids = self._with_unread(ids)
         began, end = time.monotonic(), self.cache.tokens_seen + ids.shape[1]
         with finish_before_interrupt() as interrupted:
 
@@ -254,15 +291,14 @@ class Session:
 
         import ahn
 
-        memory, unread = self.cache, self._unread
+        memory, said = self.cache, self._with_unread(ids)
         self.cache = memory.fork()
         self.cache.set_archive(None)
         try:
             answer = self.answer(recalled, limit)
         finally:
             self.cache = memory
-        said = torch.cat([ids, answer.ids[:, :-1]] if unread is None else [unread, ids, answer.ids[:, :-1]], 1)
-        ahn.read(self.model, said, self.cache)
+        ahn.read(self.model, torch.cat([said, answer.ids[:, :-1]], 1), self.cache)
         self._unread = answer.ids[:, -1:]
         return answer
 

@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
         summary = f"{session.cache.tokens_seen:,} tokens before, kept in {args.memory}; {session.held}"
     else:
         session, summary = read_document_into(args)
-    sources = session.find(question, args)
-    answer = session.answer(session.dialogue.question(question, as_text(sources)), args.max_new_tokens)
+    found = session.find(question, args, session.dialogue.question)
+    prompt = session.dialogue.question(question, as_text(found.sources))
+    guess = found.supported or args.guess
+    answer = session.answer(prompt, args.max_new_tokens) if guess else session.say()
     if args.sources:
-        show(sources)
+        show(found.sources)
     console.print(f"read    {summary}")
     console.print(f"answer  {answer.summary}")
     return INTERRUPTED if answer.stopped else 0

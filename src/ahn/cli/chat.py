@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ahn.cli import _options
@@ -47,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ahn.cli._reading import read_document_into
     from ahn.cli._session import Session, console, show
-    from ahn.recall import as_text, finders
+    from ahn.recall import Found, as_text, finders
 
     finders.check_name(args.finder)
     if "-" in (args.document or ()):
@@ -68,17 +69,21 @@ def run(args: argparse.Namespace) -> None:
     opened = bool(args.document or args.memory)
     dialogue, answer = session.dialogue, None
 
-    def turn(text: str, before: Answer | None, passages: str = "") -> Tensor:
+    def turn(before: Answer | None, text: str, passages: str = "") -> Tensor:
         if before is not None:
             return dialogue.turn(text, before.ids[0], passages)
         return dialogue.question(text, passages) if opened else dialogue.start(text)
 
     while (text := _next(line)) is not None:
-        sources = session.find(text, args) if opened or answer is not None else ()
-        recalled = turn(text, answer, as_text(sources)) if sources else None
-        answer = session.turn(turn(text, answer), recalled, args.max_new_tokens)
+        # only a document can be expected to hold an answer
+        found = session.find(text, args, partial(turn, answer), judge=opened) if opened or answer else Found()
+        if found.supported or args.guess:
+            recalled = turn(answer, text, as_text(found.sources)) if found.sources else None
+            answer = session.turn(turn(answer, text), recalled, args.max_new_tokens)
+        else:
+            answer = session.say(turn(answer, text))
         if args.sources:
-            show(sources)
+            show(found.sources)
         console.print(f"{answer.summary}; {session.held}", style="dim")
 
 

@@ -1,5 +1,6 @@
 """Recall: find the few passages of what was read that a question asks for, and read them again in front of it."""
 
-from ahn.recall.ask import RECALL, Answer, Source, as_text, ask, find
+from ahn.dialogue import NOT_FOUND
+from ahn.recall.ask import RECALL, Answer, Found, Source, as_text, ask, find, not_found, search
 
-__all__ = ["RECALL", "Answer", "Source", "as_text", "ask", "find"]
+__all__ = ["NOT_FOUND", "RECALL", "Answer", "Found", "Source", "as_text", "ask", "find", "not_found", "search"]

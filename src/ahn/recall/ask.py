@@ -5,16 +5,19 @@ All of it happens on a fork: the memory is as it was before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ahn.cache import AHNCache
-from ahn.dialogue import SEPARATOR, Dialogue
+from ahn.dialogue import NOT_FOUND, SEPARATOR, Dialogue
 from ahn.errors import ConfigError
-from ahn.recall import finders
+from ahn.generation import generate, read
+from ahn.recall import finders, support
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 RECALL = 512  # tokens that are read again
 FINDER = "fused"
+UNSUPPORTED = ("say", "answer")  # where the text supports no answer
 INTRODUCTION = "Passages from the text:" + SEPARATOR
 
 
@@ -51,15 +55,40 @@ class Source:
 @dataclass(frozen=True)
 class Answer:
     """Attributes:
-    text: of the answer. ids: its tokens, int64 [T]. sources: the passages it was given, in the order of the text.
+    text: of the answer. ids: its tokens, int64 [T]. sources: the passages that were found, in the order of the text.
+    support: how far the text supports an answer (`Found.support`).
     """
 
     text: str
     ids: Tensor
     sources: tuple[Source, ...]
+    support: float | None = None
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def found(self) -> bool:
+        """Whether the text supports an answer, as far as that is known."""
+        return self.support is None or self.support >= 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to answer a question from.
+
+    Attributes:
+        sources: passages to read again, in the order of the text.
+        support: how far passages and memory together support an answer, in the unit of the adapter's calibration: below
+            0 they do not. None: not known.
+    """
+
+    sources: tuple[Source, ...] = ()
+    support: float | None = None
+
+    @property
+    def supported(self) -> bool:
+        return self.support is None or self.support >= 0
 
 
 def ask(
@@ -71,10 +100,14 @@ def ask(
     *,
     finder: str = FINDER,
     rounds: int = 1,
+    unsupported: str = "say",
     max_new_tokens: int = 256,
     **options: Any,
 ) -> Answer:
     """Answer a question about the document that `memory` has read, from the memory and from passages read again.
+
+    Where the adapter has a calibration (`ahn.recall.support`) and the text supports no answer, the answer is NOT_FOUND,
+    and nothing is generated.
 
     Args:
         model, tokenizer: of the memory.
@@ -84,23 +117,32 @@ def ask(
         finder: how passages are found (`ahn.recall.finders.names()`).
         rounds: 2 looks for the second half of the passages with the first half in mind, for questions whose answer is
             spread over several passages.
+        unsupported: "answer" generates an answer although the text supports none; "say" does not.
         max_new_tokens, options: as `ahn.generate`.
 
     Raises:
-        ConfigError: an empty question or memory, an unknown finder, or `recall` for a memory without an archive.
+        ConfigError: an empty question or memory, an unknown finder or word for `unsupported`, or `recall` for a memory
+            without an archive.
     """
+    if unsupported not in UNSUPPORTED:
+        raise ConfigError(f"unsupported={unsupported!r}: expected one of {', '.join(UNSUPPORTED)}")
     if not memory.tokens_seen:
         raise ConfigError("the memory is empty: expected one that has read a document")
-    found = find(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds)
-    ids = Dialogue.of(tokenizer).question(question, as_text(found))
-    from ahn.generation import generate
-
+    found = search(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds)
+    if not found.supported and unsupported == "say":
+        return Answer(NOT_FOUND, not_found(tokenizer), found.sources, found.support)
+    ids = Dialogue.of(tokenizer).question(question, as_text(found.sources))
     fork = memory.fork()
     fork.set_archive(None)
     if "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id
     new = generate(model, ids, fork, max_new_tokens=max_new_tokens, **options)[0].cpu()
-    return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), new, found)
+    return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), new, found.sources, found.support)
+
+
+def not_found(tokenizer: Any) -> Tensor:
+    """Tokens of NOT_FOUND, int64 [T]."""
+    return torch.tensor(tokenizer(NOT_FOUND, add_special_tokens=False, verbose=False).input_ids)
 
 
 def find(
@@ -117,6 +159,29 @@ def find(
 
     Passages that sinks or window still hold are left out.
     """
+    found = search(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds, judge=False)
+    return found.sources
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    memory: AHNCache,
+    question: str,
+    recall: int | None = None,
+    *,
+    finder: str = FINDER,
+    rounds: int = 1,
+    judge: bool = True,
+    prompt: Callable[[str, str], Tensor] | None = None,
+) -> Found:
+    """The passages as of `find`, and whether they and the memory support an answer.
+
+    Args:
+        judge: look for support, if passages are read again and the adapter has a calibration.
+        prompt: ids [1, T] of a question with passages in front of it, as they follow the memory. Default:
+            `Dialogue.question`.
+    """
     finders.check_name(finder)
     if isinstance(recall, bool) or not (recall is None or (isinstance(recall, int) and recall >= 0)):
         raise ConfigError(f"recall={recall!r}: expected a number of tokens, 0 for none")
@@ -129,13 +194,26 @@ def find(
             raise ConfigError(
                 f"recall={recall}: the memory has no archive to find passages in; read with archive='text' or 'keys'"
             )
-        return ()
+        return Found()
     if recall is None:  # a base for which nobody has chosen heads may answer worse with passages than without
         recall = 0 if memory.archive.keys is None else RECALL
     if not recall:
-        return ()
-    passages = Passages.of(memory.archive, tokenizer)
-    return sources(passages, rank(passages, Question(question, model, tokenizer, memory), recall, finder, rounds))
+        return Found()
+    passages, asked = Passages.of(memory.archive, tokenizer), Question(question, model, tokenizer, memory)
+    taken = rank(passages, asked, recall, finder, rounds)
+    found = sources(passages, taken)
+    calibration = None if model.ahn_retrieval is None else model.ahn_retrieval.calibration
+    if calibration is None or not judge:
+        return Found(found)
+    signals = support.of_passages(passages, [*taken, *held(passages, memory)], asked)
+    if "said" in calibration.signals:
+        fork = memory.fork()
+        fork.set_archive(None)
+        ids = (prompt or Dialogue.of(tokenizer).question)(support.check(question), as_text(found))
+        logits = read(model, ids, fork).last_logits
+        assert logits is not None
+        signals |= support.said(tokenizer, logits)[0]
+    return Found(found, calibration.margin(signals))
 
 
 def rank(passages: Passages, question: Question, recall: int, finder: str, rounds: int) -> list[int]:
