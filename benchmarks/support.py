@@ -1,14 +1,14 @@
 """How well signals of support tell questions that a text answers from those that it does not (`ahn.recall.support`).
 
     python benchmarks/support.py articles squad-train.jsonl.xz part.jsonl.xz [--count 40]
-    python benchmarks/support.py calibrate RESULTS ... --report RESULTS ... [--policy recall] [--finder fused]
-        [--name support] [--adapter ADAPTER --output ADAPTER]
+    python benchmarks/support.py calibrate RESULTS ... --report RESULTS ... [--of ADAPTER] [--policy recall]
+        [--finder fused] [--length 16384] [--name support] [--adapter ADAPTER --output ADAPTER]
 
 `articles` writes the last articles of a file: few enough that a text gets several questions, and not those that
 retrieval heads are chosen on. `calibrate` takes folders of `ahn eval` with tasks and their "-absent" counterparts,
 chooses signals and a threshold on the first, and reports on the others both error rates of every candidate: questions
-with an answer that are refused, and questions without one that are answered. `--adapter` is copied to `--output` with
-the calibration in it.
+with an answer that are refused, and questions without one that are answered. `--of` names the adapter that the results
+are of, where there are several. `--adapter` is copied to `--output` with the calibration in it; both can be the same.
 """
 
 from __future__ import annotations
@@ -25,21 +25,27 @@ ABSENT = "-absent"  # at the end of the name of a task
 Rows = dict[str, list[dict[str, Any]]]  # by task
 
 
-def rows(folders: Sequence[str], policy: str, finder: str) -> Rows:
+def rows(folders: Sequence[str], options: argparse.Namespace) -> Rows:
     """Rows with signals, by task."""
     from ahn.errors import ConfigError
     from ahn.eval import results
 
-    found: Rows = {}
+    found: dict[str, results.Result] = {}
     for result in results.find(folders):
-        recall = result.config["settings"].get("recall", {})
-        if result.config["policy"] != policy or (recall.get("finder"), recall.get("rounds")) != (finder, 1):
+        config = result.config
+        recall = config["settings"].get("recall", {})
+        given = config["policy"], config["length"] or options.length, recall.get("finder"), recall.get("rounds")
+        wanted = options.policy, options.length, options.finder, 1
+        if given != wanted or options.of not in (None, config["adapter"]):
             continue
-        kept = [row for row in result.rows.values() if row.get("support")]
-        found.setdefault(result.config["task"], []).extend(kept)
+        if not all("support" in row for row in result.rows.values()):
+            print(f"{result.folder}: left out: no signals of support, it is of an earlier version")
+            continue
+        if (other := found.setdefault(config["task"], result)) is not result:
+            raise ConfigError(f"{other.folder} and {result.folder}: expected one result, choose by --of")
     if not found:
-        raise ConfigError(f"{', '.join(folders)}: no results of policy {policy} with finder {finder} and one round")
-    return found
+        raise ConfigError(f"{', '.join(folders)}: no results with signals of {options.policy}, {options.finder}")
+    return {task: list(result.rows.values()) for task, result in found.items()}
 
 
 def answered(task: str) -> bool:
@@ -80,7 +86,7 @@ def calibrate(options: argparse.Namespace) -> None:
     from ahn.errors import ConfigError
     from ahn.recall import support
 
-    part, rest = (rows(folders, options.policy, options.finder) for folders in (options.folders, options.report))
+    part, rest = (rows(folders, options) for folders in (options.folders, options.report))
     answerable, absent = signals(part, True), [row for one in signals(part, False) for row in one]
     chosen = support.calibrate(answerable, absent)
     others = [[row for one in signals(rest, kind) for row in one] for kind in (True, False)]
@@ -98,8 +104,8 @@ def calibrate(options: argparse.Namespace) -> None:
         for task, numbers in by_part["report"].items():
             print(f"    {task}: {numbers}")
     path = write(
-        options.name, policy=options.policy, finder=options.finder, refused_at_most=support.REFUSED,
-        calibration=chosen.to_dict(), candidates=found,
+        options.name, policy=options.policy, finder=options.finder, length=options.length, of=options.of,
+        refused_at_most=support.REFUSED, calibration=chosen.to_dict(), candidates=found,
     )  # fmt: skip
     print(path)
     if options.adapter:
@@ -121,6 +127,8 @@ def main() -> None:
     chosen = commands.add_parser("calibrate")
     chosen.add_argument("folders", nargs="+", metavar="RESULTS", help="results to choose signals and threshold on")
     chosen.add_argument("--report", nargs="+", metavar="RESULTS", required=True, help="results to report on")
+    chosen.add_argument("--of", metavar="NAME", help="the adapter of the results")
+    chosen.add_argument("--length", type=int, default=16_384, help="of the texts (default: %(default)s)")
     chosen.add_argument("--policy", default="recall", help="default: %(default)s")
     chosen.add_argument("--finder", default="fused", help="default: %(default)s")
     chosen.add_argument("--name", default="support", help="of the file in benchmarks/results (default: %(default)s)")

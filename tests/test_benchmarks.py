@@ -263,3 +263,71 @@ def test_commands_of_jobs_are_whole():
         assert set(job.after) <= set(names)
         for word in rest:
             assert not word.startswith("../") or (BENCHMARKS / word).exists()
+
+
+def results_of(folder, task, policy="recall", adapter="heads", rounds=1, **signals):
+    """Three questions, with these signals of support."""
+    from ahn.eval import results
+
+    config = {
+        "version": results.VERSION, "task": task, "suite": "qa", "kind": "generate", "policy": policy, "base": "b",
+        "cost": {}, "length": 16384, "adapter": adapter,
+        "settings": {"recall": {"tokens": 512, "finder": "fused", "rounds": rounds}},
+    }  # fmt: skip
+    path = folder / task / f"{policy}-{adapter}-{rounds}"
+    path.mkdir(parents=True)
+    results.write_config(path, config)
+    for i in range(3):
+        support = {name: value[i] for name, value in signals.items()}
+        row = {"id": str(i), "prompt": "p", "score": 0.5, "found": i / 2, "support": support}
+        results.append(path, 0, row)
+
+
+def test_calibration_of_results(tmp_path, monkeypatch, capsys):
+    import common
+    import support
+    from ahn.adapter import read_adapter, write_adapter
+    from tiny_base import write_base
+
+    sys.path.insert(0, str(Path(__file__).parent / "recall"))
+    from test_archive import retrieval
+
+    for part in ("a", "b"):
+        low = 3.0 if part == "a" else 1.0
+        results_of(tmp_path / part, "qa/squad", said=[low, 4, 5], words=[0, 1, 1])
+        results_of(tmp_path / part, "qa/squad-absent", said=[-1, 0, 3.5 if part == "b" else 1], words=[0, 1, 0])
+        results_of(tmp_path / part, "qa/squad", rounds=2, said=[-9, -9, -9], words=[0, 0, 0])
+        results_of(tmp_path / part, "qa/squad", policy="rag", said=[-9, -9, -9], words=[0, 0, 0])
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    _, adapter = write_base(tmp_path)
+    found = read_adapter(adapter)
+    found.retrieval = retrieval()
+    write_adapter(found, adapter)
+    argv = ["support.py", "calibrate", str(tmp_path / "a"), "--report", str(tmp_path / "b"), "--name", "s"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--adapter", adapter, "--output", adapter])
+    support.main()
+    written = json.loads((tmp_path / "results" / "s.json").read_text())
+    assert written["calibration"] == {"signals": ["said"], "weights": [1.0], "threshold": 3.0}
+    (chosen,) = [one for one in written["candidates"] if one["chosen"]]
+    assert chosen["area"] == {"calibrate": 1.0, "report": pytest.approx(8 / 9)}
+    squad, absent = chosen["report"]["qa/squad"], chosen["report"]["qa/squad-absent"]
+    assert (squad["refused"], squad["with_evidence"], squad["refused_with_evidence"]) == (33.33, 1, 0)
+    assert (squad["score"], squad["score_with_refusals"]) == (50, 33.33) and absent["answered"] == 33.33
+    assert read_adapter(adapter).retrieval.calibration.to_dict() == written["calibration"]
+
+    results_of(tmp_path / "a", "qa/squad", adapter="coder", said=[1, 1, 1], words=[0, 0, 0])
+    with pytest.raises(SystemExit):
+        support.main()
+    assert "choose by --of" in capsys.readouterr().err
+    sys.argv += ["--of", "heads"]
+    support.main()
+
+
+def test_articles_to_calibrate_on(tmp_path, monkeypatch):
+    import support
+
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"title": "{i}"}}\n' for i in range(9)))
+    output = tmp_path / "b.jsonl"
+    monkeypatch.setattr(sys, "argv", ["s", "articles", str(tmp_path / "a.jsonl"), str(output), "--count", "2"])
+    support.main()
+    assert [json.loads(line)["title"] for line in output.read_text().splitlines()] == ["7", "8"]

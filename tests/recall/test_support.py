@@ -166,6 +166,7 @@ class TestCalibration:
             support.calibrate([one], [{"words": 1.0}])
 
 
+SMALL = ("--window", "24", "--sinks", "8")
 ALWAYS, NEVER = (Calibration(("said", "words"), (1.0, 1.0), limit) for limit in (-1e6, 1e6))
 
 
@@ -287,7 +288,7 @@ class TestCommands:
 
         def call(command, adapter, *more):
             options = ["--document", str(book), "--base", folders[0], "--adapter", adapter, "--max-new-tokens", "4"]
-            assert cli.main([command, *options, "--device", "cpu", *more]) == 0
+            assert cli.main([command, *options, "--device", "cpu", *SMALL, *more]) == 0
             return capsys.readouterr()
 
         return call
