@@ -33,6 +33,7 @@ SOURCES = {
     "qmsum": "QMSum train (MIT)",
     "facts": "facts hidden in public-domain books (`benchmarks/facts.py`)",
 }
+ENOUGH = 100  # examples of a number that is shown
 GROUPS = {"behind": "behind the window", "within": "in the window"}
 
 
@@ -47,7 +48,7 @@ def card(name: str) -> str:
     numbers = (folder / "adapter.safetensors").stat().st_size / 2e6
     config = about["config"]
     facts = {
-        "base": BASES[about["base"]],
+        "base": BASES.get(about["base"], about["base"]),
         "form": form(recipe),
         "recipe": f"`recipes/{name}.yaml`, seed {recipe.seed}; its log is `log.json`",
         "data": data(recipe),
@@ -55,7 +56,7 @@ def card(name: str) -> str:
         "loss": f"{recipe.loss.upper()}, lossless tokens drawn from {listed(recipe.lossless)}, sinks from "
         f"{listed(recipe.sinks)}",
         "use with": f"{min(recipe.lossless):,} to {max(recipe.lossless):,} lossless tokens, {recipe.sink_positions} "
-        "sink positions" + (f"; as it is, {settled(config)}" if config["store"] else ""),
+        "sink positions" + (f"; as shipped, {settled(config)}" if config["store"] else ""),
         "licence": "Apache-2.0",
     }
     parts = [
@@ -67,15 +68,15 @@ def card(name: str) -> str:
         *(store(folder, about["base"]) if config["store"] else ()),
         *gaps(name),
         *answers(name),
-        "The control, the memory of another book, is what a better-fitted model gains without remembering. The state "
-        "makes the text ahead more predictable; it does not bring back facts that have left the window"
+        "The control is the memory of another book: it shows how much a better fit gains without remembering. The "
+        "state makes the text ahead more predictable; it does not bring back facts that have left the window"
         + (": the store does." if config["store"] else "."),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def settled(config: dict[str, Any]) -> str:
-    kept = f"{config['sinks']:,} sinks, {config['store_size']:,} places, a window of {config['window']:,}"
+    kept = f"{config['sinks']:,} sinks, {config['store_size']:,} slots, a window of {config['window']:,}"
     return f"{kept}, spans of {config['store_span']}"
 
 
@@ -105,16 +106,15 @@ def found_by(results: dict[str, Any]) -> list[str]:
     every["full"] = ("full", 0)
     columns = {name: key for name, key in every.items() if any((task, *key) in by for task, *_ in by)}
     shown = [task for task in dict.fromkeys(task for task, *_ in by) if any((task, "ahn", n) in by for n in (1, 4))]
-    cells = [
-        [
-            f"{task} (F1)" if task.startswith("squad") else task,
-            *(f"{row['score']:.0%} ({row['n']})" if (row := by.get((task, *key))) else "" for key in columns.values()),
-        ]
-        for task in shown
-    ]
+    cells, counts = [], set()
+    for task in shown:
+        found = [row if (row := by.get((task, *key))) and row["n"] >= ENOUGH else None for key in columns.values()]
+        counts |= {row["n"] for row in found if row}
+        name = f"{task} (F1)" if task.startswith("squad") else task
+        cells.append([name, *(f"{row['score']:.0%}" if row else "" for row in found)])
     return [
-        f"Share found (examples), {results['note'].partition(';')[0]}, with the cells of {results['adapter']} "
-        "(`benchmarks/recall.py`):",
+        f"Share found of {min(counts)} to {max(counts)} examples, {results['note'].partition(';')[0]}, with the cells "
+        f"of {results['adapter']} (`benchmarks/recall.py`):",
         table(["task", *columns], cells),
     ]
 
