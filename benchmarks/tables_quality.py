@@ -484,7 +484,11 @@ def ablations() -> str:
     sizes = ("256", "512", "1024")
     body = []
     for row in result(name)["rows"]:
-        body.append([row["name"], *percent(row["closed"][size] for size in sizes), f"{row['far_gain']:.3f}"])
+        label = (
+            row["name"].replace("maps, room", "feature maps, window gate").replace("features, room", "features, gate")
+        )
+        label = label.replace(", ce", ", cross-entropy").replace("paper", "the paper's form")
+        body.append([label, *percent(row["closed"][size] for size in sizes), f"{row['far_gain']:.3f}"])
         body.append(["memory of another book", *percent(row["control"][size] for size in sizes), ""])
     found = result(name)
     about = (
