@@ -2,7 +2,7 @@
 
     python benchmarks/support.py articles squad-train.jsonl.xz part.jsonl.xz [--count 40]
     python benchmarks/support.py calibrate RESULTS ... --report RESULTS ... [--of ADAPTER] [--policy recall]
-        [--finder fused] [--length 16384] [--name support] [--adapter ADAPTER --output ADAPTER]
+        [--signals said] [--finder fused] [--length 16384] [--name support] [--adapter ADAPTER --output ADAPTER]
 
 `articles` writes the last articles of a file: few enough that a text gets several questions, and not those that
 retrieval heads are chosen on. `calibrate` takes folders of `ahn eval` with tasks and their "-absent" counterparts,
@@ -45,7 +45,12 @@ def rows(folders: Sequence[str], options: argparse.Namespace) -> Rows:
             raise ConfigError(f"{other.folder} and {result.folder}: expected one result, choose by --of")
     if not found:
         raise ConfigError(f"{', '.join(folders)}: no results with signals of {options.policy}, {options.finder}")
-    return {task: list(result.rows.values()) for task, result in found.items()}
+    return {task: [_only(row, options.signals) for row in result.rows.values()] for task, result in found.items()}
+
+
+def _only(row: dict[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
+    """A row with these signals alone; None: with all."""
+    return row | {"support": {name: value for name, value in row["support"].items() if names is None or name in names}}
 
 
 def answered(task: str) -> bool:
@@ -128,6 +133,7 @@ def main() -> None:
     chosen.add_argument("folders", nargs="+", metavar="RESULTS", help="results to choose signals and threshold on")
     chosen.add_argument("--report", nargs="+", metavar="RESULTS", required=True, help="results to report on")
     chosen.add_argument("--of", metavar="NAME", help="the adapter of the results")
+    chosen.add_argument("--signals", nargs="+", metavar="NAME", help="choose among these alone (default: all)")
     chosen.add_argument("--length", type=int, default=16_384, help="of the texts (default: %(default)s)")
     chosen.add_argument("--policy", default="recall", help="default: %(default)s")
     chosen.add_argument("--finder", default="fused", help="default: %(default)s")

@@ -319,8 +319,9 @@ def test_calibration_of_results(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         support.main()
     assert "choose by --of" in capsys.readouterr().err
-    sys.argv += ["--of", "heads"]
+    sys.argv += ["--of", "heads", "--signals", "words"]
     support.main()
+    assert read_adapter(adapter).retrieval.calibration.signals == ("words",)
 
 
 def test_articles_to_calibrate_on(tmp_path, monkeypatch):
