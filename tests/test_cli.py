@@ -125,7 +125,8 @@ def test_ask_a_document(run: Any, base: str, book: str) -> None:
         r"read +[\d,]+ tokens in [\d.]+ s \([\d,]+ tokens/s\); cache .+ would hold .+B; archive .+B on the host", read
     )
     assert run("ask", "--document", book, "--base", base, *SMALL, "--recall", "0", "Who sat?")[:2] == (0, out)
-    code, _, err = run("ask", "--document", book, "--base", base, *SMALL, "--recall", "99", "--sources", "Who sat?")
+    wider = *SMALL, "--window", "150", "--recall", "99"
+    code, _, err = run("ask", "--document", book, "--base", base, *wider, "--sources", "Who sat?")
     assert code == 0 and re.search(r"^recall +\d+ passages, [\d,]+ tokens, found in [\d.]+ s$", err, re.MULTILINE)
     assert re.search(rf"^\[1\] +{re.escape(book)}, character [\d,]+$", err, re.MULTILINE)
     assert re.fullmatch(r"answer +8 tokens in [\d.]+ s \([\d.,]+ tokens/s\), cut at --max-new-tokens", answer)
@@ -216,7 +217,7 @@ def test_chat_in_a_terminal(run: Any, base: str, monkeypatch: pytest.MonkeyPatch
 
 def test_chat_of_bytes_that_are_no_text(run: Any, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Who \xff sat?\n/etc/passwd is long\n/foo\n")))
-    code, _, err = run("chat", "--base", base, *SMALL)
+    code, _, err = run("chat", "--base", base, *SMALL, "--window", "64")
     assert code == 0 and err.count("tokens/s") == 2 and "unknown command /foo" in err
 
 

@@ -13,11 +13,12 @@ Strings such as `<|im_end|>` are read as the characters they are, never as the s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
@@ -79,6 +80,13 @@ class Tokens(Encoded):
     def index(self, at: int) -> int:
         """The first token that begins at `at` or behind it."""
         return int(np.searchsorted(np.maximum.accumulate(self.starts), at))
+
+
+@lru_cache(maxsize=4)
+def digest(tokenizer: Any) -> str:
+    """Of the words of a tokenizer and their ids: those of one say nothing about a text of another."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def stream(tokenizer: Any, pieces: Iterable[str]) -> Iterator[Encoded]:

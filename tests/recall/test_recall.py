@@ -40,7 +40,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    model = with_memory(tiny(vocab_size=len(tokenizer), max_position_embeddings=4096))
+    model = with_memory(tiny(vocab_size=len(tokenizer), max_position_embeddings=4096), window=360)
     model.ahn_retrieval = retrieval()
     return model
 
@@ -223,8 +223,8 @@ class TestFinders:
     def test_heads_need_keys(self, model, tokenizer):
         cache = ahn.read(model, ahn.Dialogue(tokenizer).open(document()), archive="text")
         with pytest.raises(ConfigError, match="holds no keys"):
-            find(model, tokenizer, cache, "Where?", 512, finder="heads")
-        assert find(model, tokenizer, cache, "Where is the compass?", 512, finder="fused")
+            find(model, tokenizer, cache, "Where?", 300, finder="heads")
+        assert find(model, tokenizer, cache, "Where is the compass?", 300, finder="fused")
         assert find(model, tokenizer, cache, "Where is the compass?") == ()  # by default only with keys
 
     def test_a_finder_of_another_package(self, model, memory, tokenizer):
@@ -253,7 +253,7 @@ class TestFind:
         assert any("compass" in source.text for source in found)
 
     def test_what_the_window_holds_is_left_out(self, model, memory, tokenizer):
-        found = find(model, tokenizer, memory, "nobody said a thing", 10_000)
+        found = find(model, tokenizer, memory, "nobody said a thing", 320)
         assert found
         for source in found:
             assert source.start < len(memory.archive) - memory.config.window
@@ -267,6 +267,26 @@ class TestFind:
         found = find(model, tokenizer, memory, "Where did the captain hide the compass?", 300, rounds=2)
         assert len({source.start for source in found}) == len(found)
         assert sum(source.end - source.start for source in found) <= 300
+
+    def test_passages_that_the_window_does_not_hold_are_dropped(self, model, memory, tokenizer, caplog):
+        """Their introduction needs room too."""
+        asked = "Where is the compass?"
+        found = find(model, tokenizer, memory, asked, 200, finder="bm25")
+        first, *rest = (source.end - source.start for source in found)
+        length, fork = ahn.Dialogue(tokenizer).question(asked).shape[1], memory.fork()
+        budget = sum([first, *rest])
+        for more, count in ((0, len(rest)), (40, len(found))):
+            fork.config = memory.config.replace(window=budget + length + more)
+            caplog.clear()
+            kept = find(model, tokenizer, fork, asked, budget, finder="bm25")
+            assert len(kept) == count and all(source in found for source in kept)
+            assert (f"{count} of {len(found)} passages are read again" in caplog.text) == (count < len(found))
+        fork.config = memory.config.replace(window=length)
+        with pytest.raises(ConfigError, match=f"recall=1: the window of {length} tokens .* and 0 more"):
+            find(model, tokenizer, fork, asked, 1)
+        fork.config = memory.config.replace(window=length - 1)
+        with pytest.raises(ConfigError, match=f"question of {length} tokens .* window of {length - 1}"):
+            find(model, tokenizer, fork, asked, 0)
 
     def test_best(self):
         scores, lengths = np.array([1.0, 3.0, -np.inf, 2.0]), np.array([10, 20, 5, 30])

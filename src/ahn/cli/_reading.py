@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -36,7 +36,9 @@ TRIED = 32  # documents that are opened before the model is loaded: enough for t
 LARGE = 1_000_000  # bytes of documents that are announced before the model is loaded
 
 
-def read_document_into(args: argparse.Namespace, memory: str | None = None) -> tuple[Session, str]:
+def read_document_into(
+    args: argparse.Namespace, memory: str | None = None, check: Callable[[Session], None] | None = None
+) -> tuple[Session, str]:
     """Read the documents `args.document`, and save the memory as `args.output` if that is given.
 
     Where the output already holds the beginning of the same text, reading goes on from there.
@@ -44,6 +46,7 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
     Args:
         args: with `document` (a list), `output`, `force` and the options of `add_model`.
         memory: a memory file to append to.
+        check: is called with the session before anything is read.
 
     Returns:
         the session and a summary.
@@ -55,7 +58,8 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
             place.
         MemoryFileError: the memory could not be saved as `args.output`; says where it is.
     """
-    from ahn.documents import check, expand
+    from ahn.documents import check as check_document
+    from ahn.documents import expand
     from ahn.files import check_writable, claimed
 
     check_writable(args.output)
@@ -65,7 +69,7 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
     if not console.is_terminal and (sources.bytes or 0) > LARGE:
         console.print(f"opening {sources}, {size(sources.bytes or 0)}")
     for source in sources.sources[:TRIED]:
-        check(source)
+        check_document(source)
     with _terminated_like_interrupted(), claimed(args.output) if args.output else nullcontext():
         from ahn.generation import finish_before_interrupt  # which loads torch
 
@@ -79,6 +83,8 @@ def read_document_into(args: argparse.Namespace, memory: str | None = None) -> t
             text = Text(_ids(session.dialogue, sources, earlier), sources)
             if not memory:
                 session.introduce(text)
+        if check is not None:
+            check(session)
         text.keep_places(session.cache)
         before = session.cache.tokens_seen
         with finish_before_interrupt() as interrupted:  # also between reading and saving

@@ -111,9 +111,7 @@ class Session:
             self.dialogue = Dialogue.of(self.tokenizer)
             best = "text" if self.model.ahn_retrieval is None else "keys"
             self._archive = getattr(args, "archive", None) or best
-            self.cache: AHNCache = (
-                ahn.AHNCache.load(memory, self.model) if memory else ahn.AHNCache(self.model, self._archive)
-            )
+            self.cache: AHNCache = ahn.AHNCache.load(memory, self.model) if memory else self._new_cache()
         self.base = base
         self._allowed = 0 if any(getattr(args, name) for name in SIZES) else EXACT if args.exact is None else args.exact
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
@@ -123,6 +121,15 @@ class Session:
         if memory:
             self.introduce()
 
+    def _new_cache(self) -> AHNCache:
+        import ahn
+        from ahn.tokens import digest
+
+        cache = ahn.AHNCache(self.model, self._archive)
+        if cache.archive is not None:
+            cache.archive.tokenizer = digest(self.tokenizer)
+        return cache
+
     def introduce(self, text: Text | None = None) -> None:
         """Say what this memory is. Where all of `text` fits what may be kept exactly, the window is widened for it."""
         total = self._fitted(text) if text is not None and not self.cache.tokens_seen else None
@@ -131,7 +138,6 @@ class Session:
     def _fitted(self, text: Text) -> int | None:
         """The tokens of a text that fits the positions of the base and the bytes allowed, None of any other. The
         window is then as wide as both let it be, so that more can be appended; buffers grow with the text."""
-        import ahn
         from ahn.augmentation import most_lossless, set_window
 
         config, layers = self.model.ahn_config, self.cache.layers
@@ -143,7 +149,7 @@ class Session:
         total = text.within(most - config.store_size - most // ASKING)
         if total is not None:
             set_window(self.model, most - config.sinks - config.store_size, config.sinks)
-            self.cache = ahn.AHNCache(self.model, self._archive)
+            self.cache = self._new_cache()
         return total
 
     def _kind(self, total: int | None) -> str:
@@ -180,6 +186,12 @@ class Session:
         kept = f"kept exactly: all {seen:,} tokens; " if self.exact else ""
         archive = "" if self.cache.archive is None else f"; archive {size(self.cache.archive.nbytes)} on the host"
         return f"{kept}cache {size(self.cache.nbytes)}, full attention would hold {full}{archive}"
+
+    def check(self, question: str, args: argparse.Namespace) -> None:
+        """Raises ConfigError if `find` cannot be asked this, before anything is read."""
+        from ahn.recall import check
+
+        check(self.tokenizer, self.cache, question, args.recall, finder=args.finder, rounds=args.rounds)
 
     def find(
         self, question: str, args: argparse.Namespace, prompt: Callable[[str, str], Tensor], judge: bool = True

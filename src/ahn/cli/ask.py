@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         session = Session(args, args.memory)
         summary = f"{session.cache.tokens_seen:,} tokens before, kept in {args.memory}; {session.held}"
     else:
-        session, summary = read_document_into(args)
+        session, summary = read_document_into(args, check=lambda session: session.check(question, args))
     found = session.find(question, args, session.dialogue.question)
     prompt = session.dialogue.question(question, as_text(found.sources))
     guess = found.supported or args.guess

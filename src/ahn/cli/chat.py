@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output and not args.document:
         raise ConfigError(f"-o {args.output}: goes with --document")
     if args.document:
-        session, summary = read_document_into(args)
+        session, summary = read_document_into(args, check=lambda session: session.check("?", args))
         console.print(f"read    {summary}")
     else:
         session = Session(args, args.memory)
@@ -76,7 +76,11 @@ def run(args: argparse.Namespace) -> None:
 
     while (text := _next(line)) is not None:
         # only a document can be expected to hold an answer
-        found = session.find(text, args, partial(turn, answer), judge=opened) if opened or answer else Found()
+        try:
+            found = session.find(text, args, partial(turn, answer), judge=opened) if opened or answer else Found()
+        except ConfigError as error:  # too long a question
+            console.print(str(error))
+            continue
         if found.supported or args.guess:
             recalled = turn(answer, text, as_text(found.sources)) if found.sources else None
             answer = session.turn(turn(answer, text), recalled, args.max_new_tokens)

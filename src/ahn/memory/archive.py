@@ -52,10 +52,12 @@ class Archive:
 
     Attributes:
         documents: names of what was read. keys: of the retrieval heads, or None.
+        tokenizer: `ahn.tokens.digest` of the one that made the ids, None where it is not known.
     """
 
     def __init__(self, heads: RetrievalHeads | None = None) -> None:
         self.documents: list[str] = []
+        self.tokenizer: str | None = None
         self.keys = None if heads is None else HeadKeys(heads)
         self._parts: list[np.ndarray] = []
         self._pending: list[Tensor] = []
@@ -98,7 +100,7 @@ class Archive:
         twin.documents, twin.keys = list(self.documents), None if self.keys is None else self.keys.copy()
         twin._parts, twin._pending, twin._marks = list(self._parts), list(self._pending), list(self._marks)
         twin._length, twin._waiting, twin._made = self._length, self._waiting, dict(self._made)
-        twin.home = self.home
+        twin.home, twin.tokenizer = self.home, self.tokenizer
         return twin
 
     def emptied(self) -> Archive:
@@ -174,6 +176,7 @@ class Archive:
         return {
             "tokens": len(self),
             "documents": self.documents,
+            "tokenizer": self.tokenizer,
             "heads": None if self.keys is None else self.keys.heads.digest,
         }
 
@@ -192,6 +195,7 @@ class Archive:
         """Inverse of `describe` and `tensors`, of parts that follow each other. Raises ValueError."""
         archive = cls(heads)
         archive.documents = list(header["documents"])
+        archive.tokenizer = header.get("tokenizer")
         if not all(isinstance(name, str) for name in archive.documents):
             raise ValueError("expected names of documents")
         firsts = []

@@ -5,6 +5,7 @@ All of it happens on a fork: the memory is as it was before.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,12 @@ from ahn.generation import generate, read
 from ahn.recall import finders, support
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
+from ahn.tokens import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 RECALL = 512  # tokens that are read again
 FINDER = "fused"
@@ -121,8 +125,9 @@ def ask(
         max_new_tokens, options: as `ahn.generate`.
 
     Raises:
-        ConfigError: an empty question or memory, an unknown finder or word for `unsupported`, or `recall` for a memory
-            without an archive.
+        ConfigError: an empty question or memory, an unknown finder or word for `unsupported`, `recall` for a memory
+            without an archive or of another tokenizer, a question longer than the window, or more tokens to read again
+            than it holds beside it.
     """
     if unsupported not in UNSUPPORTED:
         raise ConfigError(f"unsupported={unsupported!r}: expected one of {', '.join(UNSUPPORTED)}")
@@ -182,25 +187,15 @@ def search(
         prompt: ids [1, T] of a question with passages in front of it, as they follow the memory. Default:
             `Dialogue.question`.
     """
-    finders.check_name(finder)
-    if isinstance(recall, bool) or not (recall is None or (isinstance(recall, int) and recall >= 0)):
-        raise ConfigError(f"recall={recall!r}: expected a number of tokens, 0 for none")
-    if isinstance(rounds, bool) or rounds not in (1, 2):
-        raise ConfigError(f"rounds={rounds!r}: expected 1 or 2")
-    if not question.strip():
-        raise ConfigError(f"question {question!r}: expected some text")
+    check(tokenizer, memory, question, recall, finder=finder, rounds=rounds)
     if memory.archive is None:
-        if recall:
-            raise ConfigError(
-                f"recall={recall}: the memory has no archive to find passages in; read with archive='text' or 'keys'"
-            )
         return Found()
     if recall is None:  # a base for which nobody has chosen heads may answer worse with passages than without
         recall = 0 if memory.archive.keys is None else RECALL
     if not recall:
         return Found()
     passages, asked = Passages.of(memory.archive, tokenizer), Question(question, model, tokenizer, memory)
-    taken = rank(passages, asked, recall, finder, rounds)
+    taken = _fitting(tokenizer, memory, question, passages, rank(passages, asked, recall, finder, rounds))
     found = sources(passages, taken)
     calibration = None if model.ahn_retrieval is None else model.ahn_retrieval.calibration
     if calibration is None or not judge:
@@ -214,6 +209,53 @@ def search(
         assert logits is not None
         signals |= support.said(tokenizer, logits)[0]
     return Found(found, calibration.margin(signals))
+
+
+def check(
+    tokenizer: Any, memory: AHNCache, question: str, recall: int | None = None, *, finder: str = FINDER, rounds: int = 1
+) -> None:
+    """Raises ConfigError if `find` cannot be asked this, which is known before anything is read."""
+    finders.check_name(finder)
+    if isinstance(recall, bool) or not (recall is None or (isinstance(recall, int) and recall >= 0)):
+        raise ConfigError(f"recall={recall!r}: expected a number of tokens, 0 for none")
+    if isinstance(rounds, bool) or rounds not in (1, 2):
+        raise ConfigError(f"rounds={rounds!r}: expected 1 or 2")
+    if not question.strip():
+        raise ConfigError(f"question {question!r}: expected some text")
+    if memory.archive is None:
+        if recall:
+            raise ConfigError(
+                f"recall={recall}: the memory has no archive to find passages in; read with archive='text' or 'keys'"
+            )
+    elif memory.archive.tokenizer not in (None, digest(tokenizer)):
+        raise ConfigError(
+            "the archive was read with another tokenizer: expected the one of the base that the memory is of"
+        )
+    length, window = Dialogue.of(tokenizer).question(question).shape[1], memory.config.window
+    if length > window:
+        raise ConfigError(f"question of {length:,} tokens with its template: expected at most the window of {window:,}")
+    if recall and recall > window - length:
+        raise ConfigError(
+            f"recall={recall}: the window of {window:,} tokens holds the question, which has {length:,}, and "
+            f"{window - length:,} more: expected at most so many"
+        )
+
+
+def _fitting(tokenizer: Any, memory: AHNCache, question: str, passages: Passages, taken: list[int]) -> list[int]:
+    """Those of the passages `taken`, best first, that the window holds together with the question."""
+    for count in range(len(taken), 0, -1):
+        text = as_text(sources(passages, taken[:count]))
+        length = Dialogue.of(tokenizer).question(question, text).shape[1]
+        if length <= memory.config.window:
+            break
+    else:
+        count = 0
+    if count < len(taken):
+        logger.warning(
+            "%d of %d passages are read again: the window of %s tokens holds no more of them beside the question",
+            count, len(taken), f"{memory.config.window:,}",
+        )  # fmt: skip
+    return taken[:count]
 
 
 def rank(passages: Passages, question: Question, recall: int, finder: str, rounds: int) -> list[int]:
