@@ -8,7 +8,7 @@ OLDEST_TESTS := tests/documents $(patsubst %,tests/test_%.py,adapter bases exact
 
 BOOK := src/ahn/data/arsene-lupin.txt
 FUZZ_SEED ?= $(shell date +%s)
-QUESTION ?= With whom does Arsène Lupin dine tonight?
+QUESTION ?= On which night will Lupin remove the articles?
 
 PIP = -m pip --disable-pip-version-check install --quiet --quiet
 
@@ -18,8 +18,8 @@ PIP = -m pip --disable-pip-version-check install --quiet --quiet
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## read a bundled book with the default model and answer a question about it
-	$(VENV)/bin/ahn ask --document $(BOOK) "$(QUESTION)"
+demo: $(VENV)/.installed ## read a bundled book with the default model, answer a question about it and show the source
+	$(VENV)/bin/ahn ask --document $(BOOK) --recall 128 --sources "$(QUESTION)"
 
 test: $(VENV)/.dev ## run the tests
 	$(VENV)/bin/pytest --numprocesses auto

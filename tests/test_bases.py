@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -592,6 +595,12 @@ class TestNamed:
         Path("tiny-named.gguf").write_bytes(tiny_gguf.read_bytes())
         assert named_bases.fetched("tiny") == Path("tiny-named.gguf") and not self.asked
 
+    def test_a_copy_in_the_cache_is_taken(self, tiny_gguf, tmp_path, monkeypatch):
+        monkeypatch.setenv("AHN_CACHE", str(tmp_path / "kept"))
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "tiny-named.gguf").write_bytes(tiny_gguf.read_bytes())
+        assert named_bases.fetched("tiny") == tmp_path / "kept" / "tiny-named.gguf" and not self.asked
+
     @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
     def test_another_file_is_refused(self, change):
         self.hub.write_bytes(change(self.hub.read_bytes()))
@@ -607,3 +616,75 @@ class TestNamed:
         assert {"qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"} <= set(bases.SHORT)
         with pytest.raises(BaseModelError, match="did you mean 'qwen2.5-coder-1.5b'"):
             bases.load_tokenizer("qwen2.5-coder-1.5")
+
+
+class TestDownload:
+    """Of a named base from a hub of our own."""
+
+    @pytest.fixture
+    def hub(self, tiny_gguf, tmp_path, monkeypatch):
+        """It breaks the first download off half-way; `asked` has the ranges that were asked for."""
+        import huggingface_hub
+        from huggingface_hub import constants
+
+        data, asked = tiny_gguf.read_bytes(), []
+        named = NamedBase("owner/tiny", "tiny-named.gguf", hashlib.sha256(data).hexdigest(), len(data), 1000)
+        monkeypatch.setitem(NAMED, "tiny", named)
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *words):
+                pass
+
+            def do_HEAD(self):
+                self.answer(None)
+
+            def do_GET(self):
+                if self.path.startswith("/api/"):
+                    self.send_response(200)
+                    self.end_headers()
+                    self.wfile.write(b"{}")
+                    return
+                asked.append(self.headers.get("Range"))
+                self.answer(int(asked[-1].split("=")[1].split("-")[0]) if asked[-1] else 0)
+
+            def answer(self, first):
+                self.send_response(206 if first else 200)
+                self.send_header("ETag", f'"{named.sha256}"')
+                self.send_header("X-Repo-Commit", "1" * 40)
+                self.send_header("Accept-Ranges", "bytes")
+                self.send_header("Content-Length", str(len(data) - (first or 0)))
+                if first:
+                    self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+                self.end_headers()
+                if first is not None:
+                    self.wfile.write(data[first : len(data) // 2] if len(asked) == 1 else data[first:])
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024, raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(bases, "hub_unreachable", lambda repo, kind="model": None)
+        plain = huggingface_hub.hf_hub_download
+        download = partial(plain, cache_dir=tmp_path / "hub", endpoint=address)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        monkeypatch.chdir(tmp_path)
+        yield asked
+        server.shutdown()
+        server.server_close()
+
+    def test_a_cut_download_is_gone_on_with(self, hub, tiny_gguf):
+        """By the client itself, or by the same command."""
+        size = tiny_gguf.stat().st_size
+        try:
+            path = named_bases.fetched("tiny")
+        except BaseModelError:
+            path = named_bases.fetched("tiny")
+        assert path.read_bytes() == tiny_gguf.read_bytes()
+        first, second = hub
+        assert not first and size // 2 - 1024 <= int(second.removeprefix("bytes=").partition("-")[0]) <= size // 2
+        assert named_bases.fetched("tiny") == path and len(hub) == 2

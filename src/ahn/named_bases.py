@@ -51,8 +51,8 @@ NAMED = {
 
 
 def fetched(name: str) -> Path:
-    """The file of a named base: one of that name in the current folder, else that of the hub, fetched if need be and
-    gone on with if it was interrupted. What it needs is said before.
+    """The file of a named base: one of that name in the current folder or in that of `AHN_CACHE`, else that of the
+    hub, fetched if need be and gone on with if it was interrupted. What it needs is said before.
 
     Raises:
         BaseModelError: it is not there and the hub cannot be asked, or it is another file than the one expected.
@@ -60,12 +60,12 @@ def fetched(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from ahn.bases import hub_unreachable
+    from ahn.bases import cache_folder, hub_unreachable
 
     base = NAMED[name]
-    beside = Path(base.file)
-    if beside.is_file():
-        return _checked(name, beside)
+    for beside in (Path(base.file), cache_folder() / base.file):
+        if beside.is_file():
+            return _checked(name, beside)
     unreachable = hub_unreachable(base.repository)
     if unreachable is None:
         logger.info("%s: %s/%s; %s", name, base.repository, base.file, base.needs)
@@ -75,7 +75,7 @@ def fetched(name: str) -> Path:
         reason = unreachable or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(
             f"{name}: {base.repository}/{base.file} is not in the local hub cache and cannot be fetched ({reason}); "
-            f"a copy of the file in the current folder will do, or --base FILE.gguf"
+            f"a copy of the file in the current folder or in {cache_folder()} will do, or --base FILE.gguf"
         ) from error
     return _checked(name, Path(path))
 
