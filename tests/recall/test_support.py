@@ -36,7 +36,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    model = with_memory(tiny(vocab_size=len(tokenizer), max_position_embeddings=4096))
+    model = with_memory(tiny(vocab_size=len(tokenizer), max_position_embeddings=4096), window=360)
     model.ahn_retrieval = retrieval()
     return model
 
@@ -166,7 +166,7 @@ class TestCalibration:
             support.calibrate([one], [{"words": 1.0}])
 
 
-SMALL = ("--window", "24", "--sinks", "8")
+SMALL = ("--window", "150", "--sinks", "8")
 ALWAYS, NEVER = (Calibration(("said", "words"), (1.0, 1.0), limit) for limit in (-1e6, 1e6))
 
 
