@@ -600,6 +600,9 @@ WAYS_OF_TRIAL = {"window": "window", "window + fused 512": "recall", "full atten
 WAYS_OF_TRIAL |= {"alone bm25 512": "rag"}
 
 
+TITLES = {name.lower(): name for name in ("SQuAD", "FairytaleQA", "MuSiQue", "HotpotQA", "QMSum")}
+
+
 def question_scores() -> tuple[str, dict[str, dict[str, Row]]]:
     """The file that has recall, and of each of its sets a row by way: of `ahn eval`, else of the trial."""
     for name in question_files():
@@ -607,7 +610,8 @@ def question_scores() -> tuple[str, dict[str, dict[str, Row]]]:
         if any(row["policy"] == "recall" for row in found):
             sets: dict[str, dict[str, Row]] = {}
             for row in found:
-                sets.setdefault(row["task"].partition("/")[2], {})[WAYS[row["policy"]]] = row
+                task = row["task"].partition("/")[2]
+                sets.setdefault(TITLES.get(task, task), {}).setdefault(WAYS[row["policy"]], row)
             return name, {task: ways for task, ways in sets.items() if "recall" in ways}
     name, sets = "recall-heads-qwen2.5-coder-1.5b", {}
     for row in result(name)["answers"]:
@@ -620,11 +624,14 @@ def question_scores() -> tuple[str, dict[str, dict[str, Row]]]:
 def picture() -> str:
     """The caption of docs/answers.svg."""
     name, sets = question_scores()
-    counts = ", ".join(f"{ways['window']['n']}" for ways in sets.values())
+    counts = ", ".join(f"{ways['recall']['n']}" for ways in sets.values())
+    where = (
+        "evidence anywhere in the text" if name.startswith("qa-") else "answers behind the window, no trained memory"
+    )
     facts = "recall-qwen2.5-coder-0.5b-default"
     return wrapped(
-        f"Left: word F1 of Qwen2.5-Coder-1.5B on {', '.join(sets)} ({counts} questions, answers behind the window, no "
-        f"trained memory; {source(name)[1:]}. Right: Qwen2.5-Coder-0.5B with its default memory, 100 to 200 examples a "
+        f"Left: word F1 of Qwen2.5-Coder-1.5B on {', '.join(sets)} ({counts} questions, {where}; "
+        f"{source(name)[1:]}. Right: Qwen2.5-Coder-0.5B with its default memory, 100 to 200 examples a "
         f"task ({source(facts)[1:]}. All texts have 16,384 tokens, of which 2,048 are kept exactly; recall reads 512 "
         "again. Lines are 95% intervals, where the file has them."
     )
@@ -636,10 +643,9 @@ SET_GOALS = {"SQuAD": (1.15, 5), "FairytaleQA": (1.15, 0), "MuSiQue": (1, 0), "H
 @table
 def goals_recall() -> str:
     name, sets = question_scores()
-    found = {task.lower(): ways for task, ways in sets.items()}
     body = []
     for task, (times, points) in SET_GOALS.items():
-        if ways := found.get(task.lower()):
+        if ways := sets.get(task):
             recall, full, rag = (
                 ways[way]["score"] if way in ways else None for way in ("recall", "full attention", "rag")
             )
@@ -687,7 +693,10 @@ def finding() -> str:
 def questions() -> str:
     """Only the first file: an unfinished run is not shown beside the finished one."""
     name = question_files()[0]
-    found = {(row["task"], row["policy"]): row for row in result(name)["rows"] if "policy" in row}
+    found: dict[tuple[str, str], Row] = {}
+    for row in result(name)["rows"]:
+        if "policy" in row:
+            found.setdefault((row["task"], row["policy"]), row)
     policies = {key: label for key, label in QUESTIONS.items() if any(policy == key for _, policy in found)}
     body, shown = [], []
     for task in dict.fromkeys(task for task, _ in found):
