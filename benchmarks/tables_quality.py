@@ -35,10 +35,7 @@ def gap_loss() -> str:
         "sinks and window, clipped (default)": (CLIPPED, "loss"),
         "a window longer by the bytes of a state": (LONGER, "loss"),
     } | {f"`smollm2-135m-{cell}`": (f"smollm2-135m-{cell}", "loss") for cell in SMALL}
-    about = (
-        f"Mean loss of the next token (nats) at positions 4,096 to 8,191 of {found['books']} held-out books; 64 sinks, "
-        f"bfloat16. Full attention: {found['full']:.4f}."
-    )
+    about = f"Mean loss of the next token (nats), as above. Full attention: {found['full']:.4f}."
     return block(["lossless tokens", *numbers(SIZES)], gap(name, memories, SIZES, "{:.4f}"), about, name)
 
 
@@ -50,7 +47,10 @@ def gap_closed() -> str:
     for cell in SMALL:
         memory = f"smollm2-135m-{cell}"
         memories |= {f"`{memory}`": (memory, "closed"), f"{cell}, memory of another book": (memory, "control_closed")}
-    about = "Share of the gap between the paper's window and full attention that is closed; as above."
+    about = (
+        "Share of the gap between the paper's window and full attention that is closed, at positions 4,096 to 8,191 of "
+        f"{result(name)['books']} held-out books; 64 sinks, bfloat16."
+    )
     return block(["lossless tokens", *numbers(SIZES)], gap(name, memories, SIZES, "{:.0%}"), about, name)
 
 

@@ -88,7 +88,8 @@ def devices(lines: Sequence[Line], files: dict[str, tuple[str, ...]], form: str,
     head = ["", *(f"{device}, {unit}" for device in files), *(f"floor {device}, {unit}" for device in files)]
     names = [name for device in files for name in files[device]]
     used = ", ".join(f"`{name}.json`" for name in names)
-    return f"{markdown(head, body)}\n\n{wrapped(f'{about} ({used})')}"
+    dates = sorted(result(name)["environment"]["date"][:10] for name in names)
+    return f"{markdown(head, body)}\n\n{wrapped(f'{about} ({dates[0]} to {dates[-1]}; {used})')}"
 
 
 def shape(name: str, cell: str, what: str, length: int = 131072, batch: int = 1) -> Row:
