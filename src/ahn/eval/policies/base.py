@@ -55,6 +55,8 @@ class Recalled(NamedTuple):
     tokens: int = RECALL
     finder: str = FINDER
     rounds: int = 1
+    context: str = "memory"
+    twice: bool = False
 
 
 RECALLED = Recalled()

@@ -10,7 +10,7 @@ import numpy as np
 from ahn.adapter import apply
 from ahn.augmentation import augment
 from ahn.cache import AHNCache
-from ahn.dialogue import SEPARATOR, Dialogue
+from ahn.dialogue import LABEL, SEPARATOR, Dialogue
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Kept, Policy, digest, exact_part, memory_part, trained
 from ahn.recall import finders, support
@@ -73,6 +73,8 @@ class Recall(Policy):
         for prompt, example in questions:
             passages, taken, note = self.found(memory, prompt, example)
             text = as_text(sources(passages, taken))
+            if self.recall.twice and text:
+                text = LABEL + example.question.strip() + SEPARATOR + text
             front = [*self.front(prompt), *self._ids(text and text + SEPARATOR)]
             rows.append([*front, *prompt.ids[prompt.asks :]])
             checks.append([*front, *dialogue.question(support.check(example.question))[0].tolist()])
@@ -92,7 +94,7 @@ class Recall(Policy):
         scores = np.where(passages.bounds[1:] > prompt.begins, scores, -np.inf)  # instructions are no passage
         by_budget = {str(n): evidence(passages, best(scores, passages.lengths, n), prompt) for n in BUDGETS}
         taken = (
-            rank(passages, question, *self.recall)
+            rank(passages, question, *self.recall[:3])
             if self.recall.rounds > 1
             else best(scores, passages.lengths, self.recall.tokens)
         )
@@ -108,6 +110,8 @@ class Recall(Policy):
     def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
         """Of each passage, -inf for those that are not to be taken."""
         found = finders.get(self.recall.finder)().scores(passages, question)
+        if self.recall.context != "memory":
+            return found
         return np.where(forgotten(passages, question.memory), found, -np.inf)
 
     def held(self, passages: Passages, memory: AHNCache) -> list[int]:
@@ -116,10 +120,12 @@ class Recall(Policy):
 
     def front(self, prompt: Prompt) -> Sequence[int]:
         """What is read in front of the passages."""
-        return ()
+        return prompt.ids[: prompt.begins] if self.recall.context == "alone" else ()
 
     def behind(self, memory: AHNCache) -> AHNCache:
         """The cache that passages and question are read into."""
+        if self.recall.context == "alone":
+            return AHNCache(self.model)
         fork = memory.fork()
         fork.set_archive(None)
         return fork
