@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ahn.cache import PAST
+from ahn.cli.info import report
 from common import BOOK, SHARE, now, write
 from train import matmul_rate, random_model
 
@@ -150,7 +151,7 @@ def fill(model: Any, cell: str, batch: int, length: int) -> Any:
     from transformers import DynamicCache
 
     import ahn
-    from ahn import retention
+    from ahn.ops import eviction
 
     config, like = model.config, {"dtype": model.dtype, "device": model.device}
     kv_heads, size = config.num_key_value_heads, config.head_dim
@@ -167,7 +168,7 @@ def fill(model: Any, cell: str, batch: int, length: int) -> Any:
         for name, tensor in memory.tensors.items():
             if name == "ranks":
                 positions, priority = torch.arange(tensor.shape[-1]).to(tensor)[None], torch.randn(tensor.shape)
-                tensor.copy_(retention.rank(priority.to(tensor.device), positions, positions >= 0))
+                tensor.copy_(eviction.rank(priority.to(tensor.device), positions, positions >= 0))
             else:
                 tensor.normal_()
     cache.tokens_seen, cache._seen, cache._batch = length, [length], batch
@@ -345,14 +346,12 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        import ahn
-
         self.options, self.began = options, time.monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.sinks = 8 if options.tiny else SINKS
         self.window = (48 if options.tiny else options.lossless) - self.sinks
         self.ceilings = Ceilings(matmul_rate(self.device), copy_rate(self.device))
-        self.kernels = [list(row) for row in ahn.kernels.report()]
+        self.kernels = [list(row) for row in report()]
         self.model: Any = None
         self.loaded = ""
         self.floors: Floors

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import ahn
-from ahn import kernels
-from ahn.kernels import product, step
+from ahn.ops import dispatch, specs
+from ahn.ops.kernels import decode, gemv
 from common import now
 
 HIDDEN, INNER, HEADS, KV_HEADS, SIZE, SLOTS, SINKS = 2048, 11008, 16, 2, 128, 32768, 128
@@ -52,8 +52,8 @@ def layers(*rows: int, length: int = HIDDEN) -> list[nn.Linear]:
     return [nn.Linear(length, count, bias=False, dtype=torch.bfloat16, device=CUDA) for count in rows]
 
 
-def normed(length: int) -> product.Norm:
-    return product.Norm(torch.ones(length, dtype=torch.bfloat16, device=CUDA), 1e-6)
+def normed(length: int) -> gemv.Norm:
+    return gemv.Norm(torch.ones(length, dtype=torch.bfloat16, device=CUDA), 1e-6)
 
 
 def readers(*rows: int) -> Callable[[], Callable[[], Any]]:
@@ -61,7 +61,7 @@ def readers(*rows: int) -> Callable[[], Callable[[], Any]]:
 
     def make() -> Callable[[], Any]:
         some, norm, place = layers(*rows), normed(HIDDEN), torch.empty_like(x)
-        return lambda: product.together(x, some, norm, place)
+        return lambda: gemv.together(x, some, norm, place)
 
     return make
 
@@ -71,7 +71,7 @@ def last(length: int) -> Callable[[], Callable[[], Any]]:
 
     def make() -> Callable[[], Any]:
         some = layers(HIDDEN, length=length)
-        return lambda: product.together(x, some, add=add)
+        return lambda: gemv.together(x, some, add=add)
 
     return make
 
@@ -79,7 +79,7 @@ def last(length: int) -> Callable[[], Callable[[], Any]]:
 def gated() -> Callable[[], Any]:
     x = torch.randn(1, 1, HIDDEN, dtype=torch.bfloat16, device=CUDA)
     (gate, up), norm = layers(INNER, INNER), normed(HIDDEN)
-    return lambda: product.gated(x, gate, up, norm)
+    return lambda: gemv.gated(x, gate, up, norm)
 
 
 def turn() -> Callable[[], Any]:
@@ -88,14 +88,14 @@ def turn() -> Callable[[], Any]:
         torch.randn(2, 1, 1, SIZE, dtype=torch.bfloat16, device=CUDA),
         torch.randn(2, 1, 1, SIZE, device=CUDA),
     )
-    return lambda: step.turn(q, k, tuple(angles), tuple(further))
+    return lambda: decode.turn(q, k, tuple(angles), tuple(further))
 
 
 def attend(merged: bool = True) -> Callable[[], Any]:
     q = torch.randn(1, HEADS, 1, SIZE, dtype=torch.bfloat16, device=CUDA)
     k, v = torch.randn(2, 1, KV_HEADS, SLOTS, SIZE, dtype=torch.bfloat16, device=CUDA)
     newest = torch.tensor([131072], device=CUDA)
-    kernel = step.attend if merged else step.attend_parts
+    kernel = decode.attend if merged else decode.attend_parts
     return lambda: kernel(q, q, k, v, SINKS, newest, SIZE**-0.5)
 
 
@@ -107,9 +107,9 @@ def cell() -> Callable[..., Any]:
     inputs, gate = (torch.randn(1, 1, n * HEADS, dtype=torch.bfloat16, device=CUDA) for n in (2, 1))
     state = torch.randn(1, HEADS, SIZE, SIZE, device=CUDA)
 
-    def call(parts: step.Parts | None = None) -> None:
-        read = step.recur(form, q, k, v, inputs, None, state, True, parts)
-        step.add_read(form, out.transpose(1, 2), read, gate, module.o_proj.weight, None)
+    def call(parts: specs.Parts | None = None) -> None:
+        read = decode.recur(form, q, k, v, inputs, None, state, True, parts)
+        decode.add_read(form, out.transpose(1, 2), read, gate, module.o_proj.weight, None)
 
     return call
 
@@ -151,7 +151,7 @@ def layer() -> Callable[[], Any]:
 
 def show_layer() -> None:
     size = 2 * HIDDEN * (sum(READERS) + HIDDEN + 3 * INNER) + 4 * KV_HEADS * SLOTS * SIZE
-    for allowed in ("auto", ",".join(name for name in kernels.KERNELS if name != "pdl")):
+    for allowed in ("auto", ",".join(name for name in dispatch.KERNELS if name != "pdl")):
         os.environ["AHN_KERNEL"] = allowed
         spent = microseconds(layer, size)
         print(f"{'a layer':<24} {spent:6.2f} us  {size / spent / 1e6:5.2f} TB/s  AHN_KERNEL={allowed}", flush=True)
@@ -169,16 +169,16 @@ def main() -> None:
     if quick:
         tiles |= {"TILE": (4096,), "STAGES": (4,)}
         small |= {"PROGRAMS": (256, 512), "TILE": (4096,), "STAGES": (4,)}
-    show("gate, up", gated, 4 * HIDDEN * INNER, product, **tiles)
-    show("down", last(INNER), 2 * HIDDEN * INNER, product, **small)
-    show("q, k, v, gates", readers(*READERS), 2 * HIDDEN * sum(READERS), product, **small)
-    show("o", last(HIDDEN), 2 * HIDDEN**2, product, **small)
+    show("gate, up", gated, 4 * HIDDEN * INNER, gemv, **tiles)
+    show("down", last(INNER), 2 * HIDDEN * INNER, gemv, **small)
+    show("q, k, v, gates", readers(*READERS), 2 * HIDDEN * sum(READERS), gemv, **small)
+    show("o", last(HIDDEN), 2 * HIDDEN**2, gemv, **small)
     if quick:
         return
     ring = {"BLOCK": (32, 64, 128), "WARPS": (4, 8), "STAGES": (2, 3, 4), "PROGRAMS": (264, 528)}
-    show("attention, merge", attend, 4 * KV_HEADS * SLOTS * SIZE, step, **ring)
-    show("recurrence, output", cell, 10 * HEADS * SIZE**2, step, COLUMNS=(8, 16, 32))
-    show("turn", turn, 4 * SIZE * (2 * HEADS + KV_HEADS), step)
+    show("attention, merge", attend, 4 * KV_HEADS * SLOTS * SIZE, decode, **ring)
+    show("recurrence, output", cell, 10 * HEADS * SIZE**2, decode, COLUMNS=(8, 16, 32))
+    show("turn", turn, 4 * SIZE * (2 * HEADS + KV_HEADS), decode)
 
 
 if __name__ == "__main__":

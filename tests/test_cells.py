@@ -7,7 +7,7 @@ import torch
 
 import ahn
 from ahn.cells.base import Cell, unit
-from ahn.kernels import chunked
+from ahn.ops import chunked
 from conftest import CELLS, drifting
 
 HEADS, SIZE, HIDDEN = 3, 8, 24

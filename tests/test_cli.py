@@ -16,6 +16,7 @@ import torch
 import ahn
 from ahn import bases, cli
 from ahn.cli import _session
+from ahn.cli.info import report
 from ahn.dialogue import Dialogue
 from conftest import tiny, with_memory
 from tiny_tokenizer import tiny_tokenizer
@@ -313,7 +314,7 @@ def test_info(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.__version__ in out
     assert all(name in out for name in ahn.cells.names())
     assert "smollm2-135m" in out
-    assert all(reason in out for _, _, reason in ahn.kernels.report())
+    assert all(reason in out for _, _, reason in report())
 
 
 def test_cost_shows_the_papers_numbers(run: Any) -> None:

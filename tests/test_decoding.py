@@ -9,10 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ahn
-from ahn import decoding, fused, generation, kernels
+from ahn import decoding, fused, generation
 from ahn.cache import PAST
 from ahn.cells.base import Cell
-from ahn.kernels import Kernel
+from ahn.cli import info
+from ahn.ops import dispatch
+from ahn.ops.dispatch import Kernel
 from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
@@ -32,7 +34,7 @@ class NoHost(TorchDispatchMode):
 @pytest.fixture
 def replays(monkeypatch):
     """Steps as on CUDA, but for the capture; counts the replays, in which nothing may wait for the device."""
-    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("graph", "as on CUDA"))
     monkeypatch.setattr(decoding, "ROOM", 8)
     counts = {"made": 0, "replayed": 0}
     run, make = decoding.Graph._run, decoding.Graph.__init__
@@ -84,7 +86,7 @@ def both_ways(model, one, fast, plain, monkeypatch):
     """Logits of one token a row by a graph from the cache `fast`, and without one from `plain`."""
     by_graph = model(one, **{PAST: fast}).logits
     with monkeypatch.context() as without:
-        without.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+        without.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
         return by_graph, model(one, **{PAST: plain}).logits
 
 
@@ -171,7 +173,7 @@ def test_generate(replays, options, monkeypatch):
 
     fast = generated(cache.fork())
     assert replays["replayed"] == (29 if "num_beams" in options else 2 + 29)
-    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(fast, generated(cache))
 
 
@@ -190,7 +192,7 @@ def test_a_short_question_is_read_by_the_graph(replays, monkeypatch):
     fast, counts = answers(cache.fork())
     assert counts == [2 + 3, 5 + 3, 3] and replays["made"] == 1
     model._ahn_frame.graph = None
-    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(fast, answers(cache)[0])
 
 
@@ -254,7 +256,7 @@ def test_a_question_is_read_at_once_where_the_graph_fails(replays, monkeypatch):
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
     found = ahn.generate(model, token_ids(9), cache.fork(), max_new_tokens=3, eos_token_id=None)
     assert lengths == [1, 8, 1, 1]
-    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("torch", "asked for"))
+    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(found, ahn.generate(model, token_ids(9), cache, max_new_tokens=3, eos_token_id=None))
 
 
@@ -440,26 +442,26 @@ def test_a_copy_of_a_model_decodes_by_itself(replays):
 
 def test_the_choice_can_be_restricted(monkeypatch):
     monkeypatch.setenv("AHN_KERNEL", "torch")
-    assert {kernel for _, kernel, _ in kernels.report()} == {"torch"}
-    assert kernels.decoding("cuda") == ("torch", "AHN_KERNEL=torch")
+    assert {kernel for _, kernel, _ in info.report()} == {"torch"}
+    assert dispatch.decoding("cuda") == ("torch", "AHN_KERNEL=torch")
     monkeypatch.setenv("AHN_KERNEL", "graph, flash")
-    assert kernels.decoding("cuda").name == "graph"
-    assert kernels.attention(torch.empty(1, 64)).name == "flash"
-    assert kernels.whole_sequence("cuda", 64, 128).name == "torch"
+    assert dispatch.decoding("cuda").name == "graph"
+    assert dispatch.attention(torch.empty(1, 64)).name == "flash"
+    assert dispatch.whole_sequence("cuda", 64, 128).name == "torch"
     monkeypatch.setenv("AHN_KERNEL", "torch,flash")
     with pytest.raises(ahn.errors.ConfigError, match="no kernel torch; expected auto or torch alone"):
-        kernels.report()
+        info.report()
     monkeypatch.setenv("AHN_KERNEL", "tritn")
     with pytest.raises(
         ahn.errors.ConfigError, match="AHN_KERNEL=tritn: no kernel tritn; expected auto or torch alone, or some"
     ):
-        kernels.report()
+        info.report()
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Phi3"])
 def test_the_base_is_compiled_once_for_all_layers(monkeypatch, family):
     """Without breaks, and undone afterwards."""
-    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("graph", "as on CUDA"))
     compiled, compile = [], torch.compile
 
     def counted(function, **options):

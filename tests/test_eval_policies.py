@@ -6,13 +6,13 @@ from torch.nn.functional import cross_entropy
 
 import ahn
 from ahn import bases, stores
-from ahn.attention import attend
 from ahn.cache import PAST
 from ahn.cost import cost
 from ahn.errors import AdapterError, ConfigError
 from ahn.eval import policies
 from ahn.eval.policies import compressive
 from ahn.eval.policies.base import Stored
+from ahn.ops.softmax import attend
 from conftest import token_ids
 from tiny_base import SINKS, WINDOW, write_base
 

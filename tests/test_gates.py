@@ -58,7 +58,7 @@ def test_the_weights_add_up_to_the_places(monkeypatch, tokens, sinks, window, wa
 def test_a_machine_is_checked(monkeypatch):
     """Their kernel is compared before a run starts, and a wrong one is named."""
     from ahn.errors import AHNError
-    from ahn.kernels import soft
+    from ahn.ops.kernels import soft_retention
     from ahn.train.check import check
 
     monkeypatch.setattr("ahn.train.check.TOKENS", 70)
@@ -66,7 +66,7 @@ def test_a_machine_is_checked(monkeypatch):
     names = [row.name for row in check(*machine, gates=True)]
     assert "gates, gradient of weights" in names
     assert not any(row.name.startswith("gates") for row in check(*machine))
-    right = soft.attend
-    monkeypatch.setattr(soft, "attend", lambda q, k, v, kept, *rest: right(q, k, v, kept * 1.1, *rest))
+    right = soft_retention.attend
+    monkeypatch.setattr(soft_retention, "attend", lambda q, k, v, kept, *rest: right(q, k, v, kept * 1.1, *rest))
     with pytest.raises(AHNError, match="gates, gradient of weights is off by"):
         check(*machine, gates=True)

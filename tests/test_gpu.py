@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import ahn
-from ahn import fused, kernels
-from ahn.attention import attend
+from ahn import fused
 from ahn.augmentation import layers_of, set_window
 from ahn.cache import PAST
 from ahn.cells.base import unit
+from ahn.cli import info
 from ahn.fingerprint import fingerprint
-from ahn.kernels import flex
+from ahn.ops import dispatch, flex
+from ahn.ops.softmax import attend
 from ahn.train import distill
 from ahn.train.trainer import compile_layers
 from conftest import FORMS, drifting, golden_base, golden_tensors, in_pieces, storing, tiny, token_ids, with_memory
@@ -29,7 +30,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 @pytest.fixture(autouse=True)
 def no_compiling(monkeypatch):
     """It takes seconds for every new shape, so only the test of it does."""
-    monkeypatch.setenv("AHN_KERNEL", ",".join(name for name in kernels.KERNELS if name != "inductor"))
+    monkeypatch.setenv("AHN_KERNEL", ",".join(name for name in dispatch.KERNELS if name != "inductor"))
 
 
 def relative(a, b):
@@ -130,7 +131,7 @@ def test_the_library_tries_no_forms(size, tmp_path):
     """Of the delta rules: each form takes a second to compile, and which is the fastest for few tokens is chance."""
     script = f"""
         import torch
-        from ahn.kernels import fla
+        from ahn.ops import fla
         q, k, v = torch.nn.functional.normalize(torch.randn(3, 1, 100, 2, {size}, device="cuda"), dim=-1).bfloat16()
         beta, state = torch.rand(1, 100, 2, device="cuda"), torch.zeros(1, 2, {size}, {size}, device="cuda")
         with torch.no_grad():
@@ -146,8 +147,8 @@ def test_the_library_tries_no_forms(size, tmp_path):
 
 
 def test_kernel_choice_is_visible():
-    rows = {operation: kernel for operation, kernel, _ in kernels.report()}
-    assert set(rows.values()) <= {*kernels.KERNELS, "torch"}
+    rows = {operation: kernel for operation, kernel, _ in info.report()}
+    assert set(rows.values()) <= {*dispatch.KERNELS, "torch"}
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_fused_attention_and_its_normaliser(monkeypatch, queries, keys, allowed,
     monkeypatch.setenv("AHN_KERNEL", "torch")
     expected = attend(q.float(), k.float(), v.float(), None, size**-0.5, causal=keys is None)
     monkeypatch.setenv("AHN_KERNEL", allowed)
-    assert kernels.attention(q).name in allowed
+    assert dispatch.attention(q).name in allowed
     out = attend(q, k, v, None, size**-0.5, causal=keys is None)
     assert relative(out[0], expected[0]) < 1e-2
     assert relative(out[1], expected[1]) < 2e-3
@@ -231,8 +232,8 @@ def test_masked_attention_and_its_normaliser(monkeypatch, queries, keys, by_head
 def test_reading_in_pieces_of_the_ring(monkeypatch, cell, window, sinks, form):
     """Windows that are no multiple of anything, two rows, several times around the ring."""
     if form != "one kernel":
-        monkeypatch.setattr(kernels, "NARROW", 0)
-        monkeypatch.setattr(kernels, "PLANNED", 0 if form == "dense" else 300)
+        monkeypatch.setattr(dispatch, "NARROW", 0)
+        monkeypatch.setattr(dispatch, "PLANNED", 0 if form == "dense" else 300)
     model = with_memory(tiny(head_dim=64, max_position_embeddings=2048).cuda().bfloat16(), cell, window, sinks)
     ids = token_ids(1100, batch=2).cuda()
     with torch.no_grad():
@@ -243,16 +244,16 @@ def test_reading_in_pieces_of_the_ring(monkeypatch, cell, window, sinks, form):
 
 def test_cudnn_groups_heads():
     """If not, reading copies keys for every query head: correct, but slower."""
-    if kernels.attention(torch.empty(1, 64, device="cuda", dtype=torch.bfloat16)).name == "cudnn":
-        assert kernels.groups_heads()
+    if dispatch.attention(torch.empty(1, 64, device="cuda", dtype=torch.bfloat16)).name == "cudnn":
+        assert dispatch.groups_heads()
 
 
 def test_reading_compiled(monkeypatch, cell):
     """Texts of several lengths by the same graphs; nothing that is compiled fails and is left plain."""
     monkeypatch.delenv("AHN_KERNEL")
-    monkeypatch.setattr(kernels, "LONG", 100)
-    monkeypatch.setattr(kernels, "NARROW", 0)
-    monkeypatch.setattr(kernels, "PLANNED", 0)
+    monkeypatch.setattr(dispatch, "LONG", 100)
+    monkeypatch.setattr(dispatch, "NARROW", 0)
+    monkeypatch.setattr(dispatch, "PLANNED", 0)
     monkeypatch.setattr(fused, "MANY", 20)
     monkeypatch.setattr(fused, "of_any_length", functools.cache(fused.of_any_length.__wrapped__))
     shape = {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
@@ -322,10 +323,10 @@ def test_decoding_in_half_precision_with_grouped_heads(cell):
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batch):
     """Of several tiles each; and a kernel that starts early finds the same numbers, to the last bit."""
-    from ahn.kernels import product, step
+    from ahn.ops.kernels import decode, gemv
 
     launched = {"norm": 0, "add": 0, "turn": 0}
-    together, turn = product.together, step.turn
+    together, turn = gemv.together, decode.turn
 
     def counted(x, layers, norm=None, normed=None, add=None):
         launched["norm"] += norm is not None
@@ -336,10 +337,10 @@ def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batc
         launched["turn"] += 1
         return turn(*args)
 
-    monkeypatch.setattr(product, "together", counted)
-    monkeypatch.setattr(step, "turn", counted_turn)
-    monkeypatch.setattr(product, "PROGRAMS", 64)
-    monkeypatch.setattr(product, "TILE", 1024)
+    monkeypatch.setattr(gemv, "together", counted)
+    monkeypatch.setattr(decode, "turn", counted_turn)
+    monkeypatch.setattr(gemv, "PROGRAMS", 64)
+    monkeypatch.setattr(gemv, "TILE", 1024)
     shape = {"hidden_size": 512, "intermediate_size": 1400, "num_attention_heads": 8, "head_dim": 64}
     base = tiny(family, **shape, initializer_range=0.015).cuda().bfloat16()
     for name, weight in base.named_parameters():

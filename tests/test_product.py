@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
-from ahn.kernels import product  # noqa: E402 - Triton looks at its environment when the kernels are defined
+from ahn.ops.kernels import gemv  # noqa: E402 - Triton looks at its environment when the kernels are defined
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter multiplies no bfloat16
@@ -43,16 +43,16 @@ def multiplied(monkeypatch):
     """Counts the launches, which are of few programs: those are interpreted one after the other. No graphs, no other
     kernels."""
     monkeypatch.setenv("AHN_KERNEL", "gemv")
-    monkeypatch.setattr(product, "PROGRAMS", 8)
+    monkeypatch.setattr(gemv, "PROGRAMS", 8)
     counts = {"together": 0, "gated": 0}
     for name in counts:
-        kernel = getattr(product, name)
+        kernel = getattr(gemv, name)
 
         def counted(*args, kernel=kernel, name=name, **kwargs):
             counts[name] += 1
             return kernel(*args, **kwargs)
 
-        monkeypatch.setattr(product, name, counted)
+        monkeypatch.setattr(gemv, name, counted)
     return counts
 
 
@@ -63,16 +63,16 @@ def multiplied(monkeypatch):
 def test_products(monkeypatch, length, rows, programs, vectors, dtype):
     """Of matrices with and without biases, by programs of one row and of several, in one tile and in several."""
     torch.manual_seed(length)
-    monkeypatch.setattr(product, "PROGRAMS", programs)
-    monkeypatch.setattr(product, "TILE", 256)
+    monkeypatch.setattr(gemv, "PROGRAMS", programs)
+    monkeypatch.setattr(gemv, "TILE", 256)
     x = torch.randn(vectors, 1, length, device=DEVICE).to(dtype)
     layers = [nn.Linear(length, count, bias=i % 2 == 0, device=DEVICE).to(dtype) for i, count in enumerate(rows)]
     with torch.no_grad():
         exact = [F.linear(x.float(), m.weight.float(), None if m.bias is None else m.bias.float()) for m in layers]
-        assert relative(product.together(x, layers), torch.cat(exact, -1)) < LIMIT[dtype]
+        assert relative(gemv.together(x, layers), torch.cat(exact, -1)) < LIMIT[dtype]
         up = nn.Linear(length, rows[0], device=DEVICE).to(dtype)
         expected = F.silu(exact[0]) * F.linear(x.float(), up.weight.float(), up.bias.float())
-        assert relative(product.gated(x, layers[0], up), expected) < LIMIT[dtype]
+        assert relative(gemv.gated(x, layers[0], up), expected) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,21 +80,21 @@ def test_products(monkeypatch, length, rows, programs, vectors, dtype):
 def test_with_a_norm_before_and_a_sum_behind(monkeypatch, length, programs, vectors, dtype):
     """And the normalised vectors, written by more tiles than there are programs and by fewer."""
     torch.manual_seed(length)
-    monkeypatch.setattr(product, "PROGRAMS", programs)
-    monkeypatch.setattr(product, "TILE", 256)
+    monkeypatch.setattr(gemv, "PROGRAMS", programs)
+    monkeypatch.setattr(gemv, "TILE", 256)
     x = torch.randn(vectors, 1, length, device=DEVICE).to(dtype) / 50
-    norm = product.Norm(torch.rand(length, device=DEVICE).to(dtype) + 0.5, 1e-4)
+    norm = gemv.Norm(torch.rand(length, device=DEVICE).to(dtype) + 0.5, 1e-4)
     layers = [nn.Linear(length, count, bias=count == 2, device=DEVICE).to(dtype) for count in (1, 2)]
     add, normed = torch.randn(vectors, 1, 3, device=DEVICE).to(dtype), torch.empty_like(x)
     with torch.no_grad():
         exact = F.rms_norm(x.float(), (length,), norm.weight.float(), norm.epsilon)
         expected = [F.linear(exact, m.weight.float(), None if m.bias is None else m.bias.float()) for m in layers]
-        found = product.together(x, layers, norm, normed, add)
+        found = gemv.together(x, layers, norm, normed, add)
         assert relative(found, torch.cat(expected, -1) + add.float()) < LIMIT[dtype]
         assert relative(normed, exact) < LIMIT[dtype]
         up = nn.Linear(length, 2, bias=False, device=DEVICE).to(dtype)
         expected = F.silu(expected[1]) * F.linear(exact, up.weight.float())
-        assert relative(product.gated(x, layers[1], up, norm), expected) < LIMIT[dtype]
+        assert relative(gemv.gated(x, layers[1], up, norm), expected) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize(

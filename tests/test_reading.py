@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import ahn
-from ahn import augmentation, fused, kernels, reading
-from ahn.attention import merge, merge_all
+from ahn import augmentation, fused, reading
 from ahn.cache import Span
+from ahn.ops import dispatch
+from ahn.ops.softmax import merge, merge_all
 from conftest import in_pieces, tiny, token_ids, with_memory
 
 SPLITS = ([90], [7, 13, 1, 30, 8, 31], [20, 16, 16, 16, 16, 6], [3, 2, 40, 45], [50, 15, 2, 23])
@@ -74,12 +75,12 @@ def test_short_chunks_of_a_wide_window_are_attended_by_one_kernel(monkeypatch):
     """Where cuDNN would make a plan for their length; elsewhere the kernel is for narrow windows."""
 
     def one(tokens, window, fused="cudnn", own="triton"):
-        monkeypatch.setattr(kernels, "attention", lambda like: kernels.Kernel(fused, ""))
-        monkeypatch.setattr(kernels, "band", lambda like: kernels.Kernel(own, ""))
-        return kernels.window_in_one(torch.empty(1, 1, tokens, 8), window)
+        monkeypatch.setattr(dispatch, "attention", lambda like: dispatch.Kernel(fused, ""))
+        monkeypatch.setattr(dispatch, "band", lambda like: dispatch.Kernel(own, ""))
+        return dispatch.window_in_one(torch.empty(1, 1, tokens, 8), window)
 
-    assert one(20, 32640) and one(kernels.PLANNED - 1, 32640) and not one(kernels.PLANNED, 32640)
-    assert one(kernels.PLANNED, kernels.NARROW) and not one(20, kernels.NARROW, own="torch")
+    assert one(20, 32640) and one(dispatch.PLANNED - 1, 32640) and not one(dispatch.PLANNED, 32640)
+    assert one(dispatch.PLANNED, dispatch.NARROW) and not one(20, dispatch.NARROW, own="torch")
     assert not one(20, 32640, fused="flash")
 
 
@@ -129,7 +130,7 @@ def test_what_is_compiled_is_compiled_once_for_all_lengths(monkeypatch, family, 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     before = [dict(vars(module)) for module in model.modules()]
-    monkeypatch.setattr(kernels, "between_many", lambda device, tokens: kernels.Kernel("inductor", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "between_many", lambda device, tokens: dispatch.Kernel("inductor", "as on CUDA"))
     graphs = []
     for (chunk, text), expected in zip(texts.items(), plain, strict=True):
         cache = ahn.read(model, text, chunk=chunk)
@@ -150,11 +151,11 @@ def test_a_short_rest_is_not_compiled_for(monkeypatch):
         compiled.append(seen[-1] if seen else 0)
         yield
 
-    monkeypatch.setattr(kernels, "between_many", lambda device, tokens: kernels.Kernel("inductor", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "between_many", lambda device, tokens: dispatch.Kernel("inductor", "as on CUDA"))
     monkeypatch.setattr(fused, "compiled_for_reading", noted)
     model = with_memory(tiny(), window=16, sinks=4)
     for planned, expected in ((4096, [0, 40]), (30, [0, 40, 80]), (0, [0, 40, 80])):
-        monkeypatch.setattr(kernels, "PLANNED", planned)
+        monkeypatch.setattr(dispatch, "PLANNED", planned)
         seen.clear(), compiled.clear()
         ahn.read(model, token_ids(115), chunk=40, progress=lambda done, total: seen.append(done))
         assert compiled == expected

@@ -6,15 +6,22 @@ import os
 import pytest
 import torch
 
-from ahn import kernels, retention
-from ahn.attention import Far, Rotary, attend, attend_window
+from ahn.ops import dispatch, eviction
+from ahn.ops.banded import attend_window
+from ahn.ops.ranks import empty_ranks
+from ahn.ops.rotary import Rotary
+from ahn.ops.softmax import attend
+from ahn.ops.specs import Far
 from conftest import STORES, in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
-from ahn.kernels import far, retain, rotate  # noqa: E402 - Triton looks at its environment when the kernels are defined
+# Triton looks at its environment when the kernels are defined
+from ahn.ops.kernels import banded  # noqa: E402
+from ahn.ops.kernels import eviction as triton_eviction  # noqa: E402
+from ahn.ops.kernels import rotary as triton_rotary  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter multiplies no bfloat16
@@ -39,12 +46,12 @@ def test_contest(plain, places, steps):
     def some(first, count):  # many ties, and steps without a newcomer
         priority = torch.randint(-4, 5, (2, 3, count), generator=generator).float()
         real = torch.rand(2, count, generator=generator) < 0.9
-        return retention.rank(priority, first + torch.arange(count)[None], real).to(DEVICE)
+        return eviction.rank(priority, first + torch.arange(count)[None], real).to(DEVICE)
 
-    empty = retention.empty(2, 3, places, torch.device(DEVICE))
-    before, new = retention.contest(empty, some(0, 50)).ranks, some(50, steps)
+    empty = empty_ranks(2, 3, places, torch.device(DEVICE))
+    before, new = eviction.contest(empty, some(0, 50)).ranks, some(50, steps)
     for ranks in (before, before[:, :, ::2].repeat_interleave(2, -1)[..., :places] if steps == 1 else before):
-        expected, found = retention.contest(ranks, new), retain.contest(ranks, new)
+        expected, found = eviction.contest(ranks, new), triton_eviction.contest(ranks, new)
         if ranks is before:
             assert torch.equal(found.losers, expected.losers)
         assert torch.equal(found.lost, expected.lost)
@@ -56,12 +63,12 @@ def test_contest_in_parts(plain, monkeypatch):
     """More steps than are resolved together."""
     torch.manual_seed(0)
     positions, real = torch.arange(150, device=DEVICE)[None], torch.ones(1, 150, dtype=torch.bool, device=DEVICE)
-    ranks = retention.rank(torch.randn(2, 3, 150, device=DEVICE), positions, real)
+    ranks = eviction.rank(torch.randn(2, 3, 150, device=DEVICE), positions, real)
     before, new = ranks[..., :50].contiguous(), ranks[..., 50:].contiguous()
-    expected = retention.contest(before, new)
+    expected = eviction.contest(before, new)
     monkeypatch.delenv("AHN_KERNEL")
-    monkeypatch.setattr(retain, "at_once", lambda ranks: 32)
-    found = retention.contest(before, new)
+    monkeypatch.setattr(triton_eviction, "at_once", lambda ranks: 32)
+    found = eviction.contest(before, new)
     assert torch.equal(found.losers, expected.losers)
     assert torch.equal(found.lost, expected.lost)
     assert torch.equal(torch.cat([before, new], -1).gather(-1, found.kept), found.ranks)
@@ -75,8 +82,8 @@ def test_rank(plain):
     for rows in (1, 2):
         positions = torch.randint(1 << 20, (rows, 77), device=DEVICE)
         real = torch.rand(rows, 77, device=DEVICE) < 0.7
-        expected = retention.rank(priority, positions, real)
-        assert torch.equal(retain.rank(priority, positions, real), expected)
+        expected = eviction.rank(priority, positions, real)
+        assert torch.equal(triton_eviction.rank(priority, positions, real), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,10 +107,10 @@ def test_attention(plain, monkeypatch, queries, before, window, sinks, places, e
                    at_once):  # fmt: skip
     """At once: of what all see, so many or a multiple are attended by another kernel, on CUDA cuDNN's."""
     if at_once != "best":
-        monkeypatch.setattr(far, "FEW", 1 << 30 if at_once == "unsorted" else 0)
-        monkeypatch.setattr(kernels, "dense_at_once", lambda q, count: at_once)
+        monkeypatch.setattr(banded, "FEW", 1 << 30 if at_once == "unsorted" else 0)
+        monkeypatch.setattr(dispatch, "dense_at_once", lambda q, count: at_once)
     attended = []
-    monkeypatch.setattr(far, "attend_dense", lambda *args: attended.append(args[1].shape[2]) or attend(*args))
+    monkeypatch.setattr(banded, "attend_dense", lambda *args: attended.append(args[1].shape[2]) or attend(*args))
     torch.manual_seed(queries)
     batch, count = 2, sinks + places + entering
     q, q_far = torch.randn(2, batch, queries, heads, size, device=DEVICE).to(dtype).transpose(2, 3)
@@ -120,7 +127,7 @@ def test_attention(plain, monkeypatch, queries, before, window, sinks, places, e
         at = torch.tensor(start, device=DEVICE)
         with monkeypatch.context() as free:
             free.delenv("AHN_KERNEL")
-            found = far.attend(q, q_far, tuple(near), at, window, size**-0.5, seen, sinks)
+            found = banded.attend(q, q_far, tuple(near), at, window, size**-0.5, seen, sinks)
         exact = Far(*(t.float() for t in keys), seen.since, seen.until, entering)
         nothing = tuple(near[:, :, :, :0].float())
         expected = attend_window(
@@ -146,10 +153,10 @@ def test_rotation(plain, tokens, rows, size, width, dtype):
     x = torch.randn(2, tokens, 3, size, device=DEVICE).to(dtype).transpose(1, 2)
     for delta in (torch.randint(-40, 40, (rows, tokens), device=DEVICE), torch.tensor([[7]], device=DEVICE)):
         angles = tuple(t[..., :width] for t in rotary.angles(delta))
-        assert relative(rotate.turn(x, *angles), rotary.turn(x, angles)) < LIMIT[dtype]
+        assert relative(triton_rotary.turn(x, *angles), rotary.turn(x, angles)) < LIMIT[dtype]
         few = torch.rand(width // 2, device=DEVICE)
         by = torch.cat([delta[..., None] * few] * 2, -1)
-        assert relative(rotate.turn_by(x, delta, few), rotary.turn(x, (by.cos(), by.sin()))) < LIMIT[dtype]
+        assert relative(triton_rotary.turn_by(x, delta, few), rotary.turn(x, (by.cos(), by.sin()))) < LIMIT[dtype]
         assert rotary.simple
 
 

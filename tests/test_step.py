@@ -6,21 +6,23 @@ import pytest
 import torch
 
 import ahn
-from ahn import fused, kernels
-from ahn.attention import Rotary, attend_one
+from ahn import fused
 from ahn.augmentation import layers_of
 from ahn.cache import Span
 from ahn.cells.base import unit
 from ahn.decoding import Step
-from ahn.kernels import Kernel
 from ahn.layer import Leaving
+from ahn.ops import dispatch
+from ahn.ops.banded import attend_one
+from ahn.ops.dispatch import Kernel
+from ahn.ops.rotary import Rotary
 from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
-from ahn.kernels import step  # noqa: E402 - Triton looks at its environment when the kernels are defined
+from ahn.ops.kernels import decode  # noqa: E402 - Triton looks at its environment when the kernels are defined
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter multiplies no bfloat16
@@ -50,7 +52,7 @@ def test_attention(plain, slots, sinks, last, heads, kv_heads, size, dtype):
     for positions in ([last], [last, max(0, (last or 0) - 3)]):
         at = None if last is None else torch.tensor(positions, device=DEVICE)
         filled = at.new_tensor([slots - 1]) if at is not None else None
-        out, norm = step.attend(q, q_sinks, k, v, sinks, at, size**-0.5)
+        out, norm = decode.attend(q, q_sinks, k, v, sinks, at, size**-0.5)
         at = None if at is None else at.minimum(filled)
         expected = attend_one(q.float(), q_sinks.float(), k.float(), v.float(), sinks, at, size**-0.5)
         assert relative(out, expected[0]) < LIMIT[dtype]
@@ -78,8 +80,8 @@ def test_cell(plain, cell, heads, kv_heads, size, writes, dtype):
         out = torch.randn(batch, 1, heads, size, device=DEVICE).to(dtype)
         with torch.no_grad():
             inputs = module.gate_inputs(x[0])
-            read = step.recur(form, q, k, v, inputs, able, state, unit=True)
-            added = step.add_read(form, out, read, module.g_proj(x[1]), module.o_proj.weight, able)
+            read = decode.recur(form, q, k, v, inputs, able, state, unit=True)
+            added = decode.add_read(form, out, read, module.g_proj(x[1]), module.o_proj.weight, able)
             gates = module.gates(inputs)
             gates = gates if able is None else tuple(gate * able[:, None] for gate in gates)
             groups = heads // kv_heads
@@ -102,10 +104,10 @@ def test_merge_beside_the_recurrence(cell, slots, size):
     state = torch.randn(2, 4, size, size, device=DEVICE)
     inputs = torch.randn(2, 1, module.num_gates * 4, device=DEVICE)
     arguments = (module.step_form(), q, k[:, :, :1], v[:, :, :1], inputs, None)
-    expected, expected_state = step.attend(q, q, k, v, 3, None, 0.1), state.clone()
-    expected_read = step.recur(*arguments, expected_state, True)
-    parts = step.attend_parts(q, q, k, v, 3, None, 0.1)
-    read = step.recur(*arguments, state, True, parts)
+    expected, expected_state = decode.attend(q, q, k, v, 3, None, 0.1), state.clone()
+    expected_read = decode.recur(*arguments, expected_state, True)
+    parts = decode.attend_parts(q, q, k, v, 3, None, 0.1)
+    read = decode.recur(*arguments, state, True, parts)
     pairs = zip((parts.out, parts.norm, read, state), (*expected, expected_read, expected_state), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -122,7 +124,7 @@ def test_more_features_than_channels(plain, features):
     expected_state = state.clone()
     with torch.no_grad():
         inputs = module.gate_inputs(x)
-        read = step.recur(module.step_form(), q, k, v, inputs, None, state, unit=False)
+        read = decode.recur(module.step_form(), q, k, v, inputs, None, state, unit=False)
         values = v.repeat_interleave(2, 1)
         expected = module.step(q, k, values, module.gates(inputs), expected_state)
     assert relative(read, expected[:, :, 0]) < 1e-5
@@ -151,7 +153,7 @@ def test_turn(size, rows, more_rows, dtype):
     q, k, _ = torch.randn(2, 1, 7, size, device=DEVICE).to(dtype).transpose(1, 2).split([4, 2, 1], 1)
     angles = model.model.rotary_emb(q, torch.tensor([[5], [9]], device=DEVICE)[:rows])
     further = rotary.angles(torch.tensor([[-3], [-700]], device=DEVICE)[:more_rows]) if more_rows else None
-    turned = step.turn(q, k, angles, further)
+    turned = decode.turn(q, k, angles, further)
     expected = rotary.apply(q.float(), k.float(), *(t.float() for t in angles))
     assert relative(turned[0], expected[0]) < LIMIT[dtype]
     assert relative(turned[1], expected[1]) < LIMIT[dtype]
@@ -163,8 +165,8 @@ def test_turn(size, rows, more_rows, dtype):
 @pytest.mark.parametrize(("family", "launches"), [("Qwen3", 1), ("Cohere", 0)])
 def test_turned_within(plain, monkeypatch, family, launches, positions):
     """One launch a layer, in the place of the base's function; not of a base that turns neighbours."""
-    count, kernel = [], step.turn
-    monkeypatch.setattr(step, "turn", lambda *args: count.append(args[3] is not None) or kernel(*args))
+    count, kernel = [], decode.turn
+    monkeypatch.setattr(decode, "turn", lambda *args: count.append(args[3] is not None) or kernel(*args))
     model = with_memory(tiny(family), window=5, sinks=3, sink_positions=positions).to(DEVICE)
     before = [dict(vars(module)) for module in model.modules()]
     ids = token_ids(14, batch=2).to(DEVICE)
@@ -193,7 +195,7 @@ def test_exchange(cell_name, window, positions):
             tensor.copy_(torch.arange(tensor.numel(), device=DEVICE).view_as(tensor) + number)
     start = torch.tensor(positions, device=DEVICE)
     expected = plain.exchange(plain.slots(start), k, v, inputs, old=True)
-    found = step.exchange(fused, start, k, v, inputs)
+    found = decode.exchange(fused, start, k, v, inputs)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())
@@ -248,7 +250,7 @@ def test_put_score(plain, positions, dtype):
     span = Step(start, due=False)
     k = torch.zeros(2, 2, 1, 8, device=DEVICE)
     memories[0].put_score(span, layer._score(k, k, x, None, span, None))
-    step.put_score(layer.store.gate_form(), memories[1], start, x)
+    decode.put_score(layer.store.gate_form(), memories[1], start, x)
     assert (memories[0].scores != 0).sum() == 4
     assert torch.allclose(memories[1].scores, memories[0].scores, rtol=1e-4, atol=1e-5)
 
@@ -257,7 +259,7 @@ def test_put_score(plain, positions, dtype):
 @pytest.mark.parametrize("form", [{}, FORMS["maps"]], ids=str)
 def test_whole_model_with_a_store(monkeypatch, store, form):
     """Token by token as in a graph, from where the store is full on."""
-    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("graph", "here as well"))
+    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("graph", "here as well"))
     model = storing(store, window=9, sinks=3, store_size=4, store_span=2, **form).to(DEVICE)
     ids = token_ids(30, batch=2).to(DEVICE)
     with torch.no_grad():

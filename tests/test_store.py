@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import ahn
-from ahn import retention, stores, transcript
+from ahn import stores, transcript
 from ahn.adapter import read_adapter
 from ahn.augmentation import layers_of
 from ahn.cache import PAST
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
 from ahn.memory_file import retained
+from ahn.ops import eviction
+from ahn.ops.ranks import TOKEN, empty_ranks, position_of
 from ahn.stores.base import Store
 from conftest import FORMS, STORES, in_pieces, storing, tiny, token_ids, with_memory
 
@@ -70,11 +72,11 @@ def test_contest_is_a_heap(places, steps):
     def some(first, count):  # many ties, and steps without a newcomer
         priority = torch.randint(-4, 5, (2, 3, count), generator=generator).float()
         real = torch.rand(2, count, generator=generator) < 0.9
-        return retention.rank(priority, first + torch.arange(count)[None], real)
+        return eviction.rank(priority, first + torch.arange(count)[None], real)
 
-    before = retention.contest(retention.empty(2, 3, places, torch.device("cpu")), some(0, 50)).ranks
+    before = eviction.contest(empty_ranks(2, 3, places, torch.device("cpu")), some(0, 50)).ranks
     new = some(50, steps)
-    outcome = retention.contest(before, new)
+    outcome = eviction.contest(before, new)
     lost, stay = heaps(before, new)
     assert torch.equal(outcome.lost, lost)
     assert torch.equal(outcome.ranks.sort(-1).values, stay)
@@ -85,10 +87,10 @@ def test_contest_is_a_heap(places, steps):
 
 def test_ranks_sort_by_priority_then_age():
     priority = torch.tensor([-torch.inf, -3.0, -3.0, -0.0, 0.0, 1e-30, 2.0, torch.inf])
-    ranks = retention.rank(priority[None, None], torch.arange(8)[None] + 5, torch.ones(1, 8, dtype=torch.bool))
-    assert (ranks.diff() > 0).all() and (ranks >= retention.TOKEN).all()
-    assert torch.equal(retention.position(ranks), torch.arange(8)[None, None] + 5)
-    younger = retention.rank(torch.ones(1, 1, 2), torch.tensor([[7, 6]]), torch.ones(1, 2, dtype=torch.bool))
+    ranks = eviction.rank(priority[None, None], torch.arange(8)[None] + 5, torch.ones(1, 8, dtype=torch.bool))
+    assert (ranks.diff() > 0).all() and (ranks >= TOKEN).all()
+    assert torch.equal(position_of(ranks), torch.arange(8)[None, None] + 5)
+    younger = eviction.rank(torch.ones(1, 1, 2), torch.tensor([[7, 6]]), torch.ones(1, 2, dtype=torch.bool))
     assert younger[0, 0, 0] > younger[0, 0, 1]
 
 
@@ -242,8 +244,8 @@ def test_every_token_is_in_one_place(store, sizes, monkeypatch):
     for row in range(2):
         for head in range(2):
             ranks = lost[row, head]
-            gone = retention.position(ranks[ranks >= retention.TOKEN]).tolist()
-            stored = retention.position(kept[row, head]).tolist()
+            gone = position_of(ranks[ranks >= TOKEN]).tolist()
+            stored = position_of(kept[row, head]).tolist()
             assert sorted(gone + stored) == list(range(4, 60 - 16))  # the rest are sinks and window
             assert len(stored) == 8
 
@@ -276,8 +278,8 @@ def test_the_cell_is_given_the_tokens_themselves(monkeypatch):
 
                 keys = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
         own = layer.cell.gate_inputs(x)
-        where = retention.position(lost)
-        assert lost.shape[-1] == 60 - 28 and (lost >= retention.TOKEN).all()
+        where = position_of(lost)
+        assert lost.shape[-1] == 60 - 28 and (lost >= TOKEN).all()
         for head in range(2):
             at = where[0, head]
             assert largest(k[0, head], keys[0, head, at]) < 1e-4
@@ -309,7 +311,7 @@ def test_a_stored_token_is_read_exactly(positions, monkeypatch):
 def test_heads_keep_tokens_of_their_own(monkeypatch):
     monkeypatch.setattr(Marked, "positions", (30, 31))
     cache = ahn.read(storing("marked", store_size=2), token_ids(60))
-    stored = retention.position(cache.layers[0].ranks).sort(-1).values
+    stored = position_of(cache.layers[0].ranks).sort(-1).values
     assert stored.tolist() == [[[30, 31], [4, 5]]]
 
 
@@ -323,14 +325,14 @@ def test_spans_keep_neighbours(monkeypatch):
             for size in sizes:
                 model(token_ids(60)[:, low : low + size], **{PAST: cache})
                 low += size
-        assert sorted(retention.position(cache.layers[0].ranks)[0, 0].tolist()) == [16, 17, 18, 19]
+        assert sorted(position_of(cache.layers[0].ranks)[0, 0].tolist()) == [16, 17, 18, 19]
 
 
 # What the shipped stores keep.
 def kept_by(store, tokens=200, **changes):
     model = storing(store, "deltanet", **changes)
     cache = ahn.read(model, token_ids(tokens))
-    return [retention.position(layer.ranks) for layer in cache.layers]
+    return [position_of(layer.ranks) for layer in cache.layers]
 
 
 def test_recency_keeps_the_last():
@@ -363,7 +365,7 @@ def test_attention_keeps_what_was_attended_to():
     for head in range(2):
         left = mass[head, 4 : 60 - 16]
         best = (left.topk(8).indices + 4).sort().values
-        assert retention.position(cache.layers[0].ranks)[0, head].sort().values.tolist() == best.tolist()
+        assert position_of(cache.layers[0].ranks)[0, head].sort().values.tolist() == best.tolist()
 
 
 def test_surprise_keeps_what_the_state_does_not_return():
@@ -390,7 +392,7 @@ def test_learned_keeps_the_highest_scores():
     with torch.no_grad():
         x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
         scores = layer.store.score(x, torch.arange(60)[None], None)[0, :, 4 : 60 - 16]
-    kept = retention.position(ahn.read(model, ids).layers[0].ranks)[0]
+    kept = position_of(ahn.read(model, ids).layers[0].ranks)[0]
     # tokens that come twice have the same score but for their age
     assert kept.sort(-1).values.tolist() == (scores.topk(8).indices + 4).sort(-1).values.tolist()
 

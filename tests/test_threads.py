@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import ahn
-from ahn import decoding, kernels
+from ahn import decoding
 from ahn.augmentation import full_attention
 from ahn.cache import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
-from ahn.kernels import Kernel
+from ahn.ops import dispatch
+from ahn.ops.dispatch import Kernel
 from conftest import storing, tiny, token_ids, with_memory
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -24,7 +25,7 @@ THREADS, CALLS = 8, 200
 @pytest.fixture
 def graph(monkeypatch):
     """Steps as on CUDA, but for the capture."""
-    monkeypatch.setattr(kernels, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("graph", "as on CUDA"))
     monkeypatch.setattr(decoding, "ROOM", 8)
 
 

@@ -34,14 +34,13 @@ _PUBLIC = {
     "read": "generation",
     "save_adapter": "adapter",
 }
-_MODULES = ("cells", "errors", "kernels", "stores", "zoo")
+_MODULES = ("cells", "errors", "stores", "zoo")
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
 
 if TYPE_CHECKING:
     from ahn import cells as cells
     from ahn import errors as errors
-    from ahn import kernels as kernels
     from ahn import stores as stores
     from ahn import zoo as zoo
     from ahn.adapter import convert as convert

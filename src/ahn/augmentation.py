@@ -31,14 +31,15 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ahn import decoding, kernels, weights
-from ahn.attention import Rotary, heads_of
+from ahn import decoding, weights
 from ahn.cache import OTHER_PAST, PAST, AHNCache, Span
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
 from ahn.ids import checked
 from ahn.interrupts import deferred
-from ahn.layer import AHNLayer, Full, calls
+from ahn.layer import AHNLayer, Full, calls, heads_of
+from ahn.ops import dispatch
+from ahn.ops.rotary import Rotary
 from ahn.storing import StoringLayer
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class _Frame:
     def turn(self, device: torch.device | None = None) -> Iterator[None]:
         """Within, no other thread uses the model, where calls share the buffers and the changed modules of a graph."""
         device = device or self.model.device
-        if not kernels.in_turn(device.type):
+        if not dispatch.in_turn(device.type):
             yield
             return
         with self.lock:
@@ -622,7 +623,7 @@ def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
     config = model.ahn_config
     most = max(GPU_CHUNK, GPU_NUMBERS // model.get_decoder().config.hidden_size)
     most = max(CHUNK, most // rows // CHUNK * CHUNK)
-    narrow = config.window <= kernels.NARROW and kernels.contest("cuda").name == "triton"
+    narrow = config.window <= dispatch.NARROW and dispatch.contest("cuda").name == "triton"
     if narrow or config.store is not None or config.window < CHUNK:
         return most, most
     chunk = config.window // -(-config.window // most)

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ahn import fused, kernels
+from ahn import fused
 from ahn.cache import PAST, AHNCache, LayerMemory, Span
 from ahn.layer import FOREVER
+from ahn.ops import dispatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,11 +171,11 @@ class Graph:
                     setattr(spare, name, torch.zeros_like(tensor))
         device = self.start.device.type
         with ExitStack() as faster:
-            if kernels.products(device, len(self.ids)).name == "gemv":
+            if dispatch.products(device, len(self.ids)).name == "gemv":
                 faster.enter_context(fused.products(self.decoder))
-            if kernels.one_token(device).name == "triton":
+            if dispatch.one_token(device).name == "triton":
                 faster.enter_context(fused.turned(self.decoder))
-            if kernels.between(device).name == "inductor":
+            if dispatch.between(device).name == "inductor":
                 faster.enter_context(fused.compiled(self.decoder))
             self._record([scratch[_form(layer)] for layer in self.layers], cache, due)
 
@@ -216,7 +217,7 @@ def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     its class does."""
     if not torch.compiler.is_compiling() and (found := _graph(decoder, args, kwargs)):
         (graph, due), cache = found, kwargs[PAST]
-        with kernels.on(graph.start.device):
+        with dispatch.on(graph.start.device):
             hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), due)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{PAST: cache})
     before = getattr(decoder, "ahn_forward", None)
@@ -236,7 +237,7 @@ def _steps(model: PreTrainedModel, span: Span) -> bool:
     frame = model._ahn_frame
     if frame.no_graph is None:
         frame.no_graph = _obstacle(model)
-    if frame.no_graph or kernels.decoding(model.device.type).name != "graph":
+    if frame.no_graph or dispatch.decoding(model.device.type).name != "graph":
         return False
     return all(layer.steps_on_device(span) for layer in _kinds(model))
 
@@ -272,7 +273,7 @@ def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         if frame.graph is None or not frame.graph.fits(cache, len(span.start)):
             frame.graph = None  # its buffers go before others come
             frame.graph = Graph(model, cache, len(span.start))
-        with kernels.on(frame.graph.start.device):
+        with dispatch.on(frame.graph.start.device):
             frame.graph.prepare(cache, due)
     except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
         frame.graph, frame.no_graph = None, str(error).splitlines()[0]

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from ahn import kernels
-from ahn.attention import turns_halves
 from ahn.cache import PAST
 from ahn.cells.base import Linear
 from ahn.layer import calls
+from ahn.ops import dispatch
+from ahn.ops.rotary import turns_halves
 
 MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
 
@@ -46,7 +46,7 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
     forms: dict[type, Any] = {}
     changed = [module for layer in decoder.layers for module in _called(layer)]
     changed += [module for module in decoder.children() if changed and _is_norm(module)]
-    with _changing, config.patch(recompile_limit=kernels.SHAPES), ExitStack() as undo:
+    with _changing, config.patch(recompile_limit=dispatch.SHAPES), ExitStack() as undo:
         for module in changed:
             kind = type(module)
             if "forward" in vars(module):
@@ -124,7 +124,7 @@ def of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def products(decoder: Any) -> Iterator[None]:
-    """Within, linear layers multiply few vectors by `ahn.kernels.product`: of an attention module all that read the
+    """Within, linear layers multiply few vectors by `ahn.ops.kernels.gemv`: of an attention module all that read the
     layer's input, those of its memory too, in one launch; of an MLP the first two, with what is between them and the
     third. Where all that fits, norms and sums are part of it (`Block`)."""
     with ExitStack() as undo:
@@ -185,9 +185,9 @@ class Turns(threading.local):
         whole = cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype
         if args or kwargs or cache is None or not whole or q.shape[2] > 1 or q.shape[-1] % 2:
             return self.plain(q, k, cos, sin, *args, **kwargs)
-        from ahn.kernels import step
+        from ahn.ops.kernels import decode
 
-        self.q, k, self.twice = step.turn(q, k, (cos, sin), self.memory.sink_angles(cache.span, q.device))
+        self.q, k, self.twice = decode.turn(q, k, (cos, sin), self.memory.sink_angles(cache.span, q.device))
         return self.q, k
 
     def again(self, rotary: Any, q: Tensor, angles: Any) -> Tensor:
@@ -224,19 +224,19 @@ class Together:
             if not _few(x, layers[0]):
                 return torch.cat([type(layer).forward(layer, x) for layer in layers], -1)
             if x is not self.x:
-                from ahn.kernels import product
+                from ahn.ops.kernels import gemv
 
-                self.x, self.out = x, product.together(x, self.layers)
+                self.x, self.out = x, gemv.together(x, self.layers)
             return self.out[..., low:high]
 
         return forward
 
     def normed(self, x: Tensor, norm: Any) -> Tensor:
         """`x` normalised; the outputs for it are there as well."""
-        from ahn.kernels import product
+        from ahn.ops.kernels import gemv
 
         self.x = x.new_empty(x.shape)
-        self.out = product.together(x, self.layers, norm, self.x)
+        self.out = gemv.together(x, self.layers, norm, self.x)
         return self.x
 
 
@@ -251,9 +251,9 @@ class End:
     def __call__(self, x: Tensor) -> Tensor:
         if not _few(x, self.layer):
             return type(self.layer).forward(self.layer, x)
-        from ahn.kernels import product
+        from ahn.ops.kernels import gemv
 
-        self.out = product.together(x, [self.layer], add=self.add)
+        self.out = gemv.together(x, [self.layer], add=self.add)
         return self.out
 
 
@@ -284,7 +284,7 @@ class Block:
         layer, mlp = self.layer, self.layer.mlp
         if not _few(hidden_states, mlp.gate_proj):
             return type(layer).forward(layer, hidden_states, **kwargs)
-        from ahn.kernels import product
+        from ahn.ops.kernels import gemv
 
         self.end.add = hidden_states if self.ends else None
         out, _ = layer.self_attn(hidden_states=self.readers.normed(hidden_states, self.norms[0]), **kwargs)
@@ -292,23 +292,23 @@ class Block:
             self.ends = out is self.end.out
             out = hidden_states + out
         self.end.add = self.end.out = None
-        inner = product.gated(out, mlp.gate_proj, mlp.up_proj, self.norms[1])
-        return product.together(inner, [mlp.down_proj], add=out)
+        inner = gemv.gated(out, mlp.gate_proj, mlp.up_proj, self.norms[1])
+        return gemv.together(inner, [mlp.down_proj], add=out)
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     if not _few(x, mlp.gate_proj):
         out: Tensor = type(mlp).forward(mlp, x)
         return out
-    from ahn.kernels import product
+    from ahn.ops.kernels import gemv
 
-    out = mlp.down_proj(product.gated(x, mlp.gate_proj, mlp.up_proj))
+    out = mlp.down_proj(gemv.gated(x, mlp.gate_proj, mlp.up_proj))
     return out
 
 
 def _few(x: Tensor, layer: Any) -> bool:
     """Whether the kernels are for this input of a linear layer."""
-    return x.dtype == layer.weight.dtype and x.numel() <= kernels.FEW_ROWS * x.shape[-1]
+    return x.dtype == layer.weight.dtype and x.numel() <= dispatch.FEW_ROWS * x.shape[-1]
 
 
 def _is_plain(module: Any) -> bool:
@@ -370,7 +370,7 @@ def _is_block(layer: Any) -> bool:
 
 def _rms_norm(module: Any) -> Any:
     """A plain RMSNorm as the kernels know it, or None; tried out, with numbers so small that its epsilon shows."""
-    from ahn.kernels import product
+    from ahn.ops.kernels import gemv
 
     epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     if not _is_norm(module) or not epsilon or "forward" in vars(module) or _hooks(module):
@@ -383,7 +383,7 @@ def _rms_norm(module: Any) -> Any:
             expected = x_f * (x_f.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight.float()
             if not (found - expected).norm() <= 0.01 * expected.norm():
                 return None
-    return product.Norm(weight, epsilon)
+    return gemv.Norm(weight, epsilon)
 
 
 def _hooks(module: Any) -> bool:

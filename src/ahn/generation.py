@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ahn import decoding, fused, kernels
+from ahn import decoding, fused
 from ahn.augmentation import base_of, chunk_ends, chunks, frame_of
 from ahn.cache import PAST, AHNCache
 from ahn.errors import ConfigError
 from ahn.ids import mask_of, rows_of
 from ahn.interrupts import deferred
+from ahn.ops import dispatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,8 +154,8 @@ def read_chunks(
     total = ids.shape[1]
     past = 0 if mask is None else mask.shape[1] - total
     hidden: Tensor | None = None
-    compiles = kernels.between_many(ids.device.type, known or total).name == "inductor"
-    worth = max(2, min(chunk, kernels.PLANNED))  # a shorter rest is attended otherwise: all would be compiled again
+    compiles = dispatch.between_many(ids.device.type, known or total).name == "inductor"
+    worth = max(2, min(chunk, dispatch.PLANNED))  # a shorter rest is attended otherwise: all would be compiled again
     with finish_before_interrupt() as interrupted:
         low = 0
         for high in chunk_ends(total, first or chunk, chunk):

@@ -15,17 +15,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ahn import cells, kernels, reading
-from ahn.attention import Rotary, Softmax, attend_one, attend_window, heads_of, merge_all
+from ahn import cells, reading
 from ahn.cache import LayerMemory, Span
 from ahn.cells.base import Cell, Gates
 from ahn.config import AHNConfig
-from ahn.kernels import flex
+from ahn.errors import UnsupportedModelError
+from ahn.ops import dispatch, flex
+from ahn.ops.banded import attend_one, attend_window
+from ahn.ops.rotary import Rotary
+from ahn.ops.softmax import Softmax, merge_all
 from ahn.stores.base import Store
 
 FOREVER = 1 << 60  # window of a layer that keeps everything
 
 Turn = tuple[Tensor, Tensor]  # cos and sin
+
+
+def heads_of(attention: Any) -> tuple[int, int]:
+    """Query heads and head size of an attention module."""
+    heads, size = attention.config.num_attention_heads, attention.head_dim
+    width = getattr(attention.o_proj, "in_features", heads * size)
+    if width != heads * size:
+        raise UnsupportedModelError(
+            f"o_proj reads {width} numbers, not {heads} heads x {size}: the values' head size differs from the queries'"
+        )
+    return heads, size
 
 
 class Calls(threading.local):
@@ -138,7 +152,7 @@ class AHNLayer(nn.Module):
 
         Without a `memory` the span is a whole sequence, nothing is stored, and gradients flow.
         """
-        with kernels.on(q.device):
+        with dispatch.on(q.device):
             if memory is not None and memory.observer is not None and not span.on_device:
                 memory.observer(self, q, k, span)
             return self._forward(q, k, v, x, span, memory, scale)
@@ -164,7 +178,7 @@ class AHNLayer(nn.Module):
     ) -> Tensor:
         """A whole sequence, in shapes that do not depend on sinks and window."""
         q_sinks = self._seen_by_sinks(q, span)
-        kernel = kernels.whole_sequence(q.device.type, q.shape[-1], q.shape[2])
+        kernel = dispatch.whole_sequence(q.device.type, q.shape[-1], q.shape[2])
         if not span.padded and self.window is not None and kernel.name == "flex":
             out, norm = flex.attend_sequence(q, q_sinks, k, v, self.sinks, self.window, scale)
         else:
@@ -194,7 +208,7 @@ class AHNLayer(nn.Module):
     ) -> Tensor:
         """The next tokens of sequences that are remembered."""
         alike = not span.padded and len(span.start) == 1
-        in_parts = not kernels.window_in_one(q, self.window or FOREVER) and kernels.attention(q).name != "torch"
+        in_parts = not dispatch.window_in_one(q, self.window or FOREVER) and dispatch.attention(q).name != "torch"
         if alike and in_parts:
             return reading.read(self, q, k, v, x, inputs, span, memory, scale)
         (out, norm), window = self._attend_many(q, k, v, inputs, span, memory, scale)
@@ -240,7 +254,7 @@ class AHNLayer(nn.Module):
         """One token a row, none of them padding: the ring is read where it lies."""
         inputs = None if self.cell is None else self.cell.gate_inputs(x)
         form, writes = None, span.first >= self.lossless and (span.on_device or self.steps_on_device(span))
-        if self.cell is not None and writes and kernels.one_token(q.device.type).name == "triton":
+        if self.cell is not None and writes and dispatch.one_token(q.device.type).name == "triton":
             form = self.cell.step_form()
         found, old = self._attend_one(q, k, v, x, inputs, span, memory, scale, form is not None)
         if form is not None:
@@ -264,8 +278,8 @@ class AHNLayer(nn.Module):
         leaving: Leaving,
         state: Tensor,
     ) -> Tensor:
-        """Merge, write, read and combine by `ahn.kernels.step`; what goes beyond the paper stays plain torch."""
-        from ahn.kernels import step
+        """Merge, write, read and combine by `ahn.ops.kernels.decode`; what goes beyond the paper stays plain torch."""
+        from ahn.ops.kernels import decode
 
         assert self.cell is not None
         (k, v, inputs), writes = old, leaving.writes
@@ -273,12 +287,12 @@ class AHNLayer(nn.Module):
         mapped = self.cell.q_map is not None
         if mapped:
             q, k = self.cell.keys(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
-        read = step.recur(form, q, k, v, inputs, writes, state, not mapped, parts)
+        read = decode.recur(form, q, k, v, inputs, writes, state, not mapped, parts)
         out, norm = parts.out.transpose(1, 2), parts.norm
         if self.cell.room is not None:
             room = out * self.cell.room(x, norm, leaving.evicted).to(out.dtype)
             out = room if writes is None else torch.where(writes[..., None, None], room, out)
-        return step.add_read(form, out, read, form.gate(x), self.cell.o_proj.weight, writes)
+        return decode.add_read(form, out, read, form.gate(x), self.cell.o_proj.weight, writes)
 
     def _attend_one(
         self,
@@ -305,10 +319,10 @@ class AHNLayer(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Put one token a row into the ring, in the place of the one that it pushes out: returns that if there is one,
         keys, values [B, M, 1, H] and gate inputs [B, 1, G * N]."""
-        if span.on_device and kernels.one_token(k.device.type).name == "triton":
-            from ahn.kernels import step
+        if span.on_device and dispatch.one_token(k.device.type).name == "triton":
+            from ahn.ops.kernels import decode
 
-            return step.exchange(memory, span.start, k, v, inputs)
+            return decode.exchange(memory, span.start, k, v, inputs)
         pushes = self.window is not None and span.first >= self.sinks + self.window
         return memory.exchange(memory.slots(span.start), k, v, inputs, old=pushes)
 

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2  # 1: one checksum over all bytes in a row
 WITH_ARCHIVE = 3
-MOST = 1 << 32  # tokens: positions have so many values in a rank (`ahn.retention`)
+MOST = 1 << 32  # tokens: positions have so many values in a rank (`ahn.ops.ranks`)
 PIECE = 1 << 24  # bytes of a tensor that are checked at once
 
 
@@ -311,7 +311,7 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
 
     Returns:
         positions [n] and token ids [n] of the words that are known, ascending, and the ranks [L, M, P] of the store in
-        each layer that has one (`ahn.retention`).
+        each layer that has one (`ahn.ops.ranks`).
 
     Raises:
         MemoryFileError: no memory file, a damaged one, one without a store or of another base, of so short a text that

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ahn.attention import Softmax, attend
 from ahn.cache import LayerMemory, Span
+from ahn.ops.softmax import Softmax, attend
 
 if TYPE_CHECKING:
     from ahn.layer import AHNLayer

@@ -5,7 +5,7 @@ L scores kept, O queries that are observed.
 
 Slots of a buffer: [sinks S | store P | ring W]; the places are made when the first token leaves the window. Each head
 keeps tokens of its own, and loses one of its own at each step: the loser is written, then the query reads
-(`ahn.retention` says who loses).
+(`ahn.ops.eviction` says who loses).
 
 With clipped sink positions a query sees the store as it sees the sinks, never further than S + W: a key that enters is
 turned to position S, right behind the sinks, so that stored tokens are all at distance W, at which they left the
@@ -20,13 +20,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ahn import kernels, retention, stores
-from ahn.attention import Far, Rotary, Softmax, attend_one, attend_slots, attend_window, visible
+from ahn import stores
 from ahn.cache import LayerMemory, Span, gather
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.layer import AHNLayer, Turn
-from ahn.retention import Outcome, by_head, put_by_head
+from ahn.ops import dispatch, eviction
+from ahn.ops.banded import attend_one, attend_slots, attend_window, visible
+from ahn.ops.eviction import by_head, put_by_head
+from ahn.ops.ranks import TOKEN, Outcome, empty_ranks, position_of
+from ahn.ops.rotary import Rotary
+from ahn.ops.softmax import Softmax
+from ahn.ops.specs import Far
 from ahn.stores.base import Store
 
 
@@ -188,15 +193,15 @@ class StoringLayer(AHNLayer):
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """As in AHNLayer, but for who leaves: what each head loses."""
         lost = self._exchange(k, v, inputs, span, memory)
-        fused = span.on_device and kernels.one_token(k.device.type).name == "triton"
+        fused = span.on_device and dispatch.one_token(k.device.type).name == "triton"
         if span.first >= self.sinks + self.reach:
             lost = (self._displace_fused if fused else self._displace)(lost, span, memory)
         gate = self.store.gate_form() if fused else None
         if gate is not None:
-            from ahn.kernels import step
+            from ahn.ops.kernels import decode
 
             with span.aside(x):
-                step.put_score(gate, memory, span.start, x)
+                decode.put_score(gate, memory, span.start, x)
         else:
             memory.put_score(span, self._score(k, v, x, inputs, span, memory.snapshot))
         keys, values = memory.kept
@@ -215,15 +220,16 @@ class StoringLayer(AHNLayer):
             pushed: key, value [B, M, 1, H], and gate inputs [B, 1, G * N].
         """
         near, which = memory.trail_of_one(span, self.span), self._pushed(span, pushed[0].device)
-        priority = retention.pool(lambda at: gather(near, at, 2), which.back, self.span)
-        new = retention.rank(priority, which.positions, which.real)
+        priority = eviction.pool(lambda at: gather(near, at, 2), which.back, self.span)
+        new = eviction.rank(priority, which.positions, which.real)
         tokens = [self._turn_in(pushed[0], span), pushed[1], *map(self._heads, pushed[2:])]
         (k, v, *held), ranks = memory.swap(tokens, new, self._heads)
         return self._turn_out(k, ranks), v, *map(_joined, held)
 
     def _displace_fused(self, pushed: tuple[Tensor, ...], span: Span, memory: StoringMemory) -> tuple[Tensor, ...]:
         """The same in one kernel, where it knows the rotation; else that is plain torch."""
-        from ahn.kernels import step
+        from ahn.ops import specs
+        from ahn.ops.kernels import decode
 
         (rotary,) = self.rotary
         out = int(not self.turns_back) if self._moves is not None else -int(self.turns_back)
@@ -231,11 +237,11 @@ class StoringLayer(AHNLayer):
         frequencies = rotary.frequencies if turns and rotary is not None else None
         if turns and frequencies is None:
             tokens = self._turn_in(pushed[0], span), *pushed[1:]
-            (k, *rest), ranks = step.displace(memory, span.start, self.span, None, *tokens)
+            (k, *rest), ranks = decode.displace(memory, span.start, self.span, None, *tokens)
             return self._turn_out(k, ranks), *rest
         enters = self._moves is not None
-        turn = step.Turn(frequencies, enters, out, -int(enters))
-        return step.displace(memory, span.start, self.span, turn, *pushed)[0]
+        turn = specs.Turn(frequencies, enters, out, -int(enters))
+        return decode.displace(memory, span.start, self.span, turn, *pushed)[0]
 
     def _whole(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, inputs: Tensor | None, span: Span, scale: float
@@ -243,7 +249,7 @@ class StoringLayer(AHNLayer):
         """Who loses is found without a gradient, piece by piece; then losers are taken from where they stand."""
         batch, kv_heads, length, _ = k.shape
         q_far, writing = self._seen_by_sinks(q, span), max(span.counts) > self.lossless
-        ranks = retention.empty(batch, kv_heads, self.size, k.device)
+        ranks = empty_ranks(batch, kv_heads, self.size, k.device)
         trail = torch.zeros(batch, kv_heads, self.scores_kept, device=k.device)
         until = torch.full((batch, kv_heads, length + 1), length, device=k.device)  # and one that is nobody's
         state = torch.zeros(batch, *(self.state_shape or ()), device=k.device)
@@ -267,7 +273,7 @@ class StoringLayer(AHNLayer):
             tokens = torch.zeros(batch, kv_heads, high - low, dtype=torch.int64, device=k.device)
             if outcome is not None:
                 ranks, steps = outcome.ranks, outcome.lost.shape[-1]
-                lost = retention.position(outcome.lost).where(outcome.lost >= retention.TOKEN, length)
+                lost = position_of(outcome.lost).where(outcome.lost >= TOKEN, length)
                 until.scatter_(-1, lost, torch.arange(high - steps, high, device=k.device).expand_as(lost))
                 tokens[..., high - low - steps :] = lost.clamp(max=length - 1)
             if self.cell is None or inputs is None or turns is None:
@@ -320,8 +326,8 @@ class StoringLayer(AHNLayer):
                 return found + gather(given.flatten(2), before[:, first:] * given.shape[-1] + at + first, 2)
 
             pushed = self._pushed(span, new.k.device)
-            priority = retention.pool(take, pushed.back, self.span)
-            outcome = retention.contest(ranks, retention.rank(priority, pushed.positions, pushed.real))
+            priority = eviction.pool(take, pushed.back, self.span)
+            outcome = eviction.contest(ranks, eviction.rank(priority, pushed.positions, pushed.real))
         if received is not None:
             scores = scores + received[0][:, :, -1]
         if not span.padded and len(set(span.counts)) == 1:
@@ -408,10 +414,10 @@ class StoringLayer(AHNLayer):
     def _turn_out(self, k: Tensor, ranks: Tensor) -> Tensor:
         """Stored keys [B, M, E, H] of tokens with these ranks [B, M, E], as the cell is given them."""
         if (rotary := self._moves) is None:
-            return self._unturned(k, retention.position(ranks))
+            return self._unturned(k, position_of(ranks))
         if self.turns_back:
             return rotary.turn_by(k, torch.full((1, 1), -self.sinks, device=k.device))
-        return _turned(rotary, k, retention.position(ranks) - self.sinks)
+        return _turned(rotary, k, position_of(ranks) - self.sinks)
 
     def _unturned(self, k: Tensor, positions: Tensor) -> Tensor:
         """Keys as the attention has them, at positions [B, M, E], as the cell is given them."""
@@ -434,8 +440,8 @@ class StoringLayer(AHNLayer):
         if self.steps_on_device(span):
             since = span.once(("since", device), lambda: make(torch.full_like(ranks, -1)))
         else:
-            since = make(torch.where(ranks >= retention.TOKEN, -1, span.length))
-        return since, F.pad(retention.until(outcome) + first, (self.sinks, 0), value=span.length)
+            since = make(torch.where(ranks >= TOKEN, -1, span.length))
+        return since, F.pad(eviction.until(outcome) + first, (self.sinks, 0), value=span.length)
 
     def _heads(self, inputs: Tensor) -> Tensor:
         """Gate inputs [B, T, G * N] by key/value head, as a view [B, M, T, G, N / M]."""
@@ -465,7 +471,7 @@ class StoringMemory(LayerMemory):
         if self.ranks is None:
             return None
         ranks = self.ranks.flatten(1)
-        return torch.where(ranks >= retention.TOKEN, retention.position(ranks), -1)
+        return torch.where(ranks >= TOKEN, position_of(ranks), -1)
 
     @property
     def shift(self) -> int:  # type: ignore[override]
@@ -499,7 +505,7 @@ class StoringMemory(LayerMemory):
                         old.narrow(dim, self.sinks, self.window),
                     )
                     setattr(self, name, torch.cat(parts, dim))
-            self.ranks = retention.empty(k.shape[0], k.shape[1], self.size, k.device)
+            self.ranks = empty_ranks(k.shape[0], k.shape[1], self.size, k.device)
 
     def settle(self, rivals: list[Tensor], outcome: Outcome, heads: Any) -> None:
         """Who is kept takes the places; `rivals`: keys, values and gate inputs of places and newcomers."""
@@ -539,7 +545,7 @@ class StoringMemory(LayerMemory):
         index = index.to(self.kept[0].device)[:, None]
         if self.ranks is None:
             return index
-        stored = self.ranks >= retention.TOKEN
+        stored = self.ranks >= TOKEN
         index = index.to(device).expand(*stored.shape[:2], -1)
         return torch.cat([index[..., : self.sinks], stored, index[..., self.sinks :]], -1)
 

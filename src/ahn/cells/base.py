@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ahn import kernels
+from ahn.ops import dispatch
 
 if TYPE_CHECKING:
-    from ahn.kernels.step import Form
+    from ahn.ops.specs import Form
 
 Gates = tuple[Tensor, ...]
 
@@ -179,7 +179,7 @@ class Cell(nn.Module):
         return read
 
     def step_form(self) -> Form | None:
-        """How `ahn.kernels.step` computes `step` and `combine` on CUDA; None: it does not."""
+        """How `ahn.ops.kernels.decode` computes `step` and `combine` on CUDA; None: it does not."""
         return None
 
     def fla(self, q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,13 +189,13 @@ class Cell(nn.Module):
     def scan(
         self, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`chunk` by the best kernel there is for this device and dtype (`ahn.kernels`); q and k of any length."""
+        """`chunk` by the best kernel there is for this device and dtype (`ahn.ops.dispatch`); q and k of any length."""
         fla = self.uses_fla(q_BNTH)
         return self.run(*self.ready(q_BNTH, k_BNTH, v_BNTH, gates, fla), state, fla)
 
     def uses_fla(self, like: Tensor) -> bool:
         gradients = torch.is_grad_enabled() and (like.requires_grad or self.o_proj.weight.requires_grad)
-        return kernels.choose(self.fla_operation, like, gradients).name == "fla"
+        return dispatch.choose(self.fla_operation, like, gradients).name == "fla"
 
     def ready(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, fla: bool) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """What `run` takes, laid out as its kernel wants it."""

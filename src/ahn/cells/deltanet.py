@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ahn.cells.base import Cell, Gates, Norm, head_gates, linear
 from ahn.cells.gated_deltanet import delta_step, gated_output
-from ahn.kernels import chunked, fla
+from ahn.ops import chunked, fla
 
 if TYPE_CHECKING:
-    from ahn.kernels.step import Form
+    from ahn.ops.specs import Form
 
 
 class DeltaNet(Cell):
@@ -58,7 +58,7 @@ class DeltaNet(Cell):
         return delta_step(q, k, v, gates[0], state, self.head_dim**-0.5)
 
     def step_form(self) -> Form:
-        from ahn.kernels.step import Form
+        from ahn.ops.specs import Form
 
         return Form(True, None, self.head_dim**-0.5, (self.b_proj,), self.g_proj, self.o_norm.weight)
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ahn.cells.base import Cell, Gates, Norm, head_gates, inverse_softplus, linear, log_uniform
-from ahn.kernels import chunked, fla
+from ahn.ops import chunked, fla
 
 if TYPE_CHECKING:
-    from ahn.kernels.step import Form
+    from ahn.ops.specs import Form
 
 
 class GatedDeltaNet(Cell):
@@ -67,7 +67,7 @@ class GatedDeltaNet(Cell):
         return delta_step(q, k, v, beta, state.mul_(log_decay.exp()[..., None]), self.head_dim**-0.5)
 
     def step_form(self) -> Form:
-        from ahn.kernels.step import Form
+        from ahn.ops.specs import Form
 
         return Form(
             True,

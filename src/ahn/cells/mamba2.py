@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ahn.cells.base import Cell, Gates, Norm, head_gates, inverse_softplus, linear, log_uniform
-from ahn.kernels import chunked, fla
+from ahn.ops import chunked, fla
 
 if TYPE_CHECKING:
-    from ahn.kernels.step import Form
+    from ahn.ops.specs import Form
 
 
 class Mamba2(Cell):
@@ -65,7 +65,7 @@ class Mamba2(Cell):
         return q @ state
 
     def step_form(self) -> Form:
-        from ahn.kernels.step import Form
+        from ahn.ops.specs import Form
 
         return Form(False, (self.A_log, self.dt_bias), 1.0, (self.dt_proj,), self.g_proj, self.norm.weight)
 

@@ -15,8 +15,9 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ahn import __version__, kernels
+from ahn import __version__
 from ahn.cli import _guard
+from ahn.ops import dispatch
 from ahn.registry import nearest
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             _guard.open_streams()
             args = _parse(argv)
-            kernels.check_setting()
+            dispatch.check_setting()
             return args.run(args) or 0
         finally:
             sys.stdout.flush()

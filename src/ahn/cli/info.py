@@ -38,7 +38,37 @@ def run(args: argparse.Namespace) -> None:
     _print(rows)
     setting = os.environ.get("AHN_KERNEL")
     print("\nkernels" + (f", AHN_KERNEL={setting}" if setting else ""))
-    _print([(f"  {operation}", kernel, f"({reason})") for operation, kernel, reason in ahn.kernels.report()])
+    _print([(f"  {operation}", kernel, f"({reason})") for operation, kernel, reason in report()])
+
+
+def report() -> list[tuple[str, str, str]]:
+    """(operation, kernel, reason) of every choice on this machine, for `ahn info`. Raises ConfigError, see
+    `dispatch.check_setting`."""
+    import torch
+
+    from ahn import cells
+    from ahn.ops import dispatch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    like = torch.empty(0, 64, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = [
+        ("reading: sinks and window", *dispatch.attention(like)),
+        ("reading: rotations", *dispatch.rotation(device)),
+        ("reading: narrow window, store", *dispatch.band(like)),
+        ("reading: who loses", *dispatch.contest(device)),
+        ("training: sinks and window", *dispatch.whole_sequence(device, 64, 4096)),
+        ("training: gates of a store", *dispatch.soft_places(like)),
+    ]
+    rows += [(f"{name}, many tokens", *dispatch.choose(cells.get(name).fla_operation, like)) for name in cells.names()]
+    return [
+        *rows,
+        ("reading: between products", *dispatch.between_many(device, dispatch.LONG)),
+        ("one token: attention, cell", *dispatch.one_token(device)),
+        ("one token: all layers", *dispatch.decoding(device)),
+        ("one token: products", *dispatch.products(device, 1)),
+        ("one token: between products", *dispatch.between(device)),
+        ("one token: launches", *dispatch.launches(device)),
+    ]
 
 
 def _adapter(name: str) -> str:

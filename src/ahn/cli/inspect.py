@@ -40,12 +40,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from ahn import retention
     from ahn.bases import base_config, load_tokenizer
     from ahn.cli import _pages
     from ahn.errors import ConfigError
     from ahn.files import atomic, check_writable
     from ahn.memory_file import peek, retained
+    from ahn.ops.ranks import TOKEN, position_of
     from ahn.transcript import BESIDE
 
     check_writable(None if args.html == "-" else args.html, "--html")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if not base:
         raise ConfigError(f"{args.memory} does not say which base it is of: expected --base")
     positions, ids, ranks = retained(args.memory, base_config(base))
-    layers = dict(enumerate(retention.position(layer[layer >= retention.TOKEN]).tolist() for layer in ranks))
+    layers = dict(enumerate(position_of(layer[layer >= TOKEN]).tolist() for layer in ranks))
     if args.layer is not None:
         if args.layer not in layers:
             raise ConfigError(f"--layer {args.layer}: expected 0 to {len(layers) - 1}")

@@ -5,7 +5,7 @@ R rows of positions: 1 where all of the batch are at the same position, else B.
 
 A store sees a token once, when it arrives, and returns one score per key/value head. The score waits with the token
 in the window. When the token leaves, the highest of its span (`store_span`) becomes its priority, which never changes
-again: that is what lets many tokens be resolved at once (`ahn.retention`). Scores must not depend on how the text is
+again: that is what lets many tokens be resolved at once (`ahn.ops.eviction`). Scores must not depend on how the text is
 cut into pieces: on the token and its position, on the state at the last multiple of `grid`, or on what the queries at
 multiples of `every` attend to.
 """
@@ -63,5 +63,5 @@ class Store(nn.Module):
         raise NotImplementedError
 
     def gate_form(self) -> Any:
-        """`ahn.kernels.step.Gate` where the score is one, or None."""
+        """`ahn.ops.specs.Gate` where the score is one, or None."""
         return None

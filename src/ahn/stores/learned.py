@@ -44,6 +44,6 @@ class Learned(Store):
         return self.gate(x_BTD) + F.softplus(self.decay.float())[:, None] * (positions_RT[:, None] / UNIT)
 
     def gate_form(self) -> Any:
-        from ahn.kernels.step import Gate
+        from ahn.ops.specs import Gate
 
         return Gate(self.inner, self.outer, self.decay, UNIT, torch.finfo(torch.float32).eps)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ahn import cells, kernels
-from ahn.attention import attend_window
+from ahn import cells
 from ahn.errors import AHNError
+from ahn.ops import dispatch
+from ahn.ops.banded import attend_window
 from ahn.train.gates import attend_plainly
 
 TOKENS = 321  # more than five blocks, and not a whole number of them
@@ -38,7 +39,7 @@ def check(
     found = _cell(cell, heads, head_dim, device, dtype, key_maps)
     if device.type == "cuda":
         found += _attention(heads, head_dim, device, dtype)
-    if gates and kernels.soft_places(torch.empty(0, head_dim, device=device, dtype=dtype)).name == "triton":
+    if gates and dispatch.soft_places(torch.empty(0, head_dim, device=device, dtype=dtype)).name == "triton":
         found += _gates(heads, head_dim, device, dtype)
     wrong = [d for d in found if not d.value <= d.allowed]
     if wrong:
@@ -72,7 +73,7 @@ def _cell(
 
 
 def _attention(heads: int, size: int, device: torch.device, dtype: torch.dtype) -> list[Difference]:
-    from ahn.kernels import flex
+    from ahn.ops import flex
 
     sinks, window = 40, 150
 
@@ -98,7 +99,7 @@ def _attention(heads: int, size: int, device: torch.device, dtype: torch.dtype) 
 
 
 def _gates(heads: int, size: int, device: torch.device, dtype: torch.dtype) -> list[Difference]:
-    from ahn.kernels import soft
+    from ahn.ops.kernels import soft_retention
 
     sinks, window, blocks = 10, 50, 16
 
@@ -109,7 +110,7 @@ def _gates(heads: int, size: int, device: torch.device, dtype: torch.dtype) -> l
         if plain:
             leaves = {name: leaf.float() for name, leaf in leaves.items()}
         q, k, v, kept = (leaf.requires_grad_() for leaf in leaves.values())
-        out = (attend_plainly if plain else soft.attend)(q, k, v, kept, sinks, window, size**-0.5)
+        out = (attend_plainly if plain else soft_retention.attend)(q, k, v, kept, sinks, window, size**-0.5)
         (out.float() * torch.randn(out.shape, device=device)).sum().backward()
         return {"output": out} | {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 from torch.utils.checkpoint import checkpoint
 
-from ahn import kernels
 from ahn.augmentation import full_attention, layers_of
 from ahn.errors import ConfigError
+from ahn.ops import dispatch
 
 BLOCKS = 16  # of queries in a row: times to choose at
 WARMTH = (1.0, 0.1)  # at first and at last
@@ -83,10 +83,10 @@ def least_kept(scores: Tensor, places: int, sinks: int, window: int, warmth: flo
     Args:
         scores: [B, M, T].
     """
-    if kernels.contest(scores.device.type).name == "triton":
-        from ahn.kernels import soft
+    if dispatch.contest(scores.device.type).name == "triton":
+        from ahn.ops.kernels import soft_retention
 
-        return soft.least(scores, BLOCKS, places, sinks, window, warmth, ALWAYS)
+        return soft_retention.least(scores, BLOCKS, places, sinks, window, warmth, ALWAYS)
     behind = _behind(scores, sinks, window)
     low, high = (
         bound[..., None].expand(*scores.shape[:2], BLOCKS)
@@ -133,15 +133,15 @@ def attend(
     backward.
     """
     kept = logsigmoid((scores[..., None, :] - least[..., None]) / warmth)
-    if kernels.soft_places(q).name == "triton":
-        from ahn.kernels import soft
+    if dispatch.soft_places(q).name == "triton":
+        from ahn.ops.kernels import soft_retention
 
-        return soft.attend(q, k, v, kept, sinks, window, scale).transpose(1, 2)
+        return soft_retention.attend(q, k, v, kept, sinks, window, scale).transpose(1, 2)
     return attend_plainly(q, k, v, kept, sinks, window, scale).transpose(1, 2)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, sinks: int, window: int, scale: float) -> Tensor:
-    """As `ahn.kernels.soft.attend`."""
+    """As `ahn.ops.kernels.soft_retention.attend`."""
     tokens = q.shape[2]
     size, out = -(-tokens // kept.shape[2]), []
     for block, low in enumerate(range(0, tokens, size)):

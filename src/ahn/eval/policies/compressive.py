@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ahn.attention import attend, merge
 from ahn.augmentation import augment, layers_of
 from ahn.cache import AHNCache, LayerMemory, Span
 from ahn.cost import Shape, cell_bytes, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
 from ahn.eval.policies.base import Kept, Policy, exact_part, memory_part, trained
 from ahn.layer import AHNLayer
+from ahn.ops.softmax import attend, merge
 
 RATE = 4  # tokens in one slot, as in the paper
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.kernels.launch import options, release, wait
+from ahn.ops.kernels.launch import options, release, wait
 
 PROGRAMS = 512  # at least, if there are as many rows: about four for each of the 132 multiprocessors of an H100
 ROWS = 4  # by one program, at most

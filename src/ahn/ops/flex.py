@@ -1,7 +1,7 @@
 """Attention over sinks and window of a whole sequence on CUDA, with gradients: torch's FlexAttention.
 
 Sinks and window are numbers on the device that the mask reads, so that other ones need no new compilation.
-Shapes as in `ahn.attention`.
+Shapes as in `ahn.ops.banded`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ahn.attention import Softmax, merge
-from ahn.kernels import SHAPES
+from ahn.ops.dispatch import SHAPES
+from ahn.ops.softmax import Softmax, merge
 
 
 def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Softmax:

@@ -1,4 +1,4 @@
-"""Who loses in the store, in Triton: `ahn.retention.contest` for many steps at once.
+"""Who loses in the store, in Triton: `ahn.ops.eviction.contest` for many steps at once.
 
 Letters: B batch, M key/value heads, C steps, one newcomer each, P places, R the places that can be lost, at most C.
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.retention import Outcome
+from ahn.ops.ranks import Outcome
 
 AT_ONCE = 2048, 8192  # steps resolved together, at least and at most: the work grows with their square
 ENOUGH = 1 << 30  # comparisons, for all rows and heads
@@ -34,7 +34,7 @@ def at_once(ranks: Tensor) -> int:
 
 
 def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
-    """`ahn.retention.rank`."""
+    """`ahn.ops.eviction.rank`."""
     priority = priority.float().contiguous()
     found = torch.empty(priority.shape, dtype=torch.int64, device=priority.device)
     steps, heads = priority.shape[-1], priority.shape[1]
@@ -46,7 +46,7 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
 
 
 def contest(ranks: Tensor, new: Tensor) -> Outcome:
-    """`ahn.retention.contest` of up to `at_once` steps; who stays keeps the place that it has."""
+    """`ahn.ops.eviction.contest` of up to `at_once` steps; who stays keeps the place that it has."""
     places, steps = ranks.shape[-1], new.shape[-1]
     new = new.contiguous()
     risk, place = ranks.topk(steps, largest=False, sorted=False) if steps < places else (ranks.contiguous(), None)

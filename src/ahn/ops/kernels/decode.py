@@ -4,27 +4,28 @@ Letters: B batch, N query heads, M key/value heads, G = N / M, H head size, K fe
 P parts; R rows of positions: 1 where all of the batch are at the same position, else B.
 
 Each function does what plain torch does elsewhere and is tested against it: `turn` is the base's rotation and
-`Rotary.turn` after it, `attend` is `ahn.attention.attend_one`,
-`exchange` is `LayerMemory.exchange`, `displace` is `ahn.retention.rank` and `StoringMemory.swap` between the turns of
-keys into the store and out of it, `put_score` is `ahn.stores.learned` and `StoringMemory.put_score`, `recur` is
-`Cell.step` after `Cell.ready`, `add_read` is `Cell.combine` without room. A step moves few bytes and many of them, so
-the work is cut until it fills the device: attention into parts of the slots, the state into columns (values do not
-mix), the projection into columns of its output.
+`Rotary.turn` after it, `attend` is `ahn.ops.banded.attend_one`, `exchange` is `LayerMemory.exchange`, `displace` is
+`ahn.ops.eviction.rank` and `StoringMemory.swap` between the turns of keys into the store and out of it, `put_score` is
+`ahn.stores.learned` and `StoringMemory.put_score`, `recur` is `Cell.step` after `Cell.ready`, `add_read` is
+`Cell.combine` without room. A step moves few bytes and many of them, so the work is cut until it fills the device:
+attention into parts of the slots, the state into columns (values do not mix), the projection into columns of its
+output.
 
 Under TRITON_INTERPRET=1 they run on a CPU.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn.kernels.launch import options, release, wait
-from ahn.retention import NOBODY
+from ahn.ops.kernels.launch import options, release, wait
+from ahn.ops.ranks import NOBODY
+from ahn.ops.specs import Form, Gate, Parts, Turn
 
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
 BLOCK, WARPS, STAGES = 64, 4, 3  # of attention: slots at a time, their loads under way
@@ -36,54 +37,10 @@ EPSILON = 1e-6  # on the squared length of queries and keys (`ahn.cells.base.uni
 NORM_EPSILON = 1e-5
 
 
-class Form(NamedTuple):
-    """A cell as the kernels know it: S <- a S + w k (v - [delta] a S^T k)^T, read scale * S^T q.
-
-    With `decay`, dt = softplus(last gate input + dt_bias) and log a = -exp(A_log) dt. The strength w of a write is the
-    sigmoid of the first gate input, or dt without `delta`.
-    """
-
-    delta: bool
-    decay: tuple[Tensor, Tensor] | None  # A_log, dt_bias [N]
-    scale: float
-    inputs: tuple[Any, ...]  # linear layers of x; side by side they are the gate inputs
-    gate: Any  # x [B, 1, D] -> [B, 1, N], times silu of which goes what was read
-    norm: Tensor  # weight [H]: RMSNorm per head, then the gate; [N * H]: the gate, then RMSNorm over all heads
-
-
-class Gate(NamedTuple):
-    """A store's gate: outer(silu(inner(x / rms x))), and softplus(decay) of each head for every `unit` positions."""
-
-    inner: Any  # linear layers with a bias, float32 or rounded
-    outer: Any
-    decay: Tensor  # [M]
-    unit: int
-    epsilon: float  # on the mean square of x
-
-
-class Turn(NamedTuple):
-    """How keys are turned where they enter a store, and where they leave it: the halves of the first of their
-    dimensions into each other, by a number of positions times `frequencies`."""
-
-    frequencies: Tensor | None  # [half of what is turned], None: nothing is
-    enters: bool  # to position S, from their own
-    by_position: int  # times its own position a key is turned when it leaves ...
-    by_sinks: int  # ... and times S
-
-
-class Parts(NamedTuple):
-    """Attention over parts of the slots, to be merged."""
-
-    outs: Tensor  # [B, N, P, H] float32
-    norms: Tensor  # log of each normaliser, [B, N, P] float32
-    out: Tensor  # what they are merged into, [B, N, 1, H]
-    norm: Tensor  # [B, N, 1] float32
-
-
 def attend(
     q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over sinks and ring; arguments and result as `ahn.attention.attend_one`."""
+    """Softmax attention over sinks and ring; arguments and result as `ahn.ops.banded.attend_one`."""
     parts = attend_parts(q, q_sinks, k, v, sinks, last, scale)
     batch, heads, _, size = q.shape
     columns = min(COLUMNS, triton.next_power_of_2(size))

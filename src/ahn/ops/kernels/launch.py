@@ -12,12 +12,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ahn import kernels
+from ahn.ops import dispatch
 
 
 def options(device: str, apart: bool = False) -> dict[str, Any]:
     """How a kernel with the constant PDL is launched on this device. `apart`: beside others, not behind one."""
-    overlaps = not apart and kernels.launches(device).name == "pdl"
+    overlaps = not apart and dispatch.launches(device).name == "pdl"
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+
 KERNELS = {
     "fla": "flash-linear-attention: the cell over many tokens",
     "cudnn": "cuDNN's fused attention: reading",
@@ -67,7 +68,7 @@ def choose(operation: str | None, like: Tensor, gradients: bool = False) -> Kern
     if like.dtype == torch.float32:
         return Kernel("torch", "float32: flash-linear-attention multiplies in TF32, off by 1e-3")
     if gradients:
-        from ahn.kernels import fla
+        from ahn.ops import fla
 
         if broken := fla.backward_problem(operation):
             return Kernel("torch", broken)
@@ -214,34 +215,6 @@ def launches(device: str) -> Kernel:
     if reason := _no_programmatic_launch():
         return Kernel("torch", reason)
     return _allowed("pdl", "Hopper or later: a kernel starts, and reads its weights, while the one before it ends")
-
-
-def report() -> list[tuple[str, str, str]]:
-    """(operation, kernel, reason) of every choice on this machine, for `ahn info`. Raises ConfigError, see `_names`."""
-    import torch
-
-    from ahn import cells
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    like = torch.empty(0, 64, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    rows = [
-        ("reading: sinks and window", *attention(like)),
-        ("reading: rotations", *rotation(device)),
-        ("reading: narrow window, store", *band(like)),
-        ("reading: who loses", *contest(device)),
-        ("training: sinks and window", *whole_sequence(device, 64, 4096)),
-        ("training: gates of a store", *soft_places(like)),
-    ]
-    rows += [(f"{name}, many tokens", *choose(cells.get(name).fla_operation, like)) for name in cells.names()]
-    return [
-        *rows,
-        ("reading: between products", *between_many(device, LONG)),
-        ("one token: attention, cell", *one_token(device)),
-        ("one token: all layers", *decoding(device)),
-        ("one token: products", *products(device, 1)),
-        ("one token: between products", *between(device)),
-        ("one token: launches", *launches(device)),
-    ]
 
 
 def check_setting() -> None:

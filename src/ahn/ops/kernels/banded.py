@@ -23,12 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ahn import kernels
-from ahn.attention import attend as attend_dense
-from ahn.attention import merge
+from ahn.ops import dispatch
+from ahn.ops.softmax import attend as attend_dense
+from ahn.ops.softmax import merge
 
 if TYPE_CHECKING:
-    from ahn.attention import Far, Softmax
+    from ahn.ops.softmax import Softmax
+    from ahn.ops.specs import Far
 
 LOG2_E = 1.4426950408889634
 FEW = 1024  # far keys that are attended faster than they are sorted
@@ -44,7 +45,7 @@ def attend(
     far: Far,
     sinks: int,
 ) -> Softmax:
-    """As `ahn.attention.attend_window`.
+    """As `ahn.ops.banded.attend_window`.
 
     Args:
         q, q_far: [B, N, T, H]. near: keys and values [B, M, L, H], the L tokens up to and including the last query.
@@ -59,7 +60,7 @@ def attend(
         order, below = _in_order(since, until, queries)
         since, until = since.gather(2, order), until.gather(2, order)
         keys, values = (t.gather(2, order[..., None].expand(-1, -1, -1, size)) for t in (keys, values))
-        at_once = kernels.dense_at_once(q, count)
+        at_once = dispatch.dense_at_once(q, count)
         dense = below[..., 0].amin() // at_once * at_once if at_once else below.new_zeros(())
         on_host = _soon(dense) if at_once else int
     times = torch.stack([since, until], 2).int()

@@ -5,36 +5,20 @@ Letters: B batch, M key/value heads, C tokens that leave the window, P places of
 From the first token on that leaves the window, each step has one loser per key/value head among the store and the
 newcomer: the one of lowest priority, the older one of equals. As priorities never change, many steps are resolved at
 once: a token is out at the first step at which P better ones have come.
-
-A rank is one int64 that sorts as (priority, position): the float32 in the upper half, its bits arranged so that they
-sort as the number does, and the position in the lower. Places that are still empty, and steps without a newcomer, have
-ranks below those of all tokens, so they lose first and need no case of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ahn import kernels
+from ahn.ops import dispatch
+from ahn.ops.ranks import NOBODY, Outcome
 
-NOBODY = torch.iinfo(torch.int64).min  # the newcomer of a step without one: loses at once
-EMPTY = NOBODY + (1 << 31)  # an empty place: loses to every token
-TOKEN = NOBODY + (1 << 32)  # ranks from here on are tokens'
 AT_ONCE = 64, 512  # steps resolved together, at least and at most: the work grows with their square, the launches fall
 ENOUGH = 1 << 22  # comparisons that a GPU makes while a kernel is launched
-
-
-class Outcome(NamedTuple):
-    """What came of C steps; candidates are the P places and, behind them, the C newcomers."""
-
-    losers: Tensor  # [B, M, C]: the candidate that loses at each step, possibly an empty place
-    lost: Tensor  # [B, M, C]: its rank
-    kept: Tensor  # [B, M, P]: the candidates that are in the places afterwards
-    ranks: Tensor  # [B, M, P]: and their ranks
 
 
 def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
@@ -43,10 +27,10 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
 
     Priorities are rounded to 13 bits: equal tokens then tie, whatever the shapes of the products that scored them.
     """
-    if kernels.contest(priority.device.type).name == "triton":
-        from ahn.kernels import retain
+    if dispatch.contest(priority.device.type).name == "triton":
+        from ahn.ops.kernels import eviction as triton_eviction
 
-        return retain.rank(priority, positions, real)
+        return triton_eviction.rank(priority, positions, real)
     bits = (priority.float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: one zero
     bits = (bits + 0x400) & ~0x7FF
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -54,23 +38,14 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
     return torch.where(real[:, None], (ordered << 32) | positions[:, None], nobody)
 
 
-def empty(batch: int, heads: int, places: int, device: torch.device) -> Tensor:
-    """Ranks of a store with nothing in it."""
-    return (EMPTY + torch.arange(places, device=device)).repeat(batch, heads, 1)
-
-
-def position(ranks: Tensor) -> Tensor:
-    return ranks & 0xFFFFFFFF
-
-
 def contest(ranks: Tensor, new: Tensor) -> Outcome:
     """Resolve one step after the other for newcomers of rank `new` [B, M, C] against places of `ranks` [B, M, P]."""
     places, steps = ranks.shape[-1], new.shape[-1]
     resolve, at_once = _resolve, _at_once(ranks)
-    if kernels.contest(ranks.device.type).name == "triton":
-        from ahn.kernels import retain
+    if dispatch.contest(ranks.device.type).name == "triton":
+        from ahn.ops.kernels import eviction as triton_eviction
 
-        resolve, at_once = retain.contest, retain.at_once(ranks)
+        resolve, at_once = triton_eviction.contest, triton_eviction.at_once(ranks)
     if steps <= at_once:
         return resolve(ranks, new)
     who = torch.arange(places, device=ranks.device).expand_as(ranks)

@@ -1,4 +1,4 @@
-"""Rotary positions of many tokens, in Triton: `ahn.attention.Rotary` in one kernel. No gradients.
+"""Rotary positions of many tokens, in Triton: `ahn.ops.rotary.Rotary` in one kernel. No gradients.
 
 Under TRITON_INTERPRET=1 it runs on a CPU.
 """

@@ -1,0 +1,106 @@
+"""Softmax attention with its normaliser, and the merging of attention over disjoint sets of keys.
+
+Letters: B batch, N query heads, M key/value heads, C queries, K keys, H head size;
+R rows of positions: 1 where all of the batch are at the same position, else B.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ahn.ops import dispatch
+
+ALIGNED = 16  # numbers: rows of what is added to scores begin at multiples of so many
+Softmax = tuple[Tensor, Tensor]  # output [B, N, C, H] and log of the normaliser [B, N, C], float32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Softmax:
+    """Softmax attention with its normaliser.
+
+    Args:
+        q: [B, N, C, H]. k, v: [B, M, K, H], N a multiple of M. mask: bool, true where seen, [R, C, K], or by head
+            [R, 1 or M, C, K], or None.
+        causal: query i sees keys up to i, of as many as there are queries; then `mask` is None.
+
+    A query that sees nothing gets a finite output and a normaliser near -inf: it vanishes in `merge`.
+    """
+    batch, heads, queries, size = q.shape
+    groups = heads // k.shape[1]
+    kernel = dispatch.attention(q, with_gradients(q, k)).name
+    fused = kernel != "torch"
+    if mask is None and kernel == "cudnn" and (groups == 1 or dispatch.groups_heads()):
+        out, norm = _fused(kernel, q, k, v, None, scale, causal)
+        return out, norm.reshape(batch, heads, queries)
+    if causal and fused:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out, norm = _fused(kernel, q, k, v, None, scale, causal)
+        return out, norm.reshape(batch, heads, queries)
+    if causal:
+        mask = torch.ones(1, queries, queries, dtype=torch.bool, device=q.device).tril()
+    q = q.reshape(batch, k.shape[1], groups * queries, size)  # heads that share keys become more queries
+    bias = None
+    if mask is not None:
+        bias = _bias(mask if mask.dim() == 4 else mask[:, None], groups, q.dtype)
+    if fused:
+        out, norm = _fused(kernel, q, k, v, bias, scale, False)
+    else:
+        scores = (q @ k.transpose(-1, -2)).float() * scale
+        scores = scores if bias is None else scores + bias
+        norm = scores.logsumexp(-1)
+        out = (scores - norm[..., None]).exp().to(v.dtype) @ v
+    return out.reshape(batch, heads, queries, size), norm.reshape(batch, heads, queries)
+
+
+def with_gradients(q: Tensor, k: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+
+
+def _bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: [R, 1 or M, G * C, K], its rows aligned as fused kernels on CUDA want them."""
+    *rest, queries, keys = mask.shape
+    bias = torch.zeros(*rest, groups, queries, -(-keys // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)
+    bias[..., :keys].masked_fill_(~mask[:, :, None], torch.finfo(dtype).min / 2)
+    return bias.flatten(2, 3)[..., :keys]
+
+
+def _fused(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Softmax:
+    """Torch's fused kernels by name, which give the normaliser too; as many heads of keys as of queries, or for cuDNN
+    fewer."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if bias is not None:
+        bias = bias.expand(*q.shape[:2], -1, -1)
+        out, norm = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
+        return out, norm[..., : q.shape[2]]
+    if kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+
+
+def merge(a: Softmax, b: Softmax) -> Softmax:
+    """Attention over the union of two disjoint sets of keys."""
+    weight = torch.sigmoid(a[1] - b[1])[..., None].to(a[0].dtype)
+    return torch.lerp(b[0], a[0], weight), torch.logaddexp(a[1], b[1])
+
+
+def merge_all(parts: list[Softmax], early: Softmax | None) -> Softmax:
+    """As `merge`, of several at once.
+
+    Args:
+        early: one more, backwards, [B, N, C - 1, H]: of the queries from the last but one to the first.
+    """
+    norms, last = [norm for _, norm in parts], None
+    if early is not None:
+        last = early[0].flip(2)
+        norms.append(F.pad(early[1].flip(2), (0, 1), value=float("-inf")))
+    total = torch.stack(norms).logsumexp(0)
+    weights = [(norm - total).exp()[..., None].to(parts[0][0].dtype) for norm in norms]
+    merged = parts[0][0] * weights[0]
+    for (out, _), weight in zip(parts[1:], weights[1:], strict=False):
+        merged.addcmul_(out, weight)
+    if last is not None:
+        merged[:, :, :-1].addcmul_(last, weights[-1][:, :, :-1])
+    return merged, total
