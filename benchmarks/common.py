@@ -64,7 +64,7 @@ def position_losses(model: Any, ids: list[int], chunk: int = 512, whole: bool | 
             pieces = decoder(tokens[:, :-1], use_cache=False).last_hidden_state[0].split(chunk)
         else:
             import ahn
-            from ahn.cache import PAST
+            from ahn.compat import PAST
 
             cache = ahn.AHNCache(model)
             pieces = (decoder(t, **{PAST: cache}).last_hidden_state[0] for t in tokens[:, :-1].split(chunk, 1))

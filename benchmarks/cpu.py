@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ahn.cache import PAST
+from ahn.compat import PAST
 from common import BOOK, write
 
 DECODED = 32

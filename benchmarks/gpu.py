@@ -42,8 +42,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ahn.cache import PAST
 from ahn.cli.info import report
+from ahn.compat import PAST
 from common import BOOK, SHARE, now, write
 from train import matmul_rate, random_model
 

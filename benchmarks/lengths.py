@@ -17,7 +17,7 @@ import torch
 
 import ahn
 from ahn.bases import load_base
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.cost import shape_of
 from common import now, peak_bytes, write
 from train import random_model

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 import ahn
 from ahn.bases import load_base
-from ahn.cache import PAST
+from ahn.compat import PAST
 from common import now, peak_bytes, put_on, records, set_lossless, write
 
 SINKS = 64

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import ahn
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.dialogue import Dialogue
 from ahn.eval.metrics import exact_match, f1
 from ahn.eval.squad import Context, Question, contexts

@@ -96,7 +96,7 @@ def measure(folder: Path, megabytes: int) -> dict[str, float]:
     }
 
 
-TOKENS = "import sys; from ahn.memory_file import peek; print(peek(sys.argv[1])['tokens_seen'])"
+TOKENS = "import sys; from ahn.memory.file import peek; print(peek(sys.argv[1])['tokens_seen'])"
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import torch
 import ahn
 from ahn import stores
 from ahn.augmentation import layers_of
-from ahn.cache import PAST
 from ahn.cells.base import unit
+from ahn.compat import PAST
 
 # In the background of a script, or behind nohup, these are ignored; some tests send them.
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):

@@ -7,7 +7,7 @@ import torch
 
 import ahn
 from ahn.augmentation import set_window
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError
 from conftest import in_pieces, tiny, token_ids, with_memory
 

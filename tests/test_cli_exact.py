@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import ahn
-from ahn import cli, memory_file
+from ahn import cli
 from ahn.cli import _options, _reading
 from ahn.errors import DocumentError
+from ahn.memory import file as memory_file
 from ahn.tokens import Encoded
 from test_cli import TEXT, base, interrupt_reading, run, type_in  # noqa: F401 - fixtures
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ahn
 from ahn import decoding, fused, generation
-from ahn.cache import PAST
 from ahn.cells.base import Cell
 from ahn.cli import info
+from ahn.compat import PAST
 from ahn.ops import dispatch
 from ahn.ops.dispatch import Kernel
 from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory

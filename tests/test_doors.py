@@ -7,7 +7,7 @@ from transformers import BatchEncoding, DynamicCache
 
 import ahn
 from ahn.augmentation import layers_of
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError
 from conftest import tiny, token_ids, with_memory
 

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 import ahn
 from ahn import bases, stores
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.cost import cost
 from ahn.errors import AdapterError, ConfigError
 from ahn.eval import policies

@@ -5,7 +5,7 @@ import torch
 
 import ahn
 from ahn.augmentation import layers_of, set_window
-from ahn.cache import PAST
+from ahn.compat import PAST
 from conftest import CELLS, FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 from test_cells import Toy
 

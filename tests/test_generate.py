@@ -5,7 +5,7 @@ import torch
 
 import ahn
 from ahn import augmentation, generation
-from ahn.cache import OTHER_PAST, PAST
+from ahn.compat import OTHER_PAST, PAST
 from ahn.errors import ConfigError, UnsupportedOperationError
 from conftest import in_pieces, tiny, token_ids, with_memory
 

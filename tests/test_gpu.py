@@ -13,9 +13,9 @@ import torch
 import ahn
 from ahn import fused
 from ahn.augmentation import layers_of, set_window
-from ahn.cache import PAST
 from ahn.cells.base import unit
 from ahn.cli import info
+from ahn.compat import PAST
 from ahn.fingerprint import fingerprint
 from ahn.ops import dispatch, flex
 from ahn.ops.softmax import attend

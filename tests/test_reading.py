@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import ahn
-from ahn import augmentation, fused, reading
-from ahn.cache import Span
+from ahn import augmentation, fused
+from ahn.memory import dense
+from ahn.memory.layer import AHNLayer
+from ahn.memory.span import Span
 from ahn.ops import dispatch
 from ahn.ops.softmax import merge, merge_all
 from conftest import in_pieces, tiny, token_ids, with_memory
@@ -22,8 +24,8 @@ SPLITS = ([90], [7, 13, 1, 30, 8, 31], [20, 16, 16, 16, 16, 6], [3, 2, 40, 45], 
 def test_any_split(monkeypatch, form, window, sinks):
     """Pieces that end at, before and behind the sinks and the ring's end; windows of one token, and never full."""
     calls = []
-    read = reading.read
-    monkeypatch.setattr(reading, "read", lambda *args: calls.append(1) or read(*args))
+    read = AHNLayer._dense
+    monkeypatch.setattr(AHNLayer, "_dense", lambda *args: calls.append(1) or read(*args))
     model = with_memory(tiny(), window=window, sinks=sinks, **form)
     ids = token_ids(90, batch=2)
     with torch.no_grad():
@@ -36,7 +38,7 @@ def test_any_split(monkeypatch, form, window, sinks):
 def test_where_spans_are_cut():
     def cut(start, length, sinks=4, window=10):
         span = Span(torch.tensor([start]), length, [length])
-        return [(piece.first, piece.length) for piece in reading.pieces(span, sinks, window)]
+        return [(piece.first, piece.length) for piece in dense.pieces(span, sinks, window)]
 
     assert cut(0, 40) == [(0, 4), (4, 10), (14, 10), (24, 10), (34, 6)]
     assert cut(3, 5) == [(3, 1), (4, 4)]

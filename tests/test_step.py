@@ -8,10 +8,10 @@ import torch
 import ahn
 from ahn import fused
 from ahn.augmentation import layers_of
-from ahn.cache import Span
 from ahn.cells.base import unit
 from ahn.decoding import Step
-from ahn.layer import Leaving
+from ahn.memory.layer import Leaving
+from ahn.memory.span import Span
 from ahn.ops import dispatch
 from ahn.ops.banded import attend_one
 from ahn.ops.dispatch import Kernel

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import ahn
-from ahn import stores, transcript
+from ahn import stores
 from ahn.adapter import read_adapter
 from ahn.augmentation import layers_of
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
-from ahn.memory_file import retained
+from ahn.memory import transcript
+from ahn.memory.file import retained
 from ahn.ops import eviction
 from ahn.ops.ranks import TOKEN, empty_ranks, position_of
 from ahn.stores.base import Store
@@ -518,7 +519,7 @@ def test_memory_files_are_of_one_store(tmp_path):
 # What people see of it.
 def test_transcripts_know_what_is_kept(monkeypatch):
     """Ids of stored tokens and their neighbours, of constant size, through padding and copies of rows."""
-    monkeypatch.setattr("ahn.transcript.PENDING", 32)
+    monkeypatch.setattr("ahn.memory.transcript.PENDING", 32)
     model, ids = storing("random", window=8, sinks=2, store_size=4), token_ids(300, batch=2)
     mask = torch.ones_like(ids)
     mask[0, 20:31] = 0

@@ -12,7 +12,7 @@ import torch
 import ahn
 from ahn import decoding
 from ahn.augmentation import full_attention
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.ops import dispatch
 from ahn.ops.dispatch import Kernel

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ahn
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.errors import ConfigError, MemoryFileError
 from ahn.fingerprint import fingerprint
 from conftest import tiny, token_ids, with_memory

@@ -19,7 +19,7 @@ if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP
     os.environ["OMP_WAIT_POLICY"] = "passive"
 
 _PUBLIC = {
-    "AHNCache": "cache",
+    "AHNCache": "memory.cache",
     "AHNConfig": "config",
     "Dialogue": "dialogue",
     "NOT_FOUND": "dialogue",
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     from ahn.augmentation import augment as augment
     from ahn.augmentation import detach as detach
     from ahn.bases import load_tokenizer as load_tokenizer
-    from ahn.cache import AHNCache as AHNCache
     from ahn.config import AHNConfig as AHNConfig
     from ahn.dialogue import NOT_FOUND as NOT_FOUND
     from ahn.dialogue import Dialogue as Dialogue
     from ahn.generation import generate as generate
     from ahn.generation import read as read
+    from ahn.memory.cache import AHNCache as AHNCache
     from ahn.recall.ask import ask as ask
 
 

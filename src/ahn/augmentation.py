@@ -10,7 +10,7 @@ How a layer is reached, without code for any model family:
   where one token a row comes (`ahn.decoding`);
 - a hook before the model reads a long prompt in chunks when only the last logits are wanted (as in `generate`).
 
-Threads: what belongs to one call is in its cache or in the thread (`ahn.layer.calls`), never on the model. Where a
+Threads: what belongs to one call is in its cache or in the thread (`ahn.memory.calls`), never on the model. Where a
 graph is captured, modules are changed and buffers lent to one cache at a time, so there one call runs after the other.
 """
 
@@ -32,15 +32,18 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ahn import decoding, weights
-from ahn.cache import OTHER_PAST, PAST, AHNCache, Span
+from ahn.compat import OTHER_PAST, PAST
 from ahn.config import AHNConfig
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError, UnsupportedOperationError
 from ahn.ids import checked
 from ahn.interrupts import deferred
-from ahn.layer import AHNLayer, Full, calls, heads_of
+from ahn.memory.cache import AHNCache
+from ahn.memory.calls import Full, calls
+from ahn.memory.layer import AHNLayer, heads_of
+from ahn.memory.span import Span
+from ahn.memory.store_tier import StoringLayer
 from ahn.ops import dispatch
 from ahn.ops.rotary import Rotary
-from ahn.storing import StoringLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -30,8 +30,10 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ahn import fused
-from ahn.cache import PAST, AHNCache, LayerMemory, Span
-from ahn.layer import FOREVER
+from ahn.compat import PAST
+from ahn.memory.buffer import LayerMemory
+from ahn.memory.cache import AHNCache
+from ahn.memory.span import FOREVER, Span
 from ahn.ops import dispatch
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from ahn.cache import PAST
 from ahn.cells.base import Linear
-from ahn.layer import calls
+from ahn.compat import PAST
+from ahn.memory.calls import calls
 from ahn.ops import dispatch
 from ahn.ops.rotary import turns_halves
 

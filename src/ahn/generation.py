@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ahn import decoding, fused
 from ahn.augmentation import base_of, chunk_ends, chunks, frame_of
-from ahn.cache import PAST, AHNCache
+from ahn.compat import PAST
 from ahn.errors import ConfigError
 from ahn.ids import mask_of, rows_of
 from ahn.interrupts import deferred
+from ahn.memory.cache import AHNCache
 from ahn.ops import dispatch
 
 if TYPE_CHECKING:

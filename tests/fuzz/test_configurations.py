@@ -7,7 +7,7 @@ import torch
 
 import ahn
 from ahn import cells, stores
-from ahn.cache import PAST
+from ahn.compat import PAST
 from ahn.config import KEY_MAPS, MEMORY_POSITIONS, SINK_POSITIONS
 from conftest import storing, tiny, with_memory
 from effort import draw_for, times

@@ -25,10 +25,10 @@ from ahn.errors import AHNError, ConfigError, MemoryFileError, OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ahn.cache import AHNCache
     from ahn.dialogue import Dialogue
     from ahn.documents import Piece
     from ahn.memory.archive import Archive
+    from ahn.memory.cache import AHNCache
     from ahn.tokens import Encoded
 
 SHORT = 512  # tokens of blocks that are not worth counting
@@ -335,7 +335,7 @@ def _ids(dialogue: Dialogue, sources: Sources, earlier: list[dict[str, Any]]) ->
 
 def _texts(memory: str) -> list[dict[str, Any]]:
     """The texts that a memory file holds, in order."""
-    from ahn.memory_file import peek
+    from ahn.memory.file import peek
 
     header = peek(memory)
     unknown = [{"tokens": header["tokens_seen"], "sha256": "", "complete": True}]
@@ -380,7 +380,7 @@ def _same_beginning(
 ) -> Text | None:
     from ahn.bases import load_tokenizer
     from ahn.dialogue import Dialogue
-    from ahn.memory_file import peek
+    from ahn.memory.file import peek
 
     base = args.base or peek(args.output).get("base")
     if not base:

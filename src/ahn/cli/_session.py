@@ -21,8 +21,8 @@ from ahn.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ahn.cache import AHNCache
     from ahn.cli._reading import Text
+    from ahn.memory.cache import AHNCache
     from ahn.recall import Found, Source
 
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
@@ -378,7 +378,7 @@ def _check_store(args: argparse.Namespace, base: str) -> None:
 
 def _header(memory: str, args: argparse.Namespace) -> dict[str, Any]:
     from ahn.config import AHNConfig
-    from ahn.memory_file import peek
+    from ahn.memory.file import peek
 
     header = peek(memory)
     config = AHNConfig.from_dict(header["config"])

@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
     from ahn.cli import _pages
     from ahn.errors import ConfigError
     from ahn.files import atomic, check_writable
-    from ahn.memory_file import peek, retained
+    from ahn.memory.file import peek, retained
+    from ahn.memory.transcript import BESIDE
     from ahn.ops.ranks import TOKEN, position_of
-    from ahn.transcript import BESIDE
 
     check_writable(None if args.html == "-" else args.html, "--html")
     header = peek(args.memory)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
 def _held(path: str, header: dict[str, Any]) -> Iterator[str]:
     """The memory and its archive, a line each, and one for each document."""
     from ahn.cli._session import size
-    from ahn.memory_file import held
+    from ahn.memory.file import held
 
     found, config, adapter = held(path), header["config"], header.get("adapter") or "none"
     store = f" + {config['store_size']:,} store" if config["store"] else ""

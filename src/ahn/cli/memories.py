@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ahn.cli._session import console, size
     from ahn.errors import MemoryFileError
-    from ahn.memory_file import archive_bytes, peek
+    from ahn.memory.file import archive_bytes, peek
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("file", "base", "adapter", "archive"):

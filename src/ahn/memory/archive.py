@@ -64,7 +64,7 @@ class Archive:
         self._marks: list[_Mark] = []
         self._length = self._waiting = 0
         self._made: dict[Any, Any] = {}
-        self.home: Any = None  # where in a file it lies (`ahn.memory_file`)
+        self.home: Any = None  # where in a file it lies (`ahn.memory.file`)
 
     def __len__(self) -> int:
         """Tokens read."""

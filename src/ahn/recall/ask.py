@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ahn.cache import AHNCache
 from ahn.dialogue import NOT_FOUND, SEPARATOR, Dialogue
 from ahn.errors import ConfigError
 from ahn.generation import generate, read
+from ahn.memory.cache import AHNCache
 from ahn.recall import finders, support
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ahn.cache import PAST, AHNCache
+from ahn.compat import PAST
 from ahn.dialogue import Dialogue
+from ahn.memory.cache import AHNCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

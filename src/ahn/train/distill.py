@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ahn.augmentation import full_attention
-from ahn.cache import Span
+from ahn.memory.span import Span
 
 CROSS_ENTROPY = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # its share in the loss
 

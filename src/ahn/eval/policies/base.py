@@ -19,11 +19,12 @@ from torch.nn.functional import cross_entropy
 from ahn.adapter import Adapter, base_shape, check_shape, default_config, read_adapter
 from ahn.augmentation import CHUNK, GPU_CHUNK, check_fits, detach
 from ahn.bases import load_base, load_tokenizer
-from ahn.cache import PAST, AHNCache
+from ahn.compat import PAST
 from ahn.config import AHNConfig
 from ahn.cost import Shape, cost, held_bytes
 from ahn.errors import ConfigError
 from ahn.generation import end_tokens
+from ahn.memory.cache import AHNCache
 from ahn.recall.ask import FINDER, RECALL
 
 if TYPE_CHECKING:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ahn.augmentation import augment, layers_of
-from ahn.cache import AHNCache, LayerMemory, Span
 from ahn.cost import Shape, cell_bytes, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
 from ahn.eval.policies.base import Kept, Policy, exact_part, memory_part, trained
-from ahn.layer import AHNLayer
+from ahn.memory.buffer import LayerMemory
+from ahn.memory.cache import AHNCache
+from ahn.memory.layer import AHNLayer
+from ahn.memory.span import Span
 from ahn.ops.softmax import attend, merge
 
 RATE = 4  # tokens in one slot, as in the paper
@@ -60,8 +62,8 @@ class Compressive(Policy):
     def cache(self) -> AHNCache:
         cache = AHNCache(self.model)
         for i, layer in enumerate(layers_of(self.model)):
-            if isinstance(layer, CompressiveLayer):
-                cache.layers[i] = CompressiveMemory(layer)
+            if isinstance(layer, CompressiveLayer) and layer.window is not None:
+                cache.layers[i] = CompressiveMemory(layer.window, layer.sinks, layer.slots, layer.maximum)
         return cache
 
     def cache_bytes(self, tokens: int) -> int:
@@ -116,9 +118,9 @@ class CompressiveLayer(AHNLayer):
 class CompressiveMemory(LayerMemory):
     """Sinks, window, and `pooled_keys`, `pooled_values` [B, M, C, H]."""
 
-    def __init__(self, layer: CompressiveLayer) -> None:
-        super().__init__(layer)
-        self.room, self.maximum = layer.slots, layer.maximum
+    def __init__(self, window: int, sinks: int, slots: int, maximum: bool) -> None:
+        super().__init__(window, sinks, 0)
+        self.room, self.maximum = slots, maximum
         self.pooled_keys: Tensor | None = None
         self.pooled_values: Tensor | None = None
 

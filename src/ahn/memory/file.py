@@ -36,7 +36,7 @@ from ahn.memory.archive import Archive
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ahn.cache import AHNCache
+    from ahn.memory.cache import AHNCache
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def save(cache: AHNCache, path: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from ahn.cache import TEXT
+    from ahn.memory.transcript import TEXT
 
     path = Path(path)
     if not cache.tokens_seen:
@@ -127,7 +127,7 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
         MemoryFileError: not a memory file, damaged, of another version, base, adapter, dtype or config.
     """
     from ahn.augmentation import base_of
-    from ahn.cache import AHNCache
+    from ahn.memory.cache import AHNCache
 
     model = base_of(model)
     header, memory = _last(Path(path))
@@ -317,7 +317,7 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
         MemoryFileError: no memory file, a damaged one, one without a store or of another base, of so short a text that
             nothing has left the window, or of embeddings.
     """
-    from ahn.cache import TEXT
+    from ahn.memory.transcript import TEXT
 
     header, memory = _last(Path(path))
     if not header["config"].get("store"):
@@ -367,7 +367,7 @@ def _check_tensors(
 ) -> None:
     """Raises MemoryFileError unless these are the tensors of a memory of this model after so many tokens."""
     from ahn.augmentation import layers_of
-    from ahn.cache import TEXT
+    from ahn.memory.transcript import TEXT
 
     text, batch, tokens = model.config.get_text_config(), header["batch"], max(header["seen"])
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

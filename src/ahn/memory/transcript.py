@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+TEXT = "text"  # name of the ids in a memory file
 BESIDE = 6  # neighbours to each side
 PENDING = 65_536  # tokens after which what nobody keeps is dropped: all layers are asked what they keep
 LEAST = 16  # tokens that a piece counts for at least: each is a tensor

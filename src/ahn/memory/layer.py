@@ -9,24 +9,24 @@ with query t. Writes and reads of many tokens are therefore two aligned slices, 
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ahn import cells, reading
-from ahn.cache import LayerMemory, Span
+from ahn import cells
 from ahn.cells.base import Cell, Gates
 from ahn.config import AHNConfig
 from ahn.errors import UnsupportedModelError
+from ahn.memory import dense
+from ahn.memory.buffer import LayerMemory
+from ahn.memory.calls import Full
+from ahn.memory.span import FOREVER, Span
 from ahn.ops import dispatch, flex
 from ahn.ops.banded import attend_one, attend_window
 from ahn.ops.rotary import Rotary
 from ahn.ops.softmax import Softmax, merge_all
 from ahn.stores.base import Store
-
-FOREVER = 1 << 60  # window of a layer that keeps everything
 
 Turn = tuple[Tensor, Tensor]  # cos and sin
 
@@ -40,23 +40,6 @@ def heads_of(attention: Any) -> tuple[int, int]:
             f"o_proj reads {width} numbers, not {heads} heads x {size}: the values' head size differs from the queries'"
         )
     return heads, size
-
-
-class Calls(threading.local):
-    """The attention module that this thread is in, its input [B, T, D] and its cache: the hook before the module leaves
-    them for the attention function, which is not given them."""
-
-    now: tuple[Any, Tensor, Any] | None = None
-
-
-calls = Calls()
-
-
-class Full(NamedTuple):
-    """What `full_attention` puts in the place of a memory."""
-
-    observe: Any
-    attend: Any
 
 
 class Leaving(NamedTuple):
@@ -116,7 +99,7 @@ class AHNLayer(nn.Module):
 
     def memory(self) -> LayerMemory:
         """An empty memory for a new cache."""
-        return LayerMemory(self)
+        return LayerMemory(self.window, self.sinks, self.gate_width)
 
     def steps_on_device(self, span: Span) -> bool:
         """Whether the one token a row of `span` can do without the host (`ahn.decoding`)."""
@@ -210,7 +193,7 @@ class AHNLayer(nn.Module):
         alike = not span.padded and len(span.start) == 1
         in_parts = not dispatch.window_in_one(q, self.window or FOREVER) and dispatch.attention(q).name != "torch"
         if alike and in_parts:
-            return reading.read(self, q, k, v, x, inputs, span, memory, scale)
+            return self._dense(q, k, v, x, inputs, span, memory, scale)
         (out, norm), window = self._attend_many(q, k, v, inputs, span, memory, scale)
         out, reach = out.transpose(1, 2), self.window or FOREVER
         first = max(0, self.sinks + reach - span.first)  # that pushes a token out
@@ -227,6 +210,37 @@ class AHNLayer(nn.Module):
         memory.compressed.copy_(state)
         combined = self._combine(out[:, first:], norm[:, :, first:], read, x[:, first:], leaving)
         return torch.cat([out[:, :first], combined], 1) if first else combined
+
+    def _dense(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        inputs: Tensor | None,
+        span: Span,
+        memory: LayerMemory,
+        scale: float,
+    ) -> Tensor:
+        """`_many` of rows that are all at one position, none of them padding: the ring is read where it lies."""
+        q_sinks = self._seen_by_sinks(q, span)
+        outs, low = [], 0
+        for piece in dense.pieces(span, self.sinks, self.window):
+            part = slice(low, low + piece.length)
+            new = tuple(t[:, :, part] for t in (k, v)) + ((inputs[:, part],) if inputs is not None else ())
+            queries = q[:, :, part]
+            (out, norm), old = dense.attend_piece(queries, q_sinks[:, :, part], new, memory, piece, scale, self._merge)
+            out = out.transpose(1, 2)
+            if old is not None and self.cell is not None:
+                leaving = self._leaving(piece, q.device)
+                fla = self.cell.uses_fla(q)
+                ready = self._prepare(queries, old[0], old[1], old[2], leaving, fla)
+                found, state = self.cell.run(*ready, memory.compressed, fla)
+                memory.compressed.copy_(state)
+                out = self._combine(out, norm, found, x[:, part], leaving)
+            outs.append(out)
+            low += piece.length
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
     def _attend_many(
         self,

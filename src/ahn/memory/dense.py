@@ -17,49 +17,16 @@ is seen by every query. Pieces are cut where the sinks and the first window end.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ahn.cache import LayerMemory, Span
+from ahn.memory.buffer import LayerMemory
+from ahn.memory.span import Span
 from ahn.ops.softmax import Softmax, attend
 
-if TYPE_CHECKING:
-    from ahn.layer import AHNLayer
-
-
-def read(
-    layer: AHNLayer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    inputs: Tensor | None,
-    span: Span,
-    memory: LayerMemory,
-    scale: float,
-) -> Tensor:
-    """The next tokens of rows that are all at one position, none of them padding. Arguments as `AHNLayer.forward`,
-    `inputs` the gate inputs [B, T, gates * N]. Returns [B, T, N, H]."""
-    q_sinks = layer._seen_by_sinks(q, span)
-    outs, low = [], 0
-    for piece in pieces(span, layer.sinks, layer.window):
-        part = slice(low, low + piece.length)
-        new = tuple(t[:, :, part] for t in (k, v)) + ((inputs[:, part],) if inputs is not None else ())
-        queries = q[:, :, part]
-        (out, norm), old = _attend(layer, queries, q_sinks[:, :, part], new, memory, piece, scale)
-        out = out.transpose(1, 2)
-        if old is not None and layer.cell is not None:
-            leaving = layer._leaving(piece, q.device)
-            fla = layer.cell.uses_fla(q)
-            ready = layer._prepare(queries, old[0], old[1], old[2], leaving, fla)
-            found, state = layer.cell.run(*ready, memory.compressed, fla)
-            memory.compressed.copy_(state)
-            out = layer._combine(out, norm, found, x[:, part], leaving)
-        outs.append(out)
-        low += piece.length
-    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+Merge = Callable[[list[Softmax], Softmax | None], Softmax]  # as `ahn.ops.softmax.merge_all`
 
 
 def pieces(span: Span, sinks: int, window: int | None) -> list[Span]:
@@ -78,11 +45,25 @@ def _cut(span: Span, sinks: int, window: int) -> list[Span]:
     return [Span(torch.tensor([cut]), n, [n]) for cut, n in zip(cuts, lengths, strict=True)]
 
 
-def _attend(
-    layer: AHNLayer, q: Tensor, q_sinks: Tensor, new: tuple[Tensor, ...], memory: LayerMemory, piece: Span, scale: float
+def attend_piece(
+    q: Tensor,
+    q_sinks: Tensor,
+    new: tuple[Tensor, ...],
+    memory: LayerMemory,
+    piece: Span,
+    scale: float,
+    merge: Merge,
 ) -> tuple[Softmax, tuple[Tensor, ...] | None]:
-    """Attend to sinks and window and put the piece into the buffer; also returns keys, values and gate inputs of the
-    tokens it pushes out, in order."""
+    """Attend to sinks and window and put a piece of `pieces` into the buffer.
+
+    Args:
+        q, q_sinks: [B, N, T, H], as the window and as the sinks meet them.
+        new: keys, values [B, M, T, H] and gate inputs [B, T, G * N], if there are any, of the piece.
+        merge: makes one attention of several.
+
+    Returns:
+        attention, and keys, values and gate inputs of the tokens that the piece pushes out, in order, or None.
+    """
     start, count, sinks = piece.first, piece.length, memory.sinks
     buffers = tuple(t for t in (memory.keys, memory.values, memory.inputs) if t is not None)
     parts = [attend(q, new[0], new[1], None, scale, causal=True)]
@@ -92,7 +73,7 @@ def _attend(
         if not start:
             return parts[0], None
         parts.append(attend(q, _slots(buffers[0], 0, start), _slots(buffers[1], 0, start), None, scale))
-        return layer._merge(parts, None), None
+        return merge(parts, None), None
     window = memory.window
     first = (start - sinks) % window  # of the oldest token, behind the sinks
     wrapped = max(0, first + count - window)
@@ -118,7 +99,7 @@ def _attend(
     if count > 1:
         query, key, value = (t.flip(2) for t in (q[:, :, :-1], old[0][:, :, 1:], old[1][:, :, 1:]))
         early = attend(query, key, value, None, scale, causal=True)
-    return layer._merge(parts, early), old
+    return merge(parts, early), old
 
 
 def _slots(buffer: Tensor, first: int, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The memory of a layer with a store: some of what leaves the window is kept exactly, the rest goes into the cell.
 
-Letters: as in `ahn.layer`, and P places of the store, per key/value head; E tokens that leave the window in a span,
-L scores kept, O queries that are observed.
+Letters: as in `ahn.memory.layer`, and P places of the store, per key/value head; E tokens that leave the window in a
+span, L scores kept, O queries that are observed.
 
 Slots of a buffer: [sinks S | store P | ring W]; the places are made when the first token leaves the window. Each head
 keeps tokens of its own, and loses one of its own at each step: the loser is written, then the query reads
@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ahn import stores
-from ahn.cache import LayerMemory, Span, gather
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
-from ahn.layer import AHNLayer, Turn
+from ahn.memory.buffer import LayerMemory
+from ahn.memory.layer import AHNLayer, Turn
+from ahn.memory.span import Span, gather
+from ahn.memory.store_buffer import StoringMemory
 from ahn.ops import dispatch, eviction
 from ahn.ops.banded import attend_one, attend_slots, attend_window, visible
-from ahn.ops.eviction import by_head, put_by_head
+from ahn.ops.eviction import by_head
 from ahn.ops.ranks import TOKEN, Outcome, empty_ranks, position_of
 from ahn.ops.rotary import Rotary
 from ahn.ops.softmax import Softmax
@@ -101,7 +103,9 @@ class StoringLayer(AHNLayer):
         return self.reach + self.span - 1
 
     def memory(self) -> LayerMemory:
-        return StoringMemory(self)
+        return StoringMemory(
+            self.reach, self.sinks, self.gate_width, self.size, self.scores_kept, self.store.reads_state
+        )
 
     def compile_for_training(self) -> None:
         """Nothing: who loses depends on the data."""
@@ -448,152 +452,6 @@ class StoringLayer(AHNLayer):
         assert self.cell is not None
         split = inputs.unflatten(-1, (self.cell.num_gates, self.store.kv_heads, -1))
         return split.permute(0, 3, 1, 2, 4)
-
-
-class StoringMemory(LayerMemory):
-    """Sinks, store and window; also `ranks` int64 [B, M, P] of what is stored, `scores` [B, M, L] of the last tokens,
-    at their position mod L, and `snapshot`, the state at the last multiple of the grid."""
-
-    def __init__(self, layer: StoringLayer) -> None:
-        super().__init__(layer)
-        self.size, self.scores_kept, self.reads_state = layer.size, layer.scores_kept, layer.store.reads_state
-        self.ranks: Tensor | None = None
-        self.scores: Tensor | None = None
-        self.snapshot: Tensor | None = None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        held = {"ranks": self.ranks, "scores": self.scores, "snapshot": self.snapshot}
-        return super().tensors | {name: tensor for name, tensor in held.items() if tensor is not None}
-
-    @property
-    def stored(self) -> Tensor | None:
-        if self.ranks is None:
-            return None
-        ranks = self.ranks.flatten(1)
-        return torch.where(ranks >= TOKEN, position_of(ranks), -1)
-
-    @property
-    def shift(self) -> int:  # type: ignore[override]
-        return 0 if self.ranks is None else self.size
-
-    @property
-    def places(self) -> slice:
-        return slice(self.sinks, self.sinks + self.shift)
-
-    @property
-    def capacity(self) -> int:
-        return super().capacity - self.shift
-
-    def reserve(self, tokens: int, k: Tensor, state: tuple[int, int, int] | None) -> None:
-        assert self.window is not None
-        near = self.sinks + self.window
-        if self.ranks is None:
-            super().reserve(tokens, k, state)
-        if self.scores is None:
-            self.scores = torch.zeros(*k.shape[:2], self.scores_kept, device=k.device)
-            if self.reads_state and state is not None:
-                self.snapshot = torch.zeros(k.shape[0], *state, device=k.device)
-        if self.ranks is None and tokens > near:
-            for name, dim in (("keys", 2), ("values", 2), ("inputs", 1)):
-                if (old := getattr(self, name)) is not None:
-                    shape = list(old.shape)
-                    shape[dim] = self.size
-                    parts = (
-                        old.narrow(dim, 0, self.sinks),
-                        old.new_zeros(shape),
-                        old.narrow(dim, self.sinks, self.window),
-                    )
-                    setattr(self, name, torch.cat(parts, dim))
-            self.ranks = empty_ranks(k.shape[0], k.shape[1], self.size, k.device)
-
-    def settle(self, rivals: list[Tensor], outcome: Outcome, heads: Any) -> None:
-        """Who is kept takes the places; `rivals`: keys, values and gate inputs of places and newcomers."""
-        keys, values = self.kept
-        buffers = [keys[:, :, self.places], values[:, :, self.places]]
-        if self.inputs is not None:
-            buffers.append(heads(self.inputs[:, self.places]))
-        for buffer, tokens in zip(buffers, rivals, strict=True):
-            buffer.copy_(by_head(tokens, outcome.kept))
-        assert self.ranks is not None
-        self.ranks.copy_(outcome.ranks)  # in place: a graph may have been captured with it
-
-    def swap(self, tokens: list[Tensor], new: Tensor, heads: Any) -> tuple[list[Tensor], Tensor]:
-        """`contest` and `settle` for one newcomer in each row: keys, values, gate inputs, and its ranks [B, M, 1].
-        Returns those of the losers."""
-        assert self.ranks is not None
-        lowest, place = self.ranks.min(-1, keepdim=True)
-        wins = new > lowest
-        keys, values = self.kept
-        buffers = [keys[:, :, self.places], values[:, :, self.places]]
-        if self.inputs is not None:
-            buffers.append(heads(self.inputs[:, self.places]))
-        lost = []
-        for buffer, token in zip(buffers, tokens, strict=True):
-            old = by_head(buffer, place)
-            won = wins.view(*wins.shape, *[1] * (token.dim() - 3))
-            put_by_head(buffer, place, torch.where(won, token, old))
-            lost.append(torch.where(won, old, token))
-        self.ranks.scatter_(-1, place, torch.where(wins, new, lowest))
-        return lost, torch.where(wins, lowest, new)
-
-    def filled(self, span: Span, slots: int) -> Tensor:
-        """bool [B, M, slots]: which hold something after the one token of `span`."""
-        assert self.ranks is not None or not self.shift
-        device = span.start.device if self.ranks is None else self.ranks.device
-        index = torch.arange(slots - self.shift) <= span.start[:, None]
-        index = index.to(self.kept[0].device)[:, None]
-        if self.ranks is None:
-            return index
-        stored = self.ranks >= TOKEN
-        index = index.to(device).expand(*stored.shape[:2], -1)
-        return torch.cat([index[..., : self.sinks], stored, index[..., self.sinks :]], -1)
-
-    # The scores of the last L tokens.
-    def trail(self, span: Span) -> Tensor:
-        """Scores of the L tokens before `span`, in order, [B, M, L]."""
-        assert self.scores is not None
-        device = self.scores.device
-        return gather(self.scores, span.once(("trail", device), lambda: self._turned(span.start_on(device))), 2)
-
-    def keep_trail(self, span: Span, trail: Tensor) -> None:
-        assert self.scores is not None
-        device = trail.device
-        at = span.once(("trail after", device), lambda: self._turned(span.ends.to(device)))
-        self.scores.scatter_(2, at[:, None].expand_as(trail), trail)
-
-    def trail_of_one(self, span: Span, length: int) -> Tensor:
-        """Of the tokens around the one that is pushed out, `length` - 1 to each side, [B, M, 2 * length - 1]."""
-        assert self.scores is not None
-        return gather(self.scores, self._turned(span.start)[:, : 2 * length - 1], 2)
-
-    def put_score(self, span: Span, score: Tensor) -> None:
-        assert self.scores is not None
-        at = (span.start % self.scores_kept).to(score.device)[:, None, None]
-        self.scores.scatter_(2, at.expand_as(score), score)
-
-    def add_scores(self, span: Span, given: Tensor, every: int) -> None:
-        """Add what the ring's slots are given [B, M, W or fewer] by the one query of `span`, in rows where it is at a
-        multiple of `every`."""
-        assert self.scores is not None and self.window is not None
-        last = span.start_on(given.device)[:, None]
-        at = last - (last - torch.arange(self.scores_kept, device=given.device)) % self.scores_kept  # by score
-        seen = (last % every == 0) & (at >= self.sinks) & (at > last - self.window)
-        slots = ((at - self.sinks) % self.window).clamp(max=given.shape[2] - 1)
-        self.scores += gather(given, slots, 2) * seen[:, None]
-
-    def _turned(self, position: Tensor) -> Tensor:
-        """Slots [R, L] of the scores before `position` [R], oldest first."""
-        return (position[:, None] + torch.arange(self.scores_kept, device=position.device)) % self.scores_kept
-
-    def keep_state(self, span: Span, grid: int) -> None:
-        """Copy the state of rows that are at a multiple of the grid after `span`."""
-        if self.snapshot is None:
-            return
-        rows = span.ends % grid == 0
-        if span.on_device or bool(rows.any()):
-            rows = rows.to(self.compressed.device)[:, None, None, None]
-            torch.where(rows, self.compressed, self.snapshot, out=self.snapshot)
 
 
 def _part(x: Tensor | None, at: slice) -> Tensor | None:

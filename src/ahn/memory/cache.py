@@ -1,48 +1,32 @@
 """AHNCache: everything that is remembered of a sequence, of constant size once the window is full.
 
-Letters: B batch, T tokens, N query heads, M key/value heads, H head size, S sinks, W window, G gate inputs;
-R rows of positions: 1 where all of the batch are at the same position, else B.
-
-A layer keeps one buffer of S + W slots: the sinks in the first S, the window as a ring in the rest. Token t lies in
-slot t while t < S, else in S + (t - S) mod W, so a new token takes the slot of the one it pushes out, and a buffer that
-is not full yet is simply shorter.
+Letters: B batch, M key/value heads, T tokens. Each layer has a buffer (`ahn.memory.buffer`).
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache
 
 from ahn import weights
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.interrupts import deferred
 from ahn.memory.archive import Archive, new_archive
-from ahn.transcript import Transcript
-
-TEXT = "text"  # name of the ids in a memory file
-# what a cache is called among the arguments and results of a model: transformers 5.24 renamed it
-PAST, OTHER_PAST = "cache", "past_key_values"
-if PAST not in inspect.signature(create_causal_mask).parameters:
-    PAST, OTHER_PAST = OTHER_PAST, PAST
+from ahn.memory.span import Span
+from ahn.memory.transcript import TEXT, Transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ahn.layer import AHNLayer
-
-T = TypeVar("T")
 _IN_USE = "this cache is in use by another call: expected one call at a time; fork it for another"
 _OTHER_WEIGHTS = (
     "the weights of the model have changed since the cache was made: expected a new cache, which reads the text again"
@@ -51,263 +35,6 @@ _NO_MODEL = (
     "the model has no memories, or others than those that the cache was made for: expected a cache made by "
     "ahn.AHNCache(model) for the model as it is now"
 )
-
-
-@dataclass
-class Span:
-    """The tokens of one forward call, and where they are in their sequences.
-
-    Padding does not exist for the memory: `compact` moves the real tokens of each row to the front, where row b holds
-    positions start[b], start[b] + 1, ...; what is behind them is computed and thrown away.
-    """
-
-    start: Tensor  # [R] int64, on the CPU: positions of the first token
-    length: int  # T
-    counts: list[int]  # real tokens, by row: R of them
-    order: Tensor | None = None  # [B, T]: which token comes i-th, real ones first; None: nothing is padded
-    back: Tensor | None = None  # [B, T]: its inverse
-    written: bool = False  # whether a layer has begun to store it
-    made: dict[Any, Any] = field(default_factory=dict)  # what `once` keeps
-    on_device = False  # whether only the device knows the positions, see `ahn.decoding.Step`
-    due = False  # of such a step: whether it does what few positions ask for
-
-    @classmethod
-    def of(cls, start: list[int], length: int, real: Tensor | None) -> Span:
-        """`start`: tokens seen before, by row. `real`: bool [B, T] on the CPU, false for padding, or None."""
-        if real is None or bool(real.all()):
-            same = len(set(start)) == 1
-            start = start[:1] if same else start
-            return cls(torch.tensor(start), length, [length] * len(start))
-        start = start * real.shape[0] if len(start) == 1 else start
-        order = (~real).int().argsort(dim=1, stable=True)
-        return cls(torch.tensor(start), length, real.sum(1).tolist(), order, order.argsort(dim=1))
-
-    @property
-    def padded(self) -> bool:
-        return self.order is not None
-
-    @property
-    def first(self) -> int:
-        """The furthest position any row starts at."""
-        return int(self.start.max())
-
-    # What depends on each token is computed on the device that asks: a host takes milliseconds for a long span.
-    def start_on(self, device: torch.device) -> Tensor:
-        return self.once(("start", device), lambda: self.start.to(device))
-
-    def positions(self, device: torch.device) -> Tensor:
-        """[R, T] after compaction."""
-
-        def make() -> Tensor:
-            return self.start_on(device)[:, None] + torch.arange(self.length, device=device)
-
-        return self.once(("positions", device), make)
-
-    def real(self, device: torch.device) -> Tensor:
-        """bool [R, T] after compaction."""
-        counts = torch.tensor(self.counts, device=device)
-        return torch.arange(self.length, device=device) < counts[:, None]
-
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What is the same for all layers, made for the first that asks: positions, angles, indices."""
-        if key not in self.made:
-            self.made[key] = make()
-        found: T = self.made[key]
-        return found
-
-    def on_grid(self, grid: int) -> list[tuple[slice, Span]]:
-        """After compaction, the tokens between multiples of `grid` of any row's positions; all at once if it is 0.
-        The same for all layers."""
-        return self.once(("grid", grid), lambda: self._on_grid(grid)) if grid else [(slice(None), self)]
-
-    def _on_grid(self, grid: int) -> list[tuple[slice, Span]]:
-        starts, parts = self.start.tolist(), []
-        ends = sorted({end for at in starts for end in range(grid - at % grid, self.length, grid)} | {self.length})
-        for low, high in zip([0, *ends], ends, strict=False):
-            counts = [min(max(count - low, 0), high - low) for count in self.counts]
-            start = [at + min(count, low) for at, count in zip(starts, self.counts, strict=True)]
-            parts.append((slice(low, high), Span(torch.tensor(start), high - low, counts)))
-        return parts
-
-    def compact(self, x: Tensor, dim: int) -> Tensor:
-        return x if self.order is None else gather(x, self.order, dim)
-
-    def restore(self, x: Tensor, dim: int) -> Tensor:
-        return x if self.back is None else gather(x, self.back, dim)
-
-    @property
-    def ends(self) -> Tensor:
-        """Positions [R] of what comes after it."""
-        return self.start + torch.tensor(self.counts)
-
-    def after(self) -> list[int]:
-        return self.ends.tolist()
-
-    def aside(self, x: Tensor) -> AbstractContextManager[Any]:
-        """Within is computed, from `x`, what nothing else that is done to the span waits for."""
-        return nullcontext()
-
-
-class LayerMemory(CacheLayerMixin):
-    """What one layer remembers: sinks and window in `keys`, `values` [B, M, S + W, H] and `inputs` [B, S + W, G * N],
-    and the compressed rest in `state` [B, N, K, H] (`ahn.cells.base`). `window` None keeps everything."""
-
-    is_sliding = False
-    is_croppable = False
-    is_compileable = False
-    shift = 0  # slots between the sinks and the ring
-    observer: Callable[[AHNLayer, Tensor, Tensor, Span], None] | None = None
-    """Called with the layer, queries [B, N, T, H], keys [B, M, T, H] and span of new tokens, before they are read.
-    Steps of a graph are not observed."""
-
-    def __init__(self, layer: AHNLayer) -> None:
-        super().__init__()
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.window, self.sinks = layer.window, layer.sinks
-        self.gate_width = layer.gate_width
-        self.inputs: Tensor | None = None
-        self.state: Tensor | None = None
-
-    def __repr__(self) -> str:
-        return f"LayerMemory(window={self.window}, sinks={self.sinks}, nbytes={self.nbytes})"
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        held = {"keys": self.keys, "values": self.values, "inputs": self.inputs, "state": self.state}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
-
-    @property
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots."""
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
-
-    @property
-    def compressed(self) -> Tensor:
-        assert self.state is not None
-        return self.state
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def stored(self) -> Tensor | None:
-        """The positions that a store keeps, [B, places of all heads], -1 where it keeps none."""
-        return None
-
-    @property
-    def capacity(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    def reserve(self, tokens: int, k: Tensor, state: tuple[int, int, int] | None) -> None:
-        """Room for `tokens` tokens, at most the S + W that are ever kept; doubling, so that growing stays cheap."""
-        tokens = max(tokens, 1)  # a first piece may be all padding
-        if self.window is not None:
-            tokens = min(tokens, self.sinks + self.window)
-        if tokens <= self.capacity:
-            return
-        room = max(tokens, 2 * self.capacity)
-        room = room if self.window is None else min(room, self.sinks + self.window)
-        batch, kv_heads, _, size = k.shape
-        self.keys = _grown(self.keys, (batch, kv_heads, room, size), 2, k)
-        self.values = _grown(self.values, (batch, kv_heads, room, size), 2, k)
-        if state is not None:
-            self.inputs = _grown(self.inputs, (batch, room, self.gate_width), 1, k)
-            if self.state is None:
-                self.state = torch.zeros(batch, *state, device=k.device)
-        self.is_initialized = True
-
-    def slots(self, positions: Tensor) -> Tensor:
-        """Where the tokens at `positions` lie."""
-        if self.window is None:
-            return positions
-        ring = self.sinks + self.shift + (positions - self.sinks) % self.window
-        return torch.where(positions < self.sinks, positions, ring)
-
-    def window_before(self, span: Span) -> tuple[Tensor, ...]:
-        """Copies of the window's keys, values and gate inputs before `span`, oldest first, ending at each row's last
-        token; rows that have fewer hold rubbish in front, at positions that are below S or negative."""
-        slots = span.once(("before", self._form), lambda: self._slots_before(span))
-        tensors = [(self.keys, 2), (self.values, 2), (self.inputs, 1)]
-        return tuple(gather(t, slots, dim) for t, dim in tensors if t is not None)
-
-    def put(self, span: Span, k: Tensor, v: Tensor, inputs: Tensor | None) -> None:
-        """Write the tokens of a compacted span into their slots: those that are still kept at its end."""
-        row, token, slots = span.once(("put", self._form), lambda: self._slots_of(span))
-        for buffer, new, dim in ((self.keys, k, 2), (self.values, v, 2), (self.inputs, inputs, 1)):
-            if buffer is None or new is None:
-                continue
-            if len(span.counts) == 1:
-                buffer.index_copy_(dim, slots, _select(new, token, dim))
-            elif dim == 2:
-                buffer[row, :, slots] = new[row, :, token]
-            else:
-                buffer[row, slots] = new[row, token]
-
-    @property
-    def _form(self) -> tuple[Any, ...]:
-        """What the slots of a span depend on."""
-        return self.window, self.shift, self.capacity, self.kept[0].device
-
-    def _slots_before(self, span: Span) -> Tensor:
-        length, device = max(0, span.first - self.sinks), self.kept[0].device
-        length = length if self.window is None else min(length, self.window)
-        positions = span.start_on(device)[:, None] + torch.arange(-length, 0, device=device)
-        return self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.shift - 1, 0))
-
-    def _slots_of(self, span: Span) -> tuple[Tensor, ...]:
-        """Rows and tokens of a span that are still kept at its end, and where. Of one row they are known without a look
-        at the device."""
-        device = self.kept[0].device
-        if len(span.counts) == 1:
-            start, count = span.first, span.counts[0]
-            sinks = min(count, max(0, self.sinks - start))
-            near = sinks if self.window is None else max(sinks, count - self.window)
-            token = torch.cat([torch.arange(sinks, device=device), torch.arange(near, count, device=device)])
-            return torch.zeros_like(token), token, self.slots(span.start_on(device) + token)
-        positions, last, kept = span.positions(device), torch.tensor(span.after(), device=device), span.real(device)
-        if self.window is not None:
-            kept = kept & ((positions < self.sinks) | (positions >= last[:, None] - self.window))
-        row, token = kept.nonzero(as_tuple=True)
-        return row, token, self.slots(positions)[row, token]
-
-    def exchange(self, slots: Tensor, k: Tensor, v: Tensor, inputs: Tensor | None, old: bool) -> tuple[Tensor, ...]:
-        """Put one token a row into `slots` [R]; returns copies of what was there before if `old`."""
-        slots = slots.to(k.device)
-        index = slots[:, None]
-        before: list[Tensor] = []
-        for buffer, new, dim in ((self.keys, k, 2), (self.values, v, 2), (self.inputs, inputs, 1)):
-            if buffer is None or new is None:
-                continue
-            if old:
-                before.append(gather(buffer, index, dim))
-            if len(slots) == 1:
-                buffer.index_copy_(dim, slots, new)
-            else:
-                buffer.scatter_(dim, _expand(index, new, dim), new)
-        return tuple(before)
-
-    def select_rows(self, rows: Tensor) -> None:
-        for name, tensor in self.tensors.items():
-            setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
-
-    # What transformers asks of a cache layer; the work is done by the attention function.
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("a LayerMemory is filled by the augmented model")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise NotImplementedError("asked of the AHNCache")
-
-    def get_seq_length(self) -> int:
-        raise NotImplementedError("asked of the AHNCache")
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class _Use:
@@ -333,7 +60,7 @@ class AHNCache(Cache):
         config: the AHNConfig it was made for.
         texts: what the command line notes of each text that was read, to know it again: how many `tokens`, the `sha256`
             of their ids, and whether it is `complete`.
-        transcript: with a store, the ids of the tokens it keeps (`ahn.transcript`); not counted in `nbytes`.
+        transcript: with a store, the ids of the tokens it keeps (`ahn.memory.transcript`); not counted in `nbytes`.
         archive: everything that was read, on the host, or None (`ahn.memory.archive`); not counted in `nbytes`.
 
     Args:
@@ -439,27 +166,27 @@ class AHNCache(Cache):
             layer.observer = None if self.archive is None else self.archive.observer(index)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one file, whole or not at all (see `ahn.memory_file`).
+        """Write everything to one file, whole or not at all (see `ahn.memory.file`).
 
         Raises:
             MemoryFileError: nothing was read yet, or the file cannot be written.
             ConfigError: the model's weights are no longer those that the memory was read with.
             UnsupportedOperationError: another thread is using the cache.
         """
-        from ahn import memory_file
+        from ahn.memory import file
 
         _check_path(path)
         self.check_weights(closely=True)
         with self._at_rest():
-            memory_file.save(self, path)
+            file.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> AHNCache:
         """Read a file written by `save` for the same model and adapter. Raises MemoryFileError saying what differs."""
-        from ahn import memory_file
+        from ahn.memory import file
 
         _check_path(path)
-        return memory_file.load(path, model)
+        return file.load(path, model)
 
     def describe(self) -> dict[str, Any]:
         """What a memory file says about this cache. Raises ConfigError if the model is no longer the one that an
@@ -672,32 +399,3 @@ class AHNCache(Cache):
 def _check_path(path: Any) -> None:
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"path={path!r}: expected the name of a memory file")
-
-
-def _grown(old: Tensor | None, shape: tuple[int, ...], dim: int, like: Tensor) -> Tensor:
-    new = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    if old is not None:
-        new.narrow(dim, 0, old.shape[dim]).copy_(old)
-    return new
-
-
-def _select(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """index_select, without the copy where all is selected."""
-    return x if len(index) == x.shape[dim] else x.index_select(dim, index)
-
-
-def _expand(index: Tensor, x: Tensor, dim: int) -> Tensor:
-    """[B, L] -> the shape of x, where L is the size of `dim` (1 or 2) and dimension 0 is the batch."""
-    shape = list(x.shape)
-    shape[dim] = index.shape[1]
-    middle = (slice(None), None) if dim == 2 else (slice(None),)
-    index = index[middle]
-    return index.view(*index.shape, *([1] * (x.dim() - index.dim()))).expand(shape)
-
-
-def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Take tokens `index` [R, L] along `dim` of x."""
-    index = index.to(x.device)
-    if index.shape[0] == 1:
-        return x.index_select(dim, index[0])
-    return x.gather(dim, _expand(index, x, dim))

@@ -1,0 +1,25 @@
+"""Which call a thread is in: what transformers hands to neither an attention function nor a layer."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Calls(threading.local):
+    """The attention module that this thread is in, its input [B, T, D] and its cache: the hook before the module leaves
+    them for the attention function, which is not given them."""
+
+    now: tuple[Any, Tensor, Any] | None = None
+
+
+calls = Calls()
+
+
+class Full(NamedTuple):
+    """What `full_attention` puts in the place of a memory."""
+
+    observe: Any
+    attend: Any
