@@ -30,8 +30,9 @@ def main() -> None:
     import torch
 
     import ahn
-    from ahn.augmentation import detach, full_attention, set_window
     from ahn.bases import load_base
+    from ahn.hf.augment import detach, set_window
+    from ahn.hf.hooks import full_attention
     from ahn.train import data
     from ahn.train.recipe import from_dict
 
@@ -106,7 +107,8 @@ def train(model: Any, recipe: Any, rows: Any) -> float:
 
     import ahn
     from ahn.adapter import adapter_of, apply
-    from ahn.augmentation import detach, layers_of, set_window
+    from ahn.hf.augment import detach, set_window
+    from ahn.memory.handle import layers_of
     from ahn.train import distill, windows
 
     torch.manual_seed(recipe.seed)

@@ -105,7 +105,7 @@ def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> 
 
 def set_lossless(model: Any, size: int, sinks: int) -> None:
     """As many lossless tokens in all: sinks, and of the rest the store has the share that it has now."""
-    from ahn.augmentation import set_window
+    from ahn.hf.augment import set_window
 
     config = model.ahn_config.with_lossless(size, sinks)
     set_window(model, config.window, sinks, config.store_size)

@@ -35,7 +35,7 @@ import transformers
 
 import ahn
 from ahn.dialogue import Dialogue, plain
-from ahn.generation import generate
+from ahn.engine.generate import generate
 from ahn.memory.archive import KEY_BYTES, KINDS
 from ahn.memory.head_keys import RetrievalHeads
 from ahn.recall import as_text, find

@@ -32,7 +32,7 @@ def main() -> None:
     import torch
 
     import ahn
-    from ahn.augmentation import full_attention
+    from ahn.hf.hooks import full_attention
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books")
@@ -90,7 +90,7 @@ def main() -> None:
 
 def state_in_tokens(model: Any) -> int:
     """How many tokens of keys and values a layer could hold in the bytes of its float32 state."""
-    from ahn.augmentation import layers_of
+    from ahn.memory.handle import layers_of
 
     base, (layer, *_) = model.config, layers_of(model)
     if layer.state_shape is None:
@@ -118,7 +118,7 @@ def mean_loss(model: Any, books: Any) -> float:
 @contextmanager
 def memory_of_another(model: Any) -> Iterator[None]:
     """Within, each row of a batch of whole sequences reads what another row has written."""
-    from ahn.augmentation import layers_of
+    from ahn.memory.handle import layers_of
 
     layers = layers_of(model)
     for layer in layers:

@@ -430,7 +430,7 @@ class Bench:
 
     def _as_long(self, cell: str, batch: int, length: int) -> int:
         """Tokens of a short text that is read in chunks of all the lengths that those of a long one have."""
-        from ahn.augmentation import chunks
+        from ahn.engine.prefill import chunks
 
         enough = 2 * (self.window + self.sinks)
         if length <= enough or cell == "full":

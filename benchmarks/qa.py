@@ -28,9 +28,9 @@ from torch.nn.functional import cross_entropy
 import ahn
 from ahn.compat import PAST
 from ahn.dialogue import Dialogue
+from ahn.engine.generate import end_tokens
 from ahn.eval.metrics import exact_match, f1
 from ahn.eval.squad import Context, Question, contexts
-from ahn.generation import end_tokens
 from common import now, put_on, records, set_lossless, write
 
 SINKS = 64

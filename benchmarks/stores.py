@@ -24,8 +24,9 @@ def main() -> None:
 
     import ahn
     from ahn.adapter import STORE, read_adapter
-    from ahn.augmentation import augment, detach, layers_of
     from ahn.bases import load_base
+    from ahn.hf.augment import augment, detach
+    from ahn.memory.handle import layers_of
     from ahn.train import data, distill
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -9,9 +9,9 @@ import torch
 
 import ahn
 from ahn import stores
-from ahn.augmentation import layers_of
 from ahn.cells.base import unit
 from ahn.compat import PAST
+from ahn.memory.handle import layers_of
 
 # In the background of a script, or behind nohup, these are ignored; some tests send them.
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):

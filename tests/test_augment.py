@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ahn
-from ahn.augmentation import set_window
 from ahn.compat import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError
+from ahn.hf.augment import set_window
 from conftest import in_pieces, tiny, token_ids, with_memory
 
 

@@ -9,10 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ahn
-from ahn import decoding, fused, generation
 from ahn.cells.base import Cell
 from ahn.cli import info
 from ahn.compat import PAST
+from ahn.engine import compile as compiling
+from ahn.engine import generate as generation
+from ahn.engine import graph as decoding
 from ahn.ops import dispatch
 from ahn.ops.dispatch import Kernel
 from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
@@ -476,7 +478,7 @@ def test_the_base_is_compiled_once_for_all_layers(monkeypatch, family):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     before = dict(vars(model.model.layers[0].mlp))
-    with fused.compiled(model.model):
+    with compiling.compiled(model.model):
         assert largest(in_pieces(model, ids, [1] * 40), whole) < 1e-4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(compiled)  # norms on heads differ in shape
     assert vars(model.model.layers[0].mlp) == before

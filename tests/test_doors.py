@@ -6,9 +6,9 @@ import torch
 from transformers import BatchEncoding, DynamicCache
 
 import ahn
-from ahn.augmentation import layers_of
 from ahn.compat import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError
+from ahn.memory.handle import layers_of
 from conftest import tiny, token_ids, with_memory
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6}

@@ -10,10 +10,10 @@ import torch
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness, an extra")
 
 from ahn import bases
-from ahn.augmentation import augment, detach
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError, UnsupportedOperationError
 from ahn.eval import harness
+from ahn.hf.augment import augment, detach
 from tiny_base import SINKS, WINDOW, write_base
 
 LOSSLESS = WINDOW + SINKS

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import ahn
-from ahn.augmentation import layers_of, set_window
 from ahn.compat import PAST
+from ahn.hf.augment import set_window
+from ahn.memory.handle import layers_of
 from conftest import CELLS, FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 from test_cells import Toy
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import ahn
-from ahn import augmentation, generation
 from ahn.compat import OTHER_PAST, PAST
+from ahn.engine import generate as generation
+from ahn.engine import prefill
 from ahn.errors import ConfigError, UnsupportedOperationError
 from conftest import in_pieces, tiny, token_ids, with_memory
 
@@ -125,7 +126,7 @@ def test_beam_search_reorders_the_memory(model):
 
 
 def test_long_prompts_are_read_in_chunks(model, monkeypatch):
-    monkeypatch.setattr(augmentation, "CHUNK", 16)
+    monkeypatch.setattr(prefill, "CHUNK", 16)
     lengths = []
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
     ids = token_ids(50, batch=2)
@@ -342,7 +343,7 @@ def test_the_own_loop_is_that_of_transformers(model, monkeypatch, options, padde
 @pytest.mark.parametrize("sizes", [[1] * 60, [60], [7, 30, 23], [0, 60, 0], [59, 1]])
 @pytest.mark.parametrize("chunk", [None, 1, 7, 20, 100])
 def test_an_iterator_of_pieces_is_read_like_the_whole(model, monkeypatch, sizes, chunk):
-    monkeypatch.setattr(augmentation, "CHUNK", 16)
+    monkeypatch.setattr(prefill, "CHUNK", 16)
     ids, lengths, seen = token_ids(60)[0], [], []
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
     whole = ahn.read(model, ids, chunk=chunk)

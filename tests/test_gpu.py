@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import ahn
-from ahn import fused
-from ahn.augmentation import layers_of, set_window
 from ahn.cells.base import unit
 from ahn.cli import info
 from ahn.compat import PAST
+from ahn.engine import compile as compiling
 from ahn.fingerprint import fingerprint
+from ahn.hf.augment import set_window
+from ahn.memory.handle import layers_of
 from ahn.ops import dispatch, flex
 from ahn.ops.softmax import attend
 from ahn.train import distill
@@ -254,8 +255,8 @@ def test_reading_compiled(monkeypatch, cell):
     monkeypatch.setattr(dispatch, "LONG", 100)
     monkeypatch.setattr(dispatch, "NARROW", 0)
     monkeypatch.setattr(dispatch, "PLANNED", 0)
-    monkeypatch.setattr(fused, "MANY", 20)
-    monkeypatch.setattr(fused, "of_any_length", functools.cache(fused.of_any_length.__wrapped__))
+    monkeypatch.setattr(compiling, "MANY", 20)
+    monkeypatch.setattr(compiling, "of_any_length", functools.cache(compiling.of_any_length.__wrapped__))
     shape = {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
     base = tiny("Qwen3", **shape, max_position_embeddings=4096).cuda().bfloat16()
     model = with_memory(base, cell, window=257, sinks=13)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ahn import fused
+from ahn.engine import compile as compiling
+from ahn.engine import fuse, probe
 from conftest import in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
@@ -115,7 +116,7 @@ def test_whole_model(multiplied, family, cell_name, batch, launches):
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     before = [dict(vars(module)) for module in model.modules()]
-    with fused.products(model.model):
+    with fuse.products(model.model):
         assert (in_pieces(model, ids, [7, *[1] * 5]) - whole).abs().max() < 1e-4
         assert blocks(model) == [family != "Phi3"] * 2
     together, gated = launches
@@ -131,7 +132,7 @@ def test_what_is_compiled_besides(monkeypatch, family, left):
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(function) or function)
     model, ids = with_memory(tiny(family), window=9, sinks=3).to(DEVICE), token_ids(2).to(DEVICE)
     decoder = model.model
-    with fused.products(decoder), fused.turned(decoder), fused.compiled(decoder):
+    with fuse.products(decoder), fuse.turned(decoder), compiling.compiled(decoder):
         in_pieces(model, ids, [1, 1])
         assert bool(asked) == bool(left)
         forwards = {m: vars(m).get("forward") for m in decoder.modules() if m is not decoder}
@@ -146,7 +147,7 @@ def test_without_a_cell_and_with_a_store(monkeypatch, multiplied):
         model.to(DEVICE)
         with torch.no_grad():
             whole = model(ids, use_cache=False).logits
-        with fused.products(model.model):
+        with fuse.products(model.model):
             assert (in_pieces(model, ids, [18, *[1] * 6]) - whole).abs().max() < 1e-4
     assert multiplied["gated"] == 2 * 2 * 6
 
@@ -160,12 +161,12 @@ def test_what_does_not_fit_is_left(multiplied):
     ids = token_ids(20).to(DEVICE)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    with fused.products(model.model):
+    with fuse.products(model.model):
         assert "forward" not in vars(first.mlp) and "forward" not in vars(first.self_attn.o_proj)
         assert (in_pieces(model, ids, [11, *[1] * 9]) - whole).abs().max() < 1e-4
     assert multiplied == {"together": 3 * 9, "gated": 0}
     five = token_ids(12, batch=5).to(DEVICE)
-    with fused.products(model.model), torch.no_grad():
+    with fuse.products(model.model), torch.no_grad():
         in_pieces(model, five, [11, 1])
     assert multiplied["together"] == 3 * 9
 
@@ -184,7 +185,7 @@ def test_layers_of_another_form(multiplied, monkeypatch):
         ids = token_ids(13).to(DEVICE)
         with torch.no_grad():
             whole = model(ids, use_cache=False).logits
-        with fused.products(model.model):
+        with fuse.products(model.model):
             assert (in_pieces(model, ids, [11, 1, 1]) - whole).abs().max() < 1e-4
             assert blocks(model) == [False, False]
             assert "forward" in vars(model.model.layers[0].self_attn.o_proj)
@@ -193,7 +194,7 @@ def test_layers_of_another_form(multiplied, monkeypatch):
 def test_what_the_usual_layer_is(monkeypatch):
     """Nothing else is done with its parts, and attention is given all that the layer is."""
     layer = tiny().model.layers[0]
-    assert fused._is_block(layer)
+    assert probe.is_block(layer)
     plain = type(layer).forward
     others = (
         lambda self, x, **kwargs: 2 * plain(self, x, **kwargs),
@@ -203,7 +204,7 @@ def test_what_the_usual_layer_is(monkeypatch):
     )
     for other in others:
         monkeypatch.setattr(type(layer), "forward", other)
-        assert not fused._is_block(layer)
+        assert not probe.is_block(layer)
 
 
 def test_attention_that_does_not_end_with_its_product(multiplied, monkeypatch):
@@ -220,7 +221,7 @@ def test_attention_that_does_not_end_with_its_product(multiplied, monkeypatch):
     ids = token_ids(14).to(DEVICE)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    with fused.products(model.model):
+    with fuse.products(model.model):
         assert (in_pieces(model, ids, [11, *[1] * 3]) - whole).abs().max() < 1e-4
         assert blocks(model) == [False, False]
     assert multiplied == {"together": 3 * 2 * 3, "gated": 2 * 3}

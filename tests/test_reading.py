@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ahn
-from ahn import augmentation, fused
+from ahn.engine import compile as compiling
+from ahn.engine import prefill
 from ahn.memory import dense
 from ahn.memory.layer import AHNLayer
 from ahn.memory.span import Span
@@ -50,27 +51,27 @@ def test_chunks_of_a_gpu(monkeypatch):
     """A window is a whole number of them, and they begin where it does; few numbers a token make them longer."""
     model = with_memory(tiny(max_position_embeddings=40000), window=32640, sinks=128)
     hidden = model.config.hidden_size
-    assert augmentation.chunks(model, 1, 0) == (512, 512)
+    assert prefill.chunks(model, 1, 0) == (512, 512)
     monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr(augmentation, "GPU_NUMBERS", 2048 * hidden)
-    assert augmentation.chunks(model, 1, 0) == (8160 + 128, 8160)
-    assert augmentation.chunks(model, 1, 8288) == (8160, 8160)
-    first, chunk = augmentation.chunks(model, 1, 50000)
+    monkeypatch.setattr(prefill, "GPU_NUMBERS", 2048 * hidden)
+    assert prefill.chunks(model, 1, 0) == (8160 + 128, 8160)
+    assert prefill.chunks(model, 1, 8288) == (8160, 8160)
+    first, chunk = prefill.chunks(model, 1, 50000)
     assert (50000 + first - 128) % chunk == 0 and chunk <= first < 2 * chunk
-    assert augmentation.chunks(model, 32, 0)[1] == 510
-    monkeypatch.setattr(augmentation, "GPU_NUMBERS", 16384 * hidden)
-    assert augmentation.chunks(model, 1, 0) == (16320 + 128, 16320)
-    assert augmentation.chunks(model, 2, 0)[1] == 8160
+    assert prefill.chunks(model, 32, 0)[1] == 510
+    monkeypatch.setattr(prefill, "GPU_NUMBERS", 16384 * hidden)
+    assert prefill.chunks(model, 1, 0) == (16320 + 128, 16320)
+    assert prefill.chunks(model, 2, 0)[1] == 8160
 
 
 def test_where_chunks_end():
     """A short rest is part of the last chunk, whatever the first was."""
-    assert augmentation.chunk_ends(90, 20, 16) == [20, 36, 52, 68, 84, 90]
-    assert augmentation.chunk_ends(85, 20, 16) == [20, 36, 52, 68, 85]
-    assert augmentation.chunk_ends(84, 20, 16) == [20, 36, 52, 68, 84]
-    assert augmentation.chunk_ends(21, 20, 16) == [21]
-    assert augmentation.chunk_ends(20, 20, 16) == augmentation.chunk_ends(20, 40, 16) == [20]
-    assert augmentation.chunk_ends(3, 1, 1) == [1, 2, 3]
+    assert prefill.chunk_ends(90, 20, 16) == [20, 36, 52, 68, 84, 90]
+    assert prefill.chunk_ends(85, 20, 16) == [20, 36, 52, 68, 85]
+    assert prefill.chunk_ends(84, 20, 16) == [20, 36, 52, 68, 84]
+    assert prefill.chunk_ends(21, 20, 16) == [21]
+    assert prefill.chunk_ends(20, 20, 16) == prefill.chunk_ends(20, 40, 16) == [20]
+    assert prefill.chunk_ends(3, 1, 1) == [1, 2, 3]
 
 
 def test_short_chunks_of_a_wide_window_are_attended_by_one_kernel(monkeypatch):
@@ -90,7 +91,7 @@ def test_a_first_chunk_of_another_size(monkeypatch):
     model = with_memory(tiny(), window=16, sinks=4)
     ids = token_ids(90)
     done = []
-    monkeypatch.setattr("ahn.generation.chunks", lambda *args: (20, 16))
+    monkeypatch.setattr("ahn.engine.prefill.chunks", lambda *args: (20, 16))
     cache = ahn.read(model, ids, progress=lambda low, total: done.append((low, total)))
     assert done == [(20, 90), (36, 90), (52, 90), (68, 90), (84, 90), (90, 90)]
     with torch.no_grad():
@@ -124,8 +125,8 @@ def test_what_is_compiled_is_compiled_once_for_all_lengths(monkeypatch, family, 
     """Texts of several lengths, pieces that are plain because they are short; all is undone."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", fullgraph=True, **options))
-    monkeypatch.setattr(fused, "MANY", 5)
-    monkeypatch.setattr(fused, "of_any_length", functools.cache(fused.of_any_length.__wrapped__))
+    monkeypatch.setattr(compiling, "MANY", 5)
+    monkeypatch.setattr(compiling, "of_any_length", functools.cache(compiling.of_any_length.__wrapped__))
     model = with_memory(tiny(family, num_hidden_layers=2), cell_name, window=16, sinks=4, **form)
     texts = {23: token_ids(150), 38: token_ids(133), 11: token_ids(98)}  # by chunk; no piece is as long as a head
     plain = [ahn.read(model, text, chunk=chunk) for chunk, text in texts.items()]
@@ -154,7 +155,7 @@ def test_a_short_rest_is_not_compiled_for(monkeypatch):
         yield
 
     monkeypatch.setattr(dispatch, "between_many", lambda device, tokens: dispatch.Kernel("inductor", "as on CUDA"))
-    monkeypatch.setattr(fused, "compiled_for_reading", noted)
+    monkeypatch.setattr("ahn.engine.prefill.compiled_for_reading", noted)
     model = with_memory(tiny(), window=16, sinks=4)
     for planned, expected in ((4096, [0, 40]), (30, [0, 40, 80]), (0, [0, 40, 80])):
         monkeypatch.setattr(dispatch, "PLANNED", planned)

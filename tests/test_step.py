@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import ahn
-from ahn import fused
-from ahn.augmentation import layers_of
 from ahn.cells.base import unit
-from ahn.decoding import Step
+from ahn.engine import fuse
+from ahn.engine.graph import Step
+from ahn.memory.handle import layers_of
 from ahn.memory.layer import Leaving
 from ahn.memory.span import Span
 from ahn.ops import dispatch
@@ -172,7 +172,7 @@ def test_turned_within(plain, monkeypatch, family, launches, positions):
     ids = token_ids(14, batch=2).to(DEVICE)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    with fused.turned(model.model):
+    with fuse.turned(model.model):
         assert (in_pieces(model, ids, [6, *[1] * 8]) - whole).abs().max() < 1e-4
     assert len(count) == launches * 2 * 8
     assert sum(count) == (launches * 2 * 5 if positions == "clipped" else 0)  # once the sinks are further away
@@ -198,7 +198,7 @@ def test_exchange(cell_name, window, positions):
     found = decode.exchange(fused, start, k, v, inputs)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())
+    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fuse.tensors.items())
 
 
 TURNS = [{}, {"memory_positions": "none"}, {"sink_positions": "absolute"}]

@@ -12,11 +12,11 @@ import torch
 import ahn
 from ahn import stores
 from ahn.adapter import read_adapter
-from ahn.augmentation import layers_of
 from ahn.compat import PAST
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
 from ahn.memory import transcript
 from ahn.memory.file import retained
+from ahn.memory.handle import layers_of
 from ahn.ops import eviction
 from ahn.ops.ranks import TOKEN, empty_ranks, position_of
 from ahn.stores.base import Store
@@ -147,7 +147,7 @@ def test_windows_narrower_than_the_distance_of_observed_queries():
 
 def test_sinks_and_store_that_come_later(store):
     """`set_window` on a model without sinks: it has the rotation for clipped ones, and every size is taken anew."""
-    from ahn.augmentation import set_window
+    from ahn.hf.augment import set_window
 
     model, ids = storing(store, sinks=0, store_size=5), token_ids(60, batch=2)
     set_window(model, 16, 4, 8)

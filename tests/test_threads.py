@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import ahn
-from ahn import decoding
-from ahn.augmentation import full_attention
 from ahn.compat import PAST
+from ahn.engine import graph as decoding
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
+from ahn.hf.hooks import full_attention
 from ahn.ops import dispatch
 from ahn.ops.dispatch import Kernel
 from conftest import storing, tiny, token_ids, with_memory

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 import ahn
 from ahn.adapter import read_adapter
-from ahn.augmentation import full_attention, layers_of, set_window
 from ahn.errors import ConfigError, DocumentError
+from ahn.hf.augment import set_window
+from ahn.hf.hooks import full_attention
+from ahn.memory.handle import layers_of
 from ahn.train import data, distill, recipe, windows
 from conftest import FORMS, tiny, token_ids, with_memory
 from tiny_tokenizer import tiny_tokenizer

@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ahn.version import __version__ as __version__
 
 # Threads that spin while they wait keep the cores from those they wait for when a machine has other work. OpenMP reads
 # this once, when torch loads it; the other two are its older names in GNU's and Intel's library.
@@ -24,14 +24,14 @@ _PUBLIC = {
     "Dialogue": "dialogue",
     "NOT_FOUND": "dialogue",
     "ask": "recall.ask",
-    "augment": "augmentation",
+    "augment": "hf.augment",
     "convert": "adapter",
-    "detach": "augmentation",
+    "detach": "hf.augment",
     "from_pretrained": "adapter",
-    "generate": "generation",
+    "generate": "engine.generate",
     "load_adapter": "adapter",
     "load_tokenizer": "bases",
-    "read": "generation",
+    "read": "engine.prefill",
     "save_adapter": "adapter",
 }
 _MODULES = ("cells", "errors", "stores", "zoo")
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
     from ahn.adapter import from_pretrained as from_pretrained
     from ahn.adapter import load_adapter as load_adapter
     from ahn.adapter import save_adapter as save_adapter
-    from ahn.augmentation import augment as augment
-    from ahn.augmentation import detach as detach
     from ahn.bases import load_tokenizer as load_tokenizer
     from ahn.config import AHNConfig as AHNConfig
     from ahn.dialogue import NOT_FOUND as NOT_FOUND
     from ahn.dialogue import Dialogue as Dialogue
-    from ahn.generation import generate as generate
-    from ahn.generation import read as read
+    from ahn.engine.generate import generate as generate
+    from ahn.engine.prefill import read as read
+    from ahn.hf.augment import augment as augment
+    from ahn.hf.augment import detach as detach
     from ahn.memory.cache import AHNCache as AHNCache
     from ahn.recall.ask import ask as ask
 

@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ahn import bases, cells, stores, zoo
-from ahn.augmentation import augment, detach, frame_of, layers_of, set_unlimited
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, AHNError, BaseModelError, ConfigError, some
 from ahn.files import atomic
+from ahn.hf.architecture import set_unlimited
+from ahn.hf.augment import augment, detach
+from ahn.memory.handle import frame_of, layers_of
 from ahn.memory.head_keys import RetrievalHeads
 from ahn.registry import nearest
 

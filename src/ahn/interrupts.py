@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -64,3 +66,23 @@ class deferred:  # noqa: N801 - used as a function
             signal.signal(signal.SIGINT, _waiting.previous)
         if not _waiting.depth:
             _waiting.deliver()
+
+
+@contextmanager
+def finish_before_interrupt() -> Iterator[threading.Event]:
+    """Within, Ctrl-C sets the event instead of breaking a chunk half-way; a second one breaks at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 import ahn
-from ahn.augmentation import layers_of
 from ahn.errors import AdapterError
+from ahn.memory.handle import layers_of
 from conftest import storing, tiny
 from damage import damaged, edits, header_of, values, with_header
 from effort import bounded, fuzz

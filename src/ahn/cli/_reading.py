@@ -71,7 +71,7 @@ def read_document_into(
     for source in sources.sources[:TRIED]:
         check_document(source)
     with _terminated_like_interrupted(), claimed(args.output) if args.output else nullcontext():
-        from ahn.generation import finish_before_interrupt  # which loads torch
+        from ahn.interrupts import finish_before_interrupt
 
         earlier = _texts(memory) if memory else []
         text = _resumed(args, memory, earlier, sources)
@@ -403,7 +403,7 @@ def _save(session: Session, output: str, texts: list[dict[str, Any]]) -> Path:
         MemoryFileError: the disk refused; says where the memory was saved instead.
     """
     from ahn.bases import cache_folder
-    from ahn.generation import finish_before_interrupt
+    from ahn.interrupts import finish_before_interrupt
 
     session.cache.texts = texts
     with finish_before_interrupt() as interrupted:

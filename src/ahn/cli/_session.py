@@ -85,7 +85,7 @@ class Session:
             from ahn.adapter import NONE
             from ahn.cost import Shape
             from ahn.dialogue import Dialogue
-            from ahn.generation import end_tokens
+            from ahn.engine.generate import end_tokens
 
             transformers.logging.set_verbosity_error()
             config = header.get("config", {})
@@ -138,7 +138,8 @@ class Session:
     def _fitted(self, text: Text) -> int | None:
         """The tokens of a text that fits the positions of the base and the bytes allowed, None of any other. The
         window is then as wide as both let it be, so that more can be appended; buffers grow with the text."""
-        from ahn.augmentation import most_lossless, set_window
+        from ahn.hf.architecture import most_lossless
+        from ahn.hf.augment import set_window
 
         config, layers = self.model.ahn_config, self.cache.layers
         each = self._per_token + sum(layer.gate_width for layer in layers) * self.model.dtype.itemsize
@@ -269,7 +270,7 @@ class Session:
         from transformers import StoppingCriteriaList, TextStreamer
 
         import ahn
-        from ahn.generation import finish_before_interrupt
+        from ahn.interrupts import finish_before_interrupt
 
         ids = self._with_unread(ids)
         began, end = time.monotonic(), self.cache.tokens_seen + ids.shape[1]

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ahn import weights
+from ahn import fingerprint, weights
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.interrupts import deferred
+from ahn.memory import file
 from ahn.memory.archive import Archive, new_archive
+from ahn.memory.handle import base_of, frame_of, layers_of
 from ahn.memory.span import Span
 from ahn.memory.transcript import TEXT, Transcript
+from ahn.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,8 +75,6 @@ class AHNCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, archive: str = "none") -> None:
-        from ahn.augmentation import frame_of, layers_of
-
         super().__init__(layers=[layer.memory() for layer in layers_of(model)])
         self._frame = frame_of(model)
         self._model = self._frame.model
@@ -173,8 +174,6 @@ class AHNCache(Cache):
             ConfigError: the model's weights are no longer those that the memory was read with.
             UnsupportedOperationError: another thread is using the cache.
         """
-        from ahn.memory import file
-
         _check_path(path)
         self.check_weights(closely=True)
         with self._at_rest():
@@ -183,23 +182,18 @@ class AHNCache(Cache):
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> AHNCache:
         """Read a file written by `save` for the same model and adapter. Raises MemoryFileError saying what differs."""
-        from ahn.memory import file
-
         _check_path(path)
-        return file.load(path, model)
+        return file.load(path, base_of(model), cls)
 
     def describe(self) -> dict[str, Any]:
         """What a memory file says about this cache. Raises ConfigError if the model is no longer the one that an
         earlier file was of."""
-        import ahn
-        from ahn.fingerprint import fingerprint
-
-        found = fingerprint(self._model)
+        found = fingerprint.fingerprint(self._model)
         if self._fingerprint not in (None, found):
             raise ConfigError(_OTHER_WEIGHTS)
         self._fingerprint = found
         return {
-            "package": ahn.__version__,
+            "package": __version__,
             "config": self.config.to_dict(),
             "dtype": str(self._model.dtype),
             "fingerprint": found,
@@ -243,8 +237,6 @@ class AHNCache(Cache):
     def check_weights(self, closely: bool = False) -> None:
         """`check_model`, and whether weights or adapters have changed since (`ahn.weights`). `closely`: a few numbers
         of each tensor are compared too, as they are where tensors were only moved."""
-        from ahn.augmentation import frame_of
-
         self.check_model(frame_of(self._model))
         before, now = self._weights, self._frame.weights()
         if now[:2] != before[:2]:  # all but the places

@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,8 @@ from ahn.config import AHNConfig
 from ahn.errors import ConfigError, MemoryFileError, OutputError, some
 from ahn.memory import segments
 from ahn.memory.archive import Archive
+from ahn.memory.handle import layers_of
+from ahn.memory.transcript import TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,8 +69,6 @@ def save(cache: AHNCache, path: str | Path) -> None:
         MemoryFileError: nothing was read yet, or the file cannot be written; says why.
     """
     from safetensors.torch import save_file
-
-    from ahn.memory.transcript import TEXT
 
     path = Path(path)
     if not cache.tokens_seen:
@@ -120,16 +120,12 @@ def _append(
     return Home(path, inode, end, parts, len(archive), memories + end - start)
 
 
-def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
-    """Read a file written by `save` into a cache for `model`.
+def load(path: str | Path, model: PreTrainedModel, empty: Callable[[PreTrainedModel], AHNCache]) -> AHNCache:
+    """Read a file written by `save` into a cache for `model`, which `empty` makes.
 
     Raises:
         MemoryFileError: not a memory file, damaged, of another version, base, adapter, dtype or config.
     """
-    from ahn.augmentation import base_of
-    from ahn.memory.cache import AHNCache
-
-    model = base_of(model)
     header, memory = _last(Path(path))
     if (size := Path(path).stat().st_size) > memory.end:
         logger.warning(
@@ -137,7 +133,7 @@ def load(path: str | Path, model: PreTrainedModel) -> AHNCache:
             path,
             f"{size - memory.end:,}",
         )
-    cache = AHNCache(model)
+    cache = empty(model)
     config = AHNConfig.from_dict(header["config"])
     if config != cache.config:
         pairs = zip(config.to_dict().items(), cache.config.to_dict().values(), strict=True)
@@ -317,8 +313,6 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
         MemoryFileError: no memory file, a damaged one, one without a store or of another base, of so short a text that
             nothing has left the window, or of embeddings.
     """
-    from ahn.memory.transcript import TEXT
-
     header, memory = _last(Path(path))
     if not header["config"].get("store"):
         raise MemoryFileError(
@@ -366,9 +360,6 @@ def _check_tensors(
     path: str | Path, header: dict[str, Any], tensors: dict[str, Tensor], cache: AHNCache, model: PreTrainedModel
 ) -> None:
     """Raises MemoryFileError unless these are the tensors of a memory of this model after so many tokens."""
-    from ahn.augmentation import layers_of
-    from ahn.memory.transcript import TEXT
-
     text, batch, tokens = model.config.get_text_config(), header["batch"], max(header["seen"])
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     expected: dict[str, tuple[list[int], torch.dtype]] = {}

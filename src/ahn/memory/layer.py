@@ -102,7 +102,7 @@ class AHNLayer(nn.Module):
         return LayerMemory(self.window, self.sinks, self.gate_width)
 
     def steps_on_device(self, span: Span) -> bool:
-        """Whether the one token a row of `span` can do without the host (`ahn.decoding`)."""
+        """Whether the one token a row of `span` can do without the host (`ahn.engine.graph`)."""
         return True
 
     def due(self, span: Span) -> bool:

@@ -32,7 +32,7 @@ class Span:
     back: Tensor | None = None  # [B, T]: its inverse
     written: bool = False  # whether a layer has begun to store it
     made: dict[Any, Any] = field(default_factory=dict)  # what `once` keeps
-    on_device = False  # whether only the device knows the positions, see `ahn.decoding.Step`
+    on_device = False  # whether only the device knows the positions, see `ahn.engine.graph.Step`
     due = False  # of such a step: whether it does what few positions ask for
 
     @classmethod

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ahn.errors import ConfigError
 from ahn.ops import dispatch
 
+CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
+
 
 class Rotary:
     """Turns queries that already carry their rotary position to another distance, with the base's own rotation.
@@ -76,7 +78,7 @@ class Rotary:
     def _is_simple(self) -> bool:
         """Whether angles are the positions times `inv_freq`, at all lengths."""
         found = getattr(self.embedding, "inv_freq", None)
-        changes = getattr(self.embedding, "rope_type", "default") in ("dynamic", "longrope")
+        changes = getattr(self.embedding, "rope_type", "default") in CHANGING
         if not isinstance(found, Tensor) or found.dim() != 1 or changes or found.device.type == "meta":
             return False
         delta = torch.tensor([[0, 1, -37, 5000]], device=found.device)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ahn.dialogue import NOT_FOUND, SEPARATOR, Dialogue
+from ahn.engine.generate import generate
+from ahn.engine.prefill import read
 from ahn.errors import ConfigError
-from ahn.generation import generate, read
 from ahn.memory.cache import AHNCache
 from ahn.recall import finders, support
 from ahn.recall.passages import Passages

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ahn.augmentation import full_attention
+from ahn.hf.hooks import full_attention
 from ahn.memory.span import Span
 
 CROSS_ENTROPY = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # its share in the loss

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 from torch.utils.checkpoint import checkpoint
 
-from ahn.augmentation import full_attention, layers_of
 from ahn.errors import ConfigError
+from ahn.hf.hooks import full_attention
+from ahn.memory.handle import layers_of
 from ahn.ops import dispatch
 
 BLOCKS = 16  # of queries in a row: times to choose at

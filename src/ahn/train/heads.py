@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ahn.adapter import base_shape
-from ahn.augmentation import layers_of
+from ahn.engine.prefill import read
 from ahn.errors import ConfigError
-from ahn.generation import read
 from ahn.memory.archive import KEY_BYTES
 from ahn.memory.cache import AHNCache
+from ahn.memory.handle import layers_of
 from ahn.memory.head_keys import RetrievalHeads
 from ahn.recall.passages import cut_text
 from ahn.recall.question import NOTHING, queries_of

@@ -26,10 +26,11 @@ from transformers.trainer_callback import TrainerState
 
 import ahn
 from ahn.adapter import Adapter, adapter_of, apply, base_shape, read_adapter, write_adapter
-from ahn.augmentation import augment, layers_of, set_window
 from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, TrainingError, some
 from ahn.files import atomic
+from ahn.hf.augment import augment, set_window
+from ahn.memory.handle import layers_of
 from ahn.registry import did_you_mean
 from ahn.train import checkpoints, data, distill, gates, windows
 from ahn.train.check import Difference, check

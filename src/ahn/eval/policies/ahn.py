@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ahn.adapter import apply, check_gates
-from ahn.augmentation import augment
 from ahn.eval.policies.base import Kept, Policy, digest, memory_part, trained
+from ahn.hf.augment import augment
 
 
 class Ahn(Policy):

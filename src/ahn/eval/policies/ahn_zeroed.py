@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ahn.augmentation import layers_of
 from ahn.eval.policies.ahn import Ahn
+from ahn.memory.handle import layers_of
 
 
 class AhnZeroed(Ahn):

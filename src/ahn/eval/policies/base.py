@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ahn.adapter import Adapter, base_shape, check_shape, default_config, read_adapter
-from ahn.augmentation import CHUNK, GPU_CHUNK, check_fits, detach
 from ahn.bases import load_base, load_tokenizer
 from ahn.compat import PAST
 from ahn.config import AHNConfig
 from ahn.cost import Shape, cost, held_bytes
+from ahn.engine.generate import end_tokens
+from ahn.engine.prefill import CHUNK, GPU_CHUNK
 from ahn.errors import ConfigError
-from ahn.generation import end_tokens
+from ahn.hf.architecture import check_fits
+from ahn.hf.augment import detach
 from ahn.memory.cache import AHNCache
 from ahn.recall.ask import FINDER, RECALL
 

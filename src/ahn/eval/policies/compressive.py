@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ahn.augmentation import augment, layers_of
 from ahn.cost import Shape, cell_bytes, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
 from ahn.eval.policies.base import Kept, Policy, exact_part, memory_part, trained
+from ahn.hf.augment import augment
 from ahn.memory.buffer import LayerMemory
 from ahn.memory.cache import AHNCache
+from ahn.memory.handle import layers_of
 from ahn.memory.layer import AHNLayer
 from ahn.memory.span import Span
 from ahn.ops.softmax import attend, merge

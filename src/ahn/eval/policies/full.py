@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache
 
-from ahn.augmentation import CHANGING
 from ahn.config import AHNConfig
 from ahn.cost import cost
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Kept, Policy
+from ahn.ops.rotary import CHANGING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

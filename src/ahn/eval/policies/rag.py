@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ahn.augmentation import augment
 from ahn.eval.policies.base import Kept, exact_part
 from ahn.eval.policies.recall import Recall
+from ahn.hf.augment import augment
 from ahn.memory.cache import AHNCache
 from ahn.recall import finders
 from ahn.recall.passages import Passages

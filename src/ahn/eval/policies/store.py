@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ahn import stores
-from ahn.augmentation import augment
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Kept, Policy, exact_part
+from ahn.hf.augment import augment
 
 
 class StoreAlone(Policy):

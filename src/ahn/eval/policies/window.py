@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ahn.augmentation import augment
 from ahn.eval.policies.base import Policy, exact_part
+from ahn.hf.augment import augment
 
 
 class Window(Policy):

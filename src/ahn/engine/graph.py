@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ahn import fused
 from ahn.compat import PAST
+from ahn.engine.compile import compiled
+from ahn.engine.fuse import products, turned
 from ahn.memory.buffer import LayerMemory
 from ahn.memory.cache import AHNCache
 from ahn.memory.span import FOREVER, Span
@@ -174,11 +175,11 @@ class Graph:
         device = self.start.device.type
         with ExitStack() as faster:
             if dispatch.products(device, len(self.ids)).name == "gemv":
-                faster.enter_context(fused.products(self.decoder))
+                faster.enter_context(products(self.decoder))
             if dispatch.one_token(device).name == "triton":
-                faster.enter_context(fused.turned(self.decoder))
+                faster.enter_context(turned(self.decoder))
             if dispatch.between(device).name == "inductor":
-                faster.enter_context(fused.compiled(self.decoder))
+                faster.enter_context(compiled(self.decoder))
             self._record([scratch[_form(layer)] for layer in self.layers], cache, due)
 
     def _record(self, scratch: list[LayerMemory], cache: AHNCache, due: bool) -> None:

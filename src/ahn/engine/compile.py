@@ -1,0 +1,120 @@
+"""Work between the matrix products of the base, compiled: elementwise operations, norms, rotations.
+
+`compiled`: while a step is captured. `compiled_for_reading`: while a chunk is read; it compiles that of the memory too,
+once for chunks of any length. All is undone afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ahn.engine.fuse import Block, Turns, changing, put
+from ahn.engine.probe import is_norm
+from ahn.ops import dispatch
+
+MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
+
+
+@contextmanager
+def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
+    """Within, norms, MLPs and rotations of the base are compiled, each class once: their dozens of elementwise
+    operations take longer to start than to run. Not for the last norm alone, which takes longer to compile."""
+    from torch._dynamo import config
+
+    fast = of_any_length if any_length else of_one_length
+    attention = decoder.layers[0].self_attn
+    forms: dict[type, Any] = {}
+    changed = [module for layer in decoder.layers for module in _called(layer)]
+    changed += [module for module in decoder.children() if changed and is_norm(module)]
+    with changing, config.patch(recompile_limit=dispatch.SHAPES), ExitStack() as undo:
+        for module in changed:
+            kind = type(module)
+            if "forward" in vars(module):
+                continue
+            if kind not in forms:
+                forms[kind] = fast(kind.forward)
+            put(undo, module, "forward", MethodType(forms[kind], module))
+        family = sys.modules[type(attention).__module__]
+        turn = getattr(family, "apply_rotary_pos_emb", None)
+        if turn is not None and not isinstance(turn, Turns):
+            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast(turn)))
+        rotary = next((r for layer in decoder.layers for r in layer.self_attn.ahn.rotary if r is not None), None)
+        if rotary is not None:
+            put(undo, rotary, "turn", MethodType(fast(type(rotary).turn), rotary))
+        yield
+
+
+@contextmanager
+def compiled_for_reading(decoder: Any) -> Iterator[None]:
+    """Within, a chunk is read by what is compiled: base as by `compiled`, and what the memory does around attention and
+    recurrence. Where something cannot be compiled it is left. One chunk at a time: if another is being read so, this
+    one is not."""
+    if not changing.acquire(blocking=False):
+        yield
+        return
+    from torch._dynamo import config
+
+    try:
+        with compiled(decoder, any_length=True), ExitStack() as undo, config.patch(suppress_errors=True):
+            for layer in decoder.layers:
+                memory = layer.self_attn.ahn
+                for name in ("_merge", "_prepare", "_combine"):
+                    if name not in vars(memory):
+                        put(undo, memory, name, MethodType(of_any_length(getattr(type(memory), name)), memory))
+            yield
+    finally:
+        changing.release()
+
+
+def of_one_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled when it is first called: to ask for it imports the compiler, which takes 4 s."""
+    compile_once = cache(lambda: torch.compile(function, dynamic=False))
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compile_once()(*args, **kwargs)
+
+    return call
+
+
+@cache
+def of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of tensors [B, T, D] or [B, N, T, H], compiled once for all T; as it is for few tokens. Not of an
+    instance: what it returns is kept, for torch.compile itself takes longer than a chunk may."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    fast = torch.compile(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        length = max(tensors[0].shape[1 : max(2, tensors[0].dim() - 1)])
+        if length < MANY:
+            return function(*args, **kwargs)
+        for tensor in tensors:
+            for dim, size in enumerate(tensor.shape):
+                if size in (length, length - 1):
+                    maybe_mark_dynamic(tensor, dim)
+        return fast(*args, **kwargs)
+
+    return call
+
+
+def _called(layer: Any) -> list[Any]:
+    """Norms and MLP of a decoder layer of the base, if not a `Block` does what they do."""
+    in_block = isinstance(getattr(vars(layer).get("forward"), "__self__", None), Block)
+    rest = {*(layer.self_attn if in_block else layer).modules()} - {*layer.self_attn.ahn.modules()}
+    norms = [module for module in rest if is_norm(module)]
+    return norms if in_block or not hasattr(layer, "mlp") else [*norms, layer.mlp]

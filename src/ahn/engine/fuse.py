@@ -1,0 +1,222 @@
+"""Faster forms of the base's own modules, for as long as a step is captured: nothing here knows a family.
+
+`products`: linear layers of few vectors are read by Triton kernels, those of one input by one, and where a layer is of
+the usual form, with the norm before and the sum behind. `turned`: one kernel turns queries and keys. What does not look
+as expected (`ahn.engine.probe`: quantised weights, other names, other activations, hooks) is left as it is, module by
+module. All is undone afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ahn.engine.probe import has_hooks, is_block, is_gated, is_plain, plain_and_alike, rms_norm
+from ahn.memory.calls import calls
+from ahn.ops import dispatch
+from ahn.ops.rotary import turns_halves
+
+changing = threading.RLock()
+
+
+@contextmanager
+def products(decoder: Any) -> Iterator[None]:
+    """Within, linear layers multiply few vectors by `ahn.ops.kernels.gemv`: of an attention module all that read the
+    layer's input, those of its memory too, in one launch; of an MLP the first two, with what is between them and the
+    third. Where all that fits, norms and sums are part of it (`Block`)."""
+    with ExitStack() as undo:
+        for layer in decoder.layers:
+            attention = layer.self_attn
+            cell = attention.ahn.cell
+            form = None if cell is None else cell.step_form()
+            of_cell = (*form.inputs, form.gate) if form is not None else ()
+            inner = [m for m in attention.children() if isinstance(m, nn.Linear) and m is not attention.o_proj]
+            readers = plain_and_alike([*inner, *of_cell])
+            group = Together(readers)
+            for module in readers:
+                put(undo, module, "forward", group.of(module))
+            if form is not None and all(any(part is module for module in readers) for part in form.inputs):
+                put(undo, cell, "gate_inputs", group.of(*form.inputs))
+            block = Block.of(layer, group)
+            if block is not None:
+                put(undo, layer, "forward", block.forward)
+                put(undo, attention.o_proj, "forward", block.end)
+            elif is_plain(attention.o_proj):
+                put(undo, attention.o_proj, "forward", Together([attention.o_proj]).of(attention.o_proj))
+            mlp = getattr(layer, "mlp", None)
+            if block is None and mlp is not None and is_gated(mlp):
+                put(undo, mlp.down_proj, "forward", Together([mlp.down_proj]).of(mlp.down_proj))
+                put(undo, mlp, "forward", MethodType(_mlp, mlp))
+        yield
+
+
+@contextmanager
+def turned(decoder: Any) -> Iterator[None]:
+    """Within, queries and keys of one token a row are turned by one kernel, and the queries for the sinks with them, if
+    the base turns them half by half."""
+    family = sys.modules[type(decoder.layers[0].self_attn).__module__]
+    with changing, ExitStack() as undo:
+        plain = getattr(family, "apply_rotary_pos_emb", None)
+        if plain is not None and turns_halves(plain):
+            turns = Turns(plain)
+            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", turns))
+            for layer in decoder.layers:
+                if "forward" not in vars(layer.self_attn):
+                    put(undo, layer.self_attn, "forward", turns.within(layer.self_attn))
+                    put(undo, layer.self_attn.ahn, "_turn", turns.again)
+        yield
+
+
+class Turns(threading.local):
+    """In the place of a base's function that turns queries and keys. That is the function of all models of the family,
+    so each thread has attributes of its own."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = plain
+        self.memory: Any = None  # of the layer that is being called
+        self.q: Tensor | None = None  # as turned last
+        self.twice: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = calls.now[2] if self.memory is not None and calls.now is not None else None
+        whole = cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype
+        if args or kwargs or cache is None or not whole or q.shape[2] > 1 or q.shape[-1] % 2:
+            return self.plain(q, k, cos, sin, *args, **kwargs)
+        from ahn.ops.kernels import decode
+
+        self.q, k, self.twice = decode.turn(q, k, (cos, sin), self.memory.sink_angles(cache.span, q.device))
+        return self.q, k
+
+    def again(self, rotary: Any, q: Tensor, angles: Any) -> Tensor:
+        """`AHNLayer._turn`."""
+        return self.twice if q is self.q else rotary.turn(q, angles)
+
+    def within(self, attention: Any) -> Callable[..., Any]:
+        plain = attention.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.memory = attention.ahn
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self.memory = None
+
+        return forward
+
+
+class Together:
+    """Linear layers that read the same vectors: the first of them that meets new ones multiplies for all."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers  # of one width and dtype
+        self.x: Tensor | None = None
+        self.out: Tensor
+
+    def of(self, *layers: Any) -> Callable[[Tensor], Tensor]:
+        """What computes the outputs, side by side, of some layers that follow each other."""
+        low = sum(layer.out_features for layer in self.layers[: self.layers.index(layers[0])])
+        high = low + sum(layer.out_features for layer in layers)
+
+        def forward(x: Tensor) -> Tensor:
+            if not _few(x, layers[0]):
+                return torch.cat([type(layer).forward(layer, x) for layer in layers], -1)
+            if x is not self.x:
+                from ahn.ops.kernels import gemv
+
+                self.x, self.out = x, gemv.together(x, self.layers)
+            return self.out[..., low:high]
+
+        return forward
+
+    def normed(self, x: Tensor, norm: Any) -> Tensor:
+        """`x` normalised; the outputs for it are there as well."""
+        from ahn.ops.kernels import gemv
+
+        self.x = x.new_empty(x.shape)
+        self.out = gemv.together(x, self.layers, norm, self.x)
+        return self.x
+
+
+class End:
+    """The last product of an attention module, with what is to be added to it, [B, 1, D]."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.add: Tensor | None = None
+        self.out: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not _few(x, self.layer):
+            return type(self.layer).forward(self.layer, x)
+        from ahn.ops.kernels import gemv
+
+        self.out = gemv.together(x, [self.layer], add=self.add)
+        return self.out
+
+
+class Block:
+    """A decoder layer of the usual form: h + attention(norm h), and h + MLP(norm h) of that. Its products normalise
+    what they read, and add to h what they end."""
+
+    def __init__(self, layer: Any, readers: Together, norms: list[Any]) -> None:
+        self.layer, self.readers, self.norms = layer, readers, norms
+        self.end = End(layer.self_attn.o_proj)
+        self.ends = False  # whether attention returns what `end` does: the first call shows it
+
+    @classmethod
+    def of(cls, layer: Any, readers: Together) -> Block | None:
+        """None if the layer is of another form, or its parts are."""
+        mlp, end = getattr(layer, "mlp", None), layer.self_attn.o_proj
+        if mlp is None or not readers.layers or not is_gated(mlp) or not is_block(layer):
+            return None
+        norms = [rms_norm(layer.input_layernorm), rms_norm(layer.post_attention_layernorm)]
+        if None in norms or not is_plain(end) or has_hooks(mlp):
+            return None
+        first, *rest = (part.weight for part in (*readers.layers, mlp.gate_proj, *norms))
+        alike = all((w.dtype, w.shape[-1]) == (first.dtype, first.shape[-1]) for w in rest)
+        alike = alike and end.weight.dtype == mlp.down_proj.weight.dtype == first.dtype
+        return cls(layer, readers, norms) if alike else None
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        layer, mlp = self.layer, self.layer.mlp
+        if not _few(hidden_states, mlp.gate_proj):
+            return type(layer).forward(layer, hidden_states, **kwargs)
+        from ahn.ops.kernels import gemv
+
+        self.end.add = hidden_states if self.ends else None
+        out, _ = layer.self_attn(hidden_states=self.readers.normed(hidden_states, self.norms[0]), **kwargs)
+        if not self.ends:
+            self.ends = out is self.end.out
+            out = hidden_states + out
+        self.end.add = self.end.out = None
+        inner = gemv.gated(out, mlp.gate_proj, mlp.up_proj, self.norms[1])
+        return gemv.together(inner, [mlp.down_proj], add=out)
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    if not _few(x, mlp.gate_proj):
+        out: Tensor = type(mlp).forward(mlp, x)
+        return out
+    from ahn.ops.kernels import gemv
+
+    out = mlp.down_proj(gemv.gated(x, mlp.gate_proj, mlp.up_proj))
+    return out
+
+
+def _few(x: Tensor, layer: Any) -> bool:
+    """Whether the kernels are for this input of a linear layer."""
+    return x.dtype == layer.weight.dtype and x.numel() <= dispatch.FEW_ROWS * x.shape[-1]
+
+
+def put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of an instance until `undo` closes."""
+    setattr(owner, name, value)
+    undo.callback(vars(owner).pop, name, None)

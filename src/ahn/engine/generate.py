@@ -1,0 +1,164 @@
+"""Generating after what a cache has seen, with the options of transformers' own `generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ahn.compat import PAST
+from ahn.engine.graph import goes_on
+from ahn.engine.prefill import check_cache, chunks, past_mask, read_chunks, whole_mask
+from ahn.errors import ConfigError
+from ahn.ids import rows_of
+from ahn.interrupts import deferred
+from ahn.memory.cache import AHNCache
+from ahn.memory.handle import base_of, frame_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+FEW = 32  # new tokens that take longer at once, for which Python launches each kernel, than one by one by a graph
+FEW_AT_FIRST = 512  # the same in all questions together, before flash-linear-attention, which takes 5 s, is imported
+PLAIN = {  # options with which `generate` uses its own loop
+    "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
+    "stopping_criteria",
+}  # fmt: skip
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: those of the model's generation settings, and the tokenizer's."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+
+
+def generate(
+    model: PreTrainedModel,
+    ids: Tensor | Sequence[int],
+    cache: AHNCache,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`model.generate` on new tokens only, going on from what `cache` has seen; `cache` is changed in place.
+
+    Greedy decoding and sampling go through a loop of this package, which gives the same tokens with less Python between
+    two of them; with any option that it does not know transformers' own is used. Beam search tries its beams on copies,
+    then `cache` reads what was found.
+
+    Args:
+        ids: the new token ids [T] or [B, T]; or all that a tokenizer returns.
+        attention_mask: [B, T], 0 for padding, which must be in front. Default: the tokenizer's, else no padding.
+        options: those of `model.generate` (max_new_tokens, streamer, ...).
+
+    Returns:
+        the generated token ids [B, T_new], without the prompt.
+
+    Raises:
+        ConfigError: no tokens or some that do not exist, padding behind text, max_new_tokens below 1, or a cache of
+            another model, other weights or another number of rows.
+        UnsupportedOperationError: the cache is in use.
+        KeyboardInterrupt: after the token in progress, so that `cache` can still be used and saved.
+    """
+    model = base_of(model)
+    new = options.get("max_new_tokens")
+    if new is not None and (isinstance(new, bool) or not isinstance(new, Integral) or new < 1):
+        raise ConfigError(f"max_new_tokens={new!r}: expected an integer of at least 1")
+    ids, own_mask = rows_of(ids, frame_of(model).vocabulary)
+    check_cache(cache)
+    with deferred(ready=True), cache.in_use():  # the handler of Ctrl-C is set once for all tokens
+        cache.check_weights()
+        mask = whole_mask(cache, ids, own_mask if attention_mask is None else attention_mask)
+        seen = torch.cat([past_mask(cache, len(ids)), torch.ones_like(ids).cpu()], 1) if mask is None else mask
+        if not seen[:, -1].all():
+            raise ConfigError("attention_mask ends with padding: expected it in front of the text")
+        ids, seen = ids.to(model.device), seen.to(model.device)
+        settings = options.get("generation_config") or model.generation_config
+        if (options.get("num_beams") or getattr(settings, "num_beams", None) or 1) > 1:
+            return _by_beams(model, ids, cache, seen, options)
+        if options.keys() <= PLAIN and (
+            settings is None or settings.get_generation_mode() in ("greedy_search", "sample")
+        ):
+            # the streamer too: transformers itself does not pass it on to a loop that is not its own
+            options["custom_generate"] = partial(
+                _next_tokens, streamer=options.get("streamer"), padded=mask is not None
+            )
+        return _new(model, ids, cache, seen, options)
+
+
+def _new(model: Any, ids: Tensor, cache: AHNCache, seen: Tensor, options: dict[str, Any]) -> Tensor:
+    out = model.generate(ids, attention_mask=seen, **{PAST: cache}, **options)
+    return getattr(out, "sequences", out)[:, ids.shape[1] :]
+
+
+def _by_beams(model: Any, ids: Tensor, cache: AHNCache, seen: Tensor, options: dict[str, Any]) -> Tensor:
+    """Beams are rows, of which the found ones need not be left at the end: `cache` reads these again."""
+    new = _new(model, ids, cache.fork(), seen, options)
+    copies = len(new) // len(ids)
+    read_ids = torch.cat([ids.repeat_interleave(copies, 0), new[:, :-1]], 1)
+    mask = torch.cat([seen.repeat_interleave(copies, 0), torch.ones_like(new[:, :-1])], 1)
+    if copies > 1 and cache.batch_size > 1:
+        cache.batch_repeat_interleave(copies)
+    read_chunks(model.get_decoder(), read_ids, cache, chunks(model, len(read_ids), cache.tokens_seen)[1], mask)
+    return new
+
+
+def _next_tokens(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    padded: bool = False,
+    **inputs: Any,
+) -> Tensor:
+    """Token by token, as transformers' loop for greedy decoding and sampling calls it: ids [B, T] with those behind."""
+    cache: dict[str, Any] = {PAST: inputs[PAST]}
+    pad = generation_config._pad_token_tensor
+    going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    left, few = input_ids, _few(model, cache[PAST].tokens_seen + input_ids.shape[1])
+    while not padded and 0 < left.shape[1] <= few and goes_on(model, cache[PAST]):
+        logits = model(input_ids=left[:, :1], **cache).logits
+        left = left[:, 1:]
+        model._ahn_frame.asked += 1
+        if model._ahn_frame.graph is None:  # it could not be made
+            break
+    if left.shape[1]:
+        logits = model(left, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
+    rows, places = cache[PAST].tokens_per_row, None
+    if len(set(rows)) > 1:  # rows at the same position are counted by the cache
+        places = torch.tensor(rows, device=input_ids.device)[:, None] - 1
+    while True:
+        scores = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
+        drawn = generation_config.do_sample
+        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if drawn else scores.argmax(-1)
+        tokens = tokens if pad is None else torch.where(going, tokens, pad)
+        input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        going &= ~stopping_criteria(input_ids, None)
+        if not going.any():
+            break
+        if places is not None:
+            cache["position_ids"] = places = places + 1
+        logits = model(input_ids=tokens[:, None], **cache).logits  # by name: no look at the signature
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def _few(model: Any, total: int) -> int:
+    """FEW, or what is left of FEW_AT_FIRST for tokens that end as the `total`-th."""
+    layers = (layer.self_attn.ahn for layer in model.get_decoder().layers)
+    first = next((layer for layer in layers if layer.cell is not None), None)
+    if first is None or total <= first.lossless or "fla" in sys.modules:
+        return FEW
+    return max(FEW, FEW_AT_FIRST - model._ahn_frame.asked) if first.cell.uses_fla(first.cell.o_proj.weight) else FEW

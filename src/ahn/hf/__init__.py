@@ -1,0 +1,1 @@
+"""What is done to a transformers model so that it has memories, and how it is undone."""

@@ -1,0 +1,163 @@
+"""Puts memories on a transformers model, and takes them off again without a trace.
+
+How a layer is reached, without code for any model family:
+- a hook before each attention module keeps its input x and its cache, which the attention function is not given;
+- the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
+  what goes into o_proj: attention over sinks and window, plus the read from the memory;
+- the decoder's `forward` replaces the default cache by an AHNCache, opens and closes its span, and replays a graph
+  where one token a row comes (`ahn.engine.graph`);
+- a hook before the model reads a long prompt in chunks when only the last logits are wanted (as in `generate`).
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from ahn.config import AHNConfig
+from ahn.errors import ConfigError
+from ahn.hf.architecture import attention_modules, check_fits, check_weights, set_unlimited
+from ahn.hf.hooks import ATTENTION, attention_function, call_decoder, keep_call, mask_function, read_in_chunks
+from ahn.memory.handle import _Frame, base_of, frame_of, layers_of
+from ahn.memory.layer import AHNLayer
+from ahn.memory.store_tier import StoringLayer
+from ahn.ops.rotary import Rotary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrainedModel:
+    """Give every layer of a causal language model a memory, in place; the base is frozen.
+
+    An untrained memory changes nothing but the attention to sinks and window; train the cells, or load an adapter.
+
+    Args:
+        model: a Llama-shaped transformers causal language model: decoder layers with `self_attn` and an `o_proj`,
+            uniform softmax attention.
+        config: the memory; default AHNConfig().
+
+    Returns:
+        the same model, with `model.ahn_config`.
+
+    Raises:
+        UnsupportedModelError: the attention cannot be split into sinks and window; says what is missing.
+        ConfigError: the settings do not fit this base.
+    """
+    model, given = base_of(model), model
+    config = AHNConfig() if config is None else config
+    if not isinstance(config, AHNConfig):
+        raise ConfigError(f"config={config!r}: expected an ahn.AHNConfig")
+    if hasattr(model, "ahn_config"):
+        raise ConfigError("the model already has memories: ahn.detach(model) first")
+    attentions = attention_modules(model)
+    check_weights(model)
+    decoder = model.get_decoder()
+    check_fits(config, model.config.get_text_config(), len(attentions))
+    frame = _Frame(model)
+    frame.hold_frequencies(decoder)
+    try:
+        rotary = _rotary(decoder, attentions[0], config)
+        layers = [_layer(attention, config, rotary) for attention in attentions]
+    except ConfigError:
+        frame.release_frequencies()
+        raise
+    frame.layers = layers
+    model.requires_grad_(False)
+    for attention, layer in zip(attentions, layers, strict=True):
+        layer.train(model.training)
+        attention.ahn, layer.full = layer, frame.full
+        frame.hooks.append(attention.register_forward_pre_hook(keep_call, with_kwargs=True))
+    frame.hooks.append(model.register_forward_pre_hook(read_in_chunks, with_kwargs=True))
+    AttentionInterface.register(ATTENTION, attention_function)
+    AttentionMaskInterface.register(ATTENTION, mask_function)
+    _own_config(model)
+    model.config._attn_implementation = ATTENTION
+    set_unlimited(model, True)
+    model.ahn_config, model._ahn_frame = config, frame
+    model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
+    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.ahn_retrieval = None
+    decoder.ahn_owner = [model]  # in a list: not a submodule
+    decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
+    decoder.forward = MethodType(call_decoder, decoder)
+    return given
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a config of its own: another one may have been made with the same object."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        held: Any = getattr(module, "config", None)
+        if id(held) in copies:
+            module.config = copies[id(held)]
+
+
+def _rotary(decoder: Any, attention: Any, config: AHNConfig) -> Rotary | None:
+    """The base's rotation where it is or may come to be needed: `set_window` may give sinks to a model without any.
+    Raises ConfigError if it is needed now and cannot be composed."""
+    turns = config.memory_positions == "none"
+    if not turns and config.sink_positions != "clipped":
+        return None
+    try:
+        return Rotary(decoder, attention)
+    except ConfigError:
+        if turns or config.sinks or config.store:
+            raise
+        return None
+
+
+def _layer(attention: Any, config: AHNConfig, rotary: Rotary | None) -> AHNLayer:
+    kept = config.layers is None or attention.layer_idx in config.layers
+    return (StoringLayer if kept and config.store else AHNLayer)(attention, config, rotary)
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `augment`: weights, hooks, attention and config are the base's again. Raises ConfigError if there is
+    nothing to undo."""
+    frame, given = frame_of(model), model
+    model = frame.model
+    for hook in frame.hooks:
+        hook.remove()
+    for attention in attention_modules(model):
+        del attention.ahn
+    model.config._attn_implementation = frame.attention
+    set_unlimited(model, False)
+    frame.release_frequencies()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in frame.trainable)
+    decoder = model.get_decoder()
+    del decoder.forward, model.save_pretrained
+    if decoder.ahn_forward is not None:
+        decoder.forward = decoder.ahn_forward
+    del model.ahn_config, model.ahn_names, model.ahn_retrieval, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
+    return given
+
+
+def _save_pretrained(model: PreTrainedModel, *args: Any, **options: Any) -> None:
+    from ahn.adapter import save_with_base
+
+    save_with_base(model, *args, **options)
+
+
+def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int | None = None) -> None:
+    """Other sinks, window and size of the store (None: as it is) from now on, for new caches and whole sequences.
+    Raises ConfigError."""
+    model = base_of(model)
+    store_size = model.ahn_config.store_size if store_size is None else store_size
+    config = model.ahn_config.replace(window=window, sinks=sinks, store_size=store_size)
+    layers = layers_of(model)
+    check_fits(config, model.config.get_text_config(), len(layers))
+    if sinks and config.sink_positions == "clipped" and all(layer.rotary[0] is None for layer in layers):
+        Rotary(model.get_decoder(), attention_modules(model)[0])  # says why not; `augment` without sinks did not
+    for layer in layers:
+        if layer.window is not None:
+            layer.window, layer.sinks = window, sinks
+        if isinstance(layer, StoringLayer):
+            layer.size = store_size
+    model.ahn_config = config

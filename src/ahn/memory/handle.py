@@ -1,0 +1,127 @@
+"""What `ahn.augment` sets on a model, and how its layers are reached."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ahn import weights
+from ahn.errors import ConfigError, UnsupportedModelError
+from ahn.memory.calls import Full
+from ahn.memory.layer import AHNLayer
+from ahn.ops import dispatch
+from ahn.ops.rotary import CHANGING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _Frame:
+    """What `augment` changed on a model, so that `detach` can undo it, and what its calls share."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.layers = model, list[AHNLayer]()
+        self.adapter = object()  # another one with each adapter that is loaded
+        self._begin()
+        self.attention = model.config._attn_implementation
+        # by name: parameters may be replaced by their shards, and a reference would keep the whole ones in memory
+        self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.hooks: list[Any] = []
+        self.no_graph: str | None = None  # why there is none; None: not looked yet
+        self.asked = 0  # tokens of questions that were read by the graph
+        self.switches: list[Any] = []  # another list once adapters of peft were switched: a graph has them built in
+        self.full: dict[int, Full] = {}  # by thread, within `full_attention`
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
+
+    def _begin(self) -> None:
+        self.graph: Any = None  # of one token, an `ahn.engine.graph.Graph`, or None
+        self.lock = threading.RLock()
+        self.stream: torch.cuda.Stream | None = None  # of the last turn
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model: graph and lock stay."""
+        return {name: value for name, value in vars(self).items() if name not in ("graph", "lock", "stream")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    @contextmanager
+    def turn(self, device: torch.device | None = None) -> Iterator[None]:
+        """Within, no other thread uses the model, where calls share the buffers and the changed modules of a graph."""
+        device = device or self.model.device
+        if not dispatch.in_turn(device.type):
+            yield
+            return
+        with self.lock:
+            if device.type == "cuda":
+                stream = torch.cuda.current_stream(device)
+                if self.stream is not None and self.stream != stream:
+                    stream.wait_stream(self.stream)
+                self.stream = stream
+            yield
+
+    def weights(self) -> weights.State:
+        """The weights of model and memory as they are now, for a comparison. Raises UnsupportedModelError if those of
+        the memory are not there, or have become something else."""
+        check_memory(self.layers)
+        found = weights.state(self.model)
+        if found.switches != self.switches:
+            self.switches = found.switches
+        return found
+
+    def hold_frequencies(self, decoder: Any) -> None:
+        """Keep the rotary frequencies those of short texts, where the base changes them with the length ("dynamic",
+        "longrope"): what is attended is never further away than sinks + window, and one text has one set of them.
+        """
+        rotary: Any = getattr(decoder, "rotary_emb", None)
+        kind = getattr(rotary, "rope_type", None)
+        if kind not in CHANGING:
+            return
+        self.held = rotary, kind, rotary.inv_freq
+        rotary.rope_type = "default"
+        rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device, copy=True)
+
+    def release_frequencies(self) -> None:
+        if self.held is not None:
+            rotary, kind, frequencies = self.held
+            rotary.rope_type, rotary.inv_freq = kind, frequencies.to(rotary.inv_freq.device)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model itself, if it is wrapped by peft."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def frame_of(model: Any) -> _Frame:
+    """What the calls of an augmented model share. Raises ConfigError if it has no memories."""
+    frame: _Frame | None = getattr(base_of(model), "_ahn_frame", None)
+    if frame is None:
+        raise ConfigError("the model has no memories: ahn.augment(model, config) first")
+    return frame
+
+
+def layers_of(model: PreTrainedModel) -> list[AHNLayer]:
+    """The memories of an augmented model, layer by layer. Raises ConfigError if it has none."""
+    return list(frame_of(model).layers)
+
+
+def check_memory(layers: list[AHNLayer]) -> None:
+    """Raises UnsupportedModelError if the weights of a memory are offloaded, or have been given adapters."""
+    for index, layer in enumerate(layers):
+        for name, module in layer.named_modules():
+            if hasattr(module, "base_layer"):
+                raise UnsupportedModelError(
+                    f"layer {index}: an adapter such as LoRA sits on {name} of the memory itself: expected one on the "
+                    r"base alone, with exclude_modules=r'.*\.ahn\..*'"
+                )
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise UnsupportedModelError(
+                f"layer {index}: the memory's weights are offloaded to CPU or disk: expected them on their device"
+            )
