@@ -9,7 +9,7 @@ import torch
 
 import ahn
 from ahn import stores
-from ahn.cells.base import unit
+from ahn.cells.modules import unit
 from ahn.compat import PAST
 from ahn.memory.handle import layers_of
 

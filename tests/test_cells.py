@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ahn
-from ahn.cells.base import Cell, unit
+from ahn.cells.base import Cell
+from ahn.cells.modules import unit
 from ahn.ops import chunked
 from conftest import CELLS, drifting
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ahn import cli
-from ahn.eval import report, results, statistics
+from ahn.eval import compare, report, results, statistics
 
 POLICIES = ("full", "window", "compressive-max", "ahn")
 EXACT = (100, 20)
@@ -194,7 +194,7 @@ def test_windows_are_compared_apart_and_full_with_each(tmp_path):
     write(tmp_path, "full")
     write(tmp_path, "window")
     write(tmp_path, "window", window=200)
-    groups = report.grouped(results.find([tmp_path]))
+    groups = compare.grouped(results.find([tmp_path]))
     assert [group.exact for group in groups] == [{1000: (100, 20)}, {1000: (200, 20)}]
     assert all(set(group.results[1000]["made/one"]) == {"full", "window"} for group in groups)
 
@@ -206,7 +206,7 @@ def test_lengths_with_the_same_share_of_lossless_tokens_are_together(tmp_path):
             config = results.load(path).config
             results.write_config(path, config | {"share": 8 if policy != "full" else None})
     write(tmp_path, "window", length=3000, window=77)
-    share, fixed = sorted(report.grouped(results.find([tmp_path])), key=lambda group: group.share is None)
+    share, fixed = sorted(compare.grouped(results.find([tmp_path])), key=lambda group: group.share is None)
     assert share.title == "tiny, 1/8 of the tokens lossless" and fixed.share is None
     assert share.exact == {1000: (100, 20), 2000: (200, 20)}
     assert all(set(share.results[length]["made/one"]) == {"full", "window", "ahn"} for length in (1000, 2000))

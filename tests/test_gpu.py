@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ahn
-from ahn.cells.base import unit
+from ahn.cells.modules import unit
 from ahn.cli import info
 from ahn.compat import PAST
 from ahn.engine import compile as compiling

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ahn
-from ahn.cells.base import unit
+from ahn.cells.modules import unit
 from ahn.engine import fuse
 from ahn.engine.graph import Step
 from ahn.memory.handle import layers_of

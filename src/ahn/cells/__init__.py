@@ -7,7 +7,7 @@ from ahn.registry import Registry
 if TYPE_CHECKING:
     from ahn.cells.base import Cell
 
-_registry: "Registry[type[Cell]]" = Registry("cell", __name__)
+_registry: "Registry[type[Cell]]" = Registry("cell", __name__, hidden=("base", "modules"))
 
 names = _registry.names
 get = _registry.get

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ahn.cells.base import Cell, Gates, Norm, head_gates, linear
+from ahn.cells.base import Cell, Gates
 from ahn.cells.gated_deltanet import delta_step, gated_output
+from ahn.cells.modules import Norm, head_gates, linear
 from ahn.ops import chunked, fla
 
 if TYPE_CHECKING:

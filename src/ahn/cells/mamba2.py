@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ahn.cells.base import Cell, Gates, Norm, head_gates, inverse_softplus, linear, log_uniform
+from ahn.cells.base import Cell, Gates
+from ahn.cells.modules import Norm, head_gates, inverse_softplus, linear, log_uniform
 from ahn.ops import chunked, fla
 
 if TYPE_CHECKING:

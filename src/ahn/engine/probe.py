@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ahn.cells.base import Linear
+from ahn.cells.modules import Linear
 from ahn.compat import PAST
 
 

@@ -7,6 +7,7 @@ processes.py   the same by many processes
 prompts.py     a task's text as tokens
 metrics.py     how good an answer is, in every benchmark's own terms
 statistics.py  intervals, paired differences
+compare.py     which results can be compared
 report.py      tables and a page of results; plots.py: its plots
 harness.py     the model `ahn` of lm-evaluation-harness
 data/          prompts, lengths of answers and metrics of the benchmarks; words to hide

@@ -11,11 +11,11 @@ import numpy as np
 
 from ahn.errors import ConfigError
 from ahn.eval import statistics
-from ahn.eval.report import baseline, is_loss
+from ahn.eval.compare import baseline, is_loss
 from ahn.eval.runner import BIN
 
 if TYPE_CHECKING:
-    from ahn.eval.report import Group
+    from ahn.eval.compare import Group
     from ahn.eval.results import Result
 
 DEPTHS = 10  # rows of the heat map

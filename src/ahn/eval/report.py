@@ -9,20 +9,17 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ahn.eval import evidence, statistics
+from ahn.eval.compare import Exact, Group, all_labels, baseline, grouped, in_order, is_loss, kind_of, policy_labels
 from ahn.eval.results import Result
 from ahn.eval.statistics import Interval
 
-ORDER = ("full", "window", "compressive-max", "compressive-avg", "ahn-zeroed", "ahn")  # the paper's
 WIDE = 8  # tasks; more are rows, as in the paper's table 6
-BASELINE = "window"
 UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
-
-Exact = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -64,84 +61,15 @@ class Table:
         return f"<h3>{html.escape(self.title)}</h3>{note}<table><tr>{head}</tr>\n{body}</table>"
 
 
-@dataclass(frozen=True)
-class Group:
-    """Results that can be compared: `results[length][task][label]`.
-
-    share: 1/share of each length is lossless; None: always as much. exact: window and sinks, by length.
-    """
-
-    base: str
-    share: int | None
-    exact: dict[int | None, Exact]
-    results: dict[int | None, dict[str, dict[str, Result]]]
-
-    @property
-    def title(self) -> str:
-        if self.share:
-            return f"{self.base}, 1/{self.share} of the tokens lossless"
-        if not self.exact:
-            return self.base
-        window, sinks = next(iter(self.exact.values()))
-        return f"{self.base}, {window + sinks:,} lossless tokens ({sinks} sinks + {window:,} window)"
-
-    def place(self, label: str) -> tuple[float, int, str]:
-        """To sort labels by: as the paper orders its rows."""
-        tasks = (found for by_task in self.results.values() for found in by_task.values())
-        result = next(found[label] for found in tasks if label in found)
-        return (0, *_place(result)[1:])
-
-    def blocks(self) -> Iterator[tuple[str, int | None, dict[str, dict[str, Result]]]]:
-        """Suite, length, and the results of the suite's tasks of one kind, by task and label."""
-        for length, by_task in self.results.items():
-            kinds = {task: _kind(found) for task, found in by_task.items()}
-            for suite, kind in dict.fromkeys(kinds.values()):
-                yield suite, length, {task: f for task, f in by_task.items() if kinds[task] == (suite, kind)}
-
-
-def grouped(results: Sequence[Result]) -> list[Group]:
-    """By base and what is lossless: so many tokens, or such a share of each length. Results that keep everything, as
-    `full` does, are in all groups that have something to compare with them."""
-
-    def base(result: Result) -> tuple[object, ...]:
-        return tuple(result.config[key] for key in ("base", "base_config", "dtype", "seed"))
-
-    def kept(result: Result) -> tuple[int | None, Exact | None] | None:
-        """Share, or window and sinks; None for everything."""
-        if result.config["window"] is None:
-            return None
-        share = result.config.get("share")
-        return (share, None) if share else (None, (result.config["window"], result.config["sinks"]))
-
-    def place(result: Result) -> tuple[str, int | None]:
-        return result.config["task"], result.config["length"]
-
-    found = []
-    for key in dict.fromkeys(map(base, results)):
-        mine = [result for result in results if base(result) == key]
-        for size in sorted({kept(result) for result in mine} - {None}, key=str) or [None]:
-            there = {place(result) for result in mine if kept(result) == size}
-            here = [r for r in mine if kept(r) == size or (kept(r) is None and place(r) in there)]
-            labels, exacts = _labels(here), {}
-            by_length: dict[int | None, dict[str, dict[str, Result]]] = {}
-            for result in sorted(here, key=_place):
-                config = result.config
-                by_length.setdefault(config["length"], {}).setdefault(config["task"], {})[labels[id(result)]] = result
-                if config["window"] is not None:
-                    exacts[config["length"]] = config["window"], config["sinks"]
-            found.append(Group(str(mine[0].config["base"]), size[0] if size else None, exacts, by_length))
-    return found
-
-
 def brief(results: Sequence[Result]) -> Table:
     """What one run measured: a row for each task and length, a column for each policy."""
-    labels = _labels(results)
+    labels = policy_labels(results)
     found: dict[tuple[str, int | None], dict[str, Result]] = {}
     for result in results:
         found.setdefault((result.config["task"], result.config["length"]), {})[labels[id(result)]] = result
-    columns, rows = _all_labels(found), []
+    columns, rows = all_labels(found), []
     for (task, length), by_label in found.items():
-        loss, count = _kind(by_label)[1] == "loss", max(len(result.rows) for result in by_label.values())
+        loss, count = kind_of(by_label)[1] == "loss", max(len(result.rows) for result in by_label.values())
         cell = _column(by_label, loss, count)
         tokens = "its own" if length is None else f"{length:,}"
         rows.append([f"{task} (loss)" if loss else task, tokens, str(count), *map(cell, columns)])
@@ -166,7 +94,7 @@ def as_json(results: Sequence[Result]) -> str:
             {"task": task, "length": length, **row}
             for _, length, by_task in group.blocks()
             for task, found in by_task.items()
-            for row in evidence.measured(_in_order(found), group.exact.get(length))
+            for row in evidence.measured(in_order(found), group.exact.get(length))
         ]
         shown = [{"title": t.title, "note": t.note, "head": t.head, "rows": t.rows} for t in tables(group)]
         groups.append({"title": group.title, "made_with": _made_with(group), "recall": recall, "tables": shown})
@@ -204,7 +132,7 @@ def tables(group: Group) -> Iterator[Table]:
 def _summary(group: Group) -> Table | None:
     """Wins and losses of everything in the group in one table, and those where only a memory can help."""
     blocks = [(length, by_task) for _, length, by_task in group.blocks()]
-    labels = sorted({label for _, by_task in blocks for label in _all_labels(by_task)}, key=group.place)
+    labels = sorted({label for _, by_task in blocks for label in all_labels(by_task)}, key=group.place)
     rows = []
     for label in labels:
         every, outside = [], []
@@ -232,7 +160,7 @@ def _summary(group: Group) -> Table | None:
 
 
 def _scores(at: str, by_task: dict[str, dict[str, Result]]) -> Table:
-    labels, loss = _all_labels(by_task), is_loss(by_task)
+    labels, loss = all_labels(by_task), is_loss(by_task)
     note = "Mean loss in nats a token (less is better)" if loss else "Mean score, 0 to 100"
     note += " and its 95% interval over examples. In brackets after cache and FLOPs: share of full attention's."
     costs = {label: _cost(next(f[label] for f in by_task.values() if label in f)) for label in labels}
@@ -252,7 +180,7 @@ def _scores(at: str, by_task: dict[str, dict[str, Result]]) -> Table:
 
 def _against(at: str, by_task: dict[str, dict[str, Result]]) -> Table | None:
     loss = is_loss(by_task)
-    labels = [n for n in _all_labels(by_task) if any(baseline(found, n) for found in by_task.values())]
+    labels = [n for n in all_labels(by_task) if any(baseline(found, n) for found in by_task.values())]
     tasks = {task: found for task, found in by_task.items() if any(baseline(found, n) for n in found)}
     if not labels:
         return None
@@ -283,7 +211,7 @@ def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
     if not {*places} - {"unknown"}:
         return None
     rows = []
-    for label in _all_labels(by_task):
+    for label in all_labels(by_task):
         cells = []
         for where in places:
             found = [f for f in by_task.values() if label in f]
@@ -304,7 +232,7 @@ def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
 
 def _found(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) -> Table | None:
     """How much of the evidence was found, and the scores that depend on it."""
-    measured = [(task, row) for task, f in by_task.items() for row in evidence.measured(_in_order(f), exact)]
+    measured = [(task, row) for task, f in by_task.items() for row in evidence.measured(in_order(f), exact)]
     if not measured:
         return None
     budgets = sorted({budget for _, row in measured for budget in row["found"]}, key=int)
@@ -330,10 +258,6 @@ def _found(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
 def _number(value: float | None) -> str:
     """A count as it is, a share in percent."""
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}"
-
-
-def _in_order(found: dict[str, Result]) -> dict[str, Result]:
-    return {label: found[label] for label in _all_labels({"": found})}
 
 
 def _laid_out(
@@ -426,60 +350,6 @@ def _made_with(group: Group) -> str:
     devices = sorted({m["device"] for m in made})
     config = found[0].config
     return f"Greedy decoding, {config['dtype']}, seed {config['seed']}; {'; '.join([*packages, *versions, *devices])}."
-
-
-def _labels(results: Sequence[Result]) -> dict[int, str]:
-    """Names of policies, by the identity of the result: with its store, and with what differs where one policy is there
-    with several settings, which for a memory is its adapter. Window and sinks are the group's."""
-    names: dict[int, str] = {}
-    for result in results:
-        config = result.config
-        variants = [r.config for r in results if r.config["policy"] == config["policy"]]
-        keys = [
-            key
-            for key in config["settings"]
-            if key not in ("window", "sinks", "store") and len({str(v["settings"].get(key)) for v in variants}) > 1
-        ]
-        parts = [f"{key} {config['settings'][key]}" for key in keys]
-        if "adapter_digest" in keys:
-            alike = {v["settings"]["adapter_digest"] for v in variants if v["adapter"] == config["adapter"]}
-            parts = [config["adapter"], *([config["settings"]["adapter_digest"][:6]] if len(alike) > 1 else [])]
-        if store := config["settings"].get("store"):
-            span = f" in spans of {store['span']}" if store["span"] > 1 else ""
-            parts.append(f"{store['name']} store of {store['size']:,}{span}")
-        names[id(result)] = f"{config['policy']} ({', '.join(parts)})" if parts else config["policy"]
-    return names
-
-
-def baseline(found: dict[str, Result], label: str) -> Result | None:
-    """Sinks and window alone, of the results of one task: the one that sees the sinks as `label` does, if there are
-    several. None: there is none, or it is `label` itself."""
-    windows = [result for result in found.values() if result.config["policy"] == BASELINE]
-    if label not in found or not windows or found[label] in windows:
-        return None
-    wanted = found[label].config["settings"]
-    alike = [w for w in windows if all(wanted.get(k) == w.config["settings"][k] for k in ("sink_positions", "layers"))]
-    return (alike or windows)[0]
-
-
-def _place(result: Result) -> tuple[float, int, str]:
-    policy, length = result.config["policy"], result.config["length"]
-    which = f"{result.config['adapter']} {result.config['settings'].get('store') or ''}"  # without a store first
-    return length or math.inf, ORDER.index(policy) if policy in ORDER else len(ORDER), which
-
-
-def _all_labels(by_task: Mapping[Any, dict[str, Result]]) -> list[str]:
-    results = {label: result for found in by_task.values() for label, result in found.items()}
-    return sorted(results, key=lambda label: _place(results[label]))
-
-
-def is_loss(by_task: dict[str, dict[str, Result]]) -> bool:
-    return any(_kind(found)[1] == "loss" for found in by_task.values())
-
-
-def _kind(found: dict[str, Result]) -> tuple[str, str]:
-    config = next(iter(found.values())).config
-    return config["suite"], config["kind"]
 
 
 def _short(task: str) -> str:

@@ -33,7 +33,7 @@ PARTS = 256  # combined at once, at most
 GATE_ROWS = 1  # of a store's gate by one program: each waits for its weights once
 PLACES = 8192  # of a store, looked at at once by the one program of a head
 COLUMNS = 16  # of state, projection and combined parts by one program, for there are few heads
-EPSILON = 1e-6  # on the squared length of queries and keys (`ahn.cells.base.unit`)
+EPSILON = 1e-6  # on the squared length of queries and keys (`ahn.cells.modules.unit`)
 NORM_EPSILON = 1e-5
 
 
