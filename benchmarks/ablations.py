@@ -106,8 +106,8 @@ def train(model: Any, recipe: Any, rows: Any) -> float:
     import torch
 
     import ahn
-    from ahn.adapter import adapter_of, apply
     from ahn.hf.augment import detach, set_window
+    from ahn.hf.weights import adapter_of, apply
     from ahn.memory.handle import layers_of
     from ahn.train import distill, windows
 

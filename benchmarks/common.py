@@ -81,7 +81,8 @@ def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> 
     `adapter`: a name or folder; with "@none" behind it without the store that it may have, with "@0.74" with that share
     of the window's places for the store."""
     import ahn
-    from ahn.adapter import apply, read_adapter
+    from ahn.adapter_files import read_adapter
+    from ahn.hf.weights import apply
 
     if hasattr(model, "ahn_config"):
         ahn.detach(model)

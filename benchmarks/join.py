@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from ahn.adapter import check_shape, read_adapter, write_adapter
+from ahn.adapter_files import check_shape, read_adapter, write_adapter
 
 SIZES = "window", "sinks", "store", "store_size", "store_span"  # that come with the gates
 

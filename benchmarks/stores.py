@@ -23,9 +23,10 @@ def main() -> None:
     import torch
 
     import ahn
-    from ahn.adapter import STORE, read_adapter
+    from ahn.adapter_files import read_adapter
     from ahn.bases import load_base
     from ahn.hf.augment import augment, detach
+    from ahn.hf.weights import STORE
     from ahn.memory.handle import layers_of
     from ahn.train import data, distill
 

@@ -87,7 +87,7 @@ def share(values: Sequence[float]) -> float | None:
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    from ahn.adapter import read_adapter, write_adapter
+    from ahn.adapter_files import read_adapter, write_adapter
     from ahn.errors import ConfigError
     from ahn.recall import support
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ahn
-from ahn.adapter import read_adapter
+from ahn.adapter_files import read_adapter
 from ahn.errors import AdapterError, ConfigError
 from conftest import CELLS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
 

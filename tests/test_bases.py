@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import ahn
-from ahn import adapter, bases, named_bases
+from ahn import adapter, bases, hub, named_bases
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
 from ahn.named_bases import NAMED, NamedBase
 from conftest import tiny
@@ -377,11 +377,11 @@ class TestGguf:
         for name in ("AHN_CACHE", "XDG_CACHE_HOME"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HOME", "/home/someone")
-        assert bases.cache_folder() == Path("/home/someone/.cache/ahn")
+        assert hub.cache_folder() == Path("/home/someone/.cache/ahn")
         monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-        assert bases.cache_folder() == Path("/caches/ahn")
+        assert hub.cache_folder() == Path("/caches/ahn")
         monkeypatch.setenv("AHN_CACHE", "~/here")
-        assert bases.cache_folder() == Path("/home/someone/here")
+        assert hub.cache_folder() == Path("/home/someone/here")
 
 
 def _count_tokens(gguf):
@@ -430,7 +430,7 @@ class TestHub:
             "owner/none is not in the local hub cache, and the hub cannot be asked (no route to host)"
         )
         assert caught.value.__suppress_context__
-        assert tries == [bases._HUB_TIMEOUT_S]
+        assert tries == [hub._HUB_TIMEOUT_S]
 
     def test_offline_by_choice(self, hub_cache, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -580,7 +580,7 @@ class TestNamed:
 
         monkeypatch.setitem(NAMED, "tiny", named)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-        monkeypatch.setattr(bases, "hub_unreachable", lambda repo, kind="model": None)
+        monkeypatch.setattr(hub, "hub_unreachable", lambda repo, kind="model": None)
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
         return tiny_gguf
@@ -608,7 +608,7 @@ class TestNamed:
             named_bases.fetched("tiny")
 
     def test_without_a_hub(self, monkeypatch):
-        monkeypatch.setattr(bases, "hub_unreachable", lambda repo, kind="model": "offline")
+        monkeypatch.setattr(hub, "hub_unreachable", lambda repo, kind="model": "offline")
         with pytest.raises(BaseModelError, match=r"tiny: owner/tiny/tiny-named.gguf .*\(offline\); a copy of the file"):
             named_bases.fetched("tiny")
 

@@ -286,7 +286,7 @@ def results_of(folder, task, policy="recall", adapter="heads", rounds=1, **signa
 def test_calibration_of_results(tmp_path, monkeypatch, capsys):
     import common
     import support
-    from ahn.adapter import read_adapter, write_adapter
+    from ahn.adapter_files import read_adapter, write_adapter
     from tiny_base import write_base
 
     sys.path.insert(0, str(Path(__file__).parent / "recall"))

@@ -11,7 +11,7 @@ import torch
 
 import ahn
 from ahn import stores
-from ahn.adapter import read_adapter
+from ahn.adapter_files import read_adapter
 from ahn.compat import PAST
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
 from ahn.memory import transcript

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import ahn
-from ahn.adapter import read_adapter
+from ahn.adapter_files import read_adapter
 from ahn.errors import ConfigError, DocumentError
 from ahn.hf.augment import set_window
 from ahn.hf.hooks import full_attention

@@ -60,7 +60,7 @@ def fetched(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from ahn.bases import cache_folder, hub_unreachable
+    from ahn.hub import cache_folder, hub_unreachable
 
     base = NAMED[name]
     for beside in (Path(base.file), cache_folder() / base.file):
@@ -82,7 +82,7 @@ def fetched(name: str) -> Path:
 
 def _checked(name: str, path: Path) -> Path:
     """Raises BaseModelError if the file is another one. A mark beside the cache says which files were compared."""
-    from ahn.bases import cache_folder
+    from ahn.hub import cache_folder
 
     base, found = NAMED[name], path.resolve()
     size = found.stat().st_size

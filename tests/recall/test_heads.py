@@ -8,7 +8,7 @@ from test_recall_eval import FILLER, NAMES, article
 
 import ahn
 from ahn import cli
-from ahn.adapter import read_adapter
+from ahn.adapter_files import read_adapter
 from ahn.errors import ConfigError
 from ahn.eval.prompts import encode
 from ahn.eval.tasks import get

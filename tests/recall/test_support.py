@@ -14,7 +14,7 @@ from test_archive import retrieval
 
 import ahn
 from ahn import cli
-from ahn.adapter import read_adapter, write_adapter
+from ahn.adapter_files import read_adapter, write_adapter
 from ahn.errors import AdapterError, ConfigError
 from ahn.memory.calibration import Calibration
 from ahn.recall import support

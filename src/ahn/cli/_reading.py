@@ -402,7 +402,7 @@ def _save(session: Session, output: str, texts: list[dict[str, Any]]) -> Path:
     Raises:
         MemoryFileError: the disk refused; says where the memory was saved instead.
     """
-    from ahn.bases import cache_folder
+    from ahn.hub import cache_folder
     from ahn.interrupts import finish_before_interrupt
 
     session.cache.texts = texts

@@ -156,7 +156,7 @@ class Session:
     def _kind(self, total: int | None) -> str:
         """What this memory is, for people. `total`: tokens of a text that it keeps exactly."""
         from ahn import zoo
-        from ahn.adapter import base_shape
+        from ahn.adapter_files import base_shape
 
         settings, store, wanted = self.model.ahn_config, "", self._wanted
         if settings.store:
@@ -365,7 +365,8 @@ def check_question(text: str) -> str:
 def _check_store(args: argparse.Namespace, base: str) -> None:
     """Raises ConfigError, before anything is loaded, if the options of the store do not go together."""
     from ahn import zoo
-    from ahn.adapter import chosen, read_adapter
+    from ahn.adapter import chosen
+    from ahn.adapter_files import read_adapter
     from ahn.config import AHNConfig
 
     if args.store or args.store_size or args.store_span or args.lossless:

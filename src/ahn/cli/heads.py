@@ -35,12 +35,14 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     import ahn
-    from ahn.adapter import NONE, adapter_of, write_adapter
+    from ahn.adapter import NONE
+    from ahn.adapter_files import write_adapter
     from ahn.cli._session import console
     from ahn.dialogue import Dialogue
     from ahn.errors import ConfigError
     from ahn.eval.prompts import encode
     from ahn.eval.tasks import get
+    from ahn.hf.weights import adapter_of
     from ahn.train.heads import EACH, choose_heads, few_texts
 
     transformers.logging.set_verbosity_error()

@@ -22,6 +22,7 @@ from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.hf.architecture import attention_modules, check_fits, check_weights, set_unlimited
 from ahn.hf.hooks import ATTENTION, attention_function, call_decoder, keep_call, mask_function, read_in_chunks
+from ahn.hf.weights import save_with_base
 from ahn.memory.handle import _Frame, base_of, frame_of, layers_of
 from ahn.memory.layer import AHNLayer
 from ahn.memory.store_tier import StoringLayer
@@ -80,7 +81,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     set_unlimited(model, True)
     model.ahn_config, model._ahn_frame = config, frame
     model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.save_pretrained = MethodType(save_with_base, model)
     model.ahn_retrieval = None
     decoder.ahn_owner = [model]  # in a list: not a submodule
     decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
@@ -137,12 +138,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         decoder.forward = decoder.ahn_forward
     del model.ahn_config, model.ahn_names, model.ahn_retrieval, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
     return given
-
-
-def _save_pretrained(model: PreTrainedModel, *args: Any, **options: Any) -> None:
-    from ahn.adapter import save_with_base
-
-    save_with_base(model, *args, **options)
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int | None = None) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME
 
-from ahn.adapter import WEIGHTS
+from ahn.adapter_files import WEIGHTS
 from ahn.files import atomic
 
 SEAL = "complete.json"

@@ -32,10 +32,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ahn.bases import check_dataset, expanded
 from ahn.dialogue import Dialogue, from_json
 from ahn.documents.encoding import binary, guess, marked, wide
 from ahn.errors import AHNError, BaseModelError, ConfigError, DocumentError
+from ahn.hub import check_dataset, expanded
 
 QUESTIONS = 24  # of a document, at most, in one chat
 CHARACTERS_AT_ONCE = 1 << 20  # go to the tokenizer together, which works on several texts at a time

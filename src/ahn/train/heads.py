@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ahn.adapter import base_shape
+from ahn.adapter_files import base_shape
 from ahn.engine.prefill import read
 from ahn.errors import ConfigError
 from ahn.memory.archive import KEY_BYTES

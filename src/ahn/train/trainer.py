@@ -25,11 +25,13 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 import ahn
-from ahn.adapter import Adapter, adapter_of, apply, base_shape, read_adapter, write_adapter
-from ahn.bases import base_config, cache_folder, load_base, load_tokenizer
+from ahn.adapter_files import Adapter, base_shape, read_adapter, write_adapter
+from ahn.bases import base_config, load_base, load_tokenizer
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, TrainingError, some
 from ahn.files import atomic
 from ahn.hf.augment import augment, set_window
+from ahn.hf.weights import adapter_of, apply
+from ahn.hub import cache_folder
 from ahn.memory.handle import layers_of
 from ahn.registry import did_you_mean
 from ahn.train import checkpoints, data, distill, gates, windows

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ahn.adapter import apply, check_gates
+from ahn.adapter import check_gates
 from ahn.eval.policies.base import Kept, Policy, digest, memory_part, trained
 from ahn.hf.augment import augment
+from ahn.hf.weights import apply
 
 
 class Ahn(Policy):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ahn.adapter import Adapter, base_shape, check_shape, default_config, read_adapter
+from ahn.adapter import default_config
+from ahn.adapter_files import Adapter, base_shape, check_shape, read_adapter
 from ahn.bases import load_base, load_tokenizer
 from ahn.compat import PAST
 from ahn.config import AHNConfig

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ahn.adapter import apply
 from ahn.dialogue import LABEL, SEPARATOR, Dialogue
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Kept, Policy, digest, exact_part, memory_part, trained
 from ahn.hf.augment import augment
+from ahn.hf.weights import apply
 from ahn.memory.cache import AHNCache
 from ahn.recall import finders, support
 from ahn.recall.ask import as_text, best, forgotten, held, rank, sources

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ahn.bases import check_dataset
 from ahn.dialogue import Dialogue, from_json, plain
 from ahn.errors import EvalError, some
 from ahn.eval import metrics
+from ahn.hub import check_dataset
 from ahn.registry import did_you_mean
 
 SUFFIXES = (".jsonl", ".jsonl.xz", ".json", ".json.xz")

@@ -1,0 +1,54 @@
+"""The hub, whether it answers, and the folder in which what comes from it is kept converted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ahn.errors import BaseModelError
+
+_HUB_TIMEOUT_S = 5
+
+
+def cache_folder() -> Path:
+    """Where converted bases are kept: `$AHN_CACHE`, else `$XDG_CACHE_HOME/ahn`, else `~/.cache/ahn`."""
+    own = os.environ.get("AHN_CACHE")
+    path = expanded(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ahn"))
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise BaseModelError(f"{path}: there is no such home folder; AHN_CACHE can name another folder")
+    return path
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` as the home folder, unchanged where there is none."""
+    return Path(os.path.expanduser(path))
+
+
+def hub_unreachable(repo: str, kind: str = "model") -> str | None:
+    """Why the hub cannot be asked for the "model" or "dataset" `repo`, so that only its local cache is left; None if it
+    answers.
+
+    One quick question: the loaders themselves would retry for half a minute. Raises BaseModelError if the hub says
+    that there is no such repository.
+    """
+    from huggingface_hub import constants, dataset_info, model_info
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        (dataset_info if kind == "dataset" else model_info)(repo, timeout=_HUB_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        raise BaseModelError(f"the hub has no {kind} {repo!r}, or it is private and you are not logged in") from None
+    except Exception as error:  # the hub client's HTTP library, and so its errors, differ between its versions
+        return str(error) or type(error).__name__
+    return None
+
+
+def check_dataset(repo: str) -> None:
+    """Raises ConnectionError or BaseModelError at once where the hub has no answer about a dataset. With HF_HUB_OFFLINE
+    nothing is asked: the datasets library then looks for a copy in its cache, without retries."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and (reason := hub_unreachable(repo, "dataset")):
+        raise ConnectionError(reason)
