@@ -451,7 +451,7 @@ class Bench:
         row["of_floor"] = row["floor_ms"] / row["decode_ms"]
         row["gib_a_step"] = self.floors.decode_bytes(cell, batch, length) / 2**30
         if cell != "full":
-            frame = self.model._ahn_frame
+            frame = self.model._ahn
             row["graph"] = "no" if frame.graph is None else "yes"
             if frame.no_graph:
                 row["no_graph"] = frame.no_graph

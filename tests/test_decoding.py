@@ -152,7 +152,7 @@ def test_a_cache_that_is_gone_is_not_kept(replays):
     first = ahn.read(model, token_ids(30))
     with torch.no_grad():
         model(token_ids(1), **{PAST: first})
-    graph = model._ahn_frame.graph
+    graph = model._ahn.graph
     assert graph._lent_to() is first
     del first
     gc.collect()
@@ -160,7 +160,7 @@ def test_a_cache_that_is_gone_is_not_kept(replays):
     second = ahn.read(model, token_ids(30, seed=9))
     with torch.no_grad():
         model(token_ids(1), **{PAST: second})
-    assert model._ahn_frame.graph is graph and second.layers[0].keys is graph.layers[0].keys
+    assert model._ahn.graph is graph and second.layers[0].keys is graph.layers[0].keys
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5}, {"num_beams": 3}], ids=str)
@@ -193,7 +193,7 @@ def test_a_short_question_is_read_by_the_graph(replays, monkeypatch):
 
     fast, counts = answers(cache.fork())
     assert counts == [2 + 3, 5 + 3, 3] and replays["made"] == 1
-    model._ahn_frame.graph = None
+    model._ahn.graph = None
     monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(fast, answers(cache)[0])
 
@@ -218,7 +218,7 @@ def test_longer_questions_while_the_library_for_them_is_not_imported(replays, la
     cache = ahn.read(model, token_ids(40))
     waits_for_the_library(monkeypatch)
     assert [steps_of_question(replays, model, cache, tokens) for tokens in (60, 39, 32)] == [60, 39, 32]
-    assert generation._few(model, 1000) == generation.FEW
+    assert generation._few(model._ahn, 1000) == generation.FEW
 
 
 def test_the_library_is_for_what_leaves_the_window(replays, monkeypatch):
@@ -436,8 +436,7 @@ def test_a_failed_capture_says_so_and_goes_on(replays, monkeypatch, caplog):
 def test_a_copy_of_a_model_decodes_by_itself(replays):
     model = with_memory(tiny())
     twin = copy.deepcopy(model)
-    twin.model.ahn_owner = [twin]
-    assert twin.model.forward.__self__ is twin.model
+    assert twin.model.forward.__self__ is twin._ahn and twin._ahn.decoder is twin.model
     ahn.detach(model)
     assert "forward" not in vars(model.model)
 

@@ -186,7 +186,7 @@ def test_the_compiled_training_step(cell, exact_afterwards):
 
 
 def kernels_used(model):
-    graph = model._ahn_frame.graph
+    graph = model._ahn.graph
     return graph is not None and bool(graph._captured)
 
 
@@ -357,7 +357,7 @@ def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batc
     # two layers, two steps before the capture and the captured one; what a first step finds out it adds by itself
     assert launched == {"norm": 6, "add": 2 * (3 + 2), "turn": 6}
     monkeypatch.setenv("AHN_KERNEL", "graph,gemv,triton,fla,flash,cudnn")
-    model._ahn_frame.graph = None
+    model._ahn.graph = None
     assert torch.equal(in_pieces(model, ids, [100, *[1] * 300]), early)
 
 
@@ -448,7 +448,7 @@ def test_decoding_with_a_store_is_the_whole_sequence(monkeypatch, store, allowed
     assert kernels_used(model) == ("graph" in allowed)
     if "graph" in allowed:
         due = {False, True} if store in ("attention", "surprise") else {False}
-        assert set(model._ahn_frame.graph._captured) == due
+        assert set(model._ahn.graph._captured) == due
 
 
 @pytest.mark.usefixtures("small_grids")

@@ -265,4 +265,4 @@ def test_whole_model_with_a_store(monkeypatch, store, form):
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     assert (in_pieces(model, ids, [14, *[1] * 16]) - whole).abs().max() < 1e-4
-    assert model._ahn_frame.graph is not None
+    assert model._ahn.graph is not None

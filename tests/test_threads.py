@@ -79,7 +79,7 @@ def test_threads_on_cuda(kind):
     base = tiny(head_dim=16).cuda()
     model = with_memory(base) if kind == "cell" else storing("surprise", base=base)
     agree(model)
-    assert model._ahn_frame.graph is not None
+    assert model._ahn.graph is not None
 
 
 def interleaved(model, first, second):
@@ -238,8 +238,8 @@ def test_a_copy_of_a_model_has_memories_of_its_own(graph):
     with torch.no_grad():
         model(token_ids(1), **{PAST: cache})
     twin = copy.deepcopy(model)
-    assert twin._ahn_frame.model is twin and twin._ahn_frame.graph is None
-    assert twin._ahn_frame.layers[0] is twin.model.layers[0].self_attn.ahn
+    assert twin._ahn.model is twin and twin._ahn.graph is None
+    assert twin._ahn.layers[0] is twin.model.layers[0].self_attn.ahn
     assert ahn.read(twin, token_ids(30)).tokens_seen == 30
     with pytest.raises(ConfigError, match="another model"):
         ahn.read(twin, token_ids(3), cache)

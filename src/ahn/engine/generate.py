@@ -18,7 +18,7 @@ from ahn.errors import ConfigError
 from ahn.ids import rows_of
 from ahn.interrupts import deferred
 from ahn.memory.cache import AHNCache
-from ahn.memory.handle import base_of, frame_of
+from ahn.memory.handle import Handle, base_of, handle_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +70,7 @@ def generate(
     new = options.get("max_new_tokens")
     if new is not None and (isinstance(new, bool) or not isinstance(new, Integral) or new < 1):
         raise ConfigError(f"max_new_tokens={new!r}: expected an integer of at least 1")
-    ids, own_mask = rows_of(ids, frame_of(model).vocabulary)
+    ids, own_mask = rows_of(ids, handle_of(model).vocabulary)
     check_cache(cache)
     with deferred(ready=True), cache.in_use():  # the handler of Ctrl-C is set once for all tokens
         cache.check_weights()
@@ -124,12 +124,13 @@ def _next_tokens(
     cache: dict[str, Any] = {PAST: inputs[PAST]}
     pad = generation_config._pad_token_tensor
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    left, few = input_ids, _few(model, cache[PAST].tokens_seen + input_ids.shape[1])
-    while not padded and 0 < left.shape[1] <= few and goes_on(model, cache[PAST]):
+    handle = handle_of(model)
+    left, few = input_ids, _few(handle, cache[PAST].tokens_seen + input_ids.shape[1])
+    while not padded and 0 < left.shape[1] <= few and goes_on(handle, cache[PAST]):
         logits = model(input_ids=left[:, :1], **cache).logits
         left = left[:, 1:]
-        model._ahn_frame.asked += 1
-        if model._ahn_frame.graph is None:  # it could not be made
+        handle.asked += 1
+        if handle.graph is None:  # it could not be made
             break
     if left.shape[1]:
         logits = model(left, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
@@ -155,10 +156,9 @@ def _next_tokens(
     return input_ids
 
 
-def _few(model: Any, total: int) -> int:
+def _few(handle: Handle, total: int) -> int:
     """FEW, or what is left of FEW_AT_FIRST for tokens that end as the `total`-th."""
-    layers = (layer.self_attn.ahn for layer in model.get_decoder().layers)
-    first = next((layer for layer in layers if layer.cell is not None), None)
-    if first is None or total <= first.lossless or "fla" in sys.modules:
+    first = next((layer for layer in handle.layers if layer.cell is not None), None)
+    if first is None or first.cell is None or total <= first.lossless or "fla" in sys.modules:
         return FEW
-    return max(FEW, FEW_AT_FIRST - model._ahn_frame.asked) if first.cell.uses_fla(first.cell.o_proj.weight) else FEW
+    return max(FEW, FEW_AT_FIRST - handle.asked) if first.cell.uses_fla(first.cell.o_proj.weight) else FEW

@@ -34,6 +34,8 @@ from ahn.engine.compile import compiled
 from ahn.engine.fuse import products, turned
 from ahn.memory.buffer import LayerMemory
 from ahn.memory.cache import AHNCache
+from ahn.memory.handle import Handle
+from ahn.memory.layer import AHNLayer
 from ahn.memory.span import FOREVER, Span
 from ahn.ops import dispatch
 
@@ -94,11 +96,10 @@ class Graph:
         cache: its tensors become the buffers. rows: R.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: AHNCache, rows: int) -> None:
-        self.decoder, self.weights = model.get_decoder(), _addresses(model.get_decoder())
-        self.frame, self.switches = model._ahn_frame, model._ahn_frame.switches
-        self.kinds = _one_of_a_kind(self.decoder)
-        device = model.device
+    def __init__(self, handle: Handle, cache: AHNCache, rows: int) -> None:
+        self.handle, self.decoder, self.switches = handle, handle.decoder, handle.switches
+        self.weights, self.kinds = _addresses(self.decoder), _one_of_a_kind(handle)
+        device = handle.model.device
         with torch.inference_mode(False):
             self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=device)
             self.position_ids = torch.zeros_like(self.ids)
@@ -139,7 +140,7 @@ class Graph:
     def fits(self, cache: AHNCache, rows: int) -> bool:
         """Whether it is for caches of this shape, with rows at `rows` positions, the weights lie where they lay, and
         adapters of peft are as they were."""
-        if self.switches is not self.frame.switches:
+        if self.switches is not self.handle.switches:
             return False
         if rows != len(self.start) or self.weights != _addresses(self.decoder):
             return False
@@ -215,74 +216,71 @@ class Graph:
         self._lent_to = weakref.ref(cache)
 
 
-def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
+def forward(handle: Handle, **kwargs: Any) -> Any:
     """What an augmented model's decoder computes: one token a row by replaying a graph where it can, else what
     its class does."""
-    if not torch.compiler.is_compiling() and (found := _graph(decoder, args, kwargs)):
+    if not torch.compiler.is_compiling() and (found := _graph(handle, kwargs)):
         (graph, due), cache = found, kwargs[PAST]
         with dispatch.on(graph.start.device):
             hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), due)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{PAST: cache})
-    before = getattr(decoder, "ahn_forward", None)
-    return type(decoder).forward(decoder, *args, **kwargs) if before is None else before(*args, **kwargs)
+    decoder = handle.decoder
+    return type(decoder).forward(decoder, **kwargs) if handle.forward is None else handle.forward(**kwargs)
 
 
-def goes_on(model: PreTrainedModel, cache: AHNCache) -> bool:
+def goes_on(handle: Handle, cache: AHNCache) -> bool:
     """Whether the next tokens of `cache` can be steps of the graph that is there, or of the first one."""
-    graph, span = model._ahn_frame.graph, Span.of(cache.tokens_per_row, 1, None)
-    if not cache.tokens_seen or len(span.start) > 1 or not _steps(model, span):
+    graph, span = handle.graph, Span.of(cache.tokens_per_row, 1, None)
+    if not cache.tokens_seen or len(span.start) > 1 or not _steps(handle, span):
         return False
     return graph is None or graph.fits(cache, 1)
 
 
-def _steps(model: PreTrainedModel, span: Span) -> bool:
+def _steps(handle: Handle, span: Span) -> bool:
     """Whether one token a row, those of `span`, can be a step of a graph."""
-    frame = model._ahn_frame
-    if frame.no_graph is None:
-        frame.no_graph = _obstacle(model)
-    if frame.no_graph or dispatch.decoding(model.device.type).name != "graph":
+    if handle.no_graph is None:
+        handle.no_graph = _obstacle(handle.model)
+    if handle.no_graph or dispatch.decoding(handle.model.device.type).name != "graph":
         return False
-    return all(layer.steps_on_device(span) for layer in _kinds(model))
+    return all(layer.steps_on_device(span) for layer in _kinds(handle))
 
 
-def _graph(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
+def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
     """The graph for this call, made now if there is none of its shape, and what is due; None where the call needs more
     than one."""
     cache, ids = kwargs.get(PAST), kwargs.get("input_ids")
-    if args or ids is None or not isinstance(cache, AHNCache) or cache._span is None:
+    if ids is None or not isinstance(cache, AHNCache) or cache._span is None:
         return None
     span = cache.span
     if span.length != 1 or span.padded or not cache.tokens_seen:
         return None
-    (model,) = decoder.ahn_owner
-    if not _steps(model, span):
+    if not _steps(handle, span):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
         return None
     understood = ("input_ids", "position_ids", "attention_mask", PAST, "use_cache", "return_dict")
     if any(value is not None and value is not False for name, value in kwargs.items() if name not in understood):
         return None
-    config = decoder.config
+    config = handle.decoder.config
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
-    due, room = any(layer.due(span) for layer in _kinds(model)), max(span.first + 1, ROOM)
+    due, room = any(layer.due(span) for layer in _kinds(handle)), max(span.first + 1, ROOM)
     for memory in cache.layers:
         assert memory.keys is not None
         state = None if memory.state is None else memory.state.shape[1:]
         memory.reserve(room, memory.keys, state)
-    frame = model._ahn_frame
     try:
-        if frame.graph is None or not frame.graph.fits(cache, len(span.start)):
-            frame.graph = None  # its buffers go before others come
-            frame.graph = Graph(model, cache, len(span.start))
-        with dispatch.on(frame.graph.start.device):
-            frame.graph.prepare(cache, due)
+        if handle.graph is None or not handle.graph.fits(cache, len(span.start)):
+            handle.graph = None  # its buffers go before others come
+            handle.graph = Graph(handle, cache, len(span.start))
+        with dispatch.on(handle.graph.start.device):
+            handle.graph.prepare(cache, due)
     except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
-        frame.graph, frame.no_graph = None, str(error).splitlines()[0]
-        logger.warning("decoding without a CUDA graph: %s", frame.no_graph)
+        handle.graph, handle.no_graph = None, str(error).splitlines()[0]
+        logger.warning("decoding without a CUDA graph: %s", handle.no_graph)
         return None
-    return frame.graph, due
+    return handle.graph, due
 
 
 @contextmanager
@@ -298,15 +296,14 @@ def _nothing_freed() -> Iterator[None]:
             gc.enable()
 
 
-def _kinds(model: PreTrainedModel) -> list[Any]:
+def _kinds(handle: Handle) -> list[AHNLayer]:
     """A layer of each class, as the graph has noted them."""
-    graph = model._ahn_frame.graph
-    return _one_of_a_kind(model.get_decoder()) if graph is None else graph.kinds
+    return _one_of_a_kind(handle) if handle.graph is None else handle.graph.kinds
 
 
-def _one_of_a_kind(decoder: Any) -> list[Any]:
+def _one_of_a_kind(handle: Handle) -> list[AHNLayer]:
     """A layer of each class."""
-    return [*{type(layer.self_attn.ahn): layer.self_attn.ahn for layer in decoder.layers}.values()]
+    return [*{type(layer): layer for layer in handle.layers}.values()]
 
 
 def _obstacle(model: PreTrainedModel) -> str:

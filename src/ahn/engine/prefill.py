@@ -19,7 +19,7 @@ from ahn.errors import ConfigError
 from ahn.ids import mask_of, rows_of
 from ahn.interrupts import finish_before_interrupt
 from ahn.memory.cache import AHNCache
-from ahn.memory.handle import base_of, frame_of
+from ahn.memory.handle import base_of, handle_of
 from ahn.ops import dispatch
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def read(
         KeyboardInterrupt: after the chunk in progress, so that `cache` can still be used and saved.
     """
     model = base_of(model)
-    vocabulary = frame_of(model).vocabulary
+    vocabulary = handle_of(model).vocabulary
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ConfigError(f"chunk={chunk!r}: expected an integer of at least 1")
     if isinstance(ids, Iterator) and attention_mask is not None:
@@ -216,7 +216,7 @@ def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
     """
     if model.device.type != "cuda":
         return CHUNK, CHUNK
-    config = model.ahn_config
+    config = handle_of(model).config
     most = max(GPU_CHUNK, GPU_NUMBERS // model.get_decoder().config.hidden_size)
     most = max(CHUNK, most // rows // CHUNK * CHUNK)
     narrow = config.window <= dispatch.NARROW and dispatch.contest("cuda").name == "triton"

@@ -23,7 +23,7 @@ from ahn.errors import ConfigError
 from ahn.hf.architecture import attention_modules, check_fits, check_weights, set_unlimited
 from ahn.hf.hooks import ATTENTION, attention_function, call_decoder, keep_call, mask_function, read_in_chunks
 from ahn.hf.weights import save_with_base
-from ahn.memory.handle import _Frame, base_of, frame_of, layers_of
+from ahn.memory.handle import Handle, base_of, handle_of
 from ahn.memory.layer import AHNLayer
 from ahn.memory.store_tier import StoringLayer
 from ahn.ops.rotary import Rotary
@@ -59,33 +59,29 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     check_weights(model)
     decoder = model.get_decoder()
     check_fits(config, model.config.get_text_config(), len(attentions))
-    frame = _Frame(model)
-    frame.hold_frequencies(decoder)
+    handle = Handle(model)
+    handle.hold_frequencies()
     try:
         rotary = _rotary(decoder, attentions[0], config)
-        layers = [_layer(attention, config, rotary) for attention in attentions]
+        handle.layers = [_layer(attention, config, rotary) for attention in attentions]
     except ConfigError:
-        frame.release_frequencies()
+        handle.release_frequencies()
         raise
-    frame.layers = layers
     model.requires_grad_(False)
-    for attention, layer in zip(attentions, layers, strict=True):
+    for attention, layer in zip(attentions, handle.layers, strict=True):
         layer.train(model.training)
-        attention.ahn, layer.full = layer, frame.full
-        frame.hooks.append(attention.register_forward_pre_hook(keep_call, with_kwargs=True))
-    frame.hooks.append(model.register_forward_pre_hook(read_in_chunks, with_kwargs=True))
+        attention.ahn, layer.full = layer, handle.full
+        handle.hooks.append(attention.register_forward_pre_hook(keep_call, with_kwargs=True))
+    handle.hooks.append(model.register_forward_pre_hook(read_in_chunks, with_kwargs=True))
     AttentionInterface.register(ATTENTION, attention_function)
     AttentionMaskInterface.register(ATTENTION, mask_function)
     _own_config(model)
     model.config._attn_implementation = ATTENTION
     set_unlimited(model, True)
-    model.ahn_config, model._ahn_frame = config, frame
-    model.ahn_names = {"base": model.config._name_or_path or None, "adapter": None}
+    handle.publish(config)
+    model._ahn = handle
     model.save_pretrained = MethodType(save_with_base, model)
-    model.ahn_retrieval = None
-    decoder.ahn_owner = [model]  # in a list: not a submodule
-    decoder.ahn_forward = vars(decoder).get("forward")  # of accelerate, say
-    decoder.forward = MethodType(call_decoder, decoder)
+    decoder.forward = MethodType(call_decoder, handle)
     return given
 
 
@@ -121,38 +117,37 @@ def _layer(attention: Any, config: AHNConfig, rotary: Rotary | None) -> AHNLayer
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `augment`: weights, hooks, attention and config are the base's again. Raises ConfigError if there is
     nothing to undo."""
-    frame, given = frame_of(model), model
-    model = frame.model
-    for hook in frame.hooks:
+    handle, given = handle_of(model), model
+    model, decoder = handle.model, handle.decoder
+    for hook in handle.hooks:
         hook.remove()
     for attention in attention_modules(model):
         del attention.ahn
-    model.config._attn_implementation = frame.attention
+    model.config._attn_implementation = handle.attention
     set_unlimited(model, False)
-    frame.release_frequencies()
+    handle.release_frequencies()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in frame.trainable)
-    decoder = model.get_decoder()
+        parameter.requires_grad_(name in handle.trainable)
     del decoder.forward, model.save_pretrained
-    if decoder.ahn_forward is not None:
-        decoder.forward = decoder.ahn_forward
-    del model.ahn_config, model.ahn_names, model.ahn_retrieval, model._ahn_frame, decoder.ahn_owner, decoder.ahn_forward
+    if handle.forward is not None:
+        decoder.forward = handle.forward
+    handle.withdraw()
+    del model._ahn
     return given
 
 
 def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int | None = None) -> None:
     """Other sinks, window and size of the store (None: as it is) from now on, for new caches and whole sequences.
     Raises ConfigError."""
-    model = base_of(model)
-    store_size = model.ahn_config.store_size if store_size is None else store_size
-    config = model.ahn_config.replace(window=window, sinks=sinks, store_size=store_size)
-    layers = layers_of(model)
-    check_fits(config, model.config.get_text_config(), len(layers))
-    if sinks and config.sink_positions == "clipped" and all(layer.rotary[0] is None for layer in layers):
-        Rotary(model.get_decoder(), attention_modules(model)[0])  # says why not; `augment` without sinks did not
-    for layer in layers:
+    handle = handle_of(model)
+    store_size = handle.config.store_size if store_size is None else store_size
+    config = handle.config.replace(window=window, sinks=sinks, store_size=store_size)
+    check_fits(config, handle.model.config.get_text_config(), len(handle.layers))
+    if sinks and config.sink_positions == "clipped" and all(layer.rotary[0] is None for layer in handle.layers):
+        Rotary(handle.decoder, attention_modules(handle.model)[0])  # says why not; `augment` without sinks did not
+    for layer in handle.layers:
         if layer.window is not None:
             layer.window, layer.sinks = window, sinks
         if isinstance(layer, StoringLayer):
             layer.size = store_size
-    model.ahn_config = config
+    handle.config = config

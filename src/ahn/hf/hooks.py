@@ -26,7 +26,7 @@ from ahn.ids import checked
 from ahn.interrupts import deferred
 from ahn.memory.cache import AHNCache
 from ahn.memory.calls import Full, calls
-from ahn.memory.handle import _Frame, check_memory, frame_of
+from ahn.memory.handle import Handle, check_memory, handle_of
 from ahn.memory.layer import AHNLayer
 from ahn.memory.span import Span
 
@@ -49,7 +49,7 @@ def full_attention(
     scale of the scores, and what full attention gives, [B, T, N, H]. `attend` gives that, from the same arguments,
     in place of full attention, in layers that do not keep everything.
     """
-    full, thread = frame_of(model).full, threading.get_ident()
+    full, thread = handle_of(model).full, threading.get_ident()
     before = full.get(thread)
     full[thread] = Full(observe, attend)
     try:
@@ -152,29 +152,29 @@ def mask_function(
 
 
 @torch.compiler.disable(recursive=False)
-def call_decoder(decoder: Any, *args: Any, **kwargs: Any) -> Any:
+def call_decoder(handle: Handle, *args: Any, **kwargs: Any) -> Any:
     """One call of an augmented model's decoder. With a cache it is written as a whole or marked as half-written: Ctrl-C
     waits for its end."""
-    kwargs, (model,) = _by_name(decoder, args, kwargs), decoder.ahn_owner
-    frame = model._ahn_frame
+    decoder = handle.decoder
+    kwargs = _by_name(decoder, args, kwargs)
     if decoder.config._attn_implementation != ATTENTION:
         raise ConfigError(
             f"attention {decoder.config._attn_implementation!r} has been set in the place of the memory's: expected "
             f"{ATTENTION!r}; ahn.detach(model) first"
         )
     device = next(kwargs[name].device for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
-    cache = kwargs[PAST] = _own_cache(frame, kwargs.get(PAST), kwargs.get("use_cache"))
+    cache = kwargs[PAST] = _own_cache(handle, kwargs.get(PAST), kwargs.get("use_cache"))
     if cache is None:
         kwargs["use_cache"] = False
-        with frame.turn(device):
-            return graph.forward(decoder, **_opened(kwargs, frame, None))
-    with deferred(), cache.in_use(again=True), frame.turn(device):
-        out = graph.forward(decoder, **_opened(kwargs, frame, cache))
+        with handle.turn(device):
+            return graph.forward(handle, **_opened(kwargs, handle, None))
+    with deferred(), cache.in_use(again=True), handle.turn(device):
+        out = graph.forward(handle, **_opened(kwargs, handle, cache))
         cache.close_span()
         return out
 
 
-def _opened(kwargs: dict[str, Any], frame: _Frame, cache: AHNCache | None) -> dict[str, Any]:
+def _opened(kwargs: dict[str, Any], handle: Handle, cache: AHNCache | None) -> dict[str, Any]:
     """The arguments of the decoder's class; the cache knows what is coming."""
     mask = kwargs.get("attention_mask")
     if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
@@ -184,7 +184,7 @@ def _opened(kwargs: dict[str, Any], frame: _Frame, cache: AHNCache | None) -> di
     if tokens.dim() < 2 or not tokens.shape[1]:
         raise ConfigError(f"tokens of shape {list(tokens.shape)}: expected [batch, tokens], at least one")
     if ids is not None and (ids.dtype != torch.int64 or ids.device.type == "cpu"):  # a GPU would have to be waited for
-        ids = kwargs["input_ids"] = checked(ids, frame.vocabulary)
+        ids = kwargs["input_ids"] = checked(ids, handle.vocabulary)
     batch, length = tokens.shape[:2]
     due = (batch, length + (cache.tokens_seen if cache is not None else 0))
     if mask is not None and tuple(mask.shape) != due:
@@ -192,7 +192,7 @@ def _opened(kwargs: dict[str, Any], frame: _Frame, cache: AHNCache | None) -> di
     if length > 1 and cache is not None:
         cache.check_weights()
     elif length > 1:
-        check_memory(frame.layers)
+        check_memory(handle.layers)
     span = cache.open_span(batch, length, mask, ids) if cache is not None else None
     skips = mask is not None or (cache is not None and cache.skips_padding)
     if skips and kwargs.get("position_ids") is None:
@@ -207,13 +207,13 @@ def _positions(span: Span | None, real: Tensor) -> Tensor:
     return counted if span is None else counted + span.start.to(real.device)[:, None]
 
 
-def _own_cache(frame: _Frame, cache: Any, use_cache: bool | None) -> AHNCache | None:
-    model = frame.model
+def _own_cache(handle: Handle, cache: Any, use_cache: bool | None) -> AHNCache | None:
+    model = handle.model
     if isinstance(cache, AHNCache):
-        cache.check_model(frame)
+        cache.check_model(handle)
         return cache
     if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not hasattr(cache, "ahn_replaced"):
-        cache.ahn_replaced = True  # it stays empty: another call with it would forget
+        cache.ahn_replaced = True  # on the cache, and so on its copies: it stays empty, another call would forget
         return AHNCache(model)  # generate's default
     if cache is not None:
         raise UnsupportedOperationError(f"{PAST} is a {type(cache).__name__}: expected an ahn.AHNCache")
@@ -235,7 +235,7 @@ def read_in_chunks(
     cache: Any = kwargs.get(PAST)
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= prefill.CHUNK:
         return as_called
-    cache = kwargs[PAST] = _own_cache(model._ahn_frame, cache, kwargs.get("use_cache"))
+    cache = kwargs[PAST] = _own_cache(handle_of(model), cache, kwargs.get("use_cache"))
     first, chunk = prefill.chunks(model, ids.shape[0], cache.tokens_seen)
     ends = prefill.chunk_ends(ids.shape[1], first, chunk)
     if len(ends) < 2:

@@ -13,7 +13,7 @@ from ahn.adapter_files import Adapter, base_shape, check_shape, write_adapter
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, some
 from ahn.hf.architecture import set_unlimited
-from ahn.memory.handle import frame_of, layers_of
+from ahn.memory.handle import handle_of, layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,9 +117,9 @@ def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    model.ahn_retrieval = adapter.retrieval
-    model.ahn_names["adapter"] = source
-    frame_of(model).adapter = object()  # memories that were read with other weights are refused from now on
+    handle = handle_of(model)
+    handle.retrieval, handle.names["adapter"] = adapter.retrieval, source
+    handle.adapter = object()  # memories that were read with other weights are refused from now on
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

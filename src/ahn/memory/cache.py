@@ -22,7 +22,7 @@ from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.interrupts import deferred
 from ahn.memory import file
 from ahn.memory.archive import Archive, new_archive
-from ahn.memory.handle import base_of, frame_of, layers_of
+from ahn.memory.handle import Handle, base_of, handle_of, layers_of
 from ahn.memory.span import Span
 from ahn.memory.transcript import TEXT, Transcript
 from ahn.version import __version__
@@ -76,13 +76,13 @@ class AHNCache(Cache):
 
     def __init__(self, model: PreTrainedModel, archive: str = "none") -> None:
         super().__init__(layers=[layer.memory() for layer in layers_of(model)])
-        self._frame = frame_of(model)
-        self._model = self._frame.model
+        self._handle = handle_of(model)
+        self._model = self._handle.model
         self._dtype = self._model.dtype
-        self._adapter, self._weights = self._frame.adapter, self._frame.weights()
+        self._adapter, self._weights = self._handle.adapter, self._handle.weights()
         self._sample: weights.Sample | None = None  # of the weights at the first reading
         self._fingerprint: str | None = None  # of the model, once it was needed
-        self.config = model.ahn_config
+        self.config = self._handle.config
         self.tokens_seen = 0
         self.texts: list[dict[str, Any]] = []
         self.last_logits: Tensor | None = None
@@ -201,7 +201,7 @@ class AHNCache(Cache):
             "seen": self._seen,
             "batch": self._batch,
             "texts": self.texts,
-            **self._model.ahn_names,
+            **self._handle.names,
         }
 
     def restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -219,26 +219,26 @@ class AHNCache(Cache):
         self._sample = weights.sample(self._model)
 
     # Who uses it, and with which weights.
-    def check_model(self, frame: Any) -> None:
-        """Raises ConfigError unless the cache was made for the model of `frame`, as it is now."""
-        if self.config != frame.model.ahn_config:
-            raise ConfigError(f"the cache was made for {self.config}, the model has {frame.model.ahn_config}")
-        if frame is not self._frame:
+    def check_model(self, handle: Handle) -> None:
+        """Raises ConfigError unless the cache was made for the model of `handle`, as it is now."""
+        if self.config != handle.config:
+            raise ConfigError(f"the cache was made for {self.config}, the model has {handle.config}")
+        if handle is not self._handle:
             raise ConfigError("the cache was made for another model: expected one made by ahn.AHNCache(model)")
-        if frame.model.dtype != self._dtype:
+        if handle.model.dtype != self._dtype:
             raise ConfigError(
-                f"the model is in {frame.model.dtype}, the cache was made in {self._dtype}: expected a new cache, "
+                f"the model is in {handle.model.dtype}, the cache was made in {self._dtype}: expected a new cache, "
                 "which reads the text again"
             )
-        if frame.adapter is not self._adapter:
+        if handle.adapter is not self._adapter:
             raise ConfigError(_OTHER_WEIGHTS)
 
     @torch.compiler.disable
     def check_weights(self, closely: bool = False) -> None:
         """`check_model`, and whether weights or adapters have changed since (`ahn.weights`). `closely`: a few numbers
         of each tensor are compared too, as they are where tensors were only moved."""
-        self.check_model(frame_of(self._model))
-        before, now = self._weights, self._frame.weights()
+        self.check_model(handle_of(self._model))
+        before, now = self._weights, self._handle.weights()
         if now[:2] != before[:2]:  # all but the places
             raise ConfigError(_OTHER_WEIGHTS)
         if self._sample is not None and (closely or now.places != before.places):
@@ -278,7 +278,7 @@ class AHNCache(Cache):
         if self._use.thread is not None and not mine:
             raise UnsupportedOperationError(_IN_USE)
         self._check_whole()
-        with self._frame.turn():  # a graph moves tensors of the caches that take turns
+        with self._handle.turn():  # a graph moves tensors of the caches that take turns
             yield
         if self._use.calls != calls:
             raise UnsupportedOperationError(_IN_USE)
@@ -332,7 +332,7 @@ class AHNCache(Cache):
 
     # What transformers asks of a cache.
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        if vars(self._model).get("_ahn_frame") is not self._frame:
+        if vars(self._model).get("_ahn") is not self._handle:
             raise ConfigError(_NO_MODEL)
         return self.tokens_seen
 

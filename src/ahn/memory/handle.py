@@ -1,4 +1,4 @@
-"""What `ahn.augment` sets on a model, and how its layers are reached."""
+"""The one object that `ahn.augment` sets on a model, and how the model's layers are reached."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ahn import weights
+from ahn.config import AHNConfig
 from ahn.errors import ConfigError, UnsupportedModelError
 from ahn.memory.calls import Full
+from ahn.memory.head_keys import RetrievalHeads
 from ahn.memory.layer import AHNLayer
 from ahn.ops import dispatch
 from ahn.ops.rotary import CHANGING
@@ -21,11 +23,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _Frame:
-    """What `augment` changed on a model, so that `detach` can undo it, and what its calls share."""
+class Handle:
+    """The memories of a model, what its calls share, and what `detach` has to undo.
+
+    `config`, `names` and `retrieval` are kept where users find them: in `model.ahn_config`, `model.ahn_names` and
+    `model.ahn_retrieval`.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.layers = model, list[AHNLayer]()
+        self.model, self.decoder, self.layers = model, model.get_decoder(), list[AHNLayer]()
+        self.forward = vars(self.decoder).get("forward")  # the decoder's own, of accelerate, say, or None
         self.adapter = object()  # another one with each adapter that is loaded
         self._begin()
         self.attention = model.config._attn_implementation
@@ -38,6 +45,43 @@ class _Frame:
         self.full: dict[int, Full] = {}  # by thread, within `full_attention`
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
+
+    def publish(self, config: AHNConfig) -> None:
+        """Set what users find on the model."""
+        self.config, self.retrieval = config, None
+        self.names = {"base": self.model.config._name_or_path or None, "adapter": None}
+
+    def withdraw(self) -> None:
+        del self.model.ahn_config, self.model.ahn_names, self.model.ahn_retrieval
+
+    @property
+    def config(self) -> AHNConfig:
+        found: AHNConfig = self.model.ahn_config
+        return found
+
+    @config.setter
+    def config(self, config: AHNConfig) -> None:
+        self.model.ahn_config = config
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """Of "base" and "adapter", for people and memory files."""
+        found: dict[str, str | None] = self.model.ahn_names
+        return found
+
+    @names.setter
+    def names(self, names: dict[str, str | None]) -> None:
+        self.model.ahn_names = names
+
+    @property
+    def retrieval(self) -> RetrievalHeads | None:
+        """The heads of the base that find passages (`ahn.recall`), or None."""
+        found: RetrievalHeads | None = self.model.ahn_retrieval
+        return found
+
+    @retrieval.setter
+    def retrieval(self, heads: RetrievalHeads | None) -> None:
+        self.model.ahn_retrieval = heads
 
     def _begin(self) -> None:
         self.graph: Any = None  # of one token, an `ahn.engine.graph.Graph`, or None
@@ -76,11 +120,11 @@ class _Frame:
             self.switches = found.switches
         return found
 
-    def hold_frequencies(self, decoder: Any) -> None:
+    def hold_frequencies(self) -> None:
         """Keep the rotary frequencies those of short texts, where the base changes them with the length ("dynamic",
         "longrope"): what is attended is never further away than sinks + window, and one text has one set of them.
         """
-        rotary: Any = getattr(decoder, "rotary_emb", None)
+        rotary: Any = getattr(self.decoder, "rotary_emb", None)
         kind = getattr(rotary, "rope_type", None)
         if kind not in CHANGING:
             return
@@ -99,17 +143,17 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def frame_of(model: Any) -> _Frame:
-    """What the calls of an augmented model share. Raises ConfigError if it has no memories."""
-    frame: _Frame | None = getattr(base_of(model), "_ahn_frame", None)
-    if frame is None:
+def handle_of(model: Any) -> Handle:
+    """The handle of an augmented model. Raises ConfigError if the model has no memories."""
+    handle: Handle | None = getattr(base_of(model), "_ahn", None)
+    if handle is None:
         raise ConfigError("the model has no memories: ahn.augment(model, config) first")
-    return frame
+    return handle
 
 
 def layers_of(model: PreTrainedModel) -> list[AHNLayer]:
     """The memories of an augmented model, layer by layer. Raises ConfigError if it has none."""
-    return list(frame_of(model).layers)
+    return list(handle_of(model).layers)
 
 
 def check_memory(layers: list[AHNLayer]) -> None:
