@@ -333,7 +333,7 @@ def test_save_pretrained_with_weights_of_ones_own(tmp_path):
 def test_save_pretrained_is_whole_or_says_so(tmp_path, monkeypatch):
     model = with_memory(tiny())
     with monkeypatch.context() as patch:
-        patch.setattr("ahn.adapter.write_adapter", lambda *_: (_ for _ in ()).throw(AdapterError("No space left")))
+        patch.setattr("ahn.hf.weights.write_adapter", lambda *_: (_ for _ in ()).throw(AdapterError("No space left")))
         with pytest.raises(AdapterError, match="No space left"):
             model.save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a").exists()

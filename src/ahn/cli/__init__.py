@@ -15,10 +15,10 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ahn import __version__
 from ahn.cli import _guard
 from ahn.ops import dispatch
 from ahn.registry import nearest
+from ahn.version import __version__
 
 BAD_INPUT, INTERRUPTED = 2, 130
 

@@ -81,11 +81,12 @@ class Session:
         with console.status(f"loading {base}"):
             import transformers
 
-            import ahn
-            from ahn.adapter import NONE
+            from ahn.adapter import NONE, from_pretrained
+            from ahn.bases import load_tokenizer
             from ahn.cost import Shape
             from ahn.dialogue import Dialogue
             from ahn.engine.generate import end_tokens
+            from ahn.memory.cache import AHNCache
 
             transformers.logging.set_verbosity_error()
             config = header.get("config", {})
@@ -94,8 +95,8 @@ class Session:
                 adapter = NONE  # it was read without a memory, so it goes on without the shipped one
             if not header:
                 _check_store(args, base)
-            self.tokenizer = ahn.load_tokenizer(base)
-            self.model = ahn.from_pretrained(
+            self.tokenizer = load_tokenizer(base)
+            self.model = from_pretrained(
                 base,
                 adapter,
                 window=config.get("window", args.window),
@@ -111,7 +112,7 @@ class Session:
             self.dialogue = Dialogue.of(self.tokenizer)
             best = "text" if self.model.ahn_retrieval is None else "keys"
             self._archive = getattr(args, "archive", None) or best
-            self.cache: AHNCache = ahn.AHNCache.load(memory, self.model) if memory else self._new_cache()
+            self.cache: AHNCache = AHNCache.load(memory, self.model) if memory else self._new_cache()
         self.base = base
         self._allowed = 0 if any(getattr(args, name) for name in SIZES) else EXACT if args.exact is None else args.exact
         self._per_token = Shape.from_config(self.model.config).kv_elements(1) * self.model.dtype.itemsize
@@ -122,10 +123,10 @@ class Session:
             self.introduce()
 
     def _new_cache(self) -> AHNCache:
-        import ahn
+        from ahn.memory.cache import AHNCache
         from ahn.tokens import digest
 
-        cache = ahn.AHNCache(self.model, self._archive)
+        cache = AHNCache(self.model, self._archive)
         if cache.archive is not None:
             cache.archive.tokenizer = digest(self.tokenizer)
         return cache
@@ -229,13 +230,13 @@ class Session:
         had been generated; None: it does not go on."""
         import torch
 
-        import ahn
-        from ahn.recall import not_found
+        from ahn.engine.prefill import read
+        from ahn.recall import NOT_FOUND, not_found
 
         began, new = time.monotonic(), not_found(self.tokenizer)[None]
-        print(ahn.NOT_FOUND)
+        print(NOT_FOUND)
         if ids is not None:
-            ahn.read(self.model, torch.cat([self._with_unread(ids), new[:, :-1]], 1), self.cache)
+            read(self.model, torch.cat([self._with_unread(ids), new[:, :-1]], 1), self.cache)
             self._unread = new[:, -1:]
         return Answer(new, max(time.monotonic() - began, 1e-3), stopped=False, cut=False)
 
@@ -247,7 +248,7 @@ class Session:
 
     def read(self, text: Text, chunk: int | None) -> str:
         """Read into the cache, showing progress, and return a summary. KeyboardInterrupt leaves the cache usable."""
-        import ahn
+        from ahn.engine.prefill import read
 
         began, before, exact = time.monotonic(), self.cache.tokens_seen, self.exact
         if text.total != text.read:
@@ -257,7 +258,7 @@ class Session:
                     text.note(text.skipped + done)
                     progress(done, text.total)
 
-                ahn.read(self.model, text, self.cache, chunk, note)
+                read(self.model, text, self.cache, chunk, note)
         if exact and not self.exact:
             room = self.cache.config.sinks + self.cache.config.window
             console.print(f"exact   no longer all: {self.cache.tokens_seen:,} tokens, and room for {room:,}")
@@ -269,7 +270,7 @@ class Session:
         import torch
         from transformers import StoppingCriteriaList, TextStreamer
 
-        import ahn
+        from ahn.engine.generate import generate
         from ahn.interrupts import finish_before_interrupt
 
         ids = self._with_unread(ids)
@@ -279,7 +280,7 @@ class Session:
             def stop(seen: Tensor, scores: Any) -> Tensor:
                 return torch.full((seen.shape[0],), interrupted.is_set(), device=seen.device)
 
-            new = ahn.generate(
+            new = generate(
                 self.model,
                 ids,
                 self.cache,
@@ -302,7 +303,7 @@ class Session:
             return self.answer(ids, limit)
         import torch
 
-        import ahn
+        from ahn.engine.prefill import read
 
         memory, said = self.cache, self._with_unread(ids)
         self.cache = memory.fork()
@@ -311,7 +312,7 @@ class Session:
             answer = self.answer(recalled, limit)
         finally:
             self.cache = memory
-        ahn.read(self.model, torch.cat([said, answer.ids[:, :-1]], 1), self.cache)
+        read(self.model, torch.cat([said, answer.ids[:, :-1]], 1), self.cache)
         self._unread = answer.ids[:, -1:]
         return answer
 

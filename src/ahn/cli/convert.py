@@ -17,9 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import ahn
+    from ahn.adapter import convert
 
-    folder = ahn.convert(args.checkpoint, args.output, args.base)
+    folder = convert(args.checkpoint, args.output, args.base)
     base = folder if args.base else "BASE"
     adapter = "" if args.base else f" --adapter {folder}"
     print(f'wrote {folder}; try it with: ahn ask --base {base}{adapter} --document FILE "..."')

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> None:
     import transformers
     from rich.progress import Progress
 
-    import ahn
-    from ahn.adapter import NONE
+    from ahn.adapter import NONE, from_pretrained
     from ahn.adapter_files import write_adapter
+    from ahn.bases import load_tokenizer
     from ahn.cli._session import console
     from ahn.dialogue import Dialogue
     from ahn.errors import ConfigError
@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     if not args.data.is_file():
         raise ConfigError(f"--data {args.data}: no such file; expected articles with questions, as SQuAD's")
-    tokenizer = ahn.load_tokenizer(args.base)
+    tokenizer = load_tokenizer(args.base)
     examples = get("qa/squad").examples(
         tokenizer=tokenizer, length=args.length, data=args.data, seed=args.seed, limit=None
     )
     chosen, dialogue = few_texts(examples, args.questions, EACH, args.seed), Dialogue(tokenizer)
     work = [(encode(tokenizer, example, dialogue), example) for example in chosen]
     sizes = {"lossless": args.lossless} if args.adapter != NONE else {"window": max(1, args.lossless - 64), "sinks": 64}
-    model = ahn.from_pretrained(args.base, args.adapter, dtype=args.dtype, device=args.device, **sizes)
+    model = from_pretrained(args.base, args.adapter, dtype=args.dtype, device=args.device, **sizes)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("questions", total=len(work))
         model.ahn_retrieval = choose_heads(

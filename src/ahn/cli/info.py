@@ -18,20 +18,21 @@ def run(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    import ahn
+    from ahn import cells, stores, zoo
     from ahn.named_bases import NAMED
+    from ahn.version import __version__
 
     device = f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
     rows = [
-        ("ahn", ahn.__version__),
+        ("ahn", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("transformers", transformers.__version__),
         ("device", f"{device}, {threads} CPU thread{'s' if threads > 1 else ''}"),
-        ("cells", ", ".join(ahn.cells.names())),
-        ("stores", ", ".join(ahn.stores.names())),
-        *zip(chain(["adapters"], repeat("")), map(_adapter, ahn.zoo.names()), strict=False),
+        ("cells", ", ".join(cells.names())),
+        ("stores", ", ".join(stores.names())),
+        *zip(chain(["adapters"], repeat("")), map(_adapter, zoo.names()), strict=False),
         ("default base", _default_base()),
         *((name, f"--base {name}: {base.needs}") for name, base in NAMED.items()),
     ]

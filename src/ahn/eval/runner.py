@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-import ahn
 from ahn.config import AHNConfig
 from ahn.cost import cost
 from ahn.dialogue import Dialogue
@@ -27,6 +26,7 @@ from ahn.eval.policies.base import RECALLED, Recalled
 from ahn.eval.processes import Team
 from ahn.eval.prompts import Prompt, encode, exact_tokens
 from ahn.fingerprint import fingerprint, sampled
+from ahn.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -367,7 +367,7 @@ def _describe(
     tokens = work.length or work.mean
     mixing, model = policy.flops(tokens)
     full = cost(policy.shape, tokens, AHNConfig(None))
-    made_with = {"package": ahn.__version__, **results.environment()}
+    made_with = {"package": __version__, **results.environment()}
     config = {
         "version": results.VERSION,
         **identifying,

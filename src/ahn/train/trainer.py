@@ -24,7 +24,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-import ahn
+from ahn import cells
 from ahn.adapter_files import Adapter, base_shape, read_adapter, write_adapter
 from ahn.bases import base_config, load_base, load_tokenizer
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, TrainingError, some
@@ -157,7 +157,7 @@ class MemoryTrainer(Trainer):
         return window - store, sinks, store
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        cell = ahn.cells.get(self.recipe.cell)
+        cell = cells.get(self.recipe.cell)
         return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] not in cell.decay_parameters]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
