@@ -24,10 +24,11 @@ demo: $(VENV)/.installed ## read a bundled book with the default model, answer a
 test: $(VENV)/.dev ## run the tests
 	$(VENV)/bin/pytest --numprocesses auto
 
-check: $(VENV)/.dev ## lint, check the format, check the types
+check: $(VENV)/.dev ## lint, check the format, the types and who imports whom
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 docs: $(VENV)/.dev ## write tables, model cards and plots from benchmarks/results
 	$(VENV)/bin/python benchmarks/docs.py
@@ -42,7 +43,7 @@ bench: $(VENV)/.installed ## measure reading and decoding on this CPU
 	$(VENV)/bin/python benchmarks/cpu.py --name local
 
 clean: ## remove the environments, caches and builds
-	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VENV)-oldest .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below only say when each environment was last brought up to date.

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from ahn.eval.articles import articles
+from ahn.eval.tasks.articles import articles
 from ahn.eval.tasks.base import Record
 from common import records, write_records
 

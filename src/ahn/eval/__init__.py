@@ -1,6 +1,6 @@
 """Measuring what is remembered.
 
-tasks/         what is asked; one suite a file
+tasks/         what is asked; one suite a file; articles.py: SQuAD in any of its forms
 policies/      ways to remember; one a file
 runner.py      every task with every policy, what is not done yet; results.py: the files of it
 processes.py   the same by many processes
@@ -11,6 +11,5 @@ compare.py     which results can be compared
 report.py      tables and a page of results; plots.py: its plots
 harness.py     the model `ahn` of lm-evaluation-harness
 data/          prompts, lengths of answers and metrics of the benchmarks; words to hide
-articles.py    SQuAD in any of its forms
 squad.py       articles with questions, joined to contexts of one length
 """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ahn.dialogue import LABEL, SEPARATOR, Dialogue
-from ahn.eval.articles import shuffled_paragraphs
+from ahn.eval.tasks.articles import shuffled_paragraphs
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from ahn.dialogue import LABEL, NOT_FOUND, SEPARATOR
 from ahn.errors import EvalError
-from ahn.eval.articles import squad
+from ahn.eval.tasks.articles import squad
 from ahn.eval.tasks.base import Example, Record, Span, Task, found, places, read, template_tokens, tokens
 
 DEFAULT_LENGTH = 16_384

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ahn.errors import EvalError
-from ahn.eval.articles import squad
+from ahn.eval.tasks.articles import squad
 from ahn.eval.tasks.base import (
     SUFFIXES,
     Example,
