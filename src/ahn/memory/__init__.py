@@ -1,1 +1,1 @@
-"""Parts of a memory that are kept on the host: the archive of everything read, and keys of retrieval heads."""
+"""What is remembered: the layers of a model, their buffers, the cache and its file, and what is kept on the host."""
