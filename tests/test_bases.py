@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import ahn
-from ahn import adapter, bases, hub, named_bases
+from ahn import adapter, bases, gguf_files, hub, named_bases
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
 from ahn.named_bases import NAMED, NamedBase
 from conftest import tiny
@@ -117,7 +117,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_conversion(monkeypatch):
-    monkeypatch.setattr(bases, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_files, "_convert", lambda *_: pytest.fail("converted again"))
 
 
 def logits(model):
@@ -244,7 +244,7 @@ class TestGguf:
         assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(made))
         assert "quantization_config" not in json.loads((made / "config.json").read_text())
 
-        monkeypatch.setattr(bases, "_convert", lambda *_: pytest.fail("converted again"))
+        monkeypatch.setattr(gguf_files, "_convert", lambda *_: pytest.fail("converted again"))
         assert torch.equal(logits(bases.load_base(tiny_gguf, device="cpu")), logits(model))
         assert bases.base_config(tiny_gguf).max_position_embeddings == 64
 
@@ -268,11 +268,11 @@ class TestGguf:
 
     def test_same_content_elsewhere_is_the_same_base(self, tiny_gguf, cache, tmp_path, no_conversion):
         copy = shutil.copy(tiny_gguf, tmp_path)
-        assert bases._converted_folder(Path(copy)) == bases._converted_folder(tiny_gguf)
+        assert gguf_files.converted_folder(Path(copy)) == gguf_files.converted_folder(tiny_gguf)
         with open(copy, "r+b") as file:
             file.seek(-10, os.SEEK_END)
             file.write(b"x")
-        assert bases._converted_folder(Path(copy)) != bases._converted_folder(tiny_gguf)
+        assert gguf_files.converted_folder(Path(copy)) != gguf_files.converted_folder(tiny_gguf)
 
     def test_files_beside_it_are_ignored(self, tiny_gguf, cache, tmp_path):
         shutil.copy(tiny_gguf, tmp_path)
@@ -325,7 +325,7 @@ class TestGguf:
     def test_disk_too_small(self, tiny_gguf, cache, monkeypatch):
         usage = shutil.disk_usage("/")._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        monkeypatch.setattr(bases, "_convert", lambda *_: pytest.fail("converted"))
+        monkeypatch.setattr(gguf_files, "_convert", lambda *_: pytest.fail("converted"))
         with pytest.raises(BaseModelError, match=r"cannot write .* 0\.0 MB free; AHN_CACHE"):
             bases.load_base(tiny_gguf)
         assert not any(cache.iterdir())
@@ -350,19 +350,19 @@ class TestGguf:
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(bases, "_split_digits", interrupt)
+        monkeypatch.setattr(gguf_files, "_split_digits", interrupt)
         with pytest.raises(KeyboardInterrupt):
             bases.load_base(tiny_gguf)
         assert not any(cache.iterdir())
 
     def test_another_process_was_faster(self, tiny_gguf, cache, monkeypatch):
-        convert = bases._convert
+        convert = gguf_files._convert
 
         def overtaken(gguf, folder):
             convert(gguf, folder)
-            shutil.copytree(folder, bases._converted_folder(gguf))
+            shutil.copytree(folder, gguf_files.converted_folder(gguf))
 
-        monkeypatch.setattr(bases, "_convert", overtaken)
+        monkeypatch.setattr(gguf_files, "_convert", overtaken)
         bases.load_base(tiny_gguf, device="cpu")
         assert len(list(cache.iterdir())) == 1
 
@@ -502,7 +502,7 @@ class TestDefault:
 
     def test_is_converted_once(self, monkeypatch):
         bases.load_tokenizer("smollm2-135m")
-        monkeypatch.setattr(bases, "_convert", lambda *_: pytest.fail("converted again"))
+        monkeypatch.setattr(gguf_files, "_convert", lambda *_: pytest.fail("converted again"))
         bases.load_base("smollm2-135m", device="cpu")
         bases.load_tokenizer("smollm2-135m")
 

@@ -210,7 +210,7 @@ def test_two_of_transformers_own_loops_on_one_cache():
 def test_loads_that_overlap_leave_the_progress_bars():
     from tqdm.auto import tqdm
 
-    from ahn.bases import quiet
+    from ahn.quiet import quiet
 
     before, first, second = tqdm.__init__, quiet(), quiet()
     first.__enter__()

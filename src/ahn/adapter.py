@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from ahn import bases, cells, hub, stores, zoo
+from ahn import bases, cells, hub, quiet, stores, zoo
 from ahn.adapter_files import SETTINGS, Adapter, base_shape, check_shape, first_line, read_adapter, write_adapter
 from ahn.config import AHNConfig
 from ahn.errors import AdapterError, BaseModelError, ConfigError
@@ -230,7 +230,7 @@ def convert(
     write_adapter(trained, destination)  # first: a base alone would be loaded without its memory
     if base is not None:
         try:
-            with bases.quiet():
+            with quiet.quiet():
                 model.save_pretrained(destination)
             bases.load_tokenizer(base).save_pretrained(destination)
         except (OSError, SafetensorError) as error:

