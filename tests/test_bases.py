@@ -668,7 +668,7 @@ class TestDownload:
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
         )
-        monkeypatch.setattr(bases, "hub_unreachable", lambda repo, kind="model": None)
+        monkeypatch.setattr("ahn.hub.hub_unreachable", lambda repo, kind="model": None)
         plain = huggingface_hub.hf_hub_download
         download = partial(plain, cache_dir=tmp_path / "hub", endpoint=address)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

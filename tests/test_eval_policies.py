@@ -203,9 +203,8 @@ def test_pooled_attention_by_hand(maximum, slots):
     def pool(x):
         return x.amax(2) if maximum else x.mean(2)
 
-    layer = type("Layer", (), {"window": 1, "sinks": 0, "gate_width": 0, "slots": slots, "maximum": maximum})
     for sizes in ([27], [1] * 27, [2, 3, 9, 13], [10, 1, 1, 15]):
-        memory = compressive.CompressiveMemory(layer)
+        memory = compressive.CompressiveMemory(window=1, sinks=0, slots=slots, maximum=maximum)
         memory.reserve(10, k, None)
         seen, found = 0, []
         for count in sizes:
