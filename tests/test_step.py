@@ -198,7 +198,7 @@ def test_exchange(cell_name, window, positions):
     found = decode.exchange(fused, start, k, v, inputs)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fuse.tensors.items())
+    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())
 
 
 TURNS = [{}, {"memory_positions": "none"}, {"sink_positions": "absolute"}]
