@@ -10,7 +10,7 @@ from ahn.cells.modules import unit
 from ahn.engine import fuse
 from ahn.engine.graph import Step
 from ahn.memory.handle import layers_of
-from ahn.memory.layer import Leaving
+from ahn.memory.leaving import Leaving
 from ahn.memory.span import Span
 from ahn.ops import dispatch
 from ahn.ops.banded import attend_one

@@ -9,7 +9,7 @@ with query t. Writes and reads of many tokens are therefore two aligned slices, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,14 @@ from ahn.errors import UnsupportedModelError
 from ahn.memory import dense
 from ahn.memory.buffer import LayerMemory
 from ahn.memory.calls import Full
+from ahn.memory.leaving import Leaving, Turn
 from ahn.memory.span import FOREVER, Span
 from ahn.ops import dispatch, flex
 from ahn.ops.banded import attend_one, attend_window
 from ahn.ops.rotary import Rotary
+from ahn.ops.shift import Shift
 from ahn.ops.softmax import Softmax, merge_all
 from ahn.stores.base import Store
-
-Turn = tuple[Tensor, Tensor]  # cos and sin
 
 
 def heads_of(attention: Any) -> tuple[int, int]:
@@ -40,24 +40,6 @@ def heads_of(attention: Any) -> tuple[int, int]:
             f"o_proj reads {width} numbers, not {heads} heads x {size}: the values' head size differs from the queries'"
         )
     return heads, size
-
-
-class Leaving(NamedTuple):
-    """Which tokens of a span push one out of the window, and which one. The same in all layers.
-
-    Where the first tokens of a span cannot, it begins at the first that can.
-    """
-
-    writes: Tensor | None  # bool [R, T]: token t pushes token t - W out; None: each does
-    evicted: Tensor  # [R, T]: how many have left then, at least 1
-    window: Tensor  # W, on the device: code compiled for one window is right for any
-    angles: tuple[Turn, Turn | None] | None  # turns queries, and keys that leave, back to where nothing has a position
-
-    def part(self, at: slice) -> Leaving:
-        """Of some of the tokens, for a layer that turns the keys itself."""
-        writes = None if self.writes is None else self.writes[:, at]
-        angles = None if self.angles is None else ((self.angles[0][0][:, at], self.angles[0][1][:, at]), None)
-        return Leaving(writes, self.evicted[:, at], self.window, angles)
 
 
 class AHNLayer(nn.Module):
@@ -385,8 +367,8 @@ class AHNLayer(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, leaving: Leaving, fla: bool
     ) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """`_prepare` with all tokens of a sequence: each query beside what it pushes out."""
-        k, v = _Shift.apply(k, leaving.window, 2), _Shift.apply(v, leaving.window, 2)
-        return self._prepare(q, k, v, _Shift.apply(inputs, leaving.window, 1), leaving, fla)
+        k, v = Shift.apply(k, leaving.window, 2), Shift.apply(v, leaving.window, 2)
+        return self._prepare(q, k, v, Shift.apply(inputs, leaving.window, 1), leaving, fla)
 
     def _combine(self, out: Tensor, norm: Tensor, read: Tensor, x: Tensor, leaving: Leaving) -> Tensor:
         """Attention and memory; attention alone where nothing has left yet."""
@@ -428,25 +410,3 @@ class AHNLayer(nn.Module):
 
     def _merge(self, parts: list[Softmax], early: Softmax | None) -> Softmax:
         return merge_all(parts, early)
-
-
-class _Shift(torch.autograd.Function):
-    """y[t] = x[t - by] along `dim`, with x[0] in front; `by` is a number on the device."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, by: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(by)
-        ctx.dim = dim
-        at = torch.arange(x.shape[dim], device=x.device) - by
-        return x.index_select(dim, at.clamp(min=0))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """What is in front is never written, so its gradient is zero and left out."""
-        (gradient,), (by,) = gradients, ctx.saved_tensors
-        length = gradient.shape[ctx.dim]
-        at = torch.arange(length, device=gradient.device) + by
-        shape = [1] * gradient.dim()
-        shape[ctx.dim] = -1
-        found = gradient.index_select(ctx.dim, at.clamp(max=length - 1))
-        return torch.where((at < length).view(shape), found, 0), None, None

@@ -24,7 +24,8 @@ from ahn import stores
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.memory.buffer import LayerMemory
-from ahn.memory.layer import AHNLayer, Turn
+from ahn.memory.layer import AHNLayer
+from ahn.memory.leaving import Turn
 from ahn.memory.span import Span, gather
 from ahn.memory.store_buffer import StoringMemory
 from ahn.ops import dispatch, eviction
