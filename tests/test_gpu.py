@@ -22,7 +22,18 @@ from ahn.ops import dispatch, flex
 from ahn.ops.softmax import attend
 from ahn.train import distill
 from ahn.train.trainer import compile_layers
-from conftest import FORMS, drifting, golden_base, golden_tensors, in_pieces, storing, tiny, token_ids, with_memory
+from conftest import (
+    FORMS,
+    drifting,
+    golden_base,
+    golden_tensors,
+    in_pieces,
+    soft_inputs,
+    storing,
+    tiny,
+    token_ids,
+    with_memory,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -532,7 +543,6 @@ def test_the_state_does_not_drift(cell):
 def test_soft_places(tokens, size, monkeypatch):
     """The kernel in bfloat16 against plain torch in float32, with the gradients by the gate's scores."""
     from ahn.train import gates
-    from test_store import soft_inputs
 
     q, k, v, scores, least = soft_inputs("cuda", torch.bfloat16, size, tokens)
     outs, gradients = [], []

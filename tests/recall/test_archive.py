@@ -9,17 +9,9 @@ from ahn.errors import ConfigError, MemoryFileError, UnsupportedOperationError
 from ahn.memory import segments
 from ahn.memory.archive import EVERY, Archive, Place
 from ahn.memory.head_keys import UNKNOWN, RetrievalHeads
-from conftest import tiny, token_ids, with_memory
+from conftest import HEADS, retrieval, tiny, token_ids, with_memory
 
-HEADS = ((0, 1), (1, 0), (1, 3))
 IDS = token_ids(150)
-
-
-def retrieval(pool=1, size=8):
-    """Heads of the tiny model: 4 query heads, 2 key/value heads."""
-    scales = {0: torch.ones(2, 1, size), 1: torch.ones(2, 2, size)}
-    scales = {layer: torch.stack([torch.zeros_like(s[0]), 0.05 * s[1]]) for layer, s in scales.items()}
-    return RetrievalHeads(HEADS, 2, scales, pool, 64)
 
 
 @pytest.fixture

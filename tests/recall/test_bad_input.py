@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_archive import retrieval
 
 import ahn
 from ahn import cli
 from ahn.memory import segments
-from test_cli import base, run, type_in  # noqa: F401 - fixtures
+from commands import type_in
+from conftest import retrieval
 from tiny_base import write_base
 
 TEXT = "The old cat sat on the mat and looked at 12 mice.\n\n" * 40
@@ -19,7 +19,7 @@ SIZES = ("--window", "64", "--sinks", "8")
 
 
 @pytest.fixture
-def memory(run: Any, base: str, tmp_path: Path) -> Path:  # noqa: F811
+def memory(run: Any, base: str, tmp_path: Path) -> Path:
     (tmp_path / "book.txt").write_text(TEXT)
     code, _, err = run("read", str(tmp_path / "book.txt"), "-o", str(tmp_path / "m.ahn"), "--base", base, *SIZES)
     assert code == 0, err
@@ -27,7 +27,7 @@ def memory(run: Any, base: str, tmp_path: Path) -> Path:  # noqa: F811
 
 
 @pytest.fixture
-def refused(run: Any) -> Any:  # noqa: F811
+def refused(run: Any) -> Any:
     """The line in which a command says what is wrong with a file, which stays as it is."""
 
     def call(file: Path, *argv: str) -> str:
@@ -50,7 +50,7 @@ def test_more_to_read_again_than_the_window_holds(refused: Any, memory: Path) ->
     assert "recall=60: the window of 64 tokens holds the question, which has 17, and 47 more" in line
 
 
-def test_it_is_said_before_a_document_is_read(run: Any, base: str, memory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_it_is_said_before_a_document_is_read(run: Any, base: str, memory: Path, tmp_path: Path) -> None:
     for options in (["--recall", "60"], ["--recall", "9", "--archive", "none"]):
         for command in (["ask", "Who sat?"], ["chat"]):
             words = [*command, "--document", str(tmp_path / "book.txt"), "-o", str(tmp_path / "new.ahn")]
@@ -59,7 +59,7 @@ def test_it_is_said_before_a_document_is_read(run: Any, base: str, memory: Path,
             assert "reading" not in err and not (tmp_path / "new.ahn").exists()
 
 
-def test_no_archive(run: Any, refused: Any, base: str, memory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_no_archive(run: Any, refused: Any, base: str, memory: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.ahn"
     read = ["read", str(tmp_path / "book.txt"), "-o", str(plain), "--archive", "none", "--base", base, *SIZES]
     assert run(*read)[0] == 0
@@ -74,7 +74,7 @@ def test_a_damaged_archive(refused: Any, memory: Path) -> None:
     assert "damaged archive: its checksum does not match" in line
 
 
-def test_another_tokenizer(refused: Any, base: str, memory: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_another_tokenizer(refused: Any, base: str, memory: Path, tmp_path: Path) -> None:
     """Of as many words, beside the same weights."""
     other = tmp_path / "other"
     shutil.copytree(base, other)
@@ -87,7 +87,7 @@ def test_another_tokenizer(refused: Any, base: str, memory: Path, tmp_path: Path
         assert "another tokenizer" in line
 
 
-def test_keys_of_other_heads(run: Any, refused: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_keys_of_other_heads(run: Any, refused: Any, tmp_path: Path) -> None:
     folder, adapter = write_base(tmp_path)
     model = ahn.from_pretrained(folder, adapter)
     for name, pool in (("one", 1), ("two", 4)):
@@ -105,7 +105,7 @@ def test_keys_of_other_heads(run: Any, refused: Any, tmp_path: Path) -> None:  #
     assert "keys of other retrieval heads than those of the adapter" in line
 
 
-def test_a_chat_goes_on(run: Any, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_chat_goes_on(run: Any, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     type_in(monkeypatch, "Who sat on the mat? " * 20 + "\nWho sat?\n")
     code, _, err = run("chat", "--memory", str(memory), "--max-new-tokens", "2")
     assert code == 0 and "expected at most the window of 64" in err and err.count("tokens/s") == 1

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from test_recall_eval import FILLER, NAMES, article
 
 import ahn
 from ahn import cli
@@ -13,6 +12,7 @@ from ahn.errors import ConfigError
 from ahn.eval.prompts import encode
 from ahn.eval.tasks import get
 from ahn.train.heads import best_heads, choose_heads, few_texts
+from made_articles import FILLER, NAMES, article
 from tiny_base import write_base
 
 

@@ -4,12 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from test_archive import retrieval
 
 import ahn
 from ahn import cli
 from ahn.memory.archive import KEY_BYTES, PLACE_BYTES, TOKEN_BYTES
-from conftest import tiny, token_ids, with_memory
+from conftest import retrieval, tiny, token_ids, with_memory
 
 
 def test_lists_what_files_hold(tmp_path, capsys):

@@ -5,7 +5,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_archive import retrieval
 
 import ahn
 from ahn.errors import ConfigError
@@ -19,7 +18,7 @@ from ahn.recall.finders.heads import by_passage, gathered
 from ahn.recall.passages import LONGEST, SHORTEST, Passages, cut, cut_text, decode_each, sentence_ends
 from ahn.recall.question import Question, queries_of
 from ahn.recall.words import words
-from conftest import tiny, with_memory
+from conftest import retrieval, tiny, with_memory
 from tiny_tokenizer import tiny_tokenizer
 
 FACTS = ["The cat sat on the mat.", "Who has the old mice?", "One quote was in the house."]

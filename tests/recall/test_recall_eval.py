@@ -13,16 +13,9 @@ from ahn.eval.prompts import encode
 from ahn.eval.tasks import get
 from ahn.eval.tasks.base import Example
 from ahn.recall.passages import Passages
+from made_articles import FILLER, NAMES, article
 from tiny_base import SINKS, WINDOW, write_base
 from tiny_tokenizer import tiny_tokenizer
-
-FILLER = "It was a day like any other day, and nobody said a thing about it. "
-NAMES = ["compass", "lantern", "anchor", "rudder", "barrel", "cannon", "hammock", "sextant"]
-
-
-def article(word):
-    text = f"{FILLER}The {word} was under the {word}stone. {FILLER * 2}"
-    return {"context": text, "qas": [{"question": f"Where was the {word}?", "answers": [f"under the {word}stone"]}]}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_archive import retrieval
 
 import ahn
 from ahn import cli
@@ -21,7 +20,7 @@ from ahn.recall import support
 from ahn.recall.ask import held
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
-from conftest import tiny, with_memory
+from conftest import retrieval, tiny, with_memory
 from tiny_base import write_base
 from tiny_tokenizer import tiny_tokenizer
 

@@ -20,7 +20,7 @@ from ahn.eval.prompts import encode, exact_tokens
 from tiny_base import SINKS, WINDOW, write_base
 from tiny_tokenizer import tiny_tokenizer
 
-TESTS = Path(__file__).parent
+TESTS = Path(stand_in.__file__).parent
 
 
 @pytest.fixture(scope="module")

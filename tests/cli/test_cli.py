@@ -5,8 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,8 @@ from ahn import bases, cli
 from ahn.cli import _session
 from ahn.cli.info import report
 from ahn.dialogue import Dialogue
-from conftest import tiny, with_memory
-from tiny_tokenizer import tiny_tokenizer
-
-TEXT = "The old cat sat on the mat and looked at 12 mice.\n\n" * 60
-SMALL = ("--window", "24", "--sinks", "8", "--max-new-tokens", "8")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a random model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = tiny_tokenizer()
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    tiny(vocab_size=len(tokenizer), **ids).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+from commands import SMALL, TEXT, interrupt_reading, type_in
+from conftest import with_memory
 
 
 @pytest.fixture
@@ -51,34 +36,6 @@ def _verbosity() -> Iterator[None]:
     before = transformers.logging.get_verbosity()
     yield
     transformers.logging.set_verbosity(before)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command; returns exit code, standard output, standard error."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        try:
-            code = cli.main(argv)
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        out, err = capsys.readouterr()
-        assert "\x1b" not in out + err, "control codes, although this is no terminal"
-        return code, out, err
-
-    return call
-
-
-def type_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-
-
-def interrupt_reading(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    @contextmanager
-    def progress(self: Any, total: int, began: float) -> Iterator[Callable[[int, int], None]]:
-        yield lambda done, total: signal.raise_signal(signal.SIGINT) if done >= after else None
-
-    monkeypatch.setattr(_session.Session, "_progress", progress)
 
 
 def test_help_names_every_command_and_loads_no_torch() -> None:

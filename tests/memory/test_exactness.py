@@ -8,7 +8,7 @@ from ahn.compat import PAST
 from ahn.hf.augment import set_window
 from ahn.memory.handle import layers_of
 from conftest import CELLS, FORMS, golden_base, golden_tensors, in_pieces, tiny, token_ids, with_memory
-from test_cells import Toy
+from toy import Toy
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
 SPLITS = ([60], [7, 13, 1, 1, 30, 8], [1] * 60, [20, 1, 19, 20], [59, 1], [33, 27])

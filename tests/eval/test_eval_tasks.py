@@ -20,7 +20,7 @@ from ahn.eval.tasks.base import Example, Task, read, template_tokens
 from ahn.registry import nearest
 from tiny_tokenizer import tiny_tokenizer
 
-SHARED = Path(os.environ.get("AHN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+SHARED = Path(os.environ.get("AHN_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 TOKENIZER = None
 
 

@@ -15,7 +15,7 @@ import ahn
 from ahn import cli, files
 from ahn.cli import _reading, _session
 from ahn.memory import file as memory_file
-from test_cli import SMALL, TEXT, base, interrupt_reading, run, type_in  # noqa: F401 - fixtures
+from commands import SMALL, TEXT, interrupt_reading, type_in
 
 MODEL = SMALL[:4]
 OTHER = "A dog ran after 3 cars.\n\n" * 70
@@ -43,7 +43,7 @@ def assert_same(one: Path, two: Path) -> None:
     assert memory_file.peek(one)["tokens_seen"] == memory_file.peek(two)["tokens_seen"]
 
 
-def test_a_single_document_has_the_ids_of_before(run: Any, base: str, book: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_single_document_has_the_ids_of_before(run: Any, base: str, book: Path, tmp_path: Path) -> None:
     from ahn.dialogue import Dialogue
 
     memory = tmp_path / "book.ahn"
@@ -55,8 +55,8 @@ def test_a_single_document_has_the_ids_of_before(run: Any, base: str, book: Path
 
 @pytest.mark.parametrize("command", ["read", "ask", "chat"])
 def test_several_documents_are_read_in_order(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: str,
@@ -95,7 +95,7 @@ def test_several_documents_are_read_in_order(
     ]
 
 
-def test_an_existing_file_is_not_replaced_unasked(run: Any, base: str, book: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_existing_file_is_not_replaced_unasked(run: Any, base: str, book: Path, tmp_path: Path) -> None:
     memory, notes, other = tmp_path / "book.ahn", tmp_path / "notes.txt", tmp_path / "other.txt"
     assert run("read", str(book), "-o", str(memory), "--base", base, *MODEL)[0] == 0
     notes.write_text("mine")
@@ -114,7 +114,7 @@ def test_an_existing_file_is_not_replaced_unasked(run: Any, base: str, book: Pat
 
 
 @pytest.mark.parametrize("made", ["pipe", "pipe behind a link"])
-def test_the_output_must_be_a_file(run: Any, base: str, book: Path, tmp_path: Path, made: str) -> None:  # noqa: F811
+def test_the_output_must_be_a_file(run: Any, base: str, book: Path, tmp_path: Path, made: str) -> None:
     pipe, link = tmp_path / "pipe", tmp_path / "link"
     os.mkfifo(pipe)
     link.symlink_to(pipe)
@@ -125,8 +125,8 @@ def test_the_output_must_be_a_file(run: Any, base: str, book: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("store", [[], ["--store", "recency", "--store-size", "8"]])
 def test_the_same_command_goes_on_where_it_stopped(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
     store: list[str],
@@ -147,7 +147,7 @@ def test_the_same_command_goes_on_where_it_stopped(
     assert memory_file.peek(memory)["archive"]["documents"] == [str(book)]
 
 
-def test_the_output_is_no_document(run: Any, base: str, book: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_output_is_no_document(run: Any, base: str, book: Path, tmp_path: Path) -> None:
     before = book.read_bytes()
     (tmp_path / "link.txt").symlink_to(book)
     for output in (book, tmp_path / "link.txt"):
@@ -156,7 +156,7 @@ def test_the_output_is_no_document(run: Any, base: str, book: Path, tmp_path: Pa
     assert book.read_bytes() == before
 
 
-def test_two_processes_do_not_write_to_one_output(run: Any, base: str, book: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_processes_do_not_write_to_one_output(run: Any, base: str, book: Path, tmp_path: Path) -> None:
     memory, more = tmp_path / "book.ahn", tmp_path / "more.txt"
     more.write_text(OTHER)
     assert run("read", str(book), "-o", str(memory), "--base", base, *MODEL)[0] == 0
@@ -169,8 +169,8 @@ def test_two_processes_do_not_write_to_one_output(run: Any, base: str, book: Pat
 
 
 def test_going_on_needs_the_same_settings(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -186,7 +186,7 @@ def test_going_on_needs_the_same_settings(
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_more_is_appended(run: Any, base: str, book: Path, tmp_path: Path, elsewhere: bool) -> None:  # noqa: F811
+def test_more_is_appended(run: Any, base: str, book: Path, tmp_path: Path, elsewhere: bool) -> None:
     from ahn.dialogue import Dialogue
 
     memory, new, other = tmp_path / "book.ahn", tmp_path / "new.ahn", tmp_path / "other.txt"
@@ -208,7 +208,7 @@ def test_more_is_appended(run: Any, base: str, book: Path, tmp_path: Path, elsew
     assert run("ask", "--memory", str(target), *SMALL[4:], "Who?")[0] == 0
 
 
-def test_old_memory_files_are_appended_to(run: Any, base: str, book: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_old_memory_files_are_appended_to(run: Any, base: str, book: Path, tmp_path: Path) -> None:
     import json
 
     from safetensors import safe_open
@@ -229,8 +229,8 @@ def test_old_memory_files_are_appended_to(run: Any, base: str, book: Path, tmp_p
 
 
 def test_a_full_disk_at_the_end_saves_elsewhere(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -255,7 +255,7 @@ def test_a_full_disk_at_the_end_saves_elsewhere(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_keep_what_was_read(base: str, tmp_path: Path, number: int) -> None:  # noqa: F811
+def test_signals_keep_what_was_read(base: str, tmp_path: Path, number: int) -> None:
     book, memory = tmp_path / "book.txt", tmp_path / "book.ahn"
     book.write_text(TEXT * 400)  # minutes of reading
     code = (
@@ -279,8 +279,8 @@ def test_signals_keep_what_was_read(base: str, tmp_path: Path, number: int) -> N
 
 
 def test_a_long_text_shows_progress_from_the_start(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -305,8 +305,8 @@ def test_what_the_reader_says_of_time() -> None:
 
 
 def test_a_document_that_fails_keeps_those_before_it(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -322,7 +322,7 @@ def test_a_document_that_fails_keeps_those_before_it(
     assert not memory_file.peek(memory)["texts"][0]["complete"]
 
 
-def test_only_the_answer_goes_to_standard_output(base: str, book: Path) -> None:  # noqa: F811
+def test_only_the_answer_goes_to_standard_output(base: str, book: Path) -> None:
     command = [sys.executable, "-m", "ahn", "ask", "--document", str(book), "--base", base, *SMALL, "Who sat?"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     tokenizer, model = ahn.load_tokenizer(base), ahn.from_pretrained(base, window=24, sinks=8)
@@ -334,8 +334,8 @@ def test_only_the_answer_goes_to_standard_output(base: str, book: Path) -> None:
 
 
 def test_a_stop_while_saving_waits_for_it(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -366,8 +366,8 @@ JUNK = {
 @pytest.mark.parametrize("name", JUNK)
 @pytest.mark.parametrize("command", ["read", "ask", "chat"])
 def test_documents_are_tried_before_the_model_is_loaded(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

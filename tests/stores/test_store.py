@@ -20,7 +20,7 @@ from ahn.memory.handle import layers_of
 from ahn.ops import eviction
 from ahn.ops.ranks import TOKEN, empty_ranks, position_of
 from ahn.stores.base import Store
-from conftest import FORMS, STORES, in_pieces, storing, tiny, token_ids, with_memory
+from conftest import FORMS, STORES, in_pieces, soft_inputs, storing, tiny, token_ids, with_memory
 
 SPLITS = ([60], [7, 13, 1, 1, 30, 8], [1] * 60, [20, 1, 19, 20], [59, 1], [33, 27])
 
@@ -739,17 +739,6 @@ def test_commands_name_what_is_wrong_with_a_store(tmp_path, capsys):
 
 
 # Gates.
-def soft_inputs(device="cpu", dtype=torch.float32, size=8, tokens=96):
-    """q, k, v, scores, and the score needed for one of 10 places, of a window of 16 and 4 sinks."""
-    from ahn.train import gates
-
-    torch.manual_seed(0)
-    q = torch.randn(2, 4, tokens, size).to(device, dtype)
-    k, v = torch.randn(2, 2, 2, tokens, size).to(device, dtype)
-    scores = torch.randn(2, 2, tokens, device=device)
-    return q, k, v, scores, gates.least_kept(scores, 10, 4, 16, 1e-5)
-
-
 def test_soft_places_become_those_of_the_store():
     """Nearly without warmth, a block's first query sees sinks, window and the 10 best of what is behind the window."""
     from ahn.train import gates

@@ -13,7 +13,7 @@ from ahn.cli import _options, _reading
 from ahn.errors import DocumentError
 from ahn.memory import file as memory_file
 from ahn.tokens import Encoded
-from test_cli import TEXT, base, interrupt_reading, run, type_in  # noqa: F401 - fixtures
+from commands import TEXT, interrupt_reading, type_in
 
 SHORT = TEXT[: len(TEXT) // 10]  # some 200 tokens; the tiny base has 512 positions, of which it keeps 128 by default
 
@@ -30,7 +30,7 @@ def settings(memory: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_text_that_fits_is_answered_as_by_full_attention(run: Any, base: str, book: Path) -> None:  # noqa: F811
+def test_a_text_that_fits_is_answered_as_by_full_attention(run: Any, base: str, book: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     code, out, err = run("ask", "--document", str(book), "--base", base, "--max-new-tokens", "8", "Who sat?")
@@ -45,8 +45,8 @@ def test_a_text_that_fits_is_answered_as_by_full_attention(run: Any, base: str, 
 
 @pytest.mark.parametrize("sizes", [["--exact", "0"], ["--exact", "40kB"], ["--window", "24"], ["--lossless", "100"]])
 def test_sizes_that_are_given_decide(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
     sizes: list[str],
@@ -57,7 +57,7 @@ def test_sizes_that_are_given_decide(
     assert settings(memory)["window"] < 150
 
 
-def test_the_default_window_may_be_enough(run: Any, base: str, tmp_path: Path) -> None:  # noqa: F811
+def test_the_default_window_may_be_enough(run: Any, base: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.txt").write_text("A cat sat.")
     code, _, err = run(
         "read", str(tmp_path / "tiny.txt"), "-o", str(tmp_path / "m.ahn"), "--base", base, "--exact", "0"
@@ -65,15 +65,15 @@ def test_the_default_window_may_be_enough(run: Any, base: str, tmp_path: Path) -
     assert code == 0 and "kept exactly: all" in err and settings(tmp_path / "m.ahn")["window"] == 120
 
 
-def test_a_text_that_does_not_fit_the_positions(run: Any, base: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_text_that_does_not_fit_the_positions(run: Any, base: str, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text(TEXT)
     code, _, err = run("read", str(tmp_path / "long.txt"), "-o", str(tmp_path / "m.ahn"), "--base", base)
     assert code == 0 and "kept exactly" not in err and settings(tmp_path / "m.ahn")["window"] == 120
 
 
 def test_what_is_appended_stays_exact_while_there_is_room(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
 ) -> None:
@@ -91,8 +91,8 @@ def test_what_is_appended_stays_exact_while_there_is_room(
 
 
 def test_a_stopped_reading_goes_on_exactly(
-    run: Any,  # noqa: F811
-    base: str,  # noqa: F811
+    run: Any,
+    base: str,
     book: Path,
     tmp_path: Path,
 ) -> None:
@@ -104,7 +104,7 @@ def test_a_stopped_reading_goes_on_exactly(
     assert code == 0 and "resumed" in err and "kept exactly: all" in err
 
 
-def test_of_a_pipe_only_an_end_in_sight_is_known(run: Any, base: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_of_a_pipe_only_an_end_in_sight_is_known(run: Any, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     type_in(monkeypatch, SHORT)
     code, _, err = run("ask", "--document", "-", "--base", base, "--max-new-tokens", "1", "Who?")
     assert code == 0 and "kept exactly: all" in err
