@@ -329,7 +329,7 @@ def test_the_adapter_shipped_for_a_base_is_measured_with_its_store(folder, tmp_p
     monkeypatch.setattr("ahn.zoo.default_for", lambda base: str(tmp_path / "shipped"))
     seen = []
     monkeypatch.setattr(
-        runner, "run", lambda wanted, names, lengths, options, *rest: seen.append((names, options)) or []
+        runner, "run_prepared", lambda works, names, options, *rest: seen.append((names, options)) or []
     )
     argv = command(folder, tmp_path / "results", *given)
     del argv[argv.index("--adapter") : argv.index("--tasks")]

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import ahn
+from ahn import yaml_file
 from ahn.adapter_files import read_adapter
 from ahn.errors import ConfigError, DocumentError
 from ahn.hf.augment import set_window
@@ -354,7 +355,7 @@ BAD_YAML = [
     (b"", "expected keys and values"),
     (b"[]", "expected keys and values"),
     (b"1: 2", "unknown key 1"),
-    (b"#" * (recipe.LONGEST + 1), "longer than"),
+    (b"#" * (yaml_file.LONGEST + 1), "longer than"),
     (b"base: x\noutput: y\ndata: {a: b}", "data="),
     (b"base: [x]\noutput: y\ndata: z", "base="),
     (b"base: x\noutput: y\ndata: z\nlr: .nan", "lr=nan"),

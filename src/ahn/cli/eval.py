@@ -1,22 +1,36 @@
 """Compare ways to remember on benchmarks: one command, one folder of results.
 
   ahn eval --base qwen2.5-0.5b --adapter A --tasks ruler --length 8192 --lossless 1024 --output results
+  ahn eval --suite comparison.yaml data=FOLDER
   ahn eval --list
 
 Every combination of task, length and policy is run on the same prompts. What is done already is not done again, so an
-interrupted run goes on where it was. On several GPUs: torchrun --nproc-per-node 8 -m ahn eval ... `ahn report` makes
-tables and plots of the results.
+interrupted run goes on where it was. --together 8 shares the work among 8 processes, on as many GPUs as there are.
+`ahn report` makes tables and plots of the results.
+
+A suite is a YAML file whose keys are these options, and `runs`, a list of what differs from run to run.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from ahn.cli import _options
-from ahn.errors import ConfigError
+from ahn.cli import _guard, _options
+from ahn.errors import AHNError, ConfigError
+from ahn.registry import nearest
+
+if TYPE_CHECKING:
+    from ahn.eval.runner import Options, Work
+
+UNFINISHED = 75  # exit code where --seconds ended a run: the same command goes on
+OUTPUT = Path("results")
+OF_ALL = ("output", "seconds", "together")  # options that hold for all runs of a suite
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +48,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=one, metavar="N", help="examples of each task, at most")
     parser.add_argument("--batch", type=one, metavar="N", default=1, help=f"examples read at once, at most {shown}")
     parser.add_argument("--seed", type=_options.at_least(0), default=0, metavar="N", help=f"of what is drawn {shown}")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", default="results", help=f"{shown}")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"(default: the suite's, else {OUTPUT})")
+    group = parser.add_argument_group("many runs")
+    group.add_argument("--suite", metavar="FILE", help="run what a YAML file says")
+    group.add_argument("changes", nargs="*", default=[], metavar="key=value", help="keys that go before the suite's")
+    group.add_argument("--seconds", type=float, metavar="S", help=f"begin nothing after these; exit code {UNFINISHED}")
+    group.add_argument("--together", type=one, metavar="N", default=1, help=f"processes that share the work {shown}")
     group = parser.add_argument_group("model and memory")
     group.add_argument("--base", metavar="B", default="smollm2-135m", help=f"hub id, folder or .gguf file {shown}")
     group.add_argument(
@@ -57,32 +76,93 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...")
 
 
-def run(args: argparse.Namespace) -> None:
-    from ahn.eval import tasks
+class Planned(NamedTuple):
+    """Policies, the prompts they read, and how."""
 
+    works: list[Work]
+    policies: list[str]
+    options: Options
+
+
+def run(args: argparse.Namespace) -> int | None:
     if args.list:
         print("\n".join(_listing()))
-        return
+        return None
+    from ahn.eval.processes import first_process, several
+
+    if args.together > 1 and not several():
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.together)]
+        return subprocess.run([*start, "-m", "ahn", *sys.argv[1:]], check=False).returncode
+
+    import transformers
+
+    from ahn.cli._session import console
+    from ahn.eval import report, results, runner, suite
+
+    transformers.logging.set_verbosity_error()
+    if args.suite is None:
+        if args.changes:
+            raise ConfigError(f"{args.changes[0]!r}: keys go with --suite")
+        plan = suite.Suite([], None, None, None)
+        runs = [args]
+    else:
+        plan = suite.load(args.suite, args.changes)
+        _check_alone(args)
+        runs = [_parsed(keys, args.suite) for keys in plan.runs]
+    output = args.output or plan.output or OUTPUT
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output}: is no folder")
+    prompts: dict[tuple[Any, ...], list[Work]] = {}
+    planned = [_planned(one, prompts) for one in runs]
+
+    end = time.monotonic() + (float("inf") if args.seconds is None else args.seconds)
+    plain, folders, failed = runner.Plain(), [], []
+    for number, (works, names, options) in enumerate(planned, 1):
+        try:
+            folders += runner.run_prepared(
+                works, names, options, output, console.print, lambda: time.monotonic() > end, plain
+            )
+        except Exception as error:  # one run that fails must not cost the others
+            if len(planned) == 1 or several():
+                raise
+            failed.append(f"run {number}: {_guard.reason(error)}")
+            console.print(failed[-1])
+        if first_process():
+            suite.write_summary(plan, [results.load(folder) for folder in dict.fromkeys(folders)])
+    if first_process():
+        found = [results.load(folder) for folder in dict.fromkeys(folders)]
+        groups = report.grouped(found) if args.suite else []
+        for group in groups:
+            every = [one for of in group.results.values() for by in of.values() for one in by.values()]
+            print(f"{group.title}\n{report.brief(every).text()}")
+        if not groups:
+            print(report.brief(found).text())
+        console.print(f"differences, costs, and what other runs left in {output}: ahn report {output}")
+    if failed:
+        raise AHNError(f"{len(failed)} of {len(planned)} runs failed: {'; '.join(failed)}")
+    if time.monotonic() > end:
+        console.print("time is over: the same command goes on from here")
+        return UNFINISHED
+    return None
+
+
+def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]]) -> Planned:
+    """What one run does, checked before a model is loaded. `prompts`: those of the runs before."""
+    from ahn.eval import policies, tasks
+
     if not args.tasks:
         raise ConfigError("--tasks: expected at least one; `ahn eval --list` shows them")
     wanted = tasks.expand(args.tasks)
-    from ahn.eval import policies
-
     for name in args.policies or ():
         policies.check_name(name)
     if args.data is not None and not args.data.exists():
         raise ConfigError(f"--data {args.data}: no such file or folder")
-    if args.output.exists() and not args.output.is_dir():
-        raise ConfigError(f"--output {args.output}: is no folder")
-
-    import transformers
 
     from ahn.adapter import chosen
     from ahn.bases import base_config
-    from ahn.eval import report, results, runner
+    from ahn.eval import runner
     from ahn.eval.policies.base import Recalled, exact_sizes
 
-    transformers.logging.set_verbosity_error()
     adapter = None if (found := chosen(args.base, args.adapter)) is None else str(found)
     names = args.policies or ["window", *(["ahn"] if adapter else [])]
     window, sinks = exact_sizes(base_config(args.base), adapter, args.lossless, args.sinks)
@@ -100,15 +180,59 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         limit=args.limit,
         batch=args.batch,
+        share=getattr(args, "share", None),
     )
-    from ahn.cli._session import console
+    runner.check(names, options)
+    lengths = args.length or [None]
+    key = args.base, args.data, args.seed, args.limit, *args.tasks, *lengths
+    if key not in prompts:
+        prompts[key] = runner.prepare(wanted, lengths, options)
+    return Planned(prompts[key], names, options)
 
-    folders = runner.run(wanted, names, args.length or [None], options, args.output, console.print)
-    from ahn.eval.processes import first_process
 
-    if first_process():
-        print(report.brief([results.load(folder) for folder in folders]).text())
-        console.print(f"differences, costs, and what other runs left in {args.output}: ahn report {args.output}")
+class _KeyParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def _known() -> _KeyParser:
+    """The parser of one run."""
+    parser = _KeyParser(add_help=False, allow_abbrev=False)
+    arguments(parser)
+    return parser
+
+
+def _check_alone(args: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that the suite would not hear of."""
+    parser = _known()
+    for key, value in vars(args).items():
+        if key not in ("suite", "changes", "run", "command", *OF_ALL) and value != parser.get_default(key):
+            given = value if not isinstance(value, list) else f"[{','.join(map(str, value))}]"
+            raise ConfigError(f"--{key.replace('_', '-')}: with --suite, write {key}={given}")
+
+
+def _parsed(keys: dict[str, Any], source: str) -> argparse.Namespace:
+    """The keys of a run as the command line would have them. Raises ConfigError."""
+    parser, words, share = _known(), [], keys.get("share")
+    known = [key for key in vars(parser.parse_args([])) if key not in ("list", "suite", "changes", *OF_ALL)]
+    for key, value in keys.items():
+        if key == "share":  # of the suite's own making
+            continue
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, known)}")
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, dict | list | bool) for one in values):
+            raise ConfigError(f"{source}: {key}: {value!r}: expected text or a number")
+        option = f"--{key.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [option, *map(str, value)]
+        elif value is not None:
+            words.append(f"{option}={value}")
+    try:
+        found = parser.parse_args(words)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return argparse.Namespace(**vars(found), share=share)
 
 
 def _stored(args: argparse.Namespace, names: list[str], adapter: str | None, window: int) -> Any:

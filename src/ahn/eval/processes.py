@@ -1,9 +1,8 @@
 """Several processes, on one machine or many: `torchrun --nproc-per-node 8 -m ahn eval ...`.
 
-Examples do not depend on each other, so all that is needed of an engine is a number for each process, a device, and a
-barrier. torchrun starts the processes on any number of machines and takes the rest down if one fails; accelerate, a
-dependency already, reads what it set up. Ray would add a scheduler, a service to run and a large dependency, for tasks
-that are dealt out once; and the results are files either way.
+Texts do not depend on each other, so all that is needed of an engine is a number for each process, a device, and a
+barrier. torchrun starts the processes on any number of machines and takes the rest down if one fails. Ray would add a
+scheduler, a service to run and a large dependency, for tasks that are dealt out once; the results are files either way.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ WAIT = timedelta(days=7)  # the first process to finish waits for the slowest on
 
 
 class Team:
-    """The processes that share the work; alone where none were started.
+    """The processes that share the work; alone where none were started. Several may share a GPU.
 
     Attributes:
         rank: of this process, 0 to size - 1. device: this process's, None for the default.
@@ -24,14 +23,16 @@ class Team:
 
     def __init__(self) -> None:
         self.rank, self.size, self.device = 0, 1, None
-        self._state: Any = None
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if several():
             import torch
-            from accelerate import PartialState
+            from torch import distributed
 
-            self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
-            self.rank, self.size = self._state.process_index, self._state.num_processes
-            self.device = str(self._state.device)
+            if not distributed.is_initialized():  # once for all runs of a suite
+                distributed.init_process_group("gloo", timeout=WAIT)  # NCCL refuses two processes on one GPU
+            self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+            if torch.cuda.is_available():
+                self.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+                torch.cuda.set_device(self.device)
 
     @property
     def first(self) -> bool:
@@ -39,16 +40,19 @@ class Team:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        if self._state is not None:
-            self._state.wait_for_everyone()
+        if self.size > 1:
+            from torch import distributed
+
+            distributed.barrier()
 
     def mine(self, items: list[Any]) -> list[Any]:
-        """This process's share: every size-th, so that examples of a kind that come together are spread."""
+        """This process's share: every size-th, so that texts of a kind that come together are spread."""
         return items[self.rank :: self.size]
 
-    def close(self) -> None:
-        if self._state is not None:
-            self._state.destroy_process_group()
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def first_process() -> bool:

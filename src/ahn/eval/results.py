@@ -13,6 +13,7 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from ahn.files import atomic, checked
 
 CONFIG, PREDICTIONS = "config.json", "predictions.jsonl"
 VERSION = 1
+PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "numpy")
 KEYS = {"task": str, "suite": str, "kind": str, "policy": str, "base": str, "settings": dict, "cost": dict}
 """What every config has, beside what may be null."""
 Row = dict[str, Any]
@@ -130,11 +132,26 @@ def environment() -> dict[str, Any]:
 
     return {
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "flash-linear-attention", "numpy")},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def stamp() -> dict[str, Any]:
+    """The environment as one level of keys with the date, for files that keep numbers of several runs."""
+    made = dict(environment())
+    versions = made.pop("versions")
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), **made, **versions}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "cpu"
 
 
 def _version(package: str) -> str | None:

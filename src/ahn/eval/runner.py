@@ -109,6 +109,23 @@ class Work:
         return round(sum(len(prompt.ids) for prompt in self.prompts) / len(self.prompts))
 
 
+class Plain:
+    """The base without a memory, between policies and between runs, so that it is loaded once."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, ...] | None = None
+        self._model: PreTrainedModel | None = None
+
+    def take(self, of: tuple[Any, ...]) -> PreTrainedModel | None:
+        """The base loaded for `of` (name, dtype, device), if it is the one held. Until `put` nothing is held: a policy
+        that fails leaves its model changed."""
+        model, self._model = self._model, None
+        return model if self._of == of else None
+
+    def put(self, of: tuple[Any, ...], model: PreTrainedModel) -> None:
+        self._of, self._model = of, model
+
+
 @dataclass(frozen=True)
 class Job:
     """An example that is to be done."""
@@ -170,13 +187,13 @@ def run_prepared(
     output: Path,
     say: Say = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
-    model: PreTrainedModel | None = None,
+    plain: Plain | None = None,
 ) -> list[Path]:
     """`run` on what `prepare` returned.
 
     Args:
         stop: asked before each batch; true leaves the rest for another time.
-        model: the plain base, if it is loaded already; it is plain again at the end.
+        plain: holds the base, for several runs one after the other.
     """
     from ahn.bases import base_config
 
@@ -188,12 +205,9 @@ def run_prepared(
             except ConfigError as error:
                 raise ConfigError(f"{one.task.name}: {error}") from error
     team = Team()
-    try:
-        about = _about(options, config)
-        say = say if team.first else lambda line: None
-        return list(_run_all(classes, work, about, options, output, team, say, stop, model))
-    finally:
-        team.close()
+    about = _about(options, config)
+    say = say if team.first else lambda line: None
+    return list(_run_all(classes, work, about, options, output, team, say, stop, plain or Plain()))
 
 
 def _prepare(task: Task, length: int | None, tokenizer: Any, options: Options) -> Work:
@@ -251,7 +265,7 @@ def _run_all(
     team: Team,
     say: Say,
     stop: Callable[[], bool],
-    model: PreTrainedModel | None,
+    plain: Plain,
 ) -> Iterator[Path]:
     held: dict[tuple[str, int | None], dict[str, int]] = {}
     for cls in classes:
@@ -266,16 +280,19 @@ def _run_all(
             todo.append((one, identifying, folder))
         team.wait()
         jobs = [_pending(one, folder) for one, _, folder in todo]
-        mine = team.mine([job for pending in jobs for job in pending])
+        texts = [list(found) for _, found in groupby((job for pending in jobs for job in pending), _text)]
+        mine = [job for text in team.mine(texts) for job in text]  # whoever reads a text answers all questions on it
         policy: Policy | None = None
+        of = (options.base, about["dtype"], options.device or team.device)
         if mine and not stop():
+            model = plain.take(of)
             say(f"{cls.name}: {'loading' if model is None else 'on'} {about['base']}, {sum(map(len, jobs))} examples")
-            device = options.device or team.device
-            policy = cls(options.base, dtype=about["dtype"], device=device, model=model, **options.memory)
+            policy = cls(of[0], dtype=of[1], device=of[2], model=model, **options.memory)
         try:
             _run_policy(policy, mine, todo, jobs, options, team, say, stop, held)
         finally:
-            model = model if policy is None else policy.release()
+            if policy is not None:
+                plain.put(of, policy.release())
         team.wait()
         for one, _, folder in todo:
             if team.first:
@@ -316,7 +333,7 @@ def _run_policy(
         for batch in batches(mine, options.batch, policy.recalls):
             if stop():
                 return
-            for job, row in zip(batch, _do(policy, batch, options), strict=True):
+            for job, row in zip(batch, _do_fitting(policy, batch, options), strict=True):
                 results.append(job.folder, team.rank, row)
             bar.update(len(batch))
 
@@ -333,7 +350,7 @@ def batches(jobs: Sequence[Job], size: int, recalls: bool = False) -> list[list[
     asking = [job for job in jobs if _apart(job, recalls)]
     if asking:
         rest = [job for job in jobs if not _apart(job, recalls)]
-        texts = [list(found) for _, found in groupby(asking, key=lambda job: (job.folder, job.prompt.text))]
+        texts = [list(found) for _, found in groupby(asking, _text)]
         shared = [text[low : low + size] for text in texts for low in range(0, len(text), size)]
         return shared + (batches(rest, size) if rest else [])
 
@@ -351,6 +368,11 @@ def batches(jobs: Sequence[Job], size: int, recalls: bool = False) -> list[list[
 def _apart(job: Job, recalls: bool) -> bool:
     """Whether the text is read apart from the question. Where there is no need, a prompt is read as one, as others."""
     return job.prompt.asks is not None and (recalls or job.example.apart)
+
+
+def _text(job: Job) -> tuple[Path, Any]:
+    """Alike for questions on one text."""
+    return job.folder, job.example.id if job.prompt.asks is None else job.prompt.text
 
 
 def _pending(work: Work, folder: Path) -> list[Job]:
@@ -398,6 +420,20 @@ def _describe(
             raise ConfigError(f"{folder}: results of a model with other weights: choose another output folder")
         config["made_with"] = [*(made for made in before["made_with"] if made != made_with), made_with]
     results.write_config(folder, config)
+
+
+def _do_fitting(policy: Policy, batch: Sequence[Job], options: Options) -> list[results.Row]:
+    """`_do`, in smaller batches where the memory of the device does not hold them."""
+    import torch
+
+    try:
+        return _do(policy, batch, options)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return [row for part in (batch[:half], batch[half:]) for row in _do_fitting(policy, part, options)]
 
 
 def _do(policy: Policy, batch: Sequence[Job], options: Options) -> list[results.Row]:

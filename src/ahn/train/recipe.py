@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ahn import stores
+from ahn import stores, yaml_file
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
 from ahn.registry import nearest
 from ahn.train import windows
 
-LONGEST = 1 << 20  # characters of a recipe
 LOSSES = ("kl", "ce", "kl+ce", "attention")
 
 
@@ -182,60 +181,7 @@ def _expect(name: str, value: Any, holds: bool, allowed: str) -> None:
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe. Raises ConfigError naming the key, the value and what is allowed."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason}): expected a recipe saved as UTF-8") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(text) > LONGEST:
-        raise ConfigError(f"{path}: longer than {LONGEST:,} characters: expected a recipe")
-    values = _yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values")
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise ConfigError(f"{change!r}: expected key=value")
-        values[key] = _yaml(value, repr(change))
-    return from_dict(values)
-
-
-def _yaml(text: str, source: str) -> Any:
-    """The value of a text. Raises ConfigError, also for aliases, which can make a few lines any size, and for a key
-    that is there twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.MarkedYAMLError(None, None, "aliases are not allowed", self.peek_event().start_mark)
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen = set()
-            for key, _ in node.value:
-                if str(key.value) in seen:
-                    raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
-                seen.add(str(key.value))
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{source}{place}: {said}") from error
-    except yaml.reader.ReaderError as error:
-        place = f"line {text.count(chr(10), 0, error.position) + 1}"
-        sign = chr(error.character)
-        raise ConfigError(f"{source}, {place}: the character {sign!r}, which YAML does not allow") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source}: nested too deeply: expected a key and a value on each line") from error
-    except Exception as error:  # whatever the conversion of a value to its type raises
-        raise ConfigError(f"{source}: a value that cannot be read: {' '.join(str(error).split())}") from error
+    return from_dict(yaml_file.read(path, "recipe", changes))
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

@@ -1,0 +1,117 @@
+"""A comparison as a YAML file: `ahn eval --suite FILE.yaml`.
+
+The keys are the options of `ahn eval`, and some of the suite's own:
+
+output    folder of the results
+summary   a JSON file with a row for each result, written after each run
+note      kept in the summary
+runs      a list of keys that differ from those above, one entry a run (default: one run with the keys above)
+
+`tasks`, `policies` and `length` take lists, as the options do. A list for any other key stands for a run with each of
+its values. `lossless: 1/8` keeps an eighth of each length.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ahn import yaml_file
+from ahn.errors import ConfigError
+from ahn.eval import results
+from ahn.eval.results import Result
+from ahn.eval.statistics import interval
+from ahn.files import atomic
+
+LISTS = ("tasks", "policies", "length")
+DEPTHS = 5
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`runs`: the keys of each, none of which has a list but those of `LISTS`."""
+
+    runs: list[dict[str, Any]]
+    output: Path | None
+    summary: Path | None
+    note: str | None
+
+
+def load(path: str | Path, changes: Sequence[str] = ()) -> Suite:
+    """Read a suite. Raises ConfigError.
+
+    Args:
+        changes: "key=value", in place of the file's own keys above `runs`.
+    """
+    values = yaml_file.read(path, "suite", changes)
+    own = {key: values.pop(key, None) for key in ("output", "summary", "note")}
+    for key, value in own.items():
+        if not isinstance(value, str | None):
+            raise ConfigError(f"{path}: {key}: {value!r}: expected text")
+    runs = values.pop("runs", [{}])
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
+        raise ConfigError(f"{path}: runs: {runs!r}: expected a list of runs, each with keys and values")
+    folder, summary = (own[key] and Path(own[key]).expanduser() for key in ("output", "summary"))
+    return Suite([one for run in runs for one in _expanded(values | run, path)], folder, summary, own["note"])
+
+
+def _expanded(run: dict[str, Any], path: str | Path) -> Iterator[dict[str, Any]]:
+    several = [key for key, value in run.items() if isinstance(value, list) and key not in LISTS]
+    for chosen in product(*(run[key] for key in several)):
+        one = run | dict(zip(several, chosen, strict=True))
+        share = re.fullmatch(r"1/([1-9]\d*)", str(one.get("lossless")))
+        if share is None:
+            yield one
+            continue
+        lengths = one.get("length")
+        for length in lengths if isinstance(lengths, list) else [lengths]:
+            if type(length) is not int:
+                raise ConfigError(f"{path}: lossless: {share[0]} of length {length!r}: expected a number of tokens")
+            yield one | {"length": length, "lossless": max(1, length // int(share[1])), "share": int(share[1])}
+
+
+def write_summary(suite: Suite, found: Sequence[Result]) -> None:
+    """Write the suite's file with a row for each result that has examples; what all rows have in common stands above
+    them. Nothing without such a file."""
+    if suite.summary is None:
+        return
+    rows = [row_of(result) for result in found if result.rows]
+    about: dict[str, Any] = {} if suite.note is None else {"note": suite.note}
+    for name, key in {"base": "base", "adapter": "adapter", "tokens": "length", "lossless": "lossless"}.items():
+        if len(values := {row[key] for row in rows} - {None}) == 1:
+            about[name] = values.pop()
+    content = {"environment": results.stamp(), **about, "settings": suite.runs, "rows": rows}
+    suite.summary.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(suite.summary) as path:
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def row_of(result: Result) -> dict[str, Any]:
+    """Mean score as it is (losses in nats, the others 0 to 1) with its 95% interval, in all and by fifths of the text
+    that the evidence is in."""
+    config, rows = result.config, list(result.rows.values())
+    mean = interval([row["score"] for row in rows])
+    by_depth: list[list[float]] = [[] for _ in range(DEPTHS)]
+    for row in rows:
+        if row.get("depth") is not None:
+            by_depth[min(DEPTHS - 1, int(row["depth"] * DEPTHS))].append(row["score"])
+    exact = config["window"] is not None
+    return {
+        **{key: config[key] for key in ("task", "length", "policy", "base")},
+        "adapter": config["adapter"],
+        "lossless": config["window"] + config["sinks"] if exact else None,
+        "store": config["settings"].get("store"),
+        "recall": config["settings"].get("recall"),
+        "seed": config["seed"],
+        "n": mean.count,
+        "score": mean.mean,
+        "low": mean.low if mean.count > 1 else None,
+        "high": mean.high if mean.count > 1 else None,
+        "by_depth": [sum(part) / len(part) if part else None for part in by_depth],
+        "cache_bytes": config["cost"]["cache_bytes"],
+    }
