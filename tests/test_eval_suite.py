@@ -48,7 +48,7 @@ length: [1100]
 sinks: {SINKS}
 recall: 64
 device: cpu
-limit: 4
+limit: 3
 batch: 2
 output: {path.parent / "results"}
 summary: {path.parent / "summary.json"}
@@ -76,7 +76,7 @@ def test_a_suite_from_its_file_to_its_summary(folder, tmp_path, capsys, monkeypa
     assert (written["note"], written["base"], written["tokens"]) == ("tiny", "tiny-base", 1100)
     assert written["settings"][-1]["lossless"] == 137
     assert [(row["policy"], row["lossless"], row["n"]) for row in written["rows"]] == [
-        ("window", 32, 4), ("recall", 32, 4), ("window", 64, 4), ("recall", 64, 4), ("rag", 137, 4),
+        ("window", 32, 3), ("recall", 32, 3), ("window", 64, 3), ("recall", 64, 3), ("rag", 137, 3),
     ]  # fmt: skip
     for row in written["rows"]:
         assert row["low"] <= row["score"] <= row["high"] and len(row["by_depth"]) == suite.DEPTHS
@@ -133,7 +133,7 @@ def test_runs_differ_in_what_they_say(tmp_path):
     )
     plan = suite.load(written(tmp_path / "s.yaml", text), ["limit=5"])
     assert [(run["lossless"], run["seed"]) for run in plan.runs[:4]] == [(8, 1), (8, 2), (16, 1), (16, 2)]
-    assert [(run["lossless"], run["length"], run["share"]) for run in plan.runs[4:]] == [(16, 64, 4), (32, 128, 4)]
+    assert [(run["lossless"], run["length"], run["share"]) for run in plan.runs[4:]] == [(16, 64, 3), (32, 128, 4)]
     assert all(run["limit"] == 5 and run["tasks"] == ["ruler"] for run in plan.runs)
 
 
