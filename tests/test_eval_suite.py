@@ -133,7 +133,7 @@ def test_runs_differ_in_what_they_say(tmp_path):
     )
     plan = suite.load(written(tmp_path / "s.yaml", text), ["limit=5"])
     assert [(run["lossless"], run["seed"]) for run in plan.runs[:4]] == [(8, 1), (8, 2), (16, 1), (16, 2)]
-    assert [(run["lossless"], run["length"], run["share"]) for run in plan.runs[4:]] == [(16, 64, 3), (32, 128, 4)]
+    assert [(run["lossless"], run["length"], run["share"]) for run in plan.runs[4:]] == [(16, 64, 4), (32, 128, 4)]
     assert all(run["limit"] == 5 and run["tasks"] == ["ruler"] for run in plan.runs)
 
 
