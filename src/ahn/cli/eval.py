@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int | None:
     import transformers
 
     from ahn.cli._session import console
-    from ahn.eval import report, results, runner, suite
+    from ahn.eval import compare, report, results, runner, suite
 
     transformers.logging.set_verbosity_error()
     if args.suite is None:
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int | None:
             suite.write_summary(plan, [results.load(folder) for folder in dict.fromkeys(folders)])
     if first_process():
         found = [results.load(folder) for folder in dict.fromkeys(folders)]
-        groups = report.grouped(found) if args.suite else []
+        groups = compare.grouped(found) if args.suite else []
         for group in groups:
             every = [one for of in group.results.values() for by in of.values() for one in by.values()]
             print(f"{group.title}\n{report.brief(every).text()}")
