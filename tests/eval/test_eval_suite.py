@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from ahn import cli, yaml_file
-from ahn.errors import ConfigError
+from ahn import cli
 from ahn.eval import policies, results, runner, suite
 from ahn.eval.policies.base import Policy
 from tiny_base import SINKS, WINDOW, write_base
@@ -174,13 +173,6 @@ def test_options_that_a_suite_does_not_take(folder, tmp_path, capsys, argv, said
     path = suite_of(folder, tmp_path / "s.yaml")
     assert cli.main(["eval", *(str(path) if word == "SUITE" else word for word in argv)]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_file_of_keys(tmp_path):
-    assert yaml_file.read(written(tmp_path / "a", "x: 1\ny: 2"), "suite", ["y=[3]"]) == {"x": 1, "y": [3]}
-    (tmp_path / "b").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="expected a suite saved as UTF-8"):
-        yaml_file.read(tmp_path / "b", "suite")
 
 
 @pytest.mark.slow
