@@ -573,7 +573,7 @@ def test_an_archive_takes_no_bytes_of_the_gpu():
     from tiny_tokenizer import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
-    model = with_memory(tiny(vocab_size=len(tokenizer)).cuda())
+    model = with_memory(tiny(vocab_size=len(tokenizer)).cuda(), window=256)
     scales = torch.stack([torch.zeros(1, 8), torch.full((1, 8), 0.05)])
     model.ahn_retrieval = RetrievalHeads(((0, 1),), 2, {0: scales})
     options = {"max_new_tokens": 4, "do_sample": False}

@@ -196,7 +196,11 @@ class Session:
         check(self.tokenizer, self.cache, question, args.recall, finder=args.finder, rounds=args.rounds)
 
     def find(
-        self, question: str, args: argparse.Namespace, prompt: Callable[[str, str], Tensor], judge: bool = True
+        self,
+        question: str,
+        args: argparse.Namespace,
+        prompt: Callable[[str, str], Tensor] | None = None,
+        judge: bool = True,
     ) -> Found:
         """The passages that a question asks for, and whether an answer is supported; says so.
 
@@ -215,7 +219,7 @@ class Session:
             finder=args.finder,
             rounds=args.rounds,
             judge=judge,
-            prompt=lambda text, passages: self._with_unread(prompt(text, passages)),
+            prompt=prompt and (lambda text, passages: self._with_unread(prompt(text, passages))),
         )
         if found.sources:
             tokens, seconds = sum(source.end - source.start for source in found.sources), time.monotonic() - began
@@ -295,6 +299,19 @@ class Session:
         self._unread = new[:, new.shape[1] - unread :]
         cut = not stopped and new.shape[1] == limit and int(new[0, -1]) not in self._ends
         return Answer(new, time.monotonic() - began, stopped, cut)
+
+    def answer_from(self, found: Found, question: str, limit: int) -> Answer:
+        """Stream the answer to a question from the passages found, or from the memory where there are none."""
+        from ahn.memory.cache import AHNCache
+        from ahn.recall import alone
+
+        if not found.sources:
+            return self.answer(self.dialogue.question(question), limit)
+        memory, self.cache = self.cache, AHNCache(self.model)
+        try:
+            return self.answer(alone(self.tokenizer, question, found.sources), limit)
+        finally:
+            self.cache, self._unread = memory, None
 
     def turn(self, ids: Tensor, recalled: Tensor | None, limit: int) -> Answer:
         """`answer` to the prompt `ids`, or to `recalled`, which is `ids` with passages in front of the question. The

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ahn.cli import INTERRUPTED
     from ahn.cli._reading import read_document_into
     from ahn.cli._session import Session, check_question, console, show
-    from ahn.recall import as_text, finders
+    from ahn.recall import finders
 
     finders.check_name(args.finder)
     question = check_question(" ".join(args.question))
@@ -47,10 +47,9 @@ def run(args: argparse.Namespace) -> int:
         summary = f"{session.cache.tokens_seen:,} tokens before, kept in {args.memory}; {session.held}"
     else:
         session, summary = read_document_into(args, check=lambda session: session.check(question, args))
-    found = session.find(question, args, session.dialogue.question)
-    prompt = session.dialogue.question(question, as_text(found.sources))
+    found = session.find(question, args)
     guess = found.supported or args.guess
-    answer = session.answer(prompt, args.max_new_tokens) if guess else session.say()
+    answer = session.answer_from(found, question, args.max_new_tokens) if guess else session.say()
     if args.sources:
         show(found.sources)
     console.print(f"read    {summary}")

@@ -68,8 +68,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--recall", type=one, metavar="N", default=512, help=f"tokens read again, for recall and rag {shown}"
     )
     group.add_argument("--finder", metavar="F", default="fused", help=f"how passages are found, for recall {shown}")
-    group.add_argument("--context", choices=("memory", "alone", "both"), default="memory")
-    group.add_argument("--twice", action="store_true")
     group.add_argument("--rounds", type=int, choices=(1, 2), default=1, help=f"of finding, for recall {shown}")
     group.add_argument("--yarn", type=float, metavar="F", help="for full: extend the base's positions F times")
     group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")
@@ -175,7 +173,7 @@ def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]
         dtype=args.dtype,
         device=args.device,
         yarn=args.yarn,
-        recall=Recalled(args.recall, args.finder, args.rounds, args.context, args.twice),
+        recall=Recalled(args.recall, args.finder, args.rounds),
         data=args.data,
         seed=args.seed,
         limit=args.limit,

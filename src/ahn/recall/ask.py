@@ -1,6 +1,7 @@
 """Asking a memory: find the few passages that a question asks for, read them again in front of it, and answer.
 
-All of it happens on a fork: the memory is as it was before.
+The answer is generated from the passages alone: with the window in front of them it is worse (docs/recall.md). Where no
+passage is read again it comes from a fork of the memory. Either way the memory is as it was before.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def ask(
     max_new_tokens: int = 256,
     **options: Any,
 ) -> Answer:
-    """Answer a question about the document that `memory` has read, from the memory and from passages read again.
+    """Answer a question about the document that `memory` has read, from passages of it that are read again, or from the
+    memory where none is.
 
     Where the adapter has a calibration (`ahn.recall.support`) and the text supports no answer, the answer is NOT_FOUND,
     and nothing is generated.
@@ -137,13 +139,27 @@ def ask(
     found = search(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds)
     if not found.supported and unsupported == "say":
         return Answer(NOT_FOUND, not_found(tokenizer), found.sources, found.support)
-    ids = Dialogue.of(tokenizer).question(question, as_text(found.sources))
-    fork = memory.fork()
-    fork.set_archive(None)
+    if found.sources:
+        ids, cache = alone(tokenizer, question, found.sources), AHNCache(model)
+    else:
+        ids, cache = Dialogue.of(tokenizer).question(question), apart(memory)
     if "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id
-    new = generate(model, ids, fork, max_new_tokens=max_new_tokens, **options)[0].cpu()
+    new = generate(model, ids, cache, max_new_tokens=max_new_tokens, **options)[0].cpu()
     return Answer(tokenizer.decode(new, skip_special_tokens=True).strip(), new, found.sources, found.support)
+
+
+def alone(tokenizer: Any, question: str, sources: tuple[Source, ...]) -> Tensor:
+    """Ids [1, T] of a dialogue about these passages and nothing else, up to where the answer to the question begins."""
+    dialogue = Dialogue.of(tokenizer)
+    return torch.cat([dialogue.open(as_text(sources)), dialogue.question(question)], 1)
+
+
+def apart(memory: AHNCache) -> AHNCache:
+    """A fork that keeps no archive, to answer from."""
+    fork = memory.fork()
+    fork.set_archive(None)
+    return fork
 
 
 def not_found(tokenizer: Any) -> Tensor:
@@ -161,10 +177,7 @@ def find(
     finder: str = FINDER,
     rounds: int = 1,
 ) -> tuple[Source, ...]:
-    """The passages that a question asks for, in the order of the text; arguments and errors as of `ask`.
-
-    Passages that sinks or window still hold are left out.
-    """
+    """The passages that a question asks for, in the order of the text; arguments and errors as of `ask`."""
     found = search(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds, judge=False)
     return found.sources
 
@@ -181,12 +194,13 @@ def search(
     judge: bool = True,
     prompt: Callable[[str, str], Tensor] | None = None,
 ) -> Found:
-    """The passages as of `find`, and whether they and the memory support an answer.
+    """The passages as of `find`, and whether they support an answer.
 
     Args:
         judge: look for support, if passages are read again and the adapter has a calibration.
-        prompt: ids [1, T] of a question with passages in front of it, as they follow the memory. Default:
-            `Dialogue.question`.
+        prompt: of a chat, which goes on from the memory: ids [1, T] of a question and the passages in front of it, as
+            they follow the memory. Passages that the memory still holds exactly are then not read again. None: the
+            answer comes from the passages alone (`alone`).
     """
     check(tokenizer, memory, question, recall, finder=finder, rounds=rounds)
     if memory.archive is None:
@@ -196,17 +210,22 @@ def search(
     if not recall:
         return Found()
     passages, asked = Passages.of(memory.archive, tokenizer), Question(question, model, tokenizer, memory)
-    taken = _fitting(tokenizer, memory, question, passages, rank(passages, asked, recall, finder, rounds))
+    gone = None if prompt is None else forgotten(passages, memory, recall + _length(tokenizer, question))
+    taken = rank(passages, asked, recall, finder, rounds, gone)
+    taken = _fitting(tokenizer, memory, question, passages, taken)
     found = sources(passages, taken)
     calibration = None if model.ahn_retrieval is None else model.ahn_retrieval.calibration
     if calibration is None or not judge:
         return Found(found)
-    signals = support.of_passages(passages, [*taken, *held(passages, memory)], asked)
+    held = [] if gone is None else np.flatnonzero(~gone).tolist()
+    signals = support.of_passages(passages, [*taken, *held], asked)
     if "said" in calibration.signals:
-        fork = memory.fork()
-        fork.set_archive(None)
-        ids = (prompt or Dialogue.of(tokenizer).question)(support.check(question), as_text(found))
-        logits = read(model, ids, fork).last_logits
+        text = support.check(question)
+        if prompt is None:
+            ids, cache = alone(tokenizer, text, found), AHNCache(model)
+        else:
+            ids, cache = prompt(text, as_text(found)), apart(memory)
+        logits = read(model, ids, cache).last_logits
         assert logits is not None
         signals |= support.said(tokenizer, logits)[0]
     return Found(found, calibration.margin(signals))
@@ -232,7 +251,7 @@ def check(
         raise ConfigError(
             "the archive was read with another tokenizer: expected the one of the base that the memory is of"
         )
-    length, window = Dialogue.of(tokenizer).question(question).shape[1], memory.config.window
+    length, window = _length(tokenizer, question), memory.config.window
     if length > window:
         raise ConfigError(f"question of {length:,} tokens with its template: expected at most the window of {window:,}")
     if recall and recall > window - length:
@@ -242,12 +261,16 @@ def check(
         )
 
 
+def _length(tokenizer: Any, question: str, passages: str = "") -> int:
+    """Tokens of a question with its template."""
+    return int(Dialogue.of(tokenizer).question(question, passages).shape[1])
+
+
 def _fitting(tokenizer: Any, memory: AHNCache, question: str, passages: Passages, taken: list[int]) -> list[int]:
     """Those of the passages `taken`, best first, that the window holds together with the question."""
     for count in range(len(taken), 0, -1):
         text = as_text(sources(passages, taken[:count]))
-        length = Dialogue.of(tokenizer).question(question, text).shape[1]
-        if length <= memory.config.window:
+        if _length(tokenizer, question, text) <= memory.config.window:
             break
     else:
         count = 0
@@ -259,9 +282,13 @@ def _fitting(tokenizer: Any, memory: AHNCache, question: str, passages: Passages
     return taken[:count]
 
 
-def rank(passages: Passages, question: Question, recall: int, finder: str, rounds: int) -> list[int]:
-    """Passages for a question by their numbers, of `recall` tokens at most, those of the first round first."""
-    allowed = forgotten(passages, question.memory)
+def rank(
+    passages: Passages, question: Question, recall: int, finder: str, rounds: int, allowed: np.ndarray | None = None
+) -> list[int]:
+    """Passages for a question by their numbers, of `recall` tokens at most, those of the first round first. `allowed`:
+    bool [P]; None: all of them."""
+    if allowed is None:
+        allowed = np.ones(len(passages), bool)
     taken: list[int] = []
     for part in range(1, rounds + 1):
         if not allowed.any():
@@ -290,16 +317,11 @@ def as_text(sources: tuple[Source, ...]) -> str:
     return INTRODUCTION + SEPARATOR.join(source.text.strip() for source in sources) if sources else ""
 
 
-def forgotten(passages: Passages, memory: AHNCache) -> np.ndarray:
-    """Which passages sinks and window do not hold any more, bool [P]."""
+def forgotten(passages: Passages, memory: AHNCache, tokens: int) -> np.ndarray:
+    """Which passages sinks and window will not hold after `tokens` more, bool [P]."""
     starts, ends = passages.bounds[:-1], passages.bounds[1:]
     config = memory.config
-    return (ends > config.sinks) & (starts < len(passages.archive) - config.window)
-
-
-def held(passages: Passages, memory: AHNCache) -> list[int]:
-    """The other passages, by number."""
-    return [int(i) for i in np.flatnonzero(~forgotten(passages, memory))]
+    return (ends > config.sinks) & (starts < len(passages.archive) + tokens - config.window)
 
 
 def sources(passages: Passages, taken: list[int]) -> tuple[Source, ...]:

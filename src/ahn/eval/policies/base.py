@@ -59,8 +59,6 @@ class Recalled(NamedTuple):
     tokens: int = RECALL
     finder: str = FINDER
     rounds: int = 1
-    context: str = "memory"
-    twice: bool = False
 
 
 RECALLED = Recalled()

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from ahn.eval.policies.base import Kept, exact_part
 from ahn.eval.policies.recall import Recall
 from ahn.hf.augment import augment
-from ahn.memory.cache import AHNCache
-from ahn.recall import finders
-from ahn.recall.passages import Passages
-from ahn.recall.question import Question
-
-if TYPE_CHECKING:
-    from ahn.eval.prompts import Prompt
-    from ahn.eval.tasks.base import Example
 
 
 class Rag(Recall):
@@ -35,15 +24,3 @@ class Rag(Recall):
     def prepare(self) -> None:
         self.recall = self.recall._replace(finder=self.finder, rounds=1)
         augment(self.model, exact_part(self.window, self.sinks, None))
-
-    def front(self, prompt: Prompt) -> Sequence[int]:
-        return prompt.ids[: prompt.begins]
-
-    def behind(self, memory: AHNCache) -> AHNCache:
-        return AHNCache(self.model)
-
-    def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
-        return finders.get(self.finder)().scores(passages, question)
-
-    def held(self, passages: Passages, memory: AHNCache) -> list[int]:
-        return []

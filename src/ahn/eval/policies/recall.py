@@ -1,4 +1,4 @@
-"""The memory, with the passages that a question asks for read again in front of it."""
+"""Passages of what the memory has read, found for each question and read again in front of it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ahn.dialogue import LABEL, SEPARATOR, Dialogue
+from ahn.dialogue import SEPARATOR, Dialogue
 from ahn.errors import ConfigError
 from ahn.eval.policies.base import Kept, Policy, digest, exact_part, memory_part, trained
 from ahn.hf.augment import augment
 from ahn.hf.weights import apply
 from ahn.memory.cache import AHNCache
 from ahn.recall import finders, support
-from ahn.recall.ask import as_text, best, forgotten, held, rank, sources
+from ahn.recall.ask import as_text, best, rank, sources
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
 from ahn.recall.words import words
@@ -27,9 +27,10 @@ BUDGETS = (256, 512, 1024)  # tokens re-read, for which it is noted how much of 
 
 
 class Recall(Policy):
-    """Sinks, window, and any memory of an adapter; passages of the text are read again (--recall, --finder).
+    """Sinks, window, and any memory of an adapter; questions are answered from passages that are read again (--recall,
+    --finder), as `ahn.ask` does.
 
-    Prompts that ask nothing about a text are answered without.
+    Prompts that ask nothing about a text are answered from the memory.
     """
 
     name = "recall"
@@ -45,7 +46,7 @@ class Recall(Policy):
 
     @classmethod
     def _settings(cls, kept: Kept) -> dict[str, Any]:
-        found = super()._settings(kept) | {"recall": kept.recall._asdict()}
+        found = super()._settings(kept) | {"recall": kept.recall._asdict() | {"context": "passages"}}
         if kept.adapter is None:
             return found
         found |= {"cell": trained(kept.adapter).config.cell, "adapter_digest": digest(kept.adapter)}
@@ -73,17 +74,15 @@ class Recall(Policy):
         for prompt, example in questions:
             passages, taken, note = self.found(memory, prompt, example)
             text = as_text(sources(passages, taken))
-            if self.recall.twice and text:
-                text = LABEL + example.question.strip() + SEPARATOR + text
-            front = [*self.front(prompt), *self._ids(text and text + SEPARATOR)]
+            front = [*prompt.ids[: prompt.begins], *self._ids(text and text + SEPARATOR)]
             rows.append([*front, *prompt.ids[prompt.asks :]])
             checks.append([*front, *dialogue.question(support.check(example.question))[0].tolist()])
             notes.append(note)
-        said = support.said(self.tokenizer, self.logits_after(self.behind(memory), checks))
+        said = support.said(self.tokenizer, self.logits_after(AHNCache(self.model), checks))
         for note, more in zip(notes, said, strict=True):
             note["support"] |= more
         limits = [example.max_new_tokens for _, example in questions]
-        return list(zip(self.after(self.behind(memory), rows, limits), notes, strict=True))
+        return list(zip(self.after(AHNCache(self.model), rows, limits), notes, strict=True))
 
     def found(self, memory: Any, prompt: Prompt, example: Example) -> tuple[Passages, list[int], dict[str, Any]]:
         """All passages, those for a question, how much of its evidence is among them, and how far they support an
@@ -91,44 +90,26 @@ class Recall(Policy):
         passages = Passages.of(memory.archive, self.tokenizer)
         question = Question(example.question, self.model, self.tokenizer, memory)
         scores = self.scores(passages, question, prompt, example)
-        scores = np.where(passages.bounds[1:] > prompt.begins, scores, -np.inf)  # instructions are no passage
+        allowed = passages.bounds[1:] > prompt.begins  # instructions are no passage
+        scores = np.where(allowed, scores, -np.inf)
         by_budget = {str(n): evidence(passages, best(scores, passages.lengths, n), prompt) for n in BUDGETS}
         taken = (
-            rank(passages, question, *self.recall[:3])
+            rank(passages, question, *self.recall, allowed)
             if self.recall.rounds > 1
             else best(scores, passages.lengths, self.recall.tokens)
         )
         note: dict[str, Any] = {
             "recalled": int(passages.lengths[taken].sum()),
             "overlap": overlap(passages, prompt, example),
-            "support": support.of_passages(passages, [*taken, *self.held(passages, memory)], question),
+            "support": support.of_passages(passages, taken, question),
         }
         if prompt.needs:
             note |= {"found": evidence(passages, taken, prompt), "found_by_budget": by_budget}
         return passages, taken, note
 
     def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
-        """Of each passage, -inf for those that are not to be taken."""
-        found = finders.get(self.recall.finder)().scores(passages, question)
-        if self.recall.context != "memory":
-            return found
-        return np.where(forgotten(passages, question.memory), found, -np.inf)
-
-    def held(self, passages: Passages, memory: AHNCache) -> list[int]:
-        """Passages that need not be read again to answer from them."""
-        return held(passages, memory)
-
-    def front(self, prompt: Prompt) -> Sequence[int]:
-        """What is read in front of the passages."""
-        return prompt.ids[: prompt.begins] if self.recall.context == "alone" else ()
-
-    def behind(self, memory: AHNCache) -> AHNCache:
-        """The cache that passages and question are read into."""
-        if self.recall.context == "alone":
-            return AHNCache(self.model)
-        fork = memory.fork()
-        fork.set_archive(None)
-        return fork
+        """Of each passage."""
+        return finders.get(self.recall.finder)().scores(passages, question)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
