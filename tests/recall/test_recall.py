@@ -10,7 +10,7 @@ import ahn
 from ahn.errors import ConfigError
 from ahn.memory.archive import Archive
 from ahn.memory.head_keys import UNKNOWN
-from ahn.recall import find, finders
+from ahn.recall import find, finders, search
 from ahn.recall.ask import best
 from ahn.recall.finders.base import Finder
 from ahn.recall.finders.fused import ranks
@@ -251,12 +251,18 @@ class TestFind:
         assert 0 < sum(source.end - source.start for source in found) <= 200
         assert any("compass" in source.text for source in found)
 
-    def test_what_the_window_holds_is_left_out(self, model, memory, tokenizer):
-        found = find(model, tokenizer, memory, "nobody said a thing", 320)
-        assert found
-        for source in found:
-            assert source.start < len(memory.archive) - memory.config.window
-            assert source.end > memory.config.sinks
+    def test_what_a_chat_still_holds_is_left_out(self, model, tokenizer):
+        """A passage that what is read again pushes out of the window is not held."""
+        text = f"{FILLER * 8}The captain hid the compass. {FILLER}"
+        question, dialogue = "Where did the captain hide the compass?", ahn.Dialogue(tokenizer)
+        length = dialogue.question(question).shape[1]
+        memory = ahn.read(model, dialogue.open(text), archive="text")
+        for recall, prompt, found in ((100, None, True), (100, dialogue.question, False), (280, dialogue.question, True)):
+            sources = search(model, tokenizer, memory, question, recall, finder="bm25", prompt=prompt).sources
+            assert any("compass" in source.text for source in sources) == found
+            if prompt is not None:
+                held = len(memory.archive) + recall + length - memory.config.window
+                assert all(memory.config.sinks < source.end and source.start < held for source in sources)
 
     def test_a_text_that_fits_is_not_recalled(self, model, tokenizer):
         cache = ahn.read(model, torch.tensor([[5, 6, 7]]), archive="text")
@@ -324,8 +330,9 @@ class TestAsk:
     def test_passages_are_read_in_front_of_the_question(self, model, memory, tokenizer):
         answer = ahn.ask(model, tokenizer, memory, "Where is the compass?", 100, max_new_tokens=5, do_sample=False)
         text = "Passages from the text:\n\n" + "\n\n".join(s.text.strip() for s in answer.sources)
-        ids = ahn.Dialogue(tokenizer).question("Where is the compass?", text)
-        expected = ahn.generate(model, ids, memory.fork(), max_new_tokens=5, do_sample=False, pad_token_id=0)[0]
+        dialogue = ahn.Dialogue(tokenizer)
+        ids = torch.cat([dialogue.open(text), dialogue.question("Where is the compass?")], 1)
+        expected = ahn.generate(model, ids, ahn.AHNCache(model), max_new_tokens=5, do_sample=False, pad_token_id=0)[0]
         assert answer.ids.tolist() == expected.tolist()
 
     def test_an_empty_memory(self, model, tokenizer):

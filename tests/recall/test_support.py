@@ -5,7 +5,6 @@ import io
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ from ahn import cli
 from ahn.adapter_files import read_adapter, write_adapter
 from ahn.errors import AdapterError, ConfigError
 from ahn.memory.calibration import Calibration
-from ahn.recall import support
-from ahn.recall.ask import held
+from ahn.recall import as_text, search, support
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
 from conftest import retrieval, tiny, with_memory
@@ -72,11 +70,8 @@ class TestSignals:
         assert found["heads_less"] == pytest.approx(math.log(max(scores[[0, 2]].max(), 1e-6)), abs=1e-4)
         assert found["heads"] >= found["heads_less"]
 
-    def test_what_the_window_holds_counts(self, model, memory, tokenizer):
+    def test_no_passage(self, model, memory, tokenizer):
         passages = Passages.of(memory.archive, tokenizer)
-        for window, last in ((16, False), (200, True)):
-            found = held(passages, SimpleNamespace(config=memory.config.replace(window=window)))
-            assert any("rudder" in passages.texts[i] for i in found) == last and len(found) < len(passages)
         assert support.of_passages(passages, [], Question("Where?", model, tokenizer, memory)) == {}
 
     def test_said(self, tokenizer):
@@ -216,28 +211,36 @@ class TestAsk:
         calibrated(NEVER)
         assert asked(0).support is None  # without passages it is what it was
 
-    def test_said_is_asked_of_the_memory_and_the_passages(self, asked, calibrated, model, memory, tokenizer):
+    @pytest.mark.parametrize("chat", [False, True])
+    def test_said_is_asked_where_the_answer_comes_from(self, calibrated, model, memory, tokenizer, chat):
+        """Of the passages alone; in a chat, of the memory and the passages."""
         calibrated(Calibration(("said",), (2.0,), 0.5))
-        answer = asked()
-        passages = "Passages from the text:\n\n" + "\n\n".join(one.text.strip() for one in answer.sources)
-        ids = ahn.Dialogue(tokenizer).question(support.check("Where did the captain hide the compass?"), passages)
-        fork = memory.fork()
-        fork.set_archive(None)
-        logits = ahn.read(model, ids, fork).last_logits
-        assert answer.support == pytest.approx(2 * support.said(tokenizer, logits)[0]["said"] - 0.5, abs=1e-3)
+        question, dialogue = "Where did the captain hide the compass?", ahn.Dialogue(tokenizer)
+        found = search(model, tokenizer, memory, question, 200, prompt=dialogue.question if chat else None)
+        text, passages = support.check(question), as_text(found.sources)
+        assert passages.startswith("Passages from the text:") and "compass" in passages
+        if chat:
+            ids, cache = dialogue.question(text, passages), memory.fork()
+            cache.set_archive(None)
+        else:
+            ids, cache = torch.cat([dialogue.open(passages), dialogue.question(text)], 1), ahn.AHNCache(model)
+        logits = ahn.read(model, ids, cache).last_logits
+        assert found.support == pytest.approx(2 * support.said(tokenizer, logits)[0]["said"] - 0.5, abs=1e-3)
 
-    def test_what_the_window_still_holds_supports_an_answer(self, model, tokenizer, calibrated):
-        """No passage is read again, as the window holds all of them."""
-        short = with_memory(tiny(vocab_size=len(tokenizer), max_position_embeddings=4096))
-        ahn.detach(short)
-        ahn.augment(short, ahn.AHNConfig(None, 900, 4))
+    @pytest.mark.parametrize("chat", [False, True])
+    def test_what_the_window_still_holds_supports_an_answer(self, tokenizer, chat):
+        """A chat reads none of it again."""
+        short = tiny(vocab_size=len(tokenizer), max_position_embeddings=4096)
+        ahn.augment(short, ahn.AHNConfig(None, 1200, 4))
         short.ahn_retrieval = dataclasses.replace(retrieval(), calibration=Calibration(("words",), (1.0,), 0.9))
-        memory = ahn.read(short, ahn.Dialogue(tokenizer).open(f"{FILLER}{SECRET} {FILLER}"), archive="keys")
-        answers = [
-            ahn.ask(short, tokenizer, memory, question, max_new_tokens=2, do_sample=False)
+        dialogue = ahn.Dialogue(tokenizer)
+        memory = ahn.read(short, dialogue.open(f"{FILLER}{SECRET} {FILLER}"), archive="keys")
+        found = [
+            search(short, tokenizer, memory, question, 200, prompt=dialogue.question if chat else None)
             for question in ("the captain hid the compass", "the sextant of the zyxw")
         ]
-        assert [answer.found for answer in answers] == [True, False] and not any(one.sources for one in answers)
+        assert [one.supported for one in found] == [True, False]
+        assert any(one.sources for one in found) != chat
 
     def test_refused(self, asked):
         with pytest.raises(ConfigError, match="unsupported='guess': expected one of say, answer"):
