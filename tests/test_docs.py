@@ -1,6 +1,5 @@
 """What the documentation says is what the result files hold."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import docs  # noqa: E402  (benchmarks is no package: its folder must be on the path first)
 import tables  # noqa: E402
-import tables_quality  # noqa: E402
 
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
@@ -36,29 +34,6 @@ def test_a_page_is_made_again_from_its_markers():
     assert "old" not in made and docs.rewritten(made) == made
     with pytest.raises(KeyError, match="nothing"):
         docs.rewritten("<!-- table: nothing -->\n<!-- end -->")
-
-
-def test_questions_of_a_finished_run_replace_those_of_the_trial(tmp_path, monkeypatch):
-    scores = {"full": 40.0, "window": 10.0, "rag": 50.0, "rag-true": 70.0, "recall": 60.0}
-    rows = [
-        {"task": "qa/squad", "policy": policy, "n": 200, "score": score, "interval_95": [score - 4, score + 5]}
-        for policy, score in scores.items()
-    ]
-    environment = {"date": "2026-12-01 10:00", "device": "NVIDIA H200"}
-    file = {"environment": environment, "base": "some-base", "rows": rows}
-    for path in tables.RESULTS.glob("*.json"):
-        (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "qa-some-base.json").write_text(json.dumps(file))
-    for module in (tables, tables_quality):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    name, sets = tables_quality.question_scores()
-    assert name == "qa-some-base" and list(sets) == ["SQuAD"]
-    assert {way: row["score"] for way, row in sets["SQuAD"].items()} == {
-        "full attention": 40, "window": 10, "rag": 50, "recall": 60,
-    }  # fmt: skip
-    assert "| `qa/squad` | 200 | 40.0 | 10.0 | 50.0 | 60.0 |" in tables.make("questions")
-    assert "| SQuAD: F1, points above `rag` | H200 | at least 5.0 | 10.0 | met |" in tables.make("goals-recall")
-    assert "`qa-some-base.json`" in tables.make("picture")
 
 
 def test_a_cell_holds_one_number():

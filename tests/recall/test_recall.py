@@ -257,7 +257,11 @@ class TestFind:
         question, dialogue = "Where did the captain hide the compass?", ahn.Dialogue(tokenizer)
         length = dialogue.question(question).shape[1]
         memory = ahn.read(model, dialogue.open(text), archive="text")
-        for recall, prompt, found in ((100, None, True), (100, dialogue.question, False), (280, dialogue.question, True)):
+        for recall, prompt, found in (
+            (100, None, True),
+            (100, dialogue.question, False),
+            (280, dialogue.question, True),
+        ):
             sources = search(model, tokenizer, memory, question, recall, finder="bm25", prompt=prompt).sources
             assert any("compass" in source.text for source in sources) == found
             if prompt is not None:
