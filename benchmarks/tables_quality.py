@@ -600,8 +600,8 @@ def picture() -> str:
     return wrapped(
         f"Left: word F1 of Qwen2.5-Coder-1.5B on {', '.join(sets)} ({counts} questions, "
         f"evidence anywhere in the text; {source(ASKED)[1:]}. Right: Qwen2.5-Coder-0.5B with its default memory, 100 "
-        f"to 200 examples a task ({source(facts)[1:]}. All texts have 16,384 tokens, of which 2,048 are kept exactly; recall reads 512 "
-        "again. Lines are 95% intervals, where the file has them."
+        f"to 200 examples a task ({source(facts)[1:]}. All texts have 16,384 tokens, of which 2,048 are kept exactly; "
+        "recall reads 512 again. Lines are 95% intervals, where the file has them."
     )
 
 

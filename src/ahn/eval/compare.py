@@ -99,7 +99,7 @@ def policy_labels(results: Sequence[Result]) -> dict[int, str]:
             for key in config["settings"]
             if key not in ("window", "sinks", "store") and len({str(v["settings"].get(key)) for v in variants}) > 1
         ]
-        parts = [f"{key} {config['settings'][key]}" for key in keys]
+        parts = [_words(key, config["settings"][key]) for key in keys]
         if "adapter_digest" in keys:
             alike = {v["settings"]["adapter_digest"] for v in variants if v["adapter"] == config["adapter"]}
             parts = [config["adapter"], *([config["settings"]["adapter_digest"][:6]] if len(alike) > 1 else [])]
@@ -108,6 +108,14 @@ def policy_labels(results: Sequence[Result]) -> dict[int, str]:
             parts.append(f"{store['name']} store of {store['size']:,}{span}")
         names[id(result)] = f"{config['policy']} ({', '.join(parts)})" if parts else config["policy"]
     return names
+
+
+def _words(key: str, value: Any) -> str:
+    """A setting for people: of recall's, the values that are not understood."""
+    if key != "recall" or not isinstance(value, dict):
+        return f"{key} {value}"
+    rounds = f", {value['rounds']} rounds" if value.get("rounds", 1) > 1 else ""
+    return f"{value['finder']}, {value['tokens']:,} tokens{rounds}"
 
 
 def baseline(found: dict[str, Result], label: str) -> Result | None:
