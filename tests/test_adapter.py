@@ -516,7 +516,7 @@ def test_shipped_adapters_are_found_for_files_and_folders():
     from ahn import zoo
 
     shape = json.loads((zoo.path("qwen2.5-coder-0.5b-deltanet") / "ahn.json").read_text())["shape"]
-    ours = [name for name in zoo.names() if name.startswith("qwen")]
+    ours = [name for name in zoo.names() if name.startswith("qwen2.5-coder-0.5b-")]
     assert len(ours) > 1
     for base in ("/x/qwen2.5-coder-0.5b-instruct.gguf", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "a/Qwen2.5-Coder-0.5B/"):
         assert zoo.made_for(base, shape) == zoo.made_for(base) == ours
