@@ -122,17 +122,18 @@ def memory_of_another(model: Any) -> Iterator[None]:
 
     layers = layers_of(model)
     for layer in layers:
-        prepare = layer._prepare
+        forms = layer.last.forms
+        prepare = forms.prepare
 
         def swapped(q: Any, k: Any, v: Any, inputs: Any, *rest: Any, prepare: Any = prepare) -> Any:
             return prepare(q, k.roll(1, 0), v.roll(1, 0), inputs.roll(1, 0), *rest)
 
-        layer._prepare = swapped
+        forms.prepare = swapped
     try:
         yield
     finally:
         for layer in layers:
-            del layer._prepare
+            layer.last.forms.prepare = layer.last.prepare
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import ahn
 from ahn.engine import compile as compiling
 from ahn.engine import prefill
 from ahn.memory import dense
+from ahn.memory.batch import ForwardBatch
 from ahn.memory.layer import AHNLayer
-from ahn.memory.span import Span
 from ahn.ops import dispatch
 from ahn.ops.softmax import merge, merge_all
 from conftest import in_pieces, tiny, token_ids, with_memory
@@ -25,8 +25,8 @@ SPLITS = ([90], [7, 13, 1, 30, 8, 31], [20, 16, 16, 16, 16, 6], [3, 2, 40, 45], 
 def test_any_split(monkeypatch, form, window, sinks):
     """Pieces that end at, before and behind the sinks and the ring's end; windows of one token, and never full."""
     calls = []
-    read = AHNLayer._dense
-    monkeypatch.setattr(AHNLayer, "_dense", lambda *args: calls.append(1) or read(*args))
+    read = AHNLayer._attend_ring
+    monkeypatch.setattr(AHNLayer, "_attend_ring", lambda *args: calls.append(1) or read(*args))
     model = with_memory(tiny(), window=window, sinks=sinks, **form)
     ids = token_ids(90, batch=2)
     with torch.no_grad():
@@ -38,8 +38,8 @@ def test_any_split(monkeypatch, form, window, sinks):
 
 def test_where_spans_are_cut():
     def cut(start, length, sinks=4, window=10):
-        span = Span(torch.tensor([start]), length, [length])
-        return [(piece.first, piece.length) for piece in dense.pieces(span, sinks, window)]
+        span = ForwardBatch(torch.tensor([start]), length, [length])
+        return [(piece.first, piece.length) for _, piece in dense.cuts(span, sinks, window)]
 
     assert cut(0, 40) == [(0, 4), (4, 10), (14, 10), (24, 10), (34, 6)]
     assert cut(3, 5) == [(3, 1), (4, 4)]

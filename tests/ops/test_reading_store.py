@@ -11,7 +11,7 @@ from ahn.ops.banded import attend_window
 from ahn.ops.ranks import empty_ranks
 from ahn.ops.rotary import Rotary
 from ahn.ops.softmax import attend
-from ahn.ops.specs import Far
+from ahn.ops.specs import KeptKeys
 from conftest import STORES, in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
@@ -49,12 +49,12 @@ def test_contest(plain, places, steps):
         return eviction.rank(priority, first + torch.arange(count)[None], real).to(DEVICE)
 
     empty = empty_ranks(2, 3, places, torch.device(DEVICE))
-    before, new = eviction.contest(empty, some(0, 50)).ranks, some(50, steps)
+    before, new = eviction.evict(empty, some(0, 50)).ranks, some(50, steps)
     for ranks in (before, before[:, :, ::2].repeat_interleave(2, -1)[..., :places] if steps == 1 else before):
-        expected, found = eviction.contest(ranks, new), triton_eviction.contest(ranks, new)
+        expected, found = eviction.evict(ranks, new), triton_eviction.evict(ranks, new)
         if ranks is before:
-            assert torch.equal(found.losers, expected.losers)
-        assert torch.equal(found.lost, expected.lost)
+            assert torch.equal(found.evicted, expected.evicted)
+        assert torch.equal(found.evicted_ranks, expected.evicted_ranks)
         assert torch.equal(found.ranks.sort(-1).values, expected.ranks.sort(-1).values)
         assert torch.equal(torch.cat([ranks, new], -1).gather(-1, found.kept), found.ranks)
 
@@ -65,12 +65,12 @@ def test_contest_in_parts(plain, monkeypatch):
     positions, real = torch.arange(150, device=DEVICE)[None], torch.ones(1, 150, dtype=torch.bool, device=DEVICE)
     ranks = eviction.rank(torch.randn(2, 3, 150, device=DEVICE), positions, real)
     before, new = ranks[..., :50].contiguous(), ranks[..., 50:].contiguous()
-    expected = eviction.contest(before, new)
+    expected = eviction.evict(before, new)
     monkeypatch.delenv("AHN_KERNEL")
     monkeypatch.setattr(triton_eviction, "at_once", lambda ranks: 32)
-    found = eviction.contest(before, new)
-    assert torch.equal(found.losers, expected.losers)
-    assert torch.equal(found.lost, expected.lost)
+    found = eviction.evict(before, new)
+    assert torch.equal(found.evicted, expected.evicted)
+    assert torch.equal(found.evicted_ranks, expected.evicted_ranks)
     assert torch.equal(torch.cat([before, new], -1).gather(-1, found.kept), found.ranks)
     assert torch.equal(found.ranks.sort(-1).values, expected.ranks.sort(-1).values)
 
@@ -122,13 +122,13 @@ def test_attention(plain, monkeypatch, queries, before, window, sinks, places, e
     until[..., :sinks] = queries
     until[torch.rand(until.shape) < 0.3] = queries
     always = int(((since <= 0) & (until >= queries)).sum(-1).min())
-    seen = Far(*keys, since.to(DEVICE), until.to(DEVICE), entering)
+    seen = KeptKeys(*keys, since.to(DEVICE), until.to(DEVICE), entering)
     for start in ([before + sinks], [before + sinks, max(0, before - 5)]):
         at = torch.tensor(start, device=DEVICE)
         with monkeypatch.context() as free:
             free.delenv("AHN_KERNEL")
             found = banded.attend(q, q_far, tuple(near), at, window, size**-0.5, seen, sinks)
-        exact = Far(*(t.float() for t in keys), seen.since, seen.until, entering)
+        exact = KeptKeys(*(t.float() for t in keys), seen.since, seen.until, entering)
         nothing = tuple(near[:, :, :, :0].float())
         expected = attend_window(
             q.float(), q_far.float(), nothing, tuple(near.float()), at, window, size**-0.5, exact, sinks

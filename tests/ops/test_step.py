@@ -8,10 +8,10 @@ import torch
 import ahn
 from ahn.cells.modules import unit
 from ahn.engine import fuse
-from ahn.engine.graph import Step
+from ahn.engine.graph import DecodeBatch
+from ahn.memory.batch import ForwardBatch, LayerBatch
+from ahn.memory.evicted import Evictions
 from ahn.memory.handle import layers_of
-from ahn.memory.leaving import Leaving
-from ahn.memory.span import Span
 from ahn.ops import dispatch
 from ahn.ops.banded import attend_one
 from ahn.ops.dispatch import Kernel
@@ -70,7 +70,7 @@ def test_cell(plain, cell, heads, kv_heads, size, writes, dtype):
     torch.nn.init.normal_(module.o_proj.weight, std=size**-0.5)
     form = module.step_form()
     able = None if writes is None else torch.tensor(writes, device=DEVICE)[:, None]
-    leaving = Leaving(able, torch.ones(1, 1, device=DEVICE), torch.tensor(1), None)
+    evictions = Evictions(able, torch.ones(1, 1, device=DEVICE), torch.tensor(1), None)
     state = torch.randn(batch, heads, size, size, device=DEVICE) / 4
     expected_state = state.clone()
     for _ in range(50 if CUDA else 2):
@@ -87,7 +87,7 @@ def test_cell(plain, cell, heads, kv_heads, size, writes, dtype):
             groups = heads // kv_heads
             keys, values = (t.repeat_interleave(groups, 1) for t in (k, v))
             expected_read = module.step(unit(q), unit(keys), values.float(), gates, expected_state)
-            expected = module.combine(out, out, expected_read, x[1], leaving.evicted)
+            expected = module.combine(out, out, expected_read, x[1], evictions.total)
             expected = expected if able is None else torch.where(able[..., None, None], expected, out)
         assert relative(state, expected_state) < 1e-5
         assert relative(read, expected_read[:, :, 0]) < 1e-5
@@ -216,8 +216,8 @@ def test_displace(plain, monkeypatch, cell_name, span, size, positions, form):
     settings = {"window": 9, "sinks": 3, "store_size": size, "store_span": span} | (form if cell_name else {})
     model = storing("recency", cell_name, **settings).to(DEVICE)
     layer, *_ = layers_of(model)
-    for rotary in layer.rotary:
-        assert rotary is None or rotary.frequencies is not None
+    rotary = layer.positions.rotary
+    assert rotary is None or rotary.frequencies is not None
     memories = [ahn.AHNCache(model).layers[0] for _ in range(2)]
     width = memories[0].gate_width
     for memory in memories:
@@ -229,8 +229,8 @@ def test_displace(plain, monkeypatch, cell_name, span, size, positions, form):
         pushed = (k, v, torch.randn(2, 1, width, device=DEVICE)) if width else (k, v)
         for memory in memories:
             memory.scores.copy_(scores)
-        expected = layer._displace(pushed, Span(start.cpu(), 1, [1] * len(start)), memories[0])
-        found = layer._displace_fused(pushed, Step(start, due=False), memories[1])
+        expected = layer.kept.displace(pushed, ForwardBatch(start.cpu(), 1, [1] * len(start)), memories[0])
+        found = layer.kept.displace_fused(pushed, DecodeBatch(start, periodic=False), memories[1])
         assert torch.allclose(found[0], expected[0], atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
         for name, tensor in memories[1].tensors.items():
@@ -247,9 +247,9 @@ def test_put_score(plain, positions, dtype):
     for memory in memories:
         memory.reserve(50, torch.zeros(2, 2, 1, 8, device=DEVICE), None)
     start, x = torch.tensor(positions, device=DEVICE), torch.randn(2, 1, 32, device=DEVICE).to(dtype)
-    span = Step(start, due=False)
+    span = DecodeBatch(start, periodic=False)
     k = torch.zeros(2, 2, 1, 8, device=DEVICE)
-    memories[0].put_score(span, layer._score(k, k, x, None, span, None))
+    memories[0].put_score(span, layer.kept.score(LayerBatch(span, k, k, k, x, 1.0), None))
     decode.put_score(layer.store.gate_form(), memories[1], start, x)
     assert (memories[0].scores != 0).sum() == 4
     assert torch.allclose(memories[1].scores, memories[0].scores, rtol=1e-4, atol=1e-5)

@@ -75,14 +75,14 @@ def test_contest_is_a_heap(places, steps):
         real = torch.rand(2, count, generator=generator) < 0.9
         return eviction.rank(priority, first + torch.arange(count)[None], real)
 
-    before = eviction.contest(empty_ranks(2, 3, places, torch.device("cpu")), some(0, 50)).ranks
+    before = eviction.evict(empty_ranks(2, 3, places, torch.device("cpu")), some(0, 50)).ranks
     new = some(50, steps)
-    outcome = eviction.contest(before, new)
+    outcome = eviction.evict(before, new)
     lost, stay = heaps(before, new)
-    assert torch.equal(outcome.lost, lost)
+    assert torch.equal(outcome.evicted_ranks, lost)
     assert torch.equal(outcome.ranks.sort(-1).values, stay)
     candidates = torch.cat([before, new], -1)
-    assert torch.equal(candidates.gather(-1, outcome.losers), outcome.lost)
+    assert torch.equal(candidates.gather(-1, outcome.evicted), outcome.evicted_ranks)
     assert torch.equal(candidates.gather(-1, outcome.kept), outcome.ranks)
 
 
@@ -222,13 +222,13 @@ def written(model, ids, sizes, monkeypatch):
     """Of the first layer: positions by head that the cell was given, and those in the store, after reading `ids`."""
     (layer, *_) = layers_of(model)
     seen = {id(layer): []}
-    turn_out = layer._turn_out
+    turn_out = layer.positions.from_store
 
     def spy(k, ranks):
         seen[id(layer)].append(ranks)
         return turn_out(k, ranks)
 
-    monkeypatch.setattr(layer, "_turn_out", spy)
+    monkeypatch.setattr(layer.positions, "from_store", spy)
     cache, low = ahn.AHNCache(model), 0
     with torch.no_grad():
         for size in sizes:
@@ -259,13 +259,13 @@ def test_the_cell_is_given_the_tokens_themselves(monkeypatch):
         )
         (layer,) = layers_of(model)
         given = {}
-        prepare = layer._prepare
+        prepare = layer.last.forms.prepare
 
         def spy(q, k, v, inputs, leaving, fla, given=given, prepare=prepare):
             given.setdefault("all", []).append((k, v, inputs))
             return prepare(q, k, v, inputs, leaving, fla)
 
-        monkeypatch.setattr(layer, "_prepare", spy)
+        monkeypatch.setattr(layer.last.forms, "prepare", spy)
         ids = token_ids(60)
         lost, _ = written(model, ids, [37, 1, 22], monkeypatch)
         k, v, inputs = (torch.cat(parts, 1 if parts[0].dim() == 3 else 2) for parts in zip(*given["all"], strict=True))

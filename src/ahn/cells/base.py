@@ -17,6 +17,7 @@ the state, and room for the memory beside the window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 Gates = tuple[Tensor, ...]
+Chunk = Callable[[Tensor, Tensor, Tensor, Gates, Tensor], tuple[Tensor, Tensor]]
 
 
 class CellSize(NamedTuple):
@@ -103,6 +105,7 @@ class Cell(nn.Module):
         self.q_map: KeyMap | None = None
         self.k_map: KeyMap | None = None
         self.room: Room | None = None
+        self.chunk_form: Chunk | None = None  # a compiled form of `chunk`
 
     def extend(self, key_maps: int, make_room: bool) -> None:
         """Add what AHNConfig names so; both leave an untrained memory without effect."""
@@ -209,12 +212,13 @@ class Cell(nn.Module):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: Tensor, fla: bool) -> tuple[Tensor, Tensor]:
         """The recurrence on what `ready` returned: reads [B, N, T, H] and the state."""
+        chunk = self.chunk_form or self.chunk
         if not fla and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *gates)):
             # what it computes is many times what it is given
-            result: tuple[Tensor, Tensor] = checkpoint(self.chunk, q, k, v, gates, state, use_reentrant=False)
+            result: tuple[Tensor, Tensor] = checkpoint(chunk, q, k, v, gates, state, use_reentrant=False)
             return result
         if not fla:
-            return self.chunk(q, k, v, gates, state)
+            return chunk(q, k, v, gates, state)
         read, state = self.fla(q, k, v, gates, state)
         return read.transpose(1, 2), state
 

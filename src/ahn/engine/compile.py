@@ -12,15 +12,17 @@ from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ahn.engine.fuse import Block, Turns, changing, put
+from ahn.engine.fuse import Block, Turns, changing
+from ahn.engine.patch import patched
 from ahn.engine.probe import is_norm
+from ahn.memory.cell_tier import CellTier
 from ahn.ops import dispatch
+from ahn.ops.softmax import merge_all
 
 MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
 
@@ -43,14 +45,15 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
                 continue
             if kind not in forms:
                 forms[kind] = fast(kind.forward)
-            put(undo, module, "forward", MethodType(forms[kind], module))
+            undo.enter_context(patched(module, "forward", MethodType(forms[kind], module)))
         family = sys.modules[type(attention).__module__]
         turn = getattr(family, "apply_rotary_pos_emb", None)
         if turn is not None and not isinstance(turn, Turns):
-            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", fast(turn)))
-        rotary = next((r for layer in decoder.layers for r in layer.self_attn.ahn.rotary if r is not None), None)
+            undo.enter_context(patched(family, "apply_rotary_pos_emb", fast(turn)))
+        rotaries = (layer.self_attn.ahn.positions.rotary for layer in decoder.layers)
+        rotary = next((rotary for rotary in rotaries if rotary is not None), None)  # one serves all layers
         if rotary is not None:
-            put(undo, rotary, "turn", MethodType(fast(type(rotary).turn), rotary))
+            undo.enter_context(patched(rotary, "turn", MethodType(fast(type(rotary).plain_turn), rotary)))
         yield
 
 
@@ -68,12 +71,20 @@ def compiled_for_reading(decoder: Any) -> Iterator[None]:
         with compiled(decoder, any_length=True), ExitStack() as undo, config.patch(suppress_errors=True):
             for layer in decoder.layers:
                 memory = layer.self_attn.ahn
-                for name in ("_merge", "_prepare", "_combine"):
-                    if name not in vars(memory):
-                        put(undo, memory, name, MethodType(of_any_length(getattr(type(memory), name)), memory))
+                undo.enter_context(patched(memory, "merge", of_any_length(merge_all)))
+                if isinstance(memory.last, CellTier):
+                    for name in ("prepare", "combine"):
+                        _compile_form(undo, memory.last, name)
             yield
     finally:
         changing.release()
+
+
+def _compile_form(undo: ExitStack, tier: CellTier, name: str) -> None:
+    """Compile a plain form of the cell's tier until `undo` closes; a form that has been swapped already stays."""
+    if getattr(tier.forms, name) == getattr(tier, name):
+        compiled_form = MethodType(of_any_length(getattr(type(tier), name)), tier)
+        undo.enter_context(patched(tier.forms, name, compiled_form))
 
 
 def of_one_length(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from ahn.engine.patch import patched
 from ahn.engine.probe import has_hooks, is_block, is_gated, is_plain, plain_and_alike, rms_norm
 from ahn.memory.calls import calls
 from ahn.ops import dispatch
@@ -42,19 +42,21 @@ def products(decoder: Any) -> Iterator[None]:
             readers = plain_and_alike([*inner, *of_cell])
             group = Together(readers)
             for module in readers:
-                put(undo, module, "forward", group.of(module))
+                undo.enter_context(patched(module, "forward", group.of(module)))
             if form is not None and all(any(part is module for module in readers) for part in form.inputs):
-                put(undo, cell, "gate_inputs", group.of(*form.inputs))
+                undo.enter_context(patched(attention.ahn.last.forms, "gate_inputs", group.of(*form.inputs)))
             block = Block.of(layer, group)
             if block is not None:
-                put(undo, layer, "forward", block.forward)
-                put(undo, attention.o_proj, "forward", block.end)
+                undo.enter_context(patched(layer, "forward", block.forward))
+                undo.enter_context(patched(attention.o_proj, "forward", block.end))
             elif is_plain(attention.o_proj):
-                put(undo, attention.o_proj, "forward", Together([attention.o_proj]).of(attention.o_proj))
+                alone = Together([attention.o_proj]).of(attention.o_proj)
+                undo.enter_context(patched(attention.o_proj, "forward", alone))
             mlp = getattr(layer, "mlp", None)
             if block is None and mlp is not None and is_gated(mlp):
-                put(undo, mlp.down_proj, "forward", Together([mlp.down_proj]).of(mlp.down_proj))
-                put(undo, mlp, "forward", MethodType(_mlp, mlp))
+                alone = Together([mlp.down_proj]).of(mlp.down_proj)
+                undo.enter_context(patched(mlp.down_proj, "forward", alone))
+                undo.enter_context(patched(mlp, "forward", MethodType(_mlp, mlp)))
         yield
 
 
@@ -67,11 +69,11 @@ def turned(decoder: Any) -> Iterator[None]:
         plain = getattr(family, "apply_rotary_pos_emb", None)
         if plain is not None and turns_halves(plain):
             turns = Turns(plain)
-            undo.enter_context(mock.patch.object(family, "apply_rotary_pos_emb", turns))
+            undo.enter_context(patched(family, "apply_rotary_pos_emb", turns))
             for layer in decoder.layers:
                 if "forward" not in vars(layer.self_attn):
-                    put(undo, layer.self_attn, "forward", turns.within(layer.self_attn))
-                    put(undo, layer.self_attn.ahn, "_turn", turns.again)
+                    undo.enter_context(patched(layer.self_attn, "forward", turns.within(layer.self_attn)))
+                    undo.enter_context(patched(layer.self_attn.ahn.positions, "rotate", turns.again))
         yield
 
 
@@ -92,11 +94,11 @@ class Turns(threading.local):
             return self.plain(q, k, cos, sin, *args, **kwargs)
         from ahn.ops.kernels import decode
 
-        self.q, k, self.twice = decode.turn(q, k, (cos, sin), self.memory.sink_angles(cache.span, q.device))
+        self.q, k, self.twice = decode.turn(q, k, (cos, sin), self.memory.positions.kept_angles(cache.span, q.device))
         return self.q, k
 
     def again(self, rotary: Any, q: Tensor, angles: Any) -> Tensor:
-        """`AHNLayer._turn`."""
+        """In the place of `ahn.memory.positions.rotate`."""
         return self.twice if q is self.q else rotary.turn(q, angles)
 
     def within(self, attention: Any) -> Callable[..., Any]:
@@ -214,9 +216,3 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
 def _few(x: Tensor, layer: Any) -> bool:
     """Whether the kernels are for this input of a linear layer."""
     return x.dtype == layer.weight.dtype and x.numel() <= dispatch.FEW_ROWS * x.shape[-1]
-
-
-def put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute of an instance until `undo` closes."""
-    setattr(owner, name, value)
-    undo.callback(vars(owner).pop, name, None)

@@ -4,10 +4,10 @@ Letters: B batch, T tokens, D hidden size; R rows of positions: 1 where all of t
 else B.
 
 A step of a 36-layer model is a thousand small kernels, which Python cannot launch as fast as a GPU runs them. Captured
-in a graph they need one launch, but then nothing may depend on what the host knows: a `Step` is a span whose
-positions are a tensor on the device, and the layers do the same with it as with any other (`AHNLayer._one`), where
-nothing leaves the window with gates of zero. What few positions ask for (`AHNLayer.due`) is in a second graph of the
-same step, which does that too, in the rows that are there; the host, which counts, says which of the two.
+in a graph they need one launch, but then nothing may depend on what the host knows: a `DecodeBatch` is one whose
+positions are a tensor on the device, and the layers do the same with it as with any other (`AHNLayer._one`); rows that
+evict nothing have gates of zero. Work that few positions ask for (`AHNLayer.is_periodic`) is in a second graph of the
+same step; the host, which counts, picks one of the two.
 
 A graph reads and writes fixed addresses. So the tensors of a cache *lie in* the graph's buffers while it is being
 decoded from: the first cache's tensors become the buffers, another one is copied into them when its turn comes, after
@@ -32,11 +32,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ahn.compat import PAST
 from ahn.engine.compile import compiled
 from ahn.engine.fuse import products, turned
+from ahn.memory.batch import FOREVER, ForwardBatch
 from ahn.memory.buffer import LayerMemory
 from ahn.memory.cache import AHNCache
 from ahn.memory.handle import Handle
 from ahn.memory.layer import AHNLayer
-from ahn.memory.span import FOREVER, Span
 from ahn.ops import dispatch
 
 if TYPE_CHECKING:
@@ -48,16 +48,19 @@ logger = logging.getLogger("ahn")
 _capturing = threading.RLock()  # of any model: garbage is not collected then
 
 
-class Step(Span):
-    """One token a row at positions `start` [R] that only the device knows. Everything that asks whether something has
-    happened yet is told that it has; what has not is masked by `start`. `due`: with what few positions ask for."""
+class DecodeBatch(ForwardBatch):
+    """One token a row at positions `start` [R] that only the device knows.
+
+    The host takes every row for full; `start` masks whatever has not happened yet in a row. `periodic`: with the work that
+    few positions ask for.
+    """
 
     on_device = True
     first = FOREVER
 
-    def __init__(self, start: Tensor, due: bool, beside: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, start: Tensor, periodic: bool, side: torch.cuda.Stream | None = None) -> None:
         super().__init__(start, 1, [1] * len(start))
-        self.due, self.beside, self.divided = due, beside, False
+        self.periodic, self.side, self.divided = periodic, side, False
 
     def positions(self, device: torch.device) -> Tensor:
         return self.start[:, None]
@@ -72,19 +75,19 @@ class Step(Span):
     def after(self) -> list[int]:
         return [0]  # there is room
 
-    def aside(self, x: Tensor) -> AbstractContextManager[Any]:
-        """On the stream `beside`, as another branch of the graph."""
-        if self.beside is None:
+    def side_stream(self, x: Tensor) -> AbstractContextManager[Any]:
+        """On the stream `side`, as another branch of the graph."""
+        if self.side is None:
             return nullcontext()
-        self.beside.wait_stream(torch.cuda.current_stream(x.device))
-        x.record_stream(self.beside)
+        self.side.wait_stream(torch.cuda.current_stream(x.device))
+        x.record_stream(self.side)
         self.divided = True
-        return torch.cuda.stream(self.beside)
+        return torch.cuda.stream(self.side)
 
     def join(self) -> None:
         """Wait for what is done aside."""
-        if self.divided and self.beside is not None:
-            torch.cuda.current_stream(self.beside.device).wait_stream(self.beside)
+        if self.divided and self.side is not None:
+            torch.cuda.current_stream(self.side.device).wait_stream(self.side)
 
 
 class Graph:
@@ -104,16 +107,18 @@ class Graph:
             self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=device)
             self.position_ids = torch.zeros_like(self.ids)
             self.start = torch.zeros(rows, dtype=torch.long, device=device)
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.layers: list[LayerMemory] = [copy.copy(layer) for layer in cache.layers]
         self._lent_to = weakref.ref(cache)
         self._next: list[int] | None = None  # what `start` holds
-        self._captured: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by what is due; and its output
+        self._captured: dict[
+            bool, tuple[torch.cuda.CUDAGraph, Tensor]
+        ] = {}  # by whether they include periodic work; and their output
 
-    def __call__(self, cache: AHNCache, ids: Tensor, position_ids: Tensor | None, due: bool) -> Tensor:
+    def __call__(self, cache: AHNCache, ids: Tensor, position_ids: Tensor | None, periodic: bool) -> Tensor:
         """Last hidden states [B, 1, D] of tokens `ids` [B, 1], the next of `cache`, whose span is open. `position_ids`:
-        rotary positions [B or 1, 1], or None where they count the tokens seen. `due`: of the layers at these
-        positions, for which `prepare` was called."""
+        rotary positions [B or 1, 1], or None where they count the tokens seen. `periodic`: with the periodic work of
+        these positions, for which `prepare` was called."""
         self._lend(cache)
         start = cache.span.start.tolist()
         if start != self._next:
@@ -125,16 +130,16 @@ class Graph:
         else:
             self.position_ids.copy_(position_ids)
         cache.span.written = True
-        if due not in self._captured:
-            return self._run(self._shell(cache, self.layers), due)
-        graph, hidden = self._captured[due]
+        if periodic not in self._captured:
+            return self._run(self._shell(cache, self.layers), periodic)
+        graph, hidden = self._captured[periodic]
         graph.replay()
         return hidden.clone()
 
-    def prepare(self, cache: AHNCache, due: bool) -> None:
+    def prepare(self, cache: AHNCache, periodic: bool) -> None:
         """Capture a step of this kind, if it is to be captured and has not been yet."""
-        if self.start.device.type == "cuda" and due not in self._captured:
-            self._capture(cache, due)
+        if self.start.device.type == "cuda" and periodic not in self._captured:
+            self._capture(cache, periodic)
             self._next = None  # the warm-up has counted too
 
     def fits(self, cache: AHNCache, rows: int) -> bool:
@@ -146,8 +151,8 @@ class Graph:
             return False
         return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]
 
-    def _run(self, cache: AHNCache, due: bool) -> Tensor:
-        cache._span = step = Step(self.start, due, self._beside)
+    def _run(self, cache: AHNCache, periodic: bool) -> Tensor:
+        cache._span = step = DecodeBatch(self.start, periodic, self._side)
         out = type(self.decoder).forward(
             self.decoder, input_ids=self.ids, position_ids=self.position_ids, use_cache=True, **{PAST: cache}
         )
@@ -161,11 +166,11 @@ class Graph:
         shell.layers = layers
         return shell
 
-    def _capture(self, cache: AHNCache, due: bool) -> None:
+    def _capture(self, cache: AHNCache, periodic: bool) -> None:
         with _capturing:
-            self._capture_alone(cache, due)
+            self._capture_alone(cache, periodic)
 
-    def _capture_alone(self, cache: AHNCache, due: bool) -> None:
+    def _capture_alone(self, cache: AHNCache, periodic: bool) -> None:
         # Warmed up on buffers of its own, for a step cannot be taken back; all layers share them.
         scratch: dict[str, LayerMemory] = {}
         for layer in self.layers:
@@ -181,23 +186,23 @@ class Graph:
                 faster.enter_context(turned(self.decoder))
             if dispatch.between(device).name == "inductor":
                 faster.enter_context(compiled(self.decoder))
-            self._record([scratch[_form(layer)] for layer in self.layers], cache, due)
+            self._record([scratch[_form(layer)] for layer in self.layers], cache, periodic)
 
-    def _record(self, scratch: list[LayerMemory], cache: AHNCache, due: bool) -> None:
+    def _record(self, scratch: list[LayerMemory], cache: AHNCache, periodic: bool) -> None:
         device = self.start.device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._run(self._shell(cache, scratch), due)
+                self._run(self._shell(cache, scratch), periodic)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # one pool is enough for all: they are replayed one after the other
         pool = next((captured.pool() for captured, _ in self._captured.values()), None)
         # torch's own stream for captures is on the device of the first one
         with _nothing_freed(), torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
-            hidden = self._run(self._shell(cache, self.layers), due)
-        self._captured[due] = graph, hidden
+            hidden = self._run(self._shell(cache, self.layers), periodic)
+        self._captured[periodic] = graph, hidden
 
     def _lend(self, cache: AHNCache) -> None:
         """Make the tensors of `cache` the buffers."""
@@ -220,9 +225,9 @@ def forward(handle: Handle, **kwargs: Any) -> Any:
     """What an augmented model's decoder computes: one token a row by replaying a graph where it can, else what
     its class does."""
     if not torch.compiler.is_compiling() and (found := _graph(handle, kwargs)):
-        (graph, due), cache = found, kwargs[PAST]
+        (graph, periodic), cache = found, kwargs[PAST]
         with dispatch.on(graph.start.device):
-            hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), due)
+            hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), periodic)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{PAST: cache})
     decoder = handle.decoder
     return type(decoder).forward(decoder, **kwargs) if handle.forward is None else handle.forward(**kwargs)
@@ -230,13 +235,13 @@ def forward(handle: Handle, **kwargs: Any) -> Any:
 
 def goes_on(handle: Handle, cache: AHNCache) -> bool:
     """Whether the next tokens of `cache` can be steps of the graph that is there, or of the first one."""
-    graph, span = handle.graph, Span.of(cache.tokens_per_row, 1, None)
+    graph, span = handle.graph, ForwardBatch.of(cache.tokens_per_row, 1, None)
     if not cache.tokens_seen or len(span.start) > 1 or not _steps(handle, span):
         return False
     return graph is None or graph.fits(cache, 1)
 
 
-def _steps(handle: Handle, span: Span) -> bool:
+def _steps(handle: Handle, span: ForwardBatch) -> bool:
     """Whether one token a row, those of `span`, can be a step of a graph."""
     if handle.no_graph is None:
         handle.no_graph = _obstacle(handle.model)
@@ -246,8 +251,8 @@ def _steps(handle: Handle, span: Span) -> bool:
 
 
 def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
-    """The graph for this call, made now if there is none of its shape, and what is due; None where the call needs more
-    than one."""
+    """The graph for this call, made now if there is none of its shape, and whether the step has periodic work; None if
+    the call needs more than one graph."""
     cache, ids = kwargs.get(PAST), kwargs.get("input_ids")
     if ids is None or not isinstance(cache, AHNCache) or cache._span is None:
         return None
@@ -265,7 +270,7 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
-    due, room = any(layer.due(span) for layer in _kinds(handle)), max(span.first + 1, ROOM)
+    periodic, room = any(layer.is_periodic(span) for layer in _kinds(handle)), max(span.first + 1, ROOM)
     for memory in cache.layers:
         assert memory.keys is not None
         state = None if memory.state is None else memory.state.shape[1:]
@@ -275,12 +280,12 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
             handle.graph = None  # its buffers go before others come
             handle.graph = Graph(handle, cache, len(span.start))
         with dispatch.on(handle.graph.start.device):
-            handle.graph.prepare(cache, due)
+            handle.graph.prepare(cache, periodic)
     except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
         handle.graph, handle.no_graph = None, str(error).splitlines()[0]
         logger.warning("decoding without a CUDA graph: %s", handle.no_graph)
         return None
-    return handle.graph, due
+    return handle.graph, periodic
 
 
 @contextmanager
@@ -297,13 +302,13 @@ def _nothing_freed() -> Iterator[None]:
 
 
 def _kinds(handle: Handle) -> list[AHNLayer]:
-    """A layer of each class, as the graph has noted them."""
+    """A layer of each row of tiers, as the graph has noted them."""
     return _one_of_a_kind(handle) if handle.graph is None else handle.graph.kinds
 
 
 def _one_of_a_kind(handle: Handle) -> list[AHNLayer]:
-    """A layer of each class."""
-    return [*{type(layer): layer for layer in handle.layers}.values()]
+    """A layer of each row of tiers."""
+    return [*{(type(layer.kept), type(layer.last)): layer for layer in handle.layers}.values()]
 
 
 def _obstacle(model: PreTrainedModel) -> str:

@@ -25,7 +25,6 @@ from ahn.hf.hooks import ATTENTION, attention_function, call_decoder, keep_call,
 from ahn.hf.weights import save_with_base
 from ahn.memory.handle import Handle, base_of, handle_of
 from ahn.memory.layer import AHNLayer
-from ahn.memory.store_tier import StoringLayer
 from ahn.ops.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     handle.hold_frequencies()
     try:
         rotary = _rotary(decoder, attentions[0], config)
-        handle.layers = [_layer(attention, config, rotary) for attention in attentions]
+        handle.layers = [AHNLayer(attention, config, rotary) for attention in attentions]
     except ConfigError:
         handle.release_frequencies()
         raise
@@ -109,11 +108,6 @@ def _rotary(decoder: Any, attention: Any, config: AHNConfig) -> Rotary | None:
         return None
 
 
-def _layer(attention: Any, config: AHNConfig, rotary: Rotary | None) -> AHNLayer:
-    kept = config.layers is None or attention.layer_idx in config.layers
-    return (StoringLayer if kept and config.store else AHNLayer)(attention, config, rotary)
-
-
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `augment`: weights, hooks, attention and config are the base's again. Raises ConfigError if there is
     nothing to undo."""
@@ -143,11 +137,8 @@ def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int 
     store_size = handle.config.store_size if store_size is None else store_size
     config = handle.config.replace(window=window, sinks=sinks, store_size=store_size)
     check_fits(config, handle.model.config.get_text_config(), len(handle.layers))
-    if sinks and config.sink_positions == "clipped" and all(layer.rotary[0] is None for layer in handle.layers):
+    if sinks and config.sink_positions == "clipped" and all(layer.positions.rotary is None for layer in handle.layers):
         Rotary(handle.decoder, attention_modules(handle.model)[0])  # says why not; `augment` without sinks did not
     for layer in handle.layers:
-        if layer.window is not None:
-            layer.window, layer.sinks = window, sinks
-        if isinstance(layer, StoringLayer):
-            layer.size = store_size
+        layer.resize(window, sinks, store_size)
     handle.config = config

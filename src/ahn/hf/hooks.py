@@ -24,11 +24,11 @@ from ahn.engine import graph, prefill
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.ids import checked
 from ahn.interrupts import deferred
+from ahn.memory.batch import ForwardBatch, LayerBatch
 from ahn.memory.cache import AHNCache
 from ahn.memory.calls import Full, calls
 from ahn.memory.handle import Handle, check_memory, handle_of
 from ahn.memory.layer import AHNLayer
-from ahn.memory.span import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +103,8 @@ def attention_function(
     if isinstance(cache, AHNCache):
         cache.span.written = True
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            out = layer(query, key, value, x, cache.span, cache.layers[module.layer_idx], scale)
+            new = LayerBatch(cache.span, query, key, value, x, scale)
+            out = layer(new, cache.layers[module.layer_idx])
         if torch.is_grad_enabled() and layer.cell is not None and layer.cell.o_proj.weight.requires_grad:
             out = _NoGradient.apply(layer.cell.o_proj.weight, out)
         return out, None
@@ -120,7 +121,8 @@ def attention_function(
         return full, None
     real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
     with torch.autocast(query.device.type, enabled=False):
-        return layer(query, key, value, x, Span.of([0], query.shape[2], real), None, scale), None
+        batch = ForwardBatch.of([0], query.shape[2], real)
+        return layer(LayerBatch(batch, query, key, value, x, scale), None), None
 
 
 class _NoGradient(torch.autograd.Function):
@@ -201,7 +203,7 @@ def _opened(kwargs: dict[str, Any], handle: Handle, cache: AHNCache | None) -> d
     return kwargs
 
 
-def _positions(span: Span | None, real: Tensor) -> Tensor:
+def _positions(span: ForwardBatch | None, real: Tensor) -> Tensor:
     """[B, T] positions that skip padding; padding itself is put at the next token's."""
     counted = (real.cumsum(1) - 1).clamp(min=0)
     return counted if span is None else counted + span.start.to(real.device)[:, None]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ahn.memory.span import Span, expand, gather
+from ahn.memory.batch import ForwardBatch, LayerBatch, expand, gather
+from ahn.ops import dispatch
 
 
 class LayerMemory(CacheLayerMixin):
@@ -32,8 +33,8 @@ class LayerMemory(CacheLayerMixin):
     is_croppable = False
     is_compileable = False
     shift = 0  # slots between the sinks and the ring
-    observer: Callable[[Any, Tensor, Tensor, Span], None] | None = None
-    """Called with the layer, queries [B, N, T, H], keys [B, M, T, H] and span of new tokens, before they are read.
+    observer: Callable[[Any, Tensor, Tensor, ForwardBatch], None] | None = None
+    """Called with the layer, queries [B, N, T, H], keys [B, M, T, H] and batch of new tokens, before they are read.
     Steps of a graph are not observed."""
 
     def __init__(self, window: int | None, sinks: int, gate_width: int) -> None:
@@ -101,20 +102,41 @@ class LayerMemory(CacheLayerMixin):
         ring = self.sinks + self.shift + (positions - self.sinks) % self.window
         return torch.where(positions < self.sinks, positions, ring)
 
-    def window_before(self, span: Span) -> tuple[Tensor, ...]:
-        """Copies of the window's keys, values and gate inputs before `span`, oldest first, ending at each row's last
+    def push(self, new: LayerBatch) -> tuple[Tensor, ...]:
+        """Put the tokens of a compacted batch into sinks and ring. Returns keys, values and gate inputs of the window
+        before the batch and of the batch, in order."""
+        old = self.window_before(new.batch)
+        window = tuple(
+            torch.cat(pair, dim=1 if pair[0].dim() == 3 else 2) for pair in zip(old, new.tokens, strict=True)
+        )
+        self.put(new.batch, new.k, new.v, new.gate_inputs)
+        return window
+
+    def push_one(self, new: LayerBatch) -> tuple[Tensor, ...]:
+        """Put one token a row into the ring, in the slot of the token that it evicts. Returns that one's keys, values
+        [B, M, 1, H] and gate inputs [B, 1, G * N], or nothing if it evicts none."""
+        batch, k, v, inputs = new.batch, new.k, new.v, new.gate_inputs
+        if batch.on_device and dispatch.one_token(k.device.type).name == "triton":
+            from ahn.ops.kernels import decode
+
+            return decode.exchange(self, batch.start, k, v, inputs)
+        evicts = self.window is not None and batch.first >= self.sinks + self.window
+        return self.exchange(self.slots(batch.start), k, v, inputs, old=evicts)
+
+    def window_before(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
+        """Copies of the window's keys, values and gate inputs before `batch`, oldest first, ending at each row's last
         token; rows that have fewer hold rubbish in front, at positions that are below S or negative."""
-        slots = span.once(("before", self._form), lambda: self._slots_before(span))
+        slots = batch.memo(("before", self._form), lambda: self._slots_before(batch))
         tensors = [(self.keys, 2), (self.values, 2), (self.inputs, 1)]
         return tuple(gather(t, slots, dim) for t, dim in tensors if t is not None)
 
-    def put(self, span: Span, k: Tensor, v: Tensor, inputs: Tensor | None) -> None:
-        """Write the tokens of a compacted span into their slots: those that are still kept at its end."""
-        row, token, slots = span.once(("put", self._form), lambda: self._slots_of(span))
+    def put(self, batch: ForwardBatch, k: Tensor, v: Tensor, inputs: Tensor | None) -> None:
+        """Write the tokens of a compacted batch into their slots: those that are still kept at its end."""
+        row, token, slots = batch.memo(("put", self._form), lambda: self._slots_of(batch))
         for buffer, new, dim in ((self.keys, k, 2), (self.values, v, 2), (self.inputs, inputs, 1)):
             if buffer is None or new is None:
                 continue
-            if len(span.counts) == 1:
+            if len(batch.counts) == 1:
                 buffer.index_copy_(dim, slots, _select(new, token, dim))
             elif dim == 2:
                 buffer[row, :, slots] = new[row, :, token]
@@ -123,26 +145,26 @@ class LayerMemory(CacheLayerMixin):
 
     @property
     def _form(self) -> tuple[Any, ...]:
-        """What the slots of a span depend on."""
+        """What the slots of a batch depend on."""
         return self.window, self.shift, self.capacity, self.kept[0].device
 
-    def _slots_before(self, span: Span) -> Tensor:
-        length, device = max(0, span.first - self.sinks), self.kept[0].device
+    def _slots_before(self, batch: ForwardBatch) -> Tensor:
+        length, device = max(0, batch.first - self.sinks), self.kept[0].device
         length = length if self.window is None else min(length, self.window)
-        positions = span.start_on(device)[:, None] + torch.arange(-length, 0, device=device)
+        positions = batch.start_on(device)[:, None] + torch.arange(-length, 0, device=device)
         return self.slots(positions.clamp(min=self.sinks)).clamp(max=max(self.capacity + self.shift - 1, 0))
 
-    def _slots_of(self, span: Span) -> tuple[Tensor, ...]:
-        """Rows and tokens of a span that are still kept at its end, and where. Of one row they are known without a look
-        at the device."""
+    def _slots_of(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
+        """Rows and tokens of a batch that are still kept at its end, and their slots. Of one row they are known without
+        a look at the device."""
         device = self.kept[0].device
-        if len(span.counts) == 1:
-            start, count = span.first, span.counts[0]
+        if len(batch.counts) == 1:
+            start, count = batch.first, batch.counts[0]
             sinks = min(count, max(0, self.sinks - start))
             near = sinks if self.window is None else max(sinks, count - self.window)
             token = torch.cat([torch.arange(sinks, device=device), torch.arange(near, count, device=device)])
-            return torch.zeros_like(token), token, self.slots(span.start_on(device) + token)
-        positions, last, kept = span.positions(device), torch.tensor(span.after(), device=device), span.real(device)
+            return torch.zeros_like(token), token, self.slots(batch.start_on(device) + token)
+        positions, last, kept = batch.positions(device), torch.tensor(batch.after(), device=device), batch.real(device)
         if self.window is not None:
             kept = kept & ((positions < self.sinks) | (positions >= last[:, None] - self.window))
         row, token = kept.nonzero(as_tuple=True)

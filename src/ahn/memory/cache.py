@@ -22,8 +22,8 @@ from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.interrupts import deferred
 from ahn.memory import file
 from ahn.memory.archive import Archive, new_archive
+from ahn.memory.batch import ForwardBatch
 from ahn.memory.handle import Handle, base_of, handle_of, layers_of
-from ahn.memory.span import Span
 from ahn.memory.transcript import TEXT, Transcript
 from ahn.version import __version__
 
@@ -89,7 +89,7 @@ class AHNCache(Cache):
         self._use = _Use()
         self._seen = [0]  # real tokens by row: one number while all rows are alike
         self._batch: int | None = None
-        self._span: Span | None = None
+        self._span: ForwardBatch | None = None
         self._coming: tuple[int, Tensor | None] = 0, None  # rows and ids of the span
         self.transcript = Transcript() if self.config.store else None
         self.archive = new_archive(model, archive)
@@ -284,14 +284,14 @@ class AHNCache(Cache):
             raise UnsupportedOperationError(_IN_USE)
 
     # One forward call: the augmented decoder opens it, every layer reads its span, the decoder closes it.
-    def open_span(self, batch: int, length: int, mask: Tensor | None, ids: Tensor | None = None) -> Span:
+    def open_span(self, batch: int, length: int, mask: Tensor | None, ids: Tensor | None = None) -> ForwardBatch:
         self._check_whole()
         if self._batch not in (None, batch):
             if self._batch != 1:
                 raise ConfigError(f"batch of {batch} on a cache of {self._batch} rows: expected {self._batch}")
             self.batch_repeat_interleave(batch)  # one memory, several continuations of it
         real = None if mask is None else mask[:, -length:].bool().cpu()
-        self._span, self._coming = Span.of(self._seen, length, real), (batch, ids)
+        self._span, self._coming = ForwardBatch.of(self._seen, length, real), (batch, ids)
         return self._span
 
     def _check_whole(self) -> None:
@@ -326,7 +326,7 @@ class AHNCache(Cache):
         self.transcript.settle(kept, self.config.sinks, self.config.window)
 
     @property
-    def span(self) -> Span:
+    def span(self) -> ForwardBatch:
         assert self._span is not None
         return self._span
 

@@ -22,49 +22,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ahn.memory.batch import ForwardBatch, LayerBatch
 from ahn.memory.buffer import LayerMemory
-from ahn.memory.span import Span
-from ahn.ops.softmax import Softmax, attend
+from ahn.ops.softmax import AttentionOutput, attend
 
-Merge = Callable[[list[Softmax], Softmax | None], Softmax]  # as `ahn.ops.softmax.merge_all`
+Merge = Callable[[list[AttentionOutput], AttentionOutput | None], AttentionOutput]  # as `ahn.ops.softmax.merge_all`
 
 
-def pieces(span: Span, sinks: int, window: int | None) -> list[Span]:
-    """`span` cut where sinks and first window end, and into at most `window` tokens; made once for all layers."""
+def cuts(batch: ForwardBatch, sinks: int, window: int | None) -> list[tuple[slice, ForwardBatch]]:
+    """`batch` cut where sinks and first window end, and into at most `window` tokens; made once for all layers."""
     if window is None:
-        return [span]
-    return span.once("pieces", lambda: _cut(span, sinks, window))
+        return [(slice(None), batch)]
+    return batch.memo("cuts", lambda: _cut(batch, sinks, window))
 
 
-def _cut(span: Span, sinks: int, window: int) -> list[Span]:
-    start, end = span.first, span.first + span.length
-    cuts = [start, *(cut for cut in (sinks, sinks + window) if start < cut < end)]
-    while end - cuts[-1] > window:
-        cuts.append(cuts[-1] + window)
-    lengths = [high - low for low, high in zip(cuts, [*cuts[1:], end], strict=True)]
-    return [Span(torch.tensor([cut]), n, [n]) for cut, n in zip(cuts, lengths, strict=True)]
+def _cut(batch: ForwardBatch, sinks: int, window: int) -> list[tuple[slice, ForwardBatch]]:
+    start, end = batch.first, batch.first + batch.length
+    lows = [start, *(cut for cut in (sinks, sinks + window) if start < cut < end)]
+    while end - lows[-1] > window:
+        lows.append(lows[-1] + window)
+    return [
+        (slice(low - start, high - start), ForwardBatch(torch.tensor([low]), high - low, [high - low]))
+        for low, high in zip(lows, [*lows[1:], end], strict=True)
+    ]
 
 
 def attend_piece(
-    q: Tensor,
-    q_sinks: Tensor,
-    new: tuple[Tensor, ...],
-    memory: LayerMemory,
-    piece: Span,
-    scale: float,
-    merge: Merge,
-) -> tuple[Softmax, tuple[Tensor, ...] | None]:
-    """Attend to sinks and window and put a piece of `pieces` into the buffer.
+    piece: LayerBatch, memory: LayerMemory, merge: Merge
+) -> tuple[AttentionOutput, tuple[Tensor, ...] | None]:
+    """Attend to sinks and window and put a piece of `cuts` into the buffer.
 
     Args:
-        q, q_sinks: [B, N, T, H], as the window and as the sinks meet them.
-        new: keys, values [B, M, T, H] and gate inputs [B, T, G * N], if there are any, of the piece.
         merge: makes one attention of several.
 
     Returns:
-        attention, and keys, values and gate inputs of the tokens that the piece pushes out, in order, or None.
+        attention, and keys, values and gate inputs of the tokens that the piece evicts, in order, or None.
     """
-    start, count, sinks = piece.first, piece.length, memory.sinks
+    q, q_sinks, new, scale = piece.q, piece.queries_of_kept, piece.tokens, piece.scale
+    start, count, sinks = piece.batch.first, piece.batch.length, memory.sinks
     buffers = tuple(t for t in (memory.keys, memory.values, memory.inputs) if t is not None)
     parts = [attend(q, new[0], new[1], None, scale, causal=True)]
     if memory.window is None or start < sinks + memory.window:

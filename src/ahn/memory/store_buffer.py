@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ahn.memory.batch import ForwardBatch, gather
 from ahn.memory.buffer import LayerMemory
-from ahn.memory.span import Span, gather
 from ahn.ops.eviction import by_head, put_by_head
 from ahn.ops.ranks import TOKEN, Outcome, empty_ranks, position_of
 
@@ -77,8 +77,8 @@ class StoringMemory(LayerMemory):
                     setattr(self, name, torch.cat(parts, dim))
             self.ranks = empty_ranks(k.shape[0], k.shape[1], self.size, k.device)
 
-    def settle(self, rivals: list[Tensor], outcome: Outcome, heads: Any) -> None:
-        """Who is kept takes the places; `rivals`: keys, values and gate inputs of places and newcomers."""
+    def commit(self, rivals: list[Tensor], outcome: Outcome, heads: Any) -> None:
+        """Put kept tokens into their slots; `rivals`: keys, values and gate inputs of slots and newcomers."""
         keys, values = self.kept
         buffers = [keys[:, :, self.places], values[:, :, self.places]]
         if self.inputs is not None:
@@ -89,8 +89,8 @@ class StoringMemory(LayerMemory):
         self.ranks.copy_(outcome.ranks)  # in place: a graph may have been captured with it
 
     def swap(self, tokens: list[Tensor], new: Tensor, heads: Any) -> tuple[list[Tensor], Tensor]:
-        """`contest` and `settle` for one newcomer in each row: keys, values, gate inputs, and its ranks [B, M, 1].
-        Returns those of the losers."""
+        """`evict` and `commit` for one newcomer in each row: keys, values, gate inputs, and its ranks [B, M, 1].
+        Returns those of the evicted tokens."""
         assert self.ranks is not None
         lowest, place = self.ranks.min(-1, keepdim=True)
         wins = new > lowest
@@ -107,11 +107,11 @@ class StoringMemory(LayerMemory):
         self.ranks.scatter_(-1, place, torch.where(wins, new, lowest))
         return lost, torch.where(wins, lowest, new)
 
-    def filled(self, span: Span, slots: int) -> Tensor:
-        """bool [B, M, slots]: which hold something after the one token of `span`."""
+    def filled(self, batch: ForwardBatch, slots: int) -> Tensor:
+        """bool [B, M, slots]: which hold something after the one token of `batch`."""
         assert self.ranks is not None or not self.shift
-        device = span.start.device if self.ranks is None else self.ranks.device
-        index = torch.arange(slots - self.shift) <= span.start[:, None]
+        device = batch.start.device if self.ranks is None else self.ranks.device
+        index = torch.arange(slots - self.shift) <= batch.start[:, None]
         index = index.to(self.kept[0].device)[:, None]
         if self.ranks is None:
             return index
@@ -120,33 +120,33 @@ class StoringMemory(LayerMemory):
         return torch.cat([index[..., : self.sinks], stored, index[..., self.sinks :]], -1)
 
     # The scores of the last L tokens.
-    def trail(self, span: Span) -> Tensor:
-        """Scores of the L tokens before `span`, in order, [B, M, L]."""
+    def trail(self, batch: ForwardBatch) -> Tensor:
+        """Scores of the L tokens before `batch`, in order, [B, M, L]."""
         assert self.scores is not None
         device = self.scores.device
-        return gather(self.scores, span.once(("trail", device), lambda: self._turned(span.start_on(device))), 2)
+        return gather(self.scores, batch.memo(("trail", device), lambda: self._turned(batch.start_on(device))), 2)
 
-    def keep_trail(self, span: Span, trail: Tensor) -> None:
+    def keep_trail(self, batch: ForwardBatch, trail: Tensor) -> None:
         assert self.scores is not None
         device = trail.device
-        at = span.once(("trail after", device), lambda: self._turned(span.ends.to(device)))
+        at = batch.memo(("trail after", device), lambda: self._turned(batch.ends.to(device)))
         self.scores.scatter_(2, at[:, None].expand_as(trail), trail)
 
-    def trail_of_one(self, span: Span, length: int) -> Tensor:
+    def trail_of_one(self, batch: ForwardBatch, length: int) -> Tensor:
         """Of the tokens around the one that is pushed out, `length` - 1 to each side, [B, M, 2 * length - 1]."""
         assert self.scores is not None
-        return gather(self.scores, self._turned(span.start)[:, : 2 * length - 1], 2)
+        return gather(self.scores, self._turned(batch.start)[:, : 2 * length - 1], 2)
 
-    def put_score(self, span: Span, score: Tensor) -> None:
+    def put_score(self, batch: ForwardBatch, score: Tensor) -> None:
         assert self.scores is not None
-        at = (span.start % self.scores_kept).to(score.device)[:, None, None]
+        at = (batch.start % self.scores_kept).to(score.device)[:, None, None]
         self.scores.scatter_(2, at.expand_as(score), score)
 
-    def add_scores(self, span: Span, given: Tensor, every: int) -> None:
-        """Add what the ring's slots are given [B, M, W or fewer] by the one query of `span`, in rows where it is at a
+    def add_scores(self, batch: ForwardBatch, given: Tensor, every: int) -> None:
+        """Add what the ring's slots are given [B, M, W or fewer] by the one query of `batch`, in rows where it is at a
         multiple of `every`."""
         assert self.scores is not None and self.window is not None
-        last = span.start_on(given.device)[:, None]
+        last = batch.start_on(given.device)[:, None]
         at = last - (last - torch.arange(self.scores_kept, device=given.device)) % self.scores_kept  # by score
         seen = (last % every == 0) & (at >= self.sinks) & (at > last - self.window)
         slots = ((at - self.sinks) % self.window).clamp(max=given.shape[2] - 1)
@@ -156,11 +156,11 @@ class StoringMemory(LayerMemory):
         """Slots [R, L] of the scores before `position` [R], oldest first."""
         return (position[:, None] + torch.arange(self.scores_kept, device=position.device)) % self.scores_kept
 
-    def keep_state(self, span: Span, grid: int) -> None:
-        """Copy the state of rows that are at a multiple of the grid after `span`."""
+    def keep_state(self, batch: ForwardBatch, grid: int) -> None:
+        """Copy the state of rows that are at a multiple of the grid after `batch`."""
         if self.snapshot is None:
             return
-        rows = span.ends % grid == 0
-        if span.on_device or bool(rows.any()):
+        rows = batch.ends % grid == 0
+        if batch.on_device or bool(rows.any()):
             rows = rows.to(self.compressed.device)[:, None, None, None]
             torch.where(rows, self.compressed, self.snapshot, out=self.snapshot)

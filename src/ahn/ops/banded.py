@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ahn.ops import dispatch
-from ahn.ops.softmax import Softmax, attend, merge, with_gradients
-from ahn.ops.specs import Far
+from ahn.ops.softmax import AttentionOutput, attend, merge, with_gradients
+from ahn.ops.specs import KeptKeys
 
 QUERY_BLOCK = 128  # queries attended at once: few enough that little of the band between blocks is masked
 
@@ -43,7 +43,7 @@ def attend_one(
         last: [R], position of the new token where slots are not all filled: a slot above it is empty. Or None.
         in_parts: return `ahn.ops.specs.Parts`, where there are Triton kernels.
 
-    Returns: Softmax, unless `in_parts`.
+    Returns: AttentionOutput, unless `in_parts`.
     """
     if dispatch.one_token(q.device.type).name == "triton":
         from ahn.ops.kernels import decode
@@ -56,7 +56,7 @@ def attend_one(
 
 def attend_slots(
     q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, filled: Tensor | None, scale: float
-) -> Softmax:
+) -> AttentionOutput:
     """`attend_one` over any slots, in plain torch.
 
     Args:
@@ -80,9 +80,9 @@ def attend_window(
     start: Tensor,
     window: int,
     scale: float,
-    far: Far | None = None,
+    far: KeptKeys | None = None,
     sinks: int | None = None,
-) -> Softmax:
+) -> AttentionOutput:
     """Attention of consecutive queries over sinks and window, block by block.
 
     Args:
@@ -95,11 +95,11 @@ def attend_window(
     if dispatch.band(q, with_gradients(q, window_kv[0])).name == "triton":
         from ahn.ops.kernels import banded as triton
 
-        far = far or Far.of_sinks(sinks_kv, start, queries)
+        far = far or KeptKeys.of_sinks(sinks_kv, start, queries)
         return triton.attend(q, q_sinks, window_kv, start, window, scale, far, sinks)
     before = window_kv[0].shape[2] - queries
     device = q.device
-    out: list[Softmax] = []
+    out: list[AttentionOutput] = []
     for low in range(0, queries, QUERY_BLOCK):
         high = min(low + QUERY_BLOCK, queries)
         first = max(0, before + low - window + 1)

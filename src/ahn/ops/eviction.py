@@ -38,27 +38,27 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
     return torch.where(real[:, None], (ordered << 32) | positions[:, None], nobody)
 
 
-def contest(ranks: Tensor, new: Tensor) -> Outcome:
+def evict(ranks: Tensor, new: Tensor) -> Outcome:
     """Resolve one step after the other for newcomers of rank `new` [B, M, C] against places of `ranks` [B, M, P]."""
     places, steps = ranks.shape[-1], new.shape[-1]
     resolve, at_once = _resolve, _at_once(ranks)
     if dispatch.contest(ranks.device.type).name == "triton":
         from ahn.ops.kernels import eviction as triton_eviction
 
-        resolve, at_once = triton_eviction.contest, triton_eviction.at_once(ranks)
+        resolve, at_once = triton_eviction.evict, triton_eviction.at_once(ranks)
     if steps <= at_once:
         return resolve(ranks, new)
     who = torch.arange(places, device=ranks.device).expand_as(ranks)
-    losers, lost = [], []
+    evicted, evicted_ranks = [], []
     for low in range(0, steps, at_once):
         part = new[..., low : low + at_once]
         names = torch.arange(places + low, places + low + part.shape[-1], device=ranks.device)
         who = torch.cat([who, names.expand_as(part)], -1)
         outcome = resolve(ranks, part)
-        losers.append(who.gather(-1, outcome.losers))
-        lost.append(outcome.lost)
+        evicted.append(who.gather(-1, outcome.evicted))
+        evicted_ranks.append(outcome.evicted_ranks)
         who, ranks = who.gather(-1, outcome.kept), outcome.ranks
-    return Outcome(torch.cat(losers, -1), torch.cat(lost, -1), who, ranks)
+    return Outcome(torch.cat(evicted, -1), torch.cat(evicted_ranks, -1), who, ranks)
 
 
 def _at_once(ranks: Tensor) -> int:
@@ -71,7 +71,7 @@ def _at_once(ranks: Tensor) -> int:
 
 
 def _resolve(ranks: Tensor, new: Tensor) -> Outcome:
-    """`contest` for few steps."""
+    """`evict` for few steps."""
     places, steps = ranks.shape[-1], new.shape[-1]
     who = torch.arange(places + steps, device=ranks.device).expand(*ranks.shape[:2], -1)
     risk, place = ranks.topk(min(steps, places), largest=False)  # only so many of the lowest can be lost
@@ -100,10 +100,10 @@ def _out_at(risk: Tensor, rivals: Tensor, new: Tensor) -> Tensor:
 
 def until(outcome: Outcome) -> Tensor:
     """[B, M, P + C]: the step at which each candidate is out, C for those that stay."""
-    steps = outcome.losers.shape[-1]
+    steps = outcome.evicted.shape[-1]
     places = outcome.kept.shape[-1]
-    found = torch.full((*outcome.losers.shape[:2], places + steps), steps, device=outcome.losers.device)
-    return found.scatter_(-1, outcome.losers, torch.arange(steps, device=found.device).expand_as(outcome.losers))
+    found = torch.full((*outcome.evicted.shape[:2], places + steps), steps, device=outcome.evicted.device)
+    return found.scatter_(-1, outcome.evicted, torch.arange(steps, device=found.device).expand_as(outcome.evicted))
 
 
 def pool(take: Callable[[Tensor], Tensor], back: Tensor, span: int) -> Tensor:

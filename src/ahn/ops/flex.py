@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ahn.ops.dispatch import SHAPES
-from ahn.ops.softmax import Softmax, merge
+from ahn.ops.softmax import AttentionOutput, merge
 
 
-def attend_sequence(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float) -> Softmax:
+def attend_sequence(
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float
+) -> AttentionOutput:
     """q [B, N, T, H], as the window and as the sinks meet it, k, v [B, M, T, H], one sequence from its start."""
     masks = _masks(q.device, q.shape[2], threading.get_ident())
     masks.set(sinks, window)
@@ -32,7 +34,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Any:
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True)
 
 
-def _apart(q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, on_sinks: Any, on_window: Any, scale: float) -> Softmax:
+def _apart(
+    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, on_sinks: Any, on_window: Any, scale: float
+) -> AttentionOutput:
     return merge(_flex(q_sinks, k, v, on_sinks, scale), _flex(q, k, v, on_window, scale))
 
 

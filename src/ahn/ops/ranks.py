@@ -20,11 +20,11 @@ TOKEN = NOBODY + (1 << 32)  # ranks from here on are tokens'
 
 
 class Outcome(NamedTuple):
-    """What came of C steps; candidates are the P places and, behind them, the C newcomers."""
+    """The outcome of C steps; candidates are the P slots and, behind them, the C newcomers."""
 
-    losers: Tensor  # [B, M, C]: the candidate that loses at each step, possibly an empty place
-    lost: Tensor  # [B, M, C]: its rank
-    kept: Tensor  # [B, M, P]: the candidates that are in the places afterwards
+    evicted: Tensor  # [B, M, C]: the candidate that is evicted at each step, possibly an empty slot
+    evicted_ranks: Tensor  # [B, M, C]: its rank
+    kept: Tensor  # [B, M, P]: the candidates in the slots afterwards
     ranks: Tensor  # [B, M, P]: and their ranks
 
 

@@ -30,6 +30,7 @@ class Rotary:
     """
 
     def __init__(self, decoder: nn.Module, attention: Any) -> None:
+        self.turn: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = self.plain_turn  # or a compiled form
         self.embedding: Any = getattr(decoder, "rotary_emb", None)
         self.apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         self.halves = self.apply is not None and turns_halves(self.apply)
@@ -51,7 +52,7 @@ class Rotary:
         cos, sin = self.embedding(torch.empty(0, dtype=torch.float32, device=delta.device), delta)
         return cos / scaling, sin / scaling
 
-    def turn(self, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def plain_turn(self, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """q [B, N, C, H] turned by `angles`, computed in float32; with partial rotation the first dimensions turn."""
         if self.halves and self._in_one_kernel(q):
             from ahn.ops.kernels import rotary as triton_rotary

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from ahn.ops import dispatch
 
 ALIGNED = 16  # numbers: rows of what is added to scores begin at multiples of so many
-Softmax = tuple[Tensor, Tensor]  # output [B, N, C, H] and log of the normaliser [B, N, C], float32
+AttentionOutput = tuple[Tensor, Tensor]  # output [B, N, C, H] and log of the normaliser [B, N, C], float32
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Softmax:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> AttentionOutput:
     """Softmax attention with its normaliser.
 
     Args:
@@ -65,7 +65,9 @@ def _bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return bias.flatten(2, 3)[..., :keys]
 
 
-def _fused(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Softmax:
+def _fused(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
+) -> AttentionOutput:
     """Torch's fused kernels by name, which give the normaliser too; as many heads of keys as of queries, or for cuDNN
     fewer."""
     aten = torch.ops.aten
@@ -80,13 +82,13 @@ def _fused(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sc
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
 
 
-def merge(a: Softmax, b: Softmax) -> Softmax:
+def merge(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
     """Attention over the union of two disjoint sets of keys."""
     weight = torch.sigmoid(a[1] - b[1])[..., None].to(a[0].dtype)
     return torch.lerp(b[0], a[0], weight), torch.logaddexp(a[1], b[1])
 
 
-def merge_all(parts: list[Softmax], early: Softmax | None) -> Softmax:
+def merge_all(parts: list[AttentionOutput], early: AttentionOutput | None) -> AttentionOutput:
     """As `merge`, of several at once.
 
     Args:

@@ -56,7 +56,7 @@ class Parts(NamedTuple):
     norm: Tensor  # [B, N, 1] float32
 
 
-class Far(NamedTuple):
+class KeptKeys(NamedTuple):
     """Keys that queries see for a while, whatever the window: sinks and store. Query i sees a key while
     since <= i < until, for the queries of a call counted from 0."""
 
@@ -67,7 +67,7 @@ class Far(NamedTuple):
     entering: int  # so many keys at the end come with the last queries, one with each
 
     @classmethod
-    def of_sinks(cls, sinks: tuple[Tensor, Tensor], start: Tensor, queries: int) -> Far:
+    def of_sinks(cls, sinks: tuple[Tensor, Tensor], start: Tensor, queries: int) -> KeptKeys:
         """Sinks alone, as `queries` see them from positions `start` [R] on."""
         since = torch.arange(sinks[0].shape[2], device=start.device) - start[:, None, None]
         return cls(*sinks, since, torch.full_like(since, queries), 0)

@@ -47,8 +47,8 @@ class Store(nn.Module):
         super().__init__()
         self.kv_heads, self.layer = kv_heads, layer
 
-    def due(self, position: int) -> bool:
-        """Whether the token at `position` has an observed query, or the state is copied after it."""
+    def is_periodic(self, position: int) -> bool:
+        """Whether the token at `position` has an observed query, or a copy of the state is taken after it."""
         observed = self.every > 0 and position % self.every == 0
         return observed or (self.reads_state and (position + 1) % self.grid == 0)
 

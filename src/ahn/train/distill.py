@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ahn.hf.hooks import full_attention
-from ahn.memory.span import Span
+from ahn.memory.batch import ForwardBatch, LayerBatch
 
 CROSS_ENTROPY = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # its share in the loss
 
@@ -67,7 +67,7 @@ def transfer(model: Any, ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
 
     Every layer learns by itself, so the base runs forward once and never backward.
     """
-    weights, span = counts_BT.float(), Span.of([0], ids_BT.shape[1], None)
+    weights, span = counts_BT.float(), ForwardBatch.of([0], ids_BT.shape[1], None)
     errors: list[Tensor] = []
 
     def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
@@ -75,7 +75,7 @@ def transfer(model: Any, ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
             return
         wanted = attention.o_proj(full.flatten(2)).float()
         with torch.enable_grad():
-            given = attention.o_proj(attention.ahn(q, k, v, x, span, None, scale).flatten(2)).float()
+            given = attention.o_proj(attention.ahn(LayerBatch(span, q, k, v, x, scale), None).flatten(2)).float()
             missed, whole = ((y.square().sum(-1) * weights).sum() for y in (given - wanted, wanted))
             errors.append(missed / whole.clamp(min=1e-9))
 

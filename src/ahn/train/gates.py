@@ -44,9 +44,9 @@ def attending(model: Any, warmth: float) -> Iterator[None]:
 
     def softly(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float) -> Tensor:
         layer = attention.ahn
-        near = layer.sinks, layer.reach
-        scores = pooled(scores_of(layer, x), layer.sinks, layer.span)
-        least = least_kept(scores.detach(), layer.size, *near, warmth)
+        near = layer.sinks, layer.window
+        scores = pooled(scores_of(layer, x), layer.sinks, layer.kept.span)
+        least = least_kept(scores.detach(), layer.sizes.store, *near, warmth)
         return attend(q, k, v, centred(scores, least, *near, warmth), least, warmth, *near, scale)
 
     with full_attention(model, attend=softly):

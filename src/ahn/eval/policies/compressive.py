@@ -21,12 +21,13 @@ from ahn.cost import Shape, cell_bytes, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
 from ahn.eval.policies.base import Kept, Policy, exact_part, memory_part, trained
 from ahn.hf.augment import augment
+from ahn.memory.batch import LayerBatch
 from ahn.memory.buffer import LayerMemory
-from ahn.memory.cache import AHNCache
+from ahn.memory.evicted import Evicted, Evictions
 from ahn.memory.handle import layers_of
-from ahn.memory.layer import AHNLayer
-from ahn.memory.span import Span
-from ahn.ops.softmax import attend, merge
+from ahn.memory.positions import Sizes
+from ahn.memory.tier import LastTier
+from ahn.ops.softmax import AttentionOutput, attend, merge
 
 RATE = 4  # tokens in one slot, as in the paper
 
@@ -56,22 +57,13 @@ class Compressive(Policy):
         augment(self.model, exact_part(self.window, self.sinks, self.adapter))
         for layer in layers_of(self.model):
             if layer.window is not None:
-                layer.__class__ = CompressiveLayer  # the same layer with the same settings, and a buffer
-                assert isinstance(layer, CompressiveLayer)
-                layer.slots, layer.maximum = self.slots, self.maximum
-
-    def cache(self) -> AHNCache:
-        cache = AHNCache(self.model)
-        for i, layer in enumerate(layers_of(self.model)):
-            if isinstance(layer, CompressiveLayer) and layer.window is not None:
-                cache.layers[i] = CompressiveMemory(layer.window, layer.sinks, layer.slots, layer.maximum)
-        return cache
+                layer.last = PooledTier(self.slots, self.maximum)
 
     def cache_bytes(self, tokens: int) -> int:
         exact = super().cache_bytes(tokens)
         if tokens <= self.window + self.sinks:
             return exact
-        pooled = sum(isinstance(layer, CompressiveLayer) for layer in layers_of(self.model))
+        pooled = sum(isinstance(layer.last, PooledTier) for layer in layers_of(self.model))
         return exact + pooled * self.slots * 2 * self.shape.M * self.shape.H * self.model.dtype.itemsize
 
     def flops(self, tokens: int) -> tuple[int, int]:
@@ -81,39 +73,34 @@ class Compressive(Policy):
         return found.mixing.memory + pooled, found.flops.memory + pooled
 
 
-class CompressiveLayer(AHNLayer):
-    """Sinks and window as in AHNLayer, merged with softmax attention over the pooled rest. With a cache only."""
+class PooledTier(LastTier):
+    """Pools evicted tokens into `slots` slots, to which queries attend. With a cache only.
 
-    slots: int
-    maximum: bool  # else the mean is taken
+    Args:
+        maximum: pool by the maximum, else by the mean.
+    """
 
-    def steps_on_device(self, span: Span) -> bool:
-        return False
+    steps_on_device = False
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, span: Span, memory: LayerMemory | None, scale: float
+    def __init__(self, slots: int, maximum: bool) -> None:
+        self.slots, self.maximum = slots, maximum
+
+    def memory(self, sizes: Sizes) -> LayerMemory:
+        assert sizes.window is not None
+        return CompressiveMemory(sizes.window, sizes.sinks, self.slots, self.maximum)
+
+    def absorb(
+        self, attended: AttentionOutput, new: LayerBatch, evicted: Evicted, evictions: Evictions, memory: LayerMemory
     ) -> Tensor:
-        if not isinstance(memory, CompressiveMemory):
-            raise UnsupportedOperationError("the compressive baseline reads texts through its own cache")
-        assert self.window is not None
-        memory.reserve(max(span.after()), k, self.state_shape)
-        lossless = self.sinks + self.window
-        first = min(max(0, lossless - span.first), span.length)  # that pushes a token out, in any row
-        if span.length == 1 and not span.padded:
-            exact, leaving = self._attend_one(q, k, v, x, None, span, memory, scale)
-        else:
-            q, k, v = (span.compact(t, 2) for t in (q, k, v))
-            exact, window = self._attend_many(q, k, v, None, span, memory, scale)
-            oldest = window[0].shape[2] - span.length + first - self.window
-            leaving = tuple(t[:, :, oldest : oldest + span.length - first] for t in window)
-        if first < span.length:
-            host = torch.device("cpu")
-            numbers = span.positions(host)[:, first:] - lossless
-            leaves = (numbers >= 0) & span.real(host)[:, first:]
-            pooled = attend(q[:, :, first:], *memory.absorb(leaving[0], leaving[1], numbers, leaves), scale)
-            late = merge((exact[0][:, :, first:], exact[1][:, :, first:]), pooled)[0]
-            exact = torch.cat([exact[0][:, :, :first], late], 2), exact[1]
-        return span.restore(exact[0].transpose(1, 2), 1)
+        assert isinstance(memory, CompressiveMemory)
+        host, count = torch.device("cpu"), evicted.k.shape[2]
+        numbers = new.batch.positions(host)[:, -count:] - memory.lossless
+        leaves = (numbers >= 0) & new.batch.real(host)[:, -count:]
+        pooled = attend(new.q, *memory.absorb(evicted.k, evicted.v, numbers, leaves), new.scale)
+        return merge(attended, pooled)[0].transpose(1, 2)
+
+    def read_sequence(self, new: LayerBatch, evictions: Evictions) -> Tensor:
+        raise UnsupportedOperationError("the compressive baseline reads texts through its own cache")
 
 
 class CompressiveMemory(LayerMemory):
@@ -124,6 +111,11 @@ class CompressiveMemory(LayerMemory):
         self.room, self.maximum = slots, maximum
         self.pooled_keys: Tensor | None = None
         self.pooled_values: Tensor | None = None
+
+    @property
+    def lossless(self) -> int:
+        assert self.window is not None
+        return self.sinks + self.window
 
     @property
     def tensors(self) -> dict[str, Tensor]:

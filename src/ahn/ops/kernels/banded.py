@@ -28,8 +28,8 @@ from ahn.ops.softmax import attend as attend_dense
 from ahn.ops.softmax import merge
 
 if TYPE_CHECKING:
-    from ahn.ops.softmax import Softmax
-    from ahn.ops.specs import Far
+    from ahn.ops.softmax import AttentionOutput
+    from ahn.ops.specs import KeptKeys
 
 LOG2_E = 1.4426950408889634
 FEW = 1024  # far keys that are attended faster than they are sorted
@@ -42,9 +42,9 @@ def attend(
     start: Tensor,
     window: int,
     scale: float,
-    far: Far,
+    far: KeptKeys,
     sinks: int,
-) -> Softmax:
+) -> AttentionOutput:
     """As `ahn.ops.banded.attend_window`.
 
     Args:
@@ -82,7 +82,7 @@ def attend(
 
 
 def _in_order(since: Tensor, until: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-    """Far keys [B, M, K] by a number: 0 where all T queries see them, T - until where they are there at first, where
+    """Kept keys [B, M, K] by a number: 0 where all T queries see them, T - until where they are there at first, where
     they come later T + since if they stay, else 2 T + since; those that nobody sees are the last.
 
     Returns: their order; how many have each of the numbers 0 to 3 T - 1 or a lower one, int32 [B, M, 3 T].

@@ -1,4 +1,4 @@
-"""Who loses in the store, in Triton: `ahn.ops.eviction.contest` for many steps at once.
+"""Who loses in the store, in Triton: `ahn.ops.eviction.evict` for many steps at once.
 
 Letters: B batch, M key/value heads, C steps, one newcomer each, P places, R the places that can be lost, at most C.
 
@@ -45,23 +45,23 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
     return found
 
 
-def contest(ranks: Tensor, new: Tensor) -> Outcome:
-    """`ahn.ops.eviction.contest` of up to `at_once` steps; who stays keeps the place that it has."""
+def evict(ranks: Tensor, new: Tensor) -> Outcome:
+    """`ahn.ops.eviction.evict` of up to `at_once` steps; who stays keeps the place that it has."""
     places, steps = ranks.shape[-1], new.shape[-1]
     new = new.contiguous()
     risk, place = ranks.topk(steps, largest=False, sorted=False) if steps < places else (ranks.contiguous(), None)
     at_risk, rows = risk.shape[-1], ranks.shape[0] * ranks.shape[1]
     out = torch.empty(rows, at_risk + steps, dtype=torch.int32, device=ranks.device)
-    losers, lost = torch.empty_like(new), torch.empty_like(new)
+    evicted, evicted_ranks = torch.empty_like(new), torch.empty_like(new)
     _out[(rows, triton.cdiv(at_risk + steps, CANDIDATES))](
-        risk, new, place, out, losers, lost, at_risk, steps, places,
+        risk, new, place, out, evicted, evicted_ranks, at_risk, steps, places,
         CANDIDATES=CANDIDATES, AGAINST=AGAINST, SOME=place is not None, num_warps=WARPS,
     )  # fmt: skip
     kept = torch.arange(places, device=ranks.device).repeat(*ranks.shape[:2], 1)
     ranks = ranks.clone(memory_format=torch.contiguous_format)
     free = torch.empty(rows, at_risk, dtype=torch.int32, device=ranks.device)
     _settle[(rows,)](out, new, place, free, kept, ranks, at_risk, steps, places, BLOCK=SCANNED, SOME=place is not None)
-    return Outcome(losers, lost, kept, ranks)
+    return Outcome(evicted, evicted_ranks, kept, ranks)
 
 
 # fmt: off
@@ -80,7 +80,7 @@ def _rank(priority, positions, real, found, steps, heads, BY_ROW: tl.constexpr, 
 
 
 @triton.jit
-def _out(risk, new, place, out, losers, lost, at_risk, steps, places,
+def _out(risk, new, place, out, evicted, evicted_ranks, at_risk, steps, places,
          CANDIDATES: tl.constexpr, AGAINST: tl.constexpr, SOME: tl.constexpr):
     """The step at which each candidate is out, `steps` for those that stay, and who that is at each step."""
     row = tl.program_id(0).to(tl.int64)
@@ -115,8 +115,8 @@ def _out(risk, new, place, out, losers, lost, at_risk, steps, places,
     else:
         name = tl.where(is_place, who, name)
     loses = real & (gone < steps)
-    tl.store(losers + row * steps + gone, name.to(tl.int64), mask=loses)
-    tl.store(lost + row * steps + gone, mine, mask=loses)
+    tl.store(evicted + row * steps + gone, name.to(tl.int64), mask=loses)
+    tl.store(evicted_ranks + row * steps + gone, mine, mask=loses)
 
 
 @triton.jit
