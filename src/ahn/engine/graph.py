@@ -51,8 +51,8 @@ _capturing = threading.RLock()  # of any model: garbage is not collected then
 class DecodeBatch(ForwardBatch):
     """One token a row at positions `start` [R] that only the device knows.
 
-    The host takes every row for full; `start` masks whatever has not happened yet in a row. `periodic`: with the work that
-    few positions ask for.
+    The host takes every row for full; `start` masks whatever has not happened yet in a row. `periodic`: with the work
+    that few positions ask for.
     """
 
     on_device = True
