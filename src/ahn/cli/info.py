@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ahn import cells, stores, zoo
     from ahn.named_bases import NAMED
+    from ahn.ops import fla
     from ahn.version import __version__
 
     device = f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     setting = os.environ.get("AHN_KERNEL")
     print("\nkernels" + (f", AHN_KERNEL={setting}" if setting else ""))
     _print([(f"  {operation}", kernel, f"({reason})") for operation, kernel, reason in report()])
+    loaded = "loaded" if fla.library.loaded else "not loaded yet"
+    print(f"  flash-linear-attention: {loaded}, {fla.library.forms}")
 
 
 def report() -> list[tuple[str, str, str]]:

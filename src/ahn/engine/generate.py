@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from numbers import Integral
@@ -19,6 +18,7 @@ from ahn.ids import rows_of
 from ahn.interrupts import deferred
 from ahn.memory.cache import AHNCache
 from ahn.memory.handle import Handle, base_of, handle_of
+from ahn.ops import fla
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,6 +159,6 @@ def _next_tokens(
 def _few(handle: Handle, total: int) -> int:
     """FEW, or what is left of FEW_AT_FIRST for tokens that end as the `total`-th."""
     first = next((layer for layer in handle.layers if layer.cell is not None), None)
-    if first is None or first.cell is None or total <= first.lossless or "fla" in sys.modules:
+    if first is None or first.cell is None or total <= first.lossless or fla.library.loaded:
         return FEW
     return max(FEW, FEW_AT_FIRST - handle.asked) if first.cell.uses_fla(first.cell.o_proj.weight) else FEW

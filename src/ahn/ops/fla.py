@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from functools import cache
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -25,10 +25,33 @@ from torch import Tensor
 HOPPER = 9
 
 
+@dataclass
+class Library:
+    """The state of flash-linear-attention in this process; `ahn info` shows it."""
+
+    loaded: bool = False  # by this package: importing it takes 5 s
+    forms: str = "it chooses the forms of its kernels"
+
+    def load(self) -> None:
+        """Called before each import from the library. Its only way to be given forms is the environment, at which it
+        looks when it is imported and when it meets a kernel for the first time."""
+        if self.loaded:
+            return
+        chosen = {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & os.environ.keys()
+        if _hopper() and not chosen and _version().startswith("0.6."):
+            forms = str(Path(__file__).parent / "hopper")
+            os.environ["FLA_CACHE_MODE"], os.environ["FLA_CONFIG_DIR"] = "default", forms
+            self.forms = "the forms of its kernels are those of ops/hopper"
+        self.loaded = True
+
+
+library = Library()
+
+
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    _choose_forms()
+    library.load()
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return chunk_gated_delta_rule(
@@ -39,25 +62,17 @@ def gated_delta_rule(
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if not torch.is_grad_enabled():  # the same where nothing is forgotten, as fast, and one set of kernels to compile
         return gated_delta_rule(q, k, v, beta, torch.zeros_like(beta), state, scale)
-    _choose_forms()
+    library.load()
     from fla.ops.delta_rule import chunk_delta_rule
 
     return chunk_delta_rule(q, k, v, beta.to(q.dtype), scale=scale, initial_state=state, output_final_state=True)
 
 
 def simple_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    _choose_forms()
+    library.load()
     from fla.ops.simple_gla import chunk_simple_gla
 
     return chunk_simple_gla(q, k, v, g=log_decay, scale=1.0, initial_state=state, output_final_state=True)
-
-
-@cache
-def _choose_forms() -> None:
-    """Before the library is imported, for it looks at the environment then."""
-    chosen = {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & os.environ.keys()
-    if _hopper() and not chosen and _version().startswith("0.6."):
-        os.environ["FLA_CACHE_MODE"], os.environ["FLA_CONFIG_DIR"] = "default", str(Path(__file__).parent / "hopper")
 
 
 def _hopper() -> bool:
