@@ -3,7 +3,7 @@
     python benchmarks/ablations.py RUNS.json BOOKS.jsonl[.xz] --valid BOOKS.jsonl[.xz] [--name ablations]
 
 RUNS is a list like benchmarks/ablations.json: a `name` and whatever differs from the defaults, the keys of a recipe
-(cell, memory_positions, key_maps, make_room, lr, loss, lossless, sinks, batch, steps). Measured after each, at
+(cell, memory_positions, feature_maps, window_gate, lr, loss, lossless, sinks, batch, steps). Measured after each, at
 positions `--length` / 2 onwards of held-out books: the share of the gap between the window alone and full attention
 that is closed, and the share with the memory of another book in place of its own (see gap.py). With `--far`, also how
 much lower than with the window alone the loss is over the second half of so many tokens, several training lengths.

@@ -124,9 +124,11 @@ def form(recipe: Recipe) -> str:
     beyond = []
     if recipe.memory_positions == "none":
         beyond.append("keys without positions")
-    if recipe.key_maps:
-        beyond.append("learned maps of queries and keys" + (f", {recipe.key_maps}x" if recipe.key_maps > 1 else ""))
-    if recipe.make_room:
+    if recipe.feature_maps:
+        beyond.append(
+            "learned maps of queries and keys" + (f", {recipe.feature_maps}x" if recipe.feature_maps > 1 else "")
+        )
+    if recipe.window_gate:
         beyond.append("room for the memory beside the window")
     return f"beyond the paper's: {'; '.join(beyond)}" if beyond else "the paper's"
 

@@ -24,8 +24,8 @@ VOCABULARY = 128
 GOLDEN = Path(__file__).parent / "golden"
 FORMS = {  # of the memory, beside the paper's
     "no positions": {"memory_positions": "none"},
-    "maps": {"memory_positions": "none", "key_maps": 1, "make_room": True},
-    "wide": {"key_maps": 4, "make_room": True},
+    "maps": {"memory_positions": "none", "feature_maps": 1, "window_gate": True},
+    "wide": {"feature_maps": 4, "window_gate": True},
 }
 STORES = stores.names()
 HEADS = ((0, 1), (1, 0), (1, 3))  # layer and head of those that retrieve

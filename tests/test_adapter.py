@@ -112,7 +112,7 @@ def test_another_cell(tmp_path):
         ahn.load_adapter(with_memory(tiny(), "deltanet"), tmp_path / "a")
 
 
-@pytest.mark.parametrize("form", [{"memory_positions": "none"}, {"key_maps": 1}, {"make_room": True}])
+@pytest.mark.parametrize("form", [{"memory_positions": "none"}, {"feature_maps": 1}, {"window_gate": True}])
 def test_another_form(tmp_path, form):
     """Weights learned for keys without positions are of no use to a cell that is given them turned."""
     ahn.save_adapter(with_memory(tiny(), **form), tmp_path)

@@ -82,8 +82,8 @@ def test_without_a_cell_there_are_only_sinks_and_window() -> None:
 
 @pytest.mark.parametrize("cell", [None, *cells.names()])
 @pytest.mark.parametrize("length", [20, 50])
-@pytest.mark.parametrize("key_maps", [0, 2, 4])
-def test_held_bytes_are_those_of_the_cache(cell: str | None, length: int, key_maps: int) -> None:
+@pytest.mark.parametrize("feature_maps", [0, 2, 4])
+def test_held_bytes_are_those_of_the_cache(cell: str | None, length: int, feature_maps: int) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -97,7 +97,7 @@ def test_held_bytes_are_those_of_the_cache(cell: str | None, length: int, key_ma
         intermediate_size=128,
         vocab_size=100,
     )
-    settings = ahn.AHNConfig(cell=cell, window=24, sinks=8, key_maps=key_maps)
+    settings = ahn.AHNConfig(cell=cell, window=24, sinks=8, feature_maps=feature_maps)
     model = ahn.augment(Qwen2ForCausalLM(config).to(torch.bfloat16), settings)
     cache = ahn.read(model, torch.randint(100, (1, length)))
     expected = cost(Shape.from_config(config), length, settings, bytes_per_element=2)

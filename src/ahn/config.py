@@ -1,4 +1,4 @@
-"""What a memory is made of: the cell, the window, the sinks, the store, and the layers that have one."""
+"""The settings of a memory: the cell, the window, the sinks, the store, and the layers that have one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ahn.errors import ConfigError
 VERSION = 1
 SINK_POSITIONS = ("clipped", "absolute")
 MEMORY_POSITIONS = ("rope", "none")
-KEY_MAPS = (0, 1, 2, 4)
+FEATURE_MAPS = (0, 1, 2, 4)
+RENAMED = {"key_maps": "feature_maps", "make_room": "window_gate"}  # keys of older files, and their names now
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class AHNConfig:
         sink_positions: how far away a query sees the sinks. "absolute": at their true distance (the authors').
             "clipped": never further than `sinks + window`, the largest distance that occurs while everything is
             still lossless, so that no distance leaves the range the base was trained on (docs/decisions.md).
-        memory_positions: what the cell is given. "rope": queries and keys as the attention has them, turned by their
-            positions (paper). "none": turned back, so that a key looks the same from anywhere.
-        key_maps: 0: queries and keys as they are (paper). 1: a learned linear map of each, per head. 2 or 4: learned
-            nonlinear features, so many times the head size, and the state with them.
-        make_room: also learn how much of the window's attention stays beside the memory (paper: all of it).
+        memory_positions: which queries and keys the cell gets. "rope": those of the attention, rotated by their
+            positions (paper). "none": rotated back, so that a key looks the same from anywhere.
+        feature_maps: 0: queries and keys as they are (paper). 1: a learned linear map of each, per head. 2 or 4:
+            learned nonlinear features, so many times the head size, and the state with them.
+        window_gate: also learn how much of the window's attention stays beside the memory (paper: all of it).
         store: which tokens that leave the window are kept exactly (`ahn.stores.names()`), or None (paper). See
             docs/store.md.
         store_size: how many of them, per key/value head; 0 if and only if there is no store.
@@ -48,8 +49,8 @@ class AHNConfig:
     layers: tuple[int, ...] | None = None
     sink_positions: str = "clipped"
     memory_positions: str = "rope"
-    key_maps: int = 0
-    make_room: bool = False
+    feature_maps: int = 0
+    window_gate: bool = False
     store: str | None = None
     store_size: int = 0
     store_span: int = 1
@@ -73,11 +74,11 @@ class AHNConfig:
             raise ConfigError(
                 f"memory_positions={self.memory_positions!r}: expected one of {', '.join(MEMORY_POSITIONS)}"
             )
-        _check_integer("key_maps", self.key_maps, least=0)
-        if self.key_maps not in KEY_MAPS:
-            raise ConfigError(f"key_maps={self.key_maps}: expected one of {', '.join(map(str, KEY_MAPS))}")
-        if not isinstance(self.make_room, bool):
-            raise ConfigError(f"make_room={self.make_room!r}: expected true or false")
+        _check_integer("feature_maps", self.feature_maps, least=0)
+        if self.feature_maps not in FEATURE_MAPS:
+            raise ConfigError(f"feature_maps={self.feature_maps}: expected one of {', '.join(map(str, FEATURE_MAPS))}")
+        if not isinstance(self.window_gate, bool):
+            raise ConfigError(f"window_gate={self.window_gate!r}: expected true or false")
         if self.cell is not None:
             from ahn import cells
 
@@ -135,8 +136,9 @@ class AHNConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AHNConfig:
-        """Inverse of `to_dict`. Raises ConfigError for another version or unknown keys, naming them."""
-        values = dict(values)
+        """Inverse of `to_dict`; reads the `RENAMED` keys of older files too. Raises ConfigError for another version or
+        unknown keys, naming them."""
+        values = {RENAMED.get(key, key): value for key, value in values.items()}
         version = values.pop("version", None)
         if version != VERSION:
             raise ConfigError(f"memory config version {version!r}: this ahn reads version {VERSION}")

@@ -181,15 +181,15 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r}: expected an integer of at least 1")
     config = (config or AHNConfig()).replace(layers=None)
-    cell, key_maps, make_room = config.cell, config.key_maps, config.make_room
+    cell, feature_maps, window_gate = config.cell, config.feature_maps, config.window_gate
     size = _cell_size(cell, shape)
     layers, D, N, M, H, F, V = shape.layers, shape.D, shape.N, shape.M, shape.H, shape.F, shape.V
 
     lossless = min(length, config.lossless)
     written = length - lossless
-    output, state = (H * H * N, key_size(shape, key_maps) * H * N) if cell else (0, 0)
-    maps = 2 * state if key_maps else 0
-    square = "KHN" if key_maps > 1 else "H²N"
+    output, state = (H * H * N, key_size(shape, feature_maps) * H * N) if cell else (0, 0)
+    maps = 2 * state if feature_maps else 0
+    square = "KHN" if feature_maps > 1 else "H²N"
 
     def term(name: str, formula: str, full: int, memory: int) -> Term:
         return Term(name, formula, layers * full, layers * memory)
@@ -208,8 +208,8 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
                 term("memory gates", f"{size.gates}DN", 0, size.gates * D * N),
                 term("memory output", "H²N", 0, output),
                 term("memory vectors", size.small_formula, 0, size.small),
-                *((term("memory key maps", f"2{square}", 0, maps),) if key_maps else ()),
-                *((term("memory room", "DN + 3N", 0, D * N + 3 * N),) if make_room else ()),
+                *((term("memory key maps", f"2{square}", 0, maps),) if feature_maps else ()),
+                *((term("memory room", "DN + 3N", 0, D * N + 3 * N),) if window_gate else ()),
             ),
         )
     )
@@ -228,8 +228,8 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
                 term("memory state", f"2(L-W'){square}", 0, 2 * written * state),
                 term("memory gates", f"2(L-W'){size.gates}DN", 0, 2 * written * size.gates * D * N),
                 term("memory output", "2(L-W')H²N", 0, 2 * written * output),
-                *((term("memory key maps", f"4(L-W'){square}", 0, 2 * written * maps),) if key_maps else ()),
-                *((term("memory room", "2(L-W')DN", 0, 2 * written * D * N),) if make_room else ()),
+                *((term("memory key maps", f"4(L-W'){square}", 0, 2 * written * maps),) if feature_maps else ()),
+                *((term("memory room", "2(L-W')DN", 0, 2 * written * D * N),) if window_gate else ()),
             ),
         )
     )
@@ -243,9 +243,9 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
     return Cost(shape, length, config, bytes_per_element, parameters, cache, ours, mixing, rest)
 
 
-def key_size(shape: Shape, key_maps: int) -> int:
+def key_size(shape: Shape, feature_maps: int) -> int:
     """K: of each head the state has K x H numbers."""
-    return max(1, key_maps) * shape.H
+    return max(1, feature_maps) * shape.H
 
 
 def cell_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: int) -> int:
@@ -287,7 +287,7 @@ def _cell_size(cell: str | None, shape: Shape) -> CellSize:
 
 
 def _state_bytes(shape: Shape, config: AHNConfig) -> int:
-    return 4 * shape.N * key_size(shape, config.key_maps) * shape.H
+    return 4 * shape.N * key_size(shape, config.feature_maps) * shape.H
 
 
 def shape_of(base: Any) -> Shape:

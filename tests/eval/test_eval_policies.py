@@ -135,10 +135,10 @@ def test_the_end_token_ends_an_answer_and_is_not_part_of_it(make):
 
 MEMORIES = [
     {},
-    {"key_maps": 1, "make_room": True},
-    {"key_maps": 2},
-    {"key_maps": 4, "layers": (1,)},
-    {"cell": "mamba2", "key_maps": 2},
+    {"feature_maps": 1, "window_gate": True},
+    {"feature_maps": 2},
+    {"feature_maps": 4, "layers": (1,)},
+    {"cell": "mamba2", "feature_maps": 2},
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 import ahn
 from ahn import cells, stores
 from ahn.compat import PAST
-from ahn.config import KEY_MAPS, MEMORY_POSITIONS, SINK_POSITIONS
+from ahn.config import FEATURE_MAPS, MEMORY_POSITIONS, SINK_POSITIONS
 from conftest import storing, tiny, with_memory
 from effort import draw_for, times
 
@@ -45,8 +45,8 @@ def draw(number):
         "layers": random.choice([None, None, random.sample(range(layers), random.randint(1, layers))]),
         "sink_positions": random.choice(SINK_POSITIONS),
         "memory_positions": random.choice(MEMORY_POSITIONS),
-        "key_maps": random.choice(KEY_MAPS),
-        "make_room": random.random() < 0.5,
+        "feature_maps": random.choice(FEATURE_MAPS),
+        "window_gate": random.random() < 0.5,
     }
     if store is not None:
         size = random.choice([1, 2, 5, 8, 24, 100])

@@ -113,14 +113,21 @@ def test_encoder_decoder():
         ({"layers": (-1,)}, "layers=-1"),
         ({"sink_positions": "far"}, "'far'.*clipped, absolute"),
         ({"memory_positions": "far"}, "'far'.*rope, none"),
-        ({"key_maps": 3}, "key_maps=3.*0, 1, 2, 4"),
-        ({"make_room": 1}, "make_room=1.*true or false"),
+        ({"feature_maps": 3}, "feature_maps=3.*0, 1, 2, 4"),
+        ({"window_gate": 1}, "window_gate=1.*true or false"),
         ({"cell": "deltanets"}, "did you mean 'deltanet'"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         ahn.AHNConfig(**settings)
+
+
+def test_settings_under_their_old_names():
+    found = ahn.AHNConfig(feature_maps=2, window_gate=True)
+    values = found.to_dict()
+    values["key_maps"], values["make_room"] = values.pop("feature_maps"), values.pop("window_gate")
+    assert ahn.AHNConfig.from_dict(values) == found
 
 
 def test_settings_that_do_not_fit_the_base():

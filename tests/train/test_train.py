@@ -261,8 +261,8 @@ def test_a_run_starts_from_another_adapter(settings, tmp_path):
     weights = [read_adapter(folder).tensors for folder in (first, second)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-6)
-    with pytest.raises(ConfigError, match="key_maps=0: expected 1"):
-        train(recipe.from_dict(more | {"key_maps": 1, "output": str(tmp_path / "other")}))
+    with pytest.raises(ConfigError, match="feature_maps=0: expected 1"):
+        train(recipe.from_dict(more | {"feature_maps": 1, "output": str(tmp_path / "other")}))
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
@@ -320,6 +320,17 @@ def test_gradients_are_checked(cell, monkeypatch):
     )
     with pytest.raises(ahn.errors.AHNError, match="output is off by"):
         check(cell, 2, 8, torch.device("cpu"), torch.float32)
+
+
+def test_a_recipe_with_old_names_of_keys(caplog):
+    values = {"base": "b", "output": "o", "data": "d"}
+    found = recipe.from_dict(values | {"key_maps": 1, "make_room": True})
+    assert found == recipe.from_dict(values | {"feature_maps": 1, "window_gate": True})
+    assert {"key_maps is called feature_maps now", "make_room is called window_gate now"} == {
+        said.removeprefix("the recipe's ") for said in caplog.messages
+    }
+    with pytest.raises(ConfigError, match="'key_maps' and 'feature_maps'"):
+        recipe.from_dict(values | {"key_maps": 1, "feature_maps": 1})
 
 
 def test_recipe_files(settings, tmp_path):

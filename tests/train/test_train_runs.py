@@ -430,7 +430,7 @@ def test_what_a_killed_save_left_is_swept(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"cell": "mamba2"}, "adapter for cell='gated_deltanet'"), ({"key_maps": 1}, "adapter for key_maps=0")],
+    [({"cell": "mamba2"}, "adapter for cell='gated_deltanet'"), ({"feature_maps": 1}, "adapter for feature_maps=0")],
 )
 def test_checkpoints_of_another_memory_are_not_gone_on_from(run, tmp_path, capsys, change, message):
     assert main(["train", run("r", steps=2)]) == 0
@@ -810,7 +810,7 @@ def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
         ("warmup=7", "warmup=7.0: expected a share"),
         ("limit=0", "limit=0: expected"),
         ("cell=lstm", "lstm"),
-        ("key_maps=3", "key_maps=3: expected one of 0, 1, 2, 4"),
+        ("feature_maps=3", "feature_maps=3: expected one of 0, 1, 2, 4"),
         ("memory_positions=all", "memory_positions='all': expected one of rope, none"),
         ("window=0", "window=0: expected"),
         ("seed=-1", "seed=-1: expected an integer of 0 to 2**32 - 1"),

@@ -107,14 +107,14 @@ class Cell(nn.Module):
         self.room: Room | None = None
         self.chunk_form: Chunk | None = None  # a compiled form of `chunk`
 
-    def extend(self, key_maps: int, make_room: bool) -> None:
+    def extend(self, feature_maps: int, window_gate: bool) -> None:
         """Add what AHNConfig names so; both leave an untrained memory without effect."""
         weight = self.o_proj.weight
-        if key_maps:
-            self.key_size = key_maps * self.head_dim
-            matrix = initial_map(self.head_dim, key_maps).to(weight).repeat(self.num_heads, 1, 1)
+        if feature_maps:
+            self.key_size = feature_maps * self.head_dim
+            matrix = initial_map(self.head_dim, feature_maps).to(weight).repeat(self.num_heads, 1, 1)
             self.q_map, self.k_map = KeyMap(matrix.clone()), KeyMap(matrix.clone())
-        if make_room:
+        if window_gate:
             self.room = Room(self.hidden_size, self.num_heads, weight.dtype, weight.device)
 
     def keys(self, q_BNTH: Tensor, k_BNTH: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CELLS = ".ahn."  # in the names of a model's weights that are the memory's
 STORE = "store."  # in front of the names of a store's weights
-FORM = ("cell", "layers", "memory_positions", "key_maps", "make_room")  # what weights are made for
+FORM = ("cell", "layers", "memory_positions", "feature_maps", "window_gate")  # what weights are made for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 
 

@@ -293,7 +293,7 @@ def _cell(attention: Any, config: AHNConfig) -> Cell:
         dtype = attention.config.dtype or torch.float32
     assert config.cell is not None
     cell = cells.get(config.cell)(attention.config.hidden_size, heads, size, dtype, weight.device)
-    cell.extend(config.key_maps, config.make_room)
+    cell.extend(config.feature_maps, config.window_gate)
     return cell
 
 

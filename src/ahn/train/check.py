@@ -27,7 +27,7 @@ class Difference(NamedTuple):
 
 
 def check(
-    cell: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, key_maps: int = 0,
+    cell: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, feature_maps: int = 0,
     gates: bool = False,
 ) -> list[Difference]:  # fmt: skip
     """Compare outputs and every gradient of the cell, of the attention, and with `gates` of the one that the gates of a
@@ -36,7 +36,7 @@ def check(
     Raises:
         AHNError: one is off by more than its tolerance; names it.
     """
-    found = _cell(cell, heads, head_dim, device, dtype, key_maps)
+    found = _cell(cell, heads, head_dim, device, dtype, feature_maps)
     if device.type == "cuda":
         found += _attention(heads, head_dim, device, dtype)
     if gates and dispatch.soft_places(torch.empty(0, head_dim, device=device, dtype=dtype)).name == "triton":
@@ -49,14 +49,14 @@ def check(
 
 
 def _cell(
-    name: str, heads: int, size: int, device: torch.device, dtype: torch.dtype, key_maps: int
+    name: str, heads: int, size: int, device: torch.device, dtype: torch.dtype, feature_maps: int
 ) -> list[Difference]:
     kind = cells.get(name)
 
     def run(plain: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         cell = kind(heads * size, heads, size, torch.float32, device)
-        cell.extend(key_maps, make_room=False)
+        cell.extend(feature_maps, window_gate=False)
         torch.nn.init.normal_(cell.o_proj.weight, std=size**-0.5)
         q, k, v = (torch.randn(2, heads, TOKENS, size, device=device).to(dtype).requires_grad_() for _ in range(3))
         x = torch.randn(2, TOKENS, heads * size, device=device).to(dtype).requires_grad_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import os
 import textwrap
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ahn import stores, yaml_file
-from ahn.config import AHNConfig
+from ahn.config import RENAMED, AHNConfig
 from ahn.errors import ConfigError
 from ahn.registry import nearest
 from ahn.train import windows
 
 LOSSES = ("kl", "ce", "kl+ce", "attention")
+
+logger = logging.getLogger("ahn")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Recipe:
             memory.
         lossless, sinks: sizes drawn from, one of each for fixed ones.
         window, kept_sinks: what the finished adapter suggests to use.
-        sink_positions, memory_positions, key_maps, make_room, store, store_size, store_span: see AHNConfig. In
+        sink_positions, memory_positions, feature_maps, window_gate, store, store_size, store_span: see AHNConfig. In
             training the store has the share of each lossless size, sinks apart, that it has of window + store_size.
         gate_steps, gate_lr: steps in which the gates of a store are trained (`ahn.train.gates`), before the cells are,
             with its window and kept_sinks; with steps: 0 that is all.
@@ -68,8 +71,8 @@ class Recipe:
     kept_sinks: int = 128
     sink_positions: str = "clipped"
     memory_positions: str = "rope"
-    key_maps: int = 0
-    make_room: bool = False
+    feature_maps: int = 0
+    window_gate: bool = False
     store: str | None = None
     store_size: int = 0
     store_span: int = 1
@@ -132,8 +135,8 @@ class Recipe:
             self.kept_sinks,
             sink_positions=self.sink_positions,
             memory_positions=self.memory_positions,
-            key_maps=self.key_maps,
-            make_room=self.make_room,
+            feature_maps=self.feature_maps,
+            window_gate=self.window_gate,
             store=self.store,
             store_size=self.store_size,
             store_span=self.store_span,
@@ -185,6 +188,12 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
+    """A recipe of keys and values; old names of keys are read with a warning. Raises ConfigError."""
+    for old in RENAMED.keys() & values:
+        if (new := RENAMED[old]) in values:
+            raise ConfigError(f"the recipe has {old!r} and {new!r}, its name now: expected {new!r} alone")
+        logger.warning("the recipe's %s is called %s now", old, new)
+    values = {RENAMED.get(key, key): value for key, value in values.items()}
     known = {field.name: field for field in dataclasses.fields(Recipe)}
     for key in values:
         if key not in known:

@@ -27,6 +27,7 @@ from transformers.trainer_callback import TrainerState
 from ahn import cells
 from ahn.adapter_files import Adapter, base_shape, read_adapter, write_adapter
 from ahn.bases import base_config, load_base, load_tokenizer
+from ahn.config import RENAMED
 from ahn.errors import AdapterError, BaseModelError, ConfigError, DocumentError, TrainingError, some
 from ahn.files import atomic
 from ahn.hf.augment import augment, set_window
@@ -396,7 +397,7 @@ def check_machine(recipe: Recipe) -> list[Difference]:
     device = PartialState(cpu=not cuda).device
     dtype = torch.bfloat16 if cuda else torch.float32
     heads, gates_too = min(base["num_heads"], 4), recipe.gate_steps > 0
-    return check(recipe.cell, heads, base["head_dim"], device, dtype, recipe.key_maps, gates_too)
+    return check(recipe.cell, heads, base["head_dim"], device, dtype, recipe.feature_maps, gates_too)
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -473,7 +474,7 @@ def _first_weights(recipe: Recipe) -> Adapter:
     """The adapter that a recipe starts from. Raises AdapterError, ConfigError if it is of another form."""
     assert recipe.start is not None
     adapter, config = read_adapter(recipe.start), recipe.memory()
-    for key in ("cell", "sink_positions", "memory_positions", "key_maps", "make_room"):
+    for key in ("cell", "sink_positions", "memory_positions", "feature_maps", "window_gate"):
         theirs, ours = getattr(adapter.config, key), getattr(config, key)
         if theirs != ours:
             raise ConfigError(f"start={recipe.start!r}: it has {key}={theirs!r}: expected {ours!r} as in the recipe")
@@ -484,6 +485,7 @@ def _note_recipe(recipe: Recipe, output: Path, changed: bool) -> None:
     values, path = dataclasses.asdict(recipe), output / "recipe.json"
     if changed and path.is_file():
         before, now = json.loads(path.read_text()), json.loads(json.dumps(values))
+        before = {RENAMED.get(key, key): value for key, value in before.items()}
         different = [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
         if different:
             logger.warning("going on with another recipe: %s", "; ".join(different))

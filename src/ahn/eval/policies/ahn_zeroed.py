@@ -12,7 +12,7 @@ class AhnZeroed(Ahn):
     """The trained memory with every read set to zero.
 
     It is written as always and costs the same. In the paper's form this is the window alone, computed the long way
-    round, and must score the same; with `make_room` the window still gives way to a read of nothing, and what that
+    round, and must score the same; with `window_gate` the window still gives way to a read of nothing, and what that
     changes stays.
     """
 

@@ -43,7 +43,7 @@ class Compressive(Policy):
         assert kept.adapter is not None
         found = super()._settings(kept)
         config = trained(kept.adapter).config
-        like = f"{config.cell}, key_maps {config.key_maps}" if config.key_maps > 1 else config.cell
+        like = f"{config.cell}, key_maps {config.feature_maps}" if config.feature_maps > 1 else config.cell
         return found | {"rate": RATE, "sized_like": like}
 
     def prepare(self) -> None:
