@@ -40,7 +40,7 @@ fuzz: $(VENV)/.dev ## try 300 random configurations and many damaged files (agai
 	AHN_FUZZ_SEED=$(FUZZ_SEED) AHN_FUZZ_EFFORT=7.5 $(VENV)/bin/pytest tests/fuzz
 
 bench: $(VENV)/.installed ## measure reading and decoding on this CPU
-	$(VENV)/bin/python benchmarks/cpu.py --name local
+	$(VENV)/bin/python benchmarks/speed.py lengths --name local
 
 clean: ## remove the environments, caches and builds
 	rm -rf $(VENV) $(VENV)-oldest .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

@@ -1,164 +1,71 @@
-"""What every result file says besides its numbers."""
+"""Parts that several tools share: command lines, result files, models and texts to measure with."""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import lzma
-import pickle
-import platform
 import resource
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-NO_STORE = "@none"
-UNFINISHED = 75  # exit code of a script whose time was over: the same command goes on
-SHARE = 0.74  # of the window's places, for a store
-BOOK = Path(__file__).parent.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+SHARE = 0.74  # of the window's slots, for a store
+SINKS = 64
+BOOK = HERE.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
+
+
+def main(folder: str, about: str, argv: Sequence[str] | None = None) -> None:
+    """Run one of the files of a folder.
+
+    Each has a docstring, NAME (of its result file), TINY (a command line that takes seconds on any device),
+    `arguments(parser)`, and `run(options)`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=about)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in sorted((HERE / folder).glob("[!_]*.py")):
+            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            raw = argparse.RawDescriptionHelpFormatter
+            command = commands.add_parser(path.stem, help=doc.partition("\n")[0], description=doc, formatter_class=raw)
+            if words[:1] != [path.stem]:  # only one is imported: each needs something else
+                continue
+            module = import_module(f"{folder}.{path.stem}")
+            module.arguments(command)
+            command.add_argument("--tiny", action="store_true", help="a tiny model and text: does it run at all?")
+            command.add_argument("--name", default=module.NAME, help="of the file in results/ (%(default)s)")
+            command.set_defaults(run=module.run)
+            if "--tiny" in words:
+                inputs = tiny_inputs(Path(scratch)) if "{" in module.TINY else {}
+                words = [words[0], *module.TINY.format(**inputs).split(), "--name", "local", *words[1:]]
+        options = parser.parse_args(words)
+        options.run(options)
 
 
 @cache
 def environment() -> dict[str, Any]:
-    import torch
+    """What produced the numbers, for a result file."""
+    from ahn.eval.results import stamp
 
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "src"], capture_output=True, text=True, cwd=RESULTS.parent.parent
-    )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": (commit.stdout.strip() or None)
-        and commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: of(name) for name in ("torch", "transformers", "triton", "flash-linear-attention")},
-    }
+    made = stamp()
+    commit, plus, changes = (made["commit"] or "").partition("+")
+    return made | {"commit": commit[:7] + plus + changes or None}
 
 
-def position_losses(model: Any, ids: list[int], chunk: int = 512, whole: bool | None = None) -> Any:
-    """Next-token loss (nats) at each position but the last, float32 [T - 1]: in one `whole` forward (default on CUDA),
-    or read through a cache."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    tokens = torch.tensor([ids], device=model.device)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    with torch.no_grad():
-        if tokens.is_cuda if whole is None else whole:
-            pieces = decoder(tokens[:, :-1], use_cache=False).last_hidden_state[0].split(chunk)
-        else:
-            import ahn
-            from ahn.compat import PAST
-
-            cache = ahn.AHNCache(model)
-            pieces = (decoder(t, **{PAST: cache}).last_hidden_state[0] for t in tokens[:, :-1].split(chunk, 1))
-        targets = tokens[0, 1:].split(chunk)
-        losses = [
-            cross_entropy(head(piece).float(), wanted, reduction="none")
-            for piece, wanted in zip(pieces, targets, strict=True)
-        ]
-    return torch.cat(losses).cpu()
-
-
-def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> str:
-    """Give a model the memory of an adapter, or sinks and window alone, in place of what it has; returns its name.
-    `adapter`: a name or folder; with "@none" behind it without the store that it may have, with "@0.74" with that share
-    of the window's places for the store."""
-    import ahn
-    from ahn.adapter_files import read_adapter
-    from ahn.hf.weights import apply
-
-    if hasattr(model, "ahn_config"):
-        ahn.detach(model)
-    if adapter is None:
-        ahn.augment(model, ahn.AHNConfig(None, 16, 0, sink_positions=sink_positions))
-        return "sinks and window"
-    name, _, share = adapter.partition("@")
-    found = read_adapter(name)
-    config = found.config
-    if share == "none":
-        config = config.without_store()
-    elif share:
-        places = config.store_size + config.window
-        size = round(float(share) * places)
-        config = config.replace(store_size=size, window=places - size)
-    ahn.augment(model, config)
-    apply(found, model)
-    store = f", {config.store} store" if config.store else ""
-    return f"{config.cell}{store} ({Path(adapter).name})"
-
-
-def set_lossless(model: Any, size: int, sinks: int) -> None:
-    """As many lossless tokens in all: sinks, and of the rest the store has the share that it has now."""
-    from ahn.hf.augment import set_window
-
-    config = model.ahn_config.with_lossless(size, sinks)
-    set_window(model, config.window, sinks, config.store_size)
-
-
-def records(path: str) -> list[dict[str, Any]]:
-    """Of a JSON-lines file, xz-compressed or not; ends the program if it cannot be read."""
-    try:
-        with lzma.open(path, "rt", encoding="utf-8") if path.endswith(".xz") else open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except (OSError, ValueError, lzma.LZMAError) as error:
-        print(f"{path}: cannot be read: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def write_records(path: str, made: Iterable[dict[str, Any]]) -> None:
-    """As `records` reads them."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in made]
-    with lzma.open(path, "wt", encoding="utf-8") if path.endswith(".xz") else open(path, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    print(f"{path}: {len(lines)} documents")
-
-
-def keep(file: Path, prompts: list[Any]) -> None:
-    """Prompts that were prepared, for a machine whose GPU should not wait for a tokenizer."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(lzma.compress(pickle.dumps(prompts), preset=1))
-
-
-def kept(file: Path) -> list[Any]:
-    """What `keep` wrote."""
-    found: list[Any] = pickle.loads(lzma.decompress(file.read_bytes()))
-    return found
-
-
-def run_in_memory(
-    work: Sequence[Any], names: Sequence[str], options: Any, output: Path, stop: Callable[[], bool], model: Any
-) -> list[Path]:
-    """`ahn.eval.runner.run_prepared`, with smaller batches where the memory of the device does not hold them."""
-    import torch
-
-    from ahn.eval.runner import run_prepared
-
-    while True:
-        try:
-            return run_prepared(work, names, options, output, stop=stop, model=model)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            if options.batch == 1:
-                raise
-            options = replace(options, batch=options.batch // 2)
-            print(f"{', '.join(names)}: batches of {options.batch}", flush=True)
+def write(name: str, **content: Any) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+    return path
 
 
 def now(device: Any) -> float:
@@ -179,34 +86,149 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def write(name: str, **content: Any) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
-    return path
+def matmul_rate(device: Any, repeats: int = 20) -> float:
+    """FLOPs a second of a large product: bfloat16 on CUDA, float32 and smaller on a CPU."""
+    import torch
+
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32).unbind()
+    for _ in range(3):
+        a @ b
+    start = now(device)
+    for _ in range(repeats):
+        a @ b
+    return repeats * 2 * size**3 / (now(device) - start)
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def random_model(shape: Any, device: Any) -> Any:
+    """A Qwen2 of this shape (`ahn.cost.Shape`) with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.D,
+        num_attention_heads=shape.N,
+        num_key_value_heads=shape.M,
+        head_dim=shape.H,
+        intermediate_size=shape.F,
+        vocab_size=shape.V,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=131072,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+        ).eval()
 
 
-def recalled(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Rows to report of a result of recall.py by (task, policy, span of the learned store, or 0), at its main size."""
-    return {
-        (row["task"], row["policy"], (row["store"] or {"span": 0})["span"]): row
-        for row in results["rows"]
-        if row["seed"] == 1
-        and row["lossless"] in (None, results["lossless"])
-        and (row["store"] is None or row["store"]["name"] == "learned")
-    }
+def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> str:
+    """Give a model the memory of an adapter, or sinks and window alone, in place of what it has; returns its name.
+
+    `adapter`: a name or folder. "@none" behind it leaves out its store, "@0.74" gives the store that share of the
+    window's slots.
+    """
+    import ahn
+    from ahn.adapter_files import read_adapter
+    from ahn.hf.weights import apply
+
+    if hasattr(model, "ahn_config"):
+        ahn.detach(model)
+    if adapter is None:
+        ahn.augment(model, ahn.AHNConfig(None, 16, 0, sink_positions=sink_positions))
+        return "sinks and window"
+    name, _, share = adapter.partition("@")
+    found = read_adapter(name)
+    config = found.config
+    if share == "none":
+        config = config.without_store()
+    elif share:
+        slots = config.store_size + config.window
+        size = round(float(share) * slots)
+        config = config.replace(store_size=size, window=slots - size)
+    ahn.augment(model, config)
+    apply(found, model)
+    store = f", {config.store} store" if config.store else ""
+    return f"{config.cell}{store} ({Path(adapter).name})"
 
 
-def stored(text: str, window: int, share: float = SHARE) -> Any:
-    """The `ahn.eval.policies.base.Stored` that "name" or "name:span" means, with a share of the window's places."""
-    from ahn.eval.policies.base import Stored
+def set_lossless(model: Any, size: int, sinks: int) -> None:
+    """As many lossless tokens in all: sinks, and of the rest the store has the share that it has now."""
+    from ahn.hf.augment import set_window
 
-    name, _, span = text.partition(":")
-    return Stored(name, round(share * window), int(span or 1))
+    config = model.ahn_config.with_lossless(size, sinks)
+    set_window(model, config.window, sinks, config.store_size)
+
+
+def records(path: str | Path) -> list[dict[str, Any]]:
+    """Of a JSON-lines file, xz-compressed or not; ends the program if it cannot be read."""
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") if is_xz(path) else open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        print(f"{path}: cannot be read: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def write_records(path: str | Path, made: Iterable[dict[str, Any]]) -> None:
+    """As `records` reads them."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in made]
+    with lzma.open(path, "wt", encoding="utf-8") if is_xz(path) else open(path, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    print(f"{path}: {len(lines)} documents")
+
+
+def is_xz(path: str | Path) -> bool:
+    return str(path).endswith(".xz")
+
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}assistant:"
+TINY_TEXT = "The old cat sat on the mat and looked at 12 mice. Wo ist die Maus? 猫坐在垫子上。 🐈 f(x) = {y: 3};\n"
+
+
+def tiny_inputs(folder: Path) -> dict[str, Path]:
+    """Files for `--tiny`: a random base with its tokenizer, an adapter for it, books and chats as JSON lines."""
+    from contextlib import redirect_stdout
+
+    import ahn
+    from ahn.bases import load_base
+
+    base, adapter, books, chats, runs = (
+        folder / name for name in ("base", "adapter", "books.jsonl", "chats.jsonl", "runs.json")
+    )
+    write_tiny_base(base)
+    model = ahn.augment(load_base(str(base)), ahn.AHNConfig("deltanet", 24, 8))
+    ahn.save_adapter(model, adapter)
+    messages = [{"role": "user", "content": "Who sat?"}, {"role": "assistant", "content": "The old cat"}]
+    with redirect_stdout(sys.stderr):
+        write_records(books, ({"text": f"{n} {TINY_TEXT * 40}"} for n in range(3)))
+        write_records(chats, ({"document": f"{n} {TINY_TEXT * 8}", "messages": messages} for n in range(4)))
+    runs.write_text(json.dumps([{"name": "tiny", "lossless": [300], "sinks": [4], "window": 60, "kept_sinks": 4}]))
+    return {"base": base, "adapter": adapter, "books": books, "chats": chats, "runs": runs, "text": BOOK}
+
+
+def write_tiny_base(folder: Path, size: int = 32, layers: int = 2) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TINY_TEXT] * 20, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.chat_template = TEMPLATE
+    made.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=size,
+        intermediate_size=size,
+        num_hidden_layers=layers,
+        num_attention_heads=size // 8,
+        num_key_value_heads=max(1, size // 16),
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)

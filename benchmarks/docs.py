@@ -3,8 +3,8 @@
     python benchmarks/docs.py [--check] [--no-plots]
 
 A table of README.md or docs/*.md stands between two markers, `<!-- table: NAME -->` and `<!-- end -->`. NAME is a
-function of tables.py; what stands between them is replaced. With --check nothing is written, and the exit code is 1 if
-a table or a card differs from its result file.
+function of pages/quality.py or pages/speed.py; the text between the markers is replaced. With --check nothing is
+written, and the exit code is 1 if a table or a card differs from its result file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import cards
-import tables
-import tables_quality  # noqa: F401  (fills tables.TABLES, as the next)
-import tables_speed  # noqa: F401
 from ahn import zoo
+from pages import (
+    cards,
+    quality,  # noqa: F401  (fills tables.TABLES, as the next)
+    speed,  # noqa: F401
+    tables,
+)
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"<!-- table: (?P<name>.*?) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
@@ -59,9 +61,9 @@ def main() -> None:
     if options.check:
         sys.exit(bool(outdated))
     if not options.no_plots:
-        import plot
+        from pages import plots
 
-        plot.draw_all(ROOT / "docs")
+        plots.draw_all(ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import docs  # noqa: E402  (benchmarks is no package: its folder must be on the path first)
-import tables  # noqa: E402
+from pages import tables  # noqa: E402
 
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 

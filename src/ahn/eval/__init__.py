@@ -11,5 +11,5 @@ compare.py     which results can be compared
 report.py      tables and a page of results; plots.py: its plots
 harness.py     the model `ahn` of lm-evaluation-harness
 data/          prompts, lengths of answers and metrics of the benchmarks; words to hide
-squad.py       articles with questions, joined to contexts of one length
+suite.py       a comparison from one file; calibrate.py: when a question is refused
 """

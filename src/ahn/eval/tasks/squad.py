@@ -23,7 +23,7 @@ COMMON = 0.9  # a question is not asked whose answer occurs in more than a tenth
 class Squad(Task):
     """`squad/30` has the evidence behind 30% of the other paragraphs; `squad/spread` goes through all depths in turn.
 
-    A context is written as `ahn ask` and `eval.squad.contexts` write a document and its question. Prompt, chat template
+    A context is written as `ahn ask` writes a document and its question. Prompt, chat template
     and the room for the answer together have at most `length` tokens (None: 8,192), and few less. One question a
     paragraph; paragraphs in which an answer occurs are left out of its context.
     """

@@ -6,9 +6,24 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from cards import ENOUGH
-from common import RESULTS, recalled
-from tables import Row, at_least, at_most, block, markdown, numbers, one, percent, result, rows, source, table, wrapped
+from common import RESULTS
+from pages.cards import ENOUGH
+from pages.tables import (
+    Row,
+    at_least,
+    at_most,
+    block,
+    markdown,
+    numbers,
+    one,
+    percent,
+    recalled,
+    result,
+    rows,
+    source,
+    table,
+    wrapped,
+)
 
 WINDOW, CLIPPED, LONGER = "sinks and window, absolute", "sinks and window, clipped", "a longer window, clipped"
 SMALL = ("deltanet", "gated_deltanet", "mamba2")
@@ -406,7 +421,7 @@ def labels_or_loss() -> str:
     return block(["store", "facts hidden in books", "SQuAD"], body, about, name)
 
 
-# Printed reports: `ahn report` of evaluate.py
+# Printed reports of `ahn report`
 
 
 def printed(name: str, base: str, suite: str, length: str) -> dict[str, dict[str, tuple[float, int]]]:

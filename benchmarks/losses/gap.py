@@ -1,6 +1,6 @@
 """How much of the gap between the window alone and full attention a memory closes, on books it has not seen.
 
-    python benchmarks/gap.py BOOKS.jsonl[.xz] [--adapter FOLDER ...] [--base smollm2-135m] [--tokens 8192]
+    python benchmarks/loss.py gap BOOKS.jsonl[.xz] [--adapter FOLDER ...] [--base smollm2-135m] [--tokens 8192]
 
 Mean next-token loss (nats) over the second half of the first `--tokens` tokens of each book that is long enough, for
 full attention, sinks and window, and each adapter, at several lossless sizes.
@@ -21,27 +21,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import put_on, records, set_lossless, write
+from ahn import zoo
+from common import SINKS, put_on, records, set_lossless, write
 
-SINKS = 64
 PAPER, CLIPPED, LONGER = "sinks and window, absolute", "sinks and window, clipped", "a longer window, clipped"
-ROWS = 4  # books at once
 
 
-def main() -> None:
+NAME = "gap"
+TINY = "{books} --base {base} --adapter {adapter} --tokens 256 --lossless 72"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("books")
+    parser.add_argument("--adapter", nargs="*", default=zoo.names())
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--lossless", type=int, nargs="+", default=[256, 512, 1024, 2048])
+
+
+def run(options: argparse.Namespace) -> None:
     import torch
 
     import ahn
     from ahn.hf.hooks import full_attention
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("books")
-    parser.add_argument("--adapter", nargs="*", default=ahn.zoo.names())
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--lossless", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    parser.add_argument("--name", default="gap")
-    options = parser.parse_args()
+    from losses._positions import mean_loss
 
     tokenizer = ahn.load_tokenizer(options.base)
     found = (tokenizer(record["text"]).input_ids[: options.tokens + 1] for record in records(options.books))
@@ -99,22 +102,6 @@ def state_in_tokens(model: Any) -> int:
     return heads * keys * size * 4 // (2 * base.num_key_value_heads * size * model.dtype.itemsize)
 
 
-def mean_loss(model: Any, books: Any) -> float:
-    """Over the second half of whole sequences [books, T + 1]."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    half = (books.shape[1] - 1) // 2
-    losses = []
-    with torch.no_grad():
-        for part in books.tensor_split(-(-len(books) // ROWS)):  # near-equal parts: none is a single row
-            part = part.to(model.device)
-            hidden = model.get_decoder()(part[:, :-1], use_cache=False).last_hidden_state[:, half:]
-            for row, targets in zip(hidden, part[:, half + 1 :], strict=True):
-                losses.append(cross_entropy(model.get_output_embeddings()(row).float(), targets))
-    return torch.stack(losses).mean().item()
-
-
 @contextmanager
 def memory_of_another(model: Any) -> Iterator[None]:
     """Within, each row of a batch of whole sequences reads what another row has written."""
@@ -134,7 +121,3 @@ def memory_of_another(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.last.forms.prepare = layer.last.prepare
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,10 @@
 """Draws the plots of the documentation from the result files.
 
-    python benchmarks/plot.py [--into docs] [--format svg]
-
 Needs matplotlib (the `dev` extra). A plot whose result file is not there is left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,11 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from common import NO_STORE, RESULTS, recalled
-from tables_quality import question_scores
+from common import RESULTS
+from pages.quality import question_scores
+from pages.tables import recalled
 
-DOCS = Path(__file__).parent.parent / "docs"
+NO_STORE = "@none"
 STYLE = {
     "figure.facecolor": "white",  # in GitHub's dark mode too
     "figure.constrained_layout.use": True,
@@ -340,15 +338,3 @@ PLOTS = {
     "facts-by-budget": (facts_by_budget, BUDGETS),
     "facts-by-budget-smollm2": (facts_by_budget, SMALL_BUDGETS),
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--into", type=Path, default=DOCS)
-    parser.add_argument("--format", default="svg", choices=["svg", "png"])
-    options = parser.parse_args()
-    draw_all(options.into, options.format)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """How fast a memory trains, and how near that is to what the machine's matrix products allow.
 
-    python benchmarks/train.py [--recipe FILE.yaml] [--shape qwen2.5-3b] [--steps 20] [--profile] [key=value ...]
-    python benchmarks/train.py --shape qwen2.5-3b cell=deltanet length=8192 batch=4 "lossless=[1024,2048,4096]"
+    python benchmarks/speed.py train [--recipe FILE.yaml] [--shape qwen2.5-3b] [--steps 20] [--profile] [key=value ...]
+    python benchmarks/speed.py train --shape qwen2.5-3b cell=deltanet length=8192 batch=4 "lossless=[1024,2048,4096]"
 
 The steps are those of `ahn train` with the keys of its recipes, on random tokens: window drawn, teacher, student,
 backward, clipping, AdamW. `--shape` (a name of `ahn cost`) is a Qwen2 with random weights. Under torchrun the tokens of
@@ -26,7 +26,12 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from ahn.bases import base_config
-from common import now, peak_bytes, write
+from common import matmul_rate, now, peak_bytes, random_model, write
+
+NAME = "train"
+TINY = (
+    "base={base} length=128 batch=1 lossless=[48] sinks=[8] window=40 kept_sinks=8 compile=false --steps 2 --warmup 1"
+)
 
 RECIPE: dict[str, Any] = {
     "base": "smollm2-135m",
@@ -50,43 +55,6 @@ def flops(shape: Any, recipe: Any, window: int, sinks: int) -> int:
     head = products * 2 * shape.V * shape.D * table.written
     teacher = linear + attention.full if recipe.loss != "ce" else 0
     return recipe.batch * (teacher + 2 * linear + 3 * attention.memory + 3 * cells + head)
-
-
-def matmul_rate(device: Any, repeats: int = 20) -> float:
-    """FLOPs a second of a large product: bfloat16 on CUDA, float32 and smaller on a CPU."""
-    import torch
-
-    cuda = device.type == "cuda"
-    size = 8192 if cuda else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32).unbind()
-    for _ in range(3):
-        a @ b
-    start = now(device)
-    for _ in range(repeats):
-        a @ b
-    return repeats * 2 * size**3 / (now(device) - start)
-
-
-def random_model(shape: Any, device: Any) -> Any:
-    """A Qwen2 of this shape with random weights."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.D,
-        num_attention_heads=shape.N,
-        num_key_value_heads=shape.M,
-        head_dim=shape.H,
-        intermediate_size=shape.F,
-        vocab_size=shape.V,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=131072,
-    )
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
-        ).eval()
 
 
 def build(recipe: Any, shape: Any | None) -> Any:
@@ -181,21 +149,21 @@ def profiler() -> Any:
     return profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])])
 
 
-def main() -> None:
-    import yaml
-
-    from ahn.cost import shape_of
-    from ahn.train.recipe import from_dict, load
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
     parser.add_argument("--recipe")
     parser.add_argument("--shape", help="random weights of this shape instead of the recipe's base")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print the 25 operations that take the most time")
-    parser.add_argument("--name", default="train")
-    options = parser.parse_intermixed_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    import yaml
+
+    from ahn.cost import shape_of
+    from ahn.train.recipe import from_dict, load
+
     if options.recipe:
         recipe = load(options.recipe, options.changes)
     else:
@@ -221,7 +189,3 @@ def main() -> None:
     )
     print(f"matrix products: {row['matmul_tflops']:.3g} TFLOP/s measured, {row['step_tflop']:.3g} TFLOP a step")
     print(write(options.name, **what, **row))
-
-
-if __name__ == "__main__":
-    main()

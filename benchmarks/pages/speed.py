@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from common import recalled
-from tables import Row, at_least, at_most, block, markdown, numbers, one, result, rows, table, wrapped
+from pages.tables import (
+    Row,
+    at_least,
+    at_most,
+    block,
+    markdown,
+    numbers,
+    one,
+    recalled,
+    result,
+    rows,
+    table,
+    wrapped,
+)
 
 CELLS = ("gated_deltanet", "deltanet", "mamba2")
 KINDS = {"full": "full attention", "window": "sinks and window"} | {cell: f"+ {cell}" for cell in CELLS}

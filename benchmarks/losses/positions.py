@@ -1,6 +1,6 @@
 """Loss by position, far beyond the context a base was trained with.
 
-    python benchmarks/positions.py BOOKS.jsonl[.xz] [--adapter FOLDER ...] [--base smollm2-135m] [--tokens 65536]
+    python benchmarks/loss.py positions BOOKS.jsonl[.xz] [--adapter FOLDER ...] [--base smollm2-135m] [--tokens 65536]
 
 Mean next-token loss (nats) in bins of positions for full attention, sinks and window, and each adapter, how much lower
 it is than that of sinks and window, and the standard errors of both over texts. Every text is `--tokens` tokens of a
@@ -12,19 +12,19 @@ on a CPU it takes hours.
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import DynamicCache
 
 import ahn
 from ahn.bases import load_base
-from ahn.compat import PAST
-from common import now, peak_bytes, put_on, records, set_lossless, write
+from common import SINKS, now, peak_bytes, put_on, records, set_lossless, write
+from losses._positions import position_losses
 
-SINKS = 64
+NAME = "positions"
+TINY = "{books} --base {base} --adapter {adapter} --tokens 256 --lossless 72 --bin 64 --texts 2"
 
 
 def texts(books: list[dict[str, Any]], tokenizer: Any, tokens: int, count: int) -> Tensor:
@@ -36,20 +36,6 @@ def texts(books: list[dict[str, Any]], tokenizer: Any, tokens: int, count: int) 
     return torch.tensor([book[low : low + length] for low, book in starts[:count]])
 
 
-@torch.inference_mode()
-def losses(model: Any, ids: Tensor, chunk: int) -> Tensor:
-    """Loss of each token but the first, [B, T] on the CPU."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    cache = ahn.AHNCache(model) if hasattr(model, "ahn_config") else DynamicCache()
-    ids = ids.to(model.device)
-    found = []
-    for piece, following in zip(ids[:, :-1].split(chunk, 1), ids[:, 1:].split(chunk, 1), strict=True):
-        hidden = decoder(piece, **{PAST: cache}, use_cache=True).last_hidden_state
-        logits = head(hidden).float().flatten(0, 1)
-        found.append(cross_entropy(logits, following.flatten(), reduction="none").view_as(following))
-    return torch.cat(found, 1).cpu()
-
-
 def mean_and_error(name: str, values: Tensor) -> dict[str, list[float]]:
     """Of each column of [B, bins]."""
     error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.zeros(values.shape[1])
@@ -58,8 +44,7 @@ def mean_and_error(name: str, values: Tensor) -> dict[str, list[float]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("books")
     parser.add_argument("--adapter", nargs="*", default=ahn.zoo.names())
     parser.add_argument("--base", default="smollm2-135m")
@@ -70,14 +55,15 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=12, help="at most")
     parser.add_argument("--rows", type=int, default=12, help="of a batch")
     parser.add_argument("--chunk", type=int, default=512)
-    parser.add_argument("--name", default="positions")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
     if options.tokens % options.bin:
-        parser.error(f"--tokens {options.tokens}: expected a multiple of --bin {options.bin}")
+        sys.exit(f"--tokens {options.tokens}: expected a multiple of --bin {options.bin}")
 
     ids = texts(records(options.books), ahn.load_tokenizer(options.base), options.tokens, options.texts)
     if not len(ids):
-        parser.error(f"--tokens {options.tokens}: no book is that long")
+        sys.exit(f"--tokens {options.tokens}: no book is that long")
     model = load_base(options.base)
     context = model.config.max_position_embeddings
     bins = options.tokens // options.bin
@@ -100,7 +86,7 @@ def main() -> None:
             start = now(model.device)
             tokens = options.full or options.tokens if size is None else options.tokens
             read = ids[:, : tokens + 1]
-            found = torch.cat([losses(model, batch, options.chunk) for batch in read.split(options.rows)])
+            found = torch.cat([position_losses(model, batch, options.chunk) for batch in read.split(options.rows)])
             seconds = now(model.device) - start
             by_bin = found.unflatten(1, (tokens // options.bin, options.bin)).mean(2)
             if memory == "sinks and window":
@@ -123,7 +109,3 @@ def main() -> None:
                 texts=len(ids), sinks=SINKS, rows=rows,
             )  # fmt: skip
     print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """What an archive costs: finding passages in a long text, reading with it, and the accelerator's memory while asking.
 
-    python benchmarks/find.py [--base FILE.gguf] [--data books.jsonl.xz] [--tokens 1048576]
-    python benchmarks/find.py --tiny         # a tiny model and few tokens, on any device: does it run at all?
+    python benchmarks/speed.py find [--base FILE.gguf] [--data books.jsonl.xz] [--tokens 1048576]
 
 Without `--base` the model has the shape of Qwen2.5-1.5B and random weights (`--layers` of them), and a tokenizer made
 for the text. `--data` are JSON lines with "text"; without it sentences of the bundled book are taken at random.
@@ -41,7 +40,10 @@ from ahn.memory.head_keys import RetrievalHeads
 from ahn.recall import as_text, find
 from ahn.recall.passages import number_parts, sentence_ends
 from ahn.recall.question import Question
-from common import BOOK, environment, now, records, write
+from common import BOOK, SINKS, environment, now, records, write
+
+NAME = None  # find-DEVICE
+TINY = "--tokens 20000 --length 2000 --lossless 1024 --layers 2 --repeats 2"
 
 FINDERS = ("bm25", "heads", "fused")
 QUESTIONS = (
@@ -51,7 +53,6 @@ QUESTIONS = (
     "Where was the inspector when the train arrived in the morning?",
     "How many people were on the ship when the storm began?",
 )
-SINKS = 64
 TEMPLATE = "{% for message in messages %}<|user|>{{ message['content'] }}<|end|>{% endfor %}<|assistant|>"
 
 
@@ -220,8 +221,7 @@ def peak(work: Callable[..., Any], *args: Any, **options: Any) -> int:
     return torch.cuda.max_memory_allocated() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="name, folder or GGUF file (default: random weights)")
     parser.add_argument("--data", help="JSON lines, xz-compressed or not")
     parser.add_argument("--tokens", type=int, default=2**20, help="of the text in which passages are found")
@@ -231,14 +231,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="of reading (%(default)s)")
     parser.add_argument("--dtype", help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--parts", nargs="+", default=["finding", "reading", "asking"])
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--name", help="of the file in results/ (default: find-DEVICE)")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
-    if options.tiny:
-        options.tokens, options.length, options.lossless, options.layers = 20_000, 1000, 256, 2
     length = options.length or (65_536 if cuda else 2048)
     name = options.name or ("find-" + (environment()["device"].split()[-1].lower() if cuda else "cpu"))
 
@@ -269,7 +267,3 @@ def main() -> None:
     }
     sizes = {key: getattr(options, key) for key in ("tokens", "lossless", "dtype")} | {"sinks": SINKS}
     print(write(name, **settings, **sizes, **found), f"{time.perf_counter() - began:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

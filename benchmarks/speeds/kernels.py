@@ -1,8 +1,8 @@
 """The kernels of one token on a GPU, one by one, and with other constants: microseconds, and the bandwidth of what has
 to be read. And those of a layer one after the other, with and without programmatic launch.
 
-    python benchmarks/gpu_kernels.py                # everything, minutes: each choice of constants is compiled
-    python benchmarks/gpu_kernels.py --products     # the layer, and the products with fewer choices, under a minute
+    python benchmarks/speed.py kernels                # everything, minutes: each choice of constants is compiled
+    python benchmarks/speed.py kernels --products     # the layer, and the products with fewer choices, under a minute
 
 The shape is that of a layer of Qwen2.5-3B, behind 131,072 tokens. Each is launched many times in one CUDA graph, on
 copies that together are larger than the cache of the device.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,11 +22,16 @@ from torch import nn
 
 import ahn
 from ahn.ops import dispatch, specs
-from ahn.ops.kernels import decode, gemv
 from common import now
+
+try:
+    from ahn.ops.kernels import decode, gemv
+except ModuleNotFoundError:  # no Triton, and so no GPU: `run` says so
+    decode = gemv = None
 
 HIDDEN, INNER, HEADS, KV_HEADS, SIZE, SLOTS, SINKS = 2048, 11008, 16, 2, 128, 32768, 128
 READERS = (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE, HEADS, HEADS, HEADS)  # rows: q, k, v, gates
+NAME, TINY = None, "--products"  # printed, not written
 CACHE = 2e8  # bytes, more than any device caches
 CUDA = torch.device("cuda")
 
@@ -52,7 +58,7 @@ def layers(*rows: int, length: int = HIDDEN) -> list[nn.Linear]:
     return [nn.Linear(length, count, bias=False, dtype=torch.bfloat16, device=CUDA) for count in rows]
 
 
-def normed(length: int) -> gemv.Norm:
+def normed(length: int) -> Any:
     return gemv.Norm(torch.ones(length, dtype=torch.bfloat16, device=CUDA), 1e-6)
 
 
@@ -158,11 +164,15 @@ def show_layer() -> None:
     del os.environ["AHN_KERNEL"]
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--products", action="store_true", help="these alone, with fewer choices of constants")
-    quick = parser.parse_args().products
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        sys.exit(None if options.tiny else "no GPU here: these are kernels of CUDA")
+    quick = options.products
     show_layer()
     tiles = {"ROWS": (4, 8, 16), "TILE": (4096, 8192), "STAGES": (2, 4), "WARPS": (4, 8)}
     small = {"PROGRAMS": (256, 512, 1024), "TILE": (2048, 4096, 8192), "STAGES": (2, 4), "WARPS": (4, 8)}
@@ -179,7 +189,3 @@ def main() -> None:
     show("attention, merge", attend, 4 * KV_HEADS * SLOTS * SIZE, decode, **ring)
     show("recurrence, output", cell, 10 * HEADS * SIZE**2, decode, COLUMNS=(8, 16, 32))
     show("turn", turn, 4 * SIZE * (2 * HEADS + KV_HEADS), decode)
-
-
-if __name__ == "__main__":
-    main()

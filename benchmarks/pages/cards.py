@@ -1,23 +1,21 @@
 """Writes the model cards of the shipped adapters from what is beside them and from the results.
 
-    python benchmarks/cards.py [NAME ...]
-
 Reads `ahn.json`, `log.json` and `gates.json` of src/ahn/zoo/NAME, recipes/NAME.yaml, and the results in which the
 adapter or its base has rows (gap, qa, recall); writes the README.md beside the adapter.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ahn import zoo
 from ahn.train.recipe import Recipe, load
-from common import RESULTS, recalled
-from gap import CLIPPED, PAPER
+from common import RESULTS
+from losses.gap import CLIPPED, PAPER
+from pages.tables import markdown as table
+from pages.tables import recalled
 
 ROOT = RESULTS.parent.parent
 BASES = {
@@ -28,11 +26,11 @@ BASES = {
 SOURCES = {
     "train-": "public-domain books",
     "books-part": "public-domain books (the first of `train-03`)",
-    "far": "SQuAD articles, joined, with the questions behind all of them (`benchmarks/far.py`)",
+    "far": "SQuAD articles, joined, with the questions behind all of them (`benchmarks/data.py far`)",
     "squad": "SQuAD 1.1 train (CC BY-SA 4.0)",
     "fairytaleqa": "FairytaleQA train (Apache-2.0)",
     "qmsum": "QMSum train (MIT)",
-    "facts": "facts hidden in public-domain books (`benchmarks/facts.py`)",
+    "facts": "facts hidden in public-domain books (`benchmarks/data.py facts`)",
 }
 ENOUGH = 100  # examples of a number that is shown
 GROUPS = {"behind": "behind the window", "within": "in the window"}
@@ -62,7 +60,7 @@ def card(name: str) -> str:
     }
     parts = [
         f"# {name}",
-        f"A {recipe.cell} memory, {numbers:.1f} M numbers in bfloat16. Written by `benchmarks/cards.py`.",
+        f"A {recipe.cell} memory, {numbers:.1f} M numbers in bfloat16. Written by `make docs`.",
         table(["", ""], [[key, value] for key, value in facts.items()]),
         "Loss of the training (KL, nats; windows differ from step to step, so it is noisy), mean over steps:",
         curve(log),
@@ -115,7 +113,7 @@ def found_by(results: dict[str, Any]) -> list[str]:
         cells.append([name, *(f"{row['score']:.0%}" if row else "" for row in found)])
     return [
         f"Share found of {min(counts)} to {max(counts)} examples, {results['note'].partition(';')[0]}, with the cells "
-        f"of {results['adapter']} (`benchmarks/recall.py`):",
+        f"of {results['adapter']} (`benchmarks/suites/needles.yaml`):",
         table(["task", *columns], cells),
     ]
 
@@ -207,24 +205,3 @@ def answers(name: str) -> list[str]:
             ),
         ]
     return parts
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=zoo.names())
-    names = parser.parse_args().names
-    if unknown := sorted(set(names) - set(zoo.names())):
-        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(zoo.names())}")
-    for name in names:
-        path = ROOT / "src" / "ahn" / "zoo" / name / "README.md"
-        path.write_text(card(name))
-        print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Where the gap between the window alone and full attention is lost, and what would close it.
 
-    python benchmarks/where.py BOOKS.jsonl[.xz] [--base smollm2-135m] [--tokens 4096] [--lossless 512] [--books 8]
+    python benchmarks/loss.py where BOOKS.jsonl[.xz] [--base smollm2-135m] [--tokens 4096] [--lossless 512] [--books 8]
 
 1. By the token to be predicted: is it common, in the window, only further back, further back after the same token?
 2. By oracle: attention in which what has left the window is replaced. "mass": its weight is known and its content is
@@ -17,29 +17,31 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-from common import position_losses, records, write
+from common import SINKS, records, write
 
-SINKS = 64
+NAME = "where"
+TINY = "{books} --base {base} --tokens 256 --lossless 80 --books 2 --oracles mass mean smooth"
 COMMON = 300  # most frequent tokens of the books
 CLASSES = ("common", "in the window", "further back", "further back, after the same token", "new")
 ORACLES = ("mass", "mean", "smooth", "top 4", "top 16", "top 64")
 
 
-def main() -> None:
-    import torch
-
-    import ahn
-    from ahn.bases import load_base
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--lossless", type=int, default=512)
     parser.add_argument("--books", type=int, default=8)
     parser.add_argument("--oracles", nargs="*", default=ORACLES)
-    parser.add_argument("--name", default="where")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    import ahn
+    from ahn.bases import load_base
+    from losses._positions import position_losses
+
     tokenizer = ahn.load_tokenizer(options.base)
     texts = [tokenizer(record["text"][: 8 * options.tokens]).input_ids for record in records(options.texts)]
     books = [ids[: options.tokens + 1] for ids in texts if len(ids) > options.tokens][: options.books]
@@ -50,7 +52,8 @@ def main() -> None:
     def losses(kind: str) -> Any:
         """[books, tokens / 2], over the second half."""
         attention.kind = kind
-        return torch.stack([position_losses(model, ids, whole=True)[options.tokens // 2 :] for ids in books])
+        found = [position_losses(model, torch.tensor([ids]), whole=True)[0] for ids in books]
+        return torch.stack(found)[:, options.tokens // 2 :]
 
     full, window = losses("full"), losses("window")
     gap = (window - full).mean().item()
@@ -73,19 +76,9 @@ def main() -> None:
         closed = (window.mean().item() - loss) / gap
         oracles.append({"oracle": name, "loss": loss, "closed": closed})
         print(f"{name:<38}{loss:>8.4f}{closed:>8.0%}", flush=True)
-    print(
-        write(
-            options.name,
-            base=options.base,
-            tokens=options.tokens,
-            lossless=options.lossless,
-            books=len(books),
-            full=full.mean().item(),
-            window=window.mean().item(),
-            classes=classes,
-            oracles=oracles,
-        )
-    )
+    about = {"base": options.base, "tokens": options.tokens, "lossless": options.lossless, "books": len(books)}
+    means = {"full": full.mean().item(), "window": window.mean().item()}
+    print(write(options.name, **about, **means, classes=classes, oracles=oracles))
 
 
 def kind_of(ids: list[int], t: int, lossless: int, common: set[int]) -> str:
@@ -148,7 +141,3 @@ class Oracle:
             "smooth": lambda: attend(far, scores / 2),
         }[self.kind]()
         return (1 - weight) * attend(near) + weight * content
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,7 @@
 """Reading and decoding on a GPU, each number beside its floor; transformers' full attention as the baseline.
 
-    python benchmarks/gpu.py [--seconds 540] [--only decode:1 qwen2.5-3b:full ...] [--authors SCRIPT] [--profile]
-    python benchmarks/gpu.py --base FILE.gguf            # real weights: what `ahn read` and `ahn ask` take
-    python benchmarks/gpu.py --tiny          # a tiny shape with tiny lengths, on any device: does it run at all?
+    python benchmarks/speed.py gpu [--seconds 540] [--only decode:1 qwen2.5-3b:full ...] [--authors SCRIPT] [--profile]
+    python benchmarks/speed.py gpu --base FILE.gguf    # real weights: what `ahn read` and `ahn ask` take
 
 The base has the shape of a real one and random weights, bfloat16. The cells of the table are measured in order of
 importance until `--seconds` have passed, and the file in results/ is written after each. One that fails is noted with
@@ -27,16 +26,12 @@ and decode_ms.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import faulthandler
 import gc
-import io
 import json
 import os
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -44,12 +39,13 @@ from typing import Any, NamedTuple
 
 from ahn.cli.info import report
 from ahn.compat import PAST
-from common import BOOK, SHARE, now, write
-from train import matmul_rate, random_model
+from common import BOOK, SHARE, matmul_rate, now, random_model, write
+from speeds._measures import ANSWER, ask, copy_rate, decode, fill, generate, load, read
+
+NAME, TINY = "gpu", "--seconds 600 --tiny"
 
 LOSSLESS, SINKS = 32768, 128
 STEPS = 64  # decoded for one time of decoding
-QUESTION, ANSWER = 16, 128  # tokens
 HANGS = 60  # seconds after its time at which a run is ended wherever it is
 K = 1024
 
@@ -91,20 +87,6 @@ def config_of(cell: str, window: int, sinks: int) -> Any:
     return AHNConfig(None if name == "full" else name, window - size, sinks, store=store or None, store_size=size)
 
 
-def copy_rate(device: Any, repeats: int = 20) -> float:
-    """Bytes a second of a large copy, read and written."""
-    import torch
-
-    count = 2**30 if device.type == "cuda" else 2**24
-    source = torch.ones(count, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    start = now(device)
-    for _ in range(repeats):
-        target.copy_(source)
-    return 2 * count * repeats / (now(device) - start)
-
-
 class Floors:
     """Seconds below which the method cannot be on a device of these ceilings."""
 
@@ -143,143 +125,6 @@ class Floors:
         step = self.read_flops(cell, batch, length + 1) - self.read_flops(cell, batch, length)
         step += batch * 2 * self.shape.V * self.shape.D
         return max(self.decode_bytes(cell, batch, length) / self.ceilings.copy, step / self.ceilings.matmul)
-
-
-def fill(model: Any, cell: str, batch: int, length: int) -> Any:
-    """A cache as after `length` tokens, of random numbers."""
-    import torch
-    from transformers import DynamicCache
-
-    import ahn
-    from ahn.ops import eviction
-
-    config, like = model.config, {"dtype": model.dtype, "device": model.device}
-    kv_heads, size = config.num_key_value_heads, config.head_dim
-    if cell == "full":
-        cache = DynamicCache()
-        for index in range(config.num_hidden_layers):
-            kv = torch.randn(2, batch, kv_heads, length, size, **like)
-            cache.update(kv[0], kv[1], index)
-        return cache
-    cache = ahn.AHNCache(model)
-    token = torch.empty(batch, kv_heads, 1, size, **like)
-    for attention, memory in zip(model.get_decoder().layers, cache.layers, strict=True):
-        memory.reserve(length, token, attention.self_attn.ahn.state_shape)
-        for name, tensor in memory.tensors.items():
-            if name == "ranks":
-                positions, priority = torch.arange(tensor.shape[-1]).to(tensor)[None], torch.randn(tensor.shape)
-                tensor.copy_(eviction.rank(priority.to(tensor.device), positions, positions >= 0))
-            else:
-                tensor.normal_()
-    cache.tokens_seen, cache._seen, cache._batch = length, [length], batch
-    return cache
-
-
-def decode(model: Any, cache: Any, batch: int, steps: int, device: Any) -> dict[str, float]:
-    """Greedy, the model called token by token, nothing waited for: milliseconds a step, median of runs of `steps`,
-    and the seconds of the first two steps, in which kernels are built and graphs captured."""
-    import torch
-
-    ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-
-    def run(count: int) -> float:
-        nonlocal ids
-        start = now(device)
-        for _ in range(count):
-            ids = model(ids, **{PAST: cache}, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-        return now(device) - start
-
-    first = run(2)
-    times = [run(steps) / steps for _ in range(5)]
-    return {"decode_ms": 1000 * statistics.median(times), "first_s": first}
-
-
-def generate(model: Any, cache: Any, steps: int) -> dict[str, float]:
-    """The same through `ahn.generate`: milliseconds a token, and those of an answer of four, that is until it goes on:
-    what is read before it, and what transformers' `generate` looks at once."""
-    import torch
-
-    import ahn
-
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    seconds = []
-    for count in (4, 4, 4 + steps):  # the first also captures
-        start = now(model.device)
-        ahn.generate(model, ids, cache, max_new_tokens=count, do_sample=False, pad_token_id=0)
-        seconds.append(now(model.device) - start)
-    return {"generate_ms": 1000 * (seconds[2] - seconds[1]) / steps, "answer_begins_ms": 1000 * seconds[1]}
-
-
-def read(model: Any, cell: str, batch: int, length: int, repeats: int) -> tuple[dict[str, float], Any]:
-    """Seconds (median) and peak of reading random tokens, and the cache."""
-    import torch
-
-    import ahn
-
-    ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
-    times, cache = [], None
-    for _ in range(repeats):
-        del cache
-        cache = None
-        start = now(model.device)
-        if cell == "full":
-            cache = model(ids, logits_to_keep=1, use_cache=True)[PAST]
-        else:
-            cache = ahn.read(model, ids, ahn.AHNCache(model))
-        times.append(now(model.device) - start)
-    return {"prefill_s": statistics.median(times)}, cache
-
-
-def load(model: Any, cache: Any, repeats: int = 3) -> dict[str, float]:
-    """Seconds from the file of a memory to a cache, and to the first token of an answer to a question of 16 tokens
-    (medians; `first_s` the first time, in which kernels are built and graphs captured)."""
-    import torch
-
-    import ahn
-
-    question = torch.zeros(1, QUESTION, dtype=torch.long, device=model.device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "memory.ahn"
-        start = now(model.device)
-        cache.save(path)
-        save = now(model.device) - start
-
-        def run() -> tuple[float, float]:
-            start = now(model.device)
-            loaded = ahn.AHNCache.load(path, model)
-            load = now(model.device) - start
-            ahn.generate(model, question, loaded, max_new_tokens=1, do_sample=False, pad_token_id=0)
-            return load, now(model.device) - start
-
-        _, first = run()
-        loads, tokens = zip(*(run() for _ in range(repeats)), strict=True)
-        row = {"load_s": statistics.median(loads), "first_token_s": statistics.median(tokens), "first_s": first}
-        return row | {"save_s": save, "file_mb": path.stat().st_size / 1e6}
-
-
-def ask(model: Any, tokenizer: Any, ids: Any) -> dict[str, float]:
-    """What `ahn read` and `ahn ask` do with a text `ids` [1, T], the answer being as long as it may: seconds and tokens
-    a second."""
-    from transformers import TextStreamer
-
-    import ahn
-
-    device = model.device
-    start = now(device)
-    cache = ahn.read(model, ids, ahn.AHNCache(model))
-    read = now(device) - start
-
-    def answer(count: int) -> float:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id, "eos_token_id": -1}
-        start = now(device)
-        with contextlib.redirect_stdout(io.StringIO()):
-            ahn.generate(model, ids[:, :QUESTION], cache, max_new_tokens=count, streamer=streamer, **options)
-        return now(device) - start
-
-    first, seconds = answer(4), answer(ANSWER)
-    row = {"prefill_s": read, "tokens_per_s": ids.shape[1] / read}
-    return row | {"answer_tokens_per_s": ANSWER / seconds, "answer_s": seconds, "answer_first_s": first}
 
 
 def cells_of_table(options: argparse.Namespace) -> list[Cell]:
@@ -576,35 +421,28 @@ class Bench:
         )  # fmt: skip
 
 
-def main() -> None:
-    import torch
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--seconds", type=float, default=540, help="no new cell is begun that may not fit (%(default)s)"
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     words = "only cells with all of these words: shape, cell, what, batch, length"
+    parser.add_argument("--seconds", type=float, default=540, help="begin no cell that may not fit (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="WORD:WORD", help=words)
     parser.add_argument("--base", help="real weights: a name, folder or GGUF file that `ahn read --base` takes")
     parser.add_argument("--cell", default="gated_deltanet", help="with --base (%(default)s)")
     parser.add_argument("--lossless", type=int, default=LOSSLESS, help="sinks and window (%(default)s tokens)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that all works")
     parser.add_argument("--authors", metavar="SCRIPT", help="prints a row of theirs, as JSON, for a number of tokens")
     parser.add_argument("--profile", action="store_true", help="print the 25 kernels that take the most time")
     parser.add_argument("--raises", action="store_true", help="stop at the first error instead of noting it")
-    parser.add_argument("--name", help="of the file in results/ (gpu; with --tiny local)")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
     if not (options.tiny or options.base or torch.cuda.is_available()):
-        parser.error("no GPU here: the 3B shape would take hours; --tiny or --base FILE runs on any device")
-    options.name = options.name or ("local" if options.tiny else "gpu")
+        sys.exit("no GPU here: the 3B shape would take hours; --tiny or --base FILE runs on any device")
     faulthandler.dump_traceback_later(options.seconds + HANGS, exit=True)  # the file is written after each row
     bench = Bench(options)
     whole = bench.run()
+    faulthandler.cancel_dump_traceback_later()
     print("\n".join(f"skipped {line}" for line in bench.skipped))
     print(bench.save(), flush=True)
     if not whole:
         os._exit(1)  # destructors would ask the broken device, and abort
-
-
-if __name__ == "__main__":
-    main()

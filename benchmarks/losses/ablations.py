@@ -1,10 +1,10 @@
 """Which form of the memory closes most of the gap at equal cost: short runs that differ in one thing.
 
-    python benchmarks/ablations.py RUNS.json BOOKS.jsonl[.xz] --valid BOOKS.jsonl[.xz] [--name ablations]
+    python benchmarks/loss.py ablations RUNS.json BOOKS.jsonl[.xz] --valid BOOKS.jsonl[.xz] [--name ablations]
 
-RUNS is a list like benchmarks/ablations.json: a `name` and whatever differs from the defaults, the keys of a recipe
-(cell, memory_positions, feature_maps, window_gate, lr, loss, lossless, sinks, batch, steps). Measured after each, at
-positions `--length` / 2 onwards of held-out books: the share of the gap between the window alone and full attention
+RUNS is a list like benchmarks/losses/ablations.json: a `name` and whatever differs from the defaults, the keys of a
+recipe (cell, memory_positions, feature_maps, window_gate, lr, loss, lossless, sinks, batch, steps). Measured after
+each, at positions `--length` / 2 onwards of held-out books: the share of the gap between the window alone and full attention
 that is closed, and the share with the memory of another book in place of its own (see gap.py). With `--far`, also how
 much lower than with the window alone the loss is over the second half of so many tokens, several training lengths.
 """
@@ -19,24 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import records, write
-from gap import SINKS, mean_loss, memory_of_another
+from common import SINKS, records, write
+from losses.gap import memory_of_another
+
+NAME = "ablations"
+TINY = "{runs} {books} --valid {books} --base {base} --length 1200 --batch 1 --steps 2"
 
 DEFAULTS: dict[str, Any] = {"cell": "deltanet", "sinks": [32, 64, 128, 512]}
-SIZES = (256, 512, 1024)
+SIZES = (256, 512, 1024)  # lossless tokens
 
 
-def main() -> None:
-    import torch
-
-    import ahn
-    from ahn.bases import load_base
-    from ahn.hf.augment import detach, set_window
-    from ahn.hf.hooks import full_attention
-    from ahn.train import data
-    from ahn.train.recipe import from_dict
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs")
     parser.add_argument("books")
     parser.add_argument("--valid", required=True)
@@ -46,8 +39,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--far", type=int, help="tokens of a text to measure on, beyond the length of training")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after these")
-    parser.add_argument("--name", default="ablations")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    import ahn
+    from ahn.bases import load_base
+    from ahn.hf.augment import detach, set_window
+    from ahn.hf.hooks import full_attention
+    from ahn.train import data
+    from ahn.train.recipe import from_dict
+    from losses._positions import mean_loss
+
     began = time.monotonic()
     defaults = DEFAULTS | {"batch": options.batch, "steps": options.steps}
     defaults |= {"lossless": [options.length // share for share in (8, 4, 2)]}
@@ -152,7 +156,3 @@ def train(model: Any, recipe: Any, rows: Any) -> float:
     ahn.augment(model, config)  # without what was compiled for the shapes of training
     apply(adapter, model)
     return (recipe.steps - 1 - recipe.steps // 2) * recipe.batch * recipe.length / seconds
-
-
-if __name__ == "__main__":
-    main()

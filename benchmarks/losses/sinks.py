@@ -1,8 +1,9 @@
-"""Where should a query behind the window see the sinks? Loss by position at several times the context length.
+"""Loss by position where a query behind the window sees the sinks near, far, or not at all.
 
-    python benchmarks/sinks.py BOOK.txt [BOOK.txt ...] [--base smollm2-135m] [--tokens 32768] [--lossless 512 2048]
+    python benchmarks/loss.py sinks BOOK.txt [BOOK.txt ...] [--base smollm2-135m] [--tokens 32768] [--lossless 512 2048]
 
-Compares sink_positions "clipped" and "absolute", and no sinks at all, on sinks and window without a memory.
+Compares sink_positions "clipped" and "absolute", and no sinks, on sinks and window without a memory, at several times
+the context length.
 """
 
 from __future__ import annotations
@@ -12,27 +13,28 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-from common import position_losses, write
+from common import SINKS, write
 
+NAME = "sinks"
+TINY = "{text} --base {base} --tokens 256 --lossless 80"
 PARTS = 8
-SINKS = 64
 
 
-def main() -> None:
-    import torch
-
-    import ahn
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = ["clipped", "absolute", "none"]
     parser.add_argument("books", nargs="+")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--lossless", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument(
-        "--sinks", nargs="+", default=["clipped", "absolute", "none"], choices=["clipped", "absolute", "none"]
-    )
-    parser.add_argument("--name", help="of the result file")
-    options = parser.parse_args()
+    parser.add_argument("--sinks", nargs="+", default=kinds, choices=kinds)
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    import ahn
+    from losses._positions import position_losses
+
     tokenizer = ahn.load_tokenizer(options.base)
     texts = {book: tokenizer(Path(book).read_text()).input_ids for book in options.books}
     model = ahn.from_pretrained(options.base, "none", window=16, sinks=4)
@@ -47,7 +49,7 @@ def main() -> None:
                 model,
                 ahn.AHNConfig(None, lossless - sinks, sinks, sink_positions="clipped" if kind == "none" else kind),
             )
-            by_book = [position_losses(model, ids[: options.tokens + 1]) for ids in texts.values()]
+            by_book = [position_losses(model, torch.tensor([ids[: options.tokens + 1]]))[0] for ids in texts.values()]
             means = []
             for low, high in pairwise(edges):
                 values = torch.cat([book[low:high] for book in by_book])
@@ -55,16 +57,4 @@ def main() -> None:
             rows.append({"lossless": lossless, "sinks": kind, "loss": means})
             print(f"{lossless:>8}  {kind:<9}" + "".join(f"{mean:>9.4f}" for mean in means), flush=True)
     sizes = {Path(book).stem: min(len(ids), options.tokens) for book, ids in texts.items()}
-    print(
-        write(
-            options.name or f"sinks-{Path(options.base).stem}",
-            base=options.base,
-            books=sizes,
-            position_edges=edges,
-            rows=rows,
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+    print(write(options.name, base=options.base, books=sizes, position_edges=edges, rows=rows))

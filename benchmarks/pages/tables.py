@@ -1,4 +1,4 @@
-"""How the tables of the documentation are made: tables_quality.py and tables_speed.py hold them.
+"""How the tables of the documentation are made: quality.py and speed.py hold them.
 
 Each is one function, made from the result files that its caption names. The name of the function, with "-" for "_", is
 the name in the marker that docs.py fills. A cell holds one number.
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from cards import table as markdown
 from common import RESULTS
 
 TABLES: dict[str, Callable[[], str]] = {}
@@ -42,9 +41,14 @@ def rows(name: str, **wanted: Any) -> list[Row]:
     return [row for row in result(name)["rows"] if all(row.get(key) == value for key, value in wanted.items())]
 
 
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def block(head: Sequence[str], body: Iterable[Sequence[str]], about: str, *names: str) -> str:
     """A table, and below it what was measured, on which device, on which day, and the files."""
-    return f"{markdown(list(head), [list(line) for line in body])}\n\n{wrapped(f'{about} {source(*names)}')}"
+    return f"{markdown(head, body)}\n\n{wrapped(f'{about} {source(*names)}')}"
 
 
 def wrapped(text: str) -> str:
@@ -88,3 +92,14 @@ def at_most(label: str, limit: float, value: float, form: str, device: str) -> l
 
 def goal(label: str, limit: str, value: str, device: str, met: bool) -> list[str]:
     return [label, device, limit, value, "met" if met else "**missed**"]
+
+
+def recalled(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Rows to report of a result on needles by (task, policy, span of the learned store, or 0), at its main size."""
+    return {
+        (row["task"], row["policy"], (row["store"] or {"span": 0})["span"]): row
+        for row in results["rows"]
+        if row["seed"] == 1
+        and row["lossless"] in (None, results["lossless"])
+        and (row["store"] is None or row["store"]["name"] == "learned")
+    }

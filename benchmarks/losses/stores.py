@@ -1,6 +1,6 @@
 """How much of the predictions is lost with each store, at equal budgets: no text is generated, so it is quick.
 
-    python benchmarks/stores.py facts.jsonl.xz squad.jsonl.xz [--adapter GATES] [--length 512] [--window 24]
+    python benchmarks/loss.py stores facts.jsonl.xz squad.jsonl.xz [--adapter GATES] [--length 512] [--window 24]
         [--places 32] [--sinks 8] [--stores random attention attention:4 learned learned:4] [--rows 12]
 
 KL(full attention || window and store) in nats a token, on the tokens that are to be predicted (answers) in the last
@@ -13,24 +13,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 from common import write
 
+NAME = "stores"
+TINY = "{chats} --base {base} --length 128 --window 8 --places 8 --sinks 4 --stores random attention:4 --rows 2"
 
-def main() -> None:
-    import torch
 
-    import ahn
-    from ahn.adapter_files import read_adapter
-    from ahn.bases import load_base
-    from ahn.hf.augment import augment, detach
-    from ahn.hf.weights import STORE
-    from ahn.memory.handle import layers_of
-    from ahn.train import data, distill
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--adapter")
@@ -42,8 +35,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--limit", type=int, default=400_000, help="tokens read of each source")
-    parser.add_argument("--name", default="stores")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    import ahn
+    from ahn.adapter_files import read_adapter
+    from ahn.bases import load_base
+    from ahn.hf.augment import augment, detach
+    from ahn.hf.weights import STORE
+    from ahn.memory.handle import layers_of
+    from ahn.train import data, distill
+
     lossless = options.sinks + options.places + options.window
     tokenizer, model = ahn.load_tokenizer(options.base), load_base(options.base)
     texts = {}
@@ -62,7 +66,7 @@ def main() -> None:
         augment(model, ahn.AHNConfig(None, options.window, options.sinks, **places))
         if name == "learned":
             if gates is None:
-                parser.error("--stores learned: expected --adapter with gates")
+                sys.exit("--stores learned: expected --adapter with gates")
             for index, layer in enumerate(layers_of(model)):
                 weights = layer.store.state_dict()
                 layer.store.load_state_dict({key: gates.tensors[f"layers.{index}.{STORE}{key}"] for key in weights})
@@ -82,10 +86,7 @@ def main() -> None:
         detach(model)
         found.append({"store": store or "window", "kl": losses})
         print(f"{store or 'window':<20}" + "".join(f"{loss:>26.4f}" for loss in losses.values()), flush=True)
-    settings = {key: value for key, value in vars(options).items() if key not in ("name", "stores", "adapter")}
+    kept = ("base", "length", "window", "places", "sinks", "rows", "batch", "limit")
+    settings: dict[str, Any] = {key: getattr(options, key) for key in kept}
     settings["sources"] = [Path(source).name for source in options.sources]
     print(write(options.name, **settings, table=found))
-
-
-if __name__ == "__main__":
-    main()
