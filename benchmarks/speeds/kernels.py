@@ -171,7 +171,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        sys.exit(None if options.tiny else "no GPU here: these are kernels of CUDA")
+        sys.exit("no GPU here: these are kernels of CUDA")
     quick = options.products
     show_layer()
     tiles = {"ROWS": (4, 8, 16), "TILE": (4096, 8192), "STAGES": (2, 4), "WARPS": (4, 8)}
