@@ -182,13 +182,19 @@ def test_adapters_are_put_together(tmp_path):
     assert stored and stored == {name for name in gates.tensors if ".store." in name}
 
 
-@pytest.mark.parametrize("path", sorted((BENCHMARKS / "suites").glob("*.yaml")), ids=lambda path: path.stem)
-def test_suites_say_what_ahn_eval_knows(path):
+SUITES = [*sorted((BENCHMARKS / "suites").glob("*.yaml")), BENCHMARKS.parent / "docs" / "evaluation.md"]
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_suites_say_what_ahn_eval_knows(path, tmp_path):
     from ahn.cli import eval as command
     from ahn.eval import policies, suite, tasks
     from ahn.recall import finders
 
-    for keys in suite.load(path, ["data=data"]).runs:
+    if path.suffix == ".md":
+        (tmp_path / "page.yaml").write_text(path.read_text("utf-8").partition("```yaml\n")[2].partition("```")[0])
+        path = tmp_path / "page.yaml"
+    for keys in suite.load(path).runs:
         run = command._parsed(keys, str(path))
         assert tasks.expand(run.tasks) and all(policies.get(name) for name in run.policies)
         assert run.finder in finders.names()
