@@ -60,7 +60,8 @@ def names() -> list[str]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="ahn", description="Read text longer than a model's context in constant memory, and ask.")
+    about = "Read text longer than a model's context in constant memory, and ask."
+    parser = _Parser(prog="ahn", description=about, formatter_class=_Overview)
     parser.add_argument("--version", action="version", version=f"ahn {__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", title="commands", parser_class=_CommandParser
@@ -88,6 +89,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
+
+
+class _Overview(argparse.HelpFormatter):
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)  # it forgets that commands are indented, and puts long ones on lines of their own
+        self._action_max_length = max(self._action_max_length, 4 + max(map(len, names())))
 
 
 class _Parser(argparse.ArgumentParser):
