@@ -4,9 +4,10 @@
 
 RUNS is a list like benchmarks/losses/ablations.json: a `name` and whatever differs from the defaults, the keys of a
 recipe (cell, memory_positions, feature_maps, window_gate, lr, loss, lossless, sinks, batch, steps). Measured after
-each, at positions `--length` / 2 onwards of held-out books: the share of the gap between the window alone and full attention
-that is closed, and the share with the memory of another book in place of its own (see gap.py). With `--far`, also how
-much lower than with the window alone the loss is over the second half of so many tokens, several training lengths.
+each, at positions `--length` / 2 onwards of held-out books: the share of the gap between the window alone and full
+attention that is closed, and the share with the memory of another book in place of its own (see gap.py). With `--far`,
+also how much lower than with the window alone the loss is over the second half of so many tokens, several training
+lengths.
 """
 
 from __future__ import annotations
