@@ -116,7 +116,7 @@ def test_a_stream_has_the_ids_of_one_whole_encode(kind: str) -> None:
     tokenizer, draw = tokenizer_of(kind), random.Random(kind)
     controls = controls_of(tokenizer)
     joined = 0
-    for number in range(112):
+    for number in range(40):
         text = random_text(draw)
         ids, starts = streamed(tokenizer, in_pieces(text, draw))
         encoded = tokens.Encoder(tokenizer).encode(text)
@@ -126,7 +126,7 @@ def test_a_stream_has_the_ids_of_one_whole_encode(kind: str) -> None:
         assert not controls & {*ids}
         assert ids == whole or controls & {*whole}  # where the model itself holds them as words
         joined += len(list(tokens.stream(tokenizer, [text]))) > 1
-    assert joined > 30
+    assert joined > 10
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen", "metaspace", "unigram", "wordpiece"])

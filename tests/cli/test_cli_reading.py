@@ -15,7 +15,7 @@ import ahn
 from ahn import cli, files
 from ahn.cli import _reading, _session
 from ahn.memory import file as memory_file
-from commands import SMALL, TEXT, interrupt_reading, type_in
+from commands import SMALL, TEXT, forked, interrupt_reading, type_in
 
 MODEL = SMALL[:4]
 OTHER = "A dog ran after 3 cars.\n\n" * 70
@@ -258,21 +258,18 @@ def test_a_full_disk_at_the_end_saves_elsewhere(
 def test_signals_keep_what_was_read(base: str, tmp_path: Path, number: int) -> None:
     book, memory = tmp_path / "book.txt", tmp_path / "book.ahn"
     book.write_text(TEXT * 400)  # minutes of reading
-    code = (
-        "import sys; from ahn.cli import _session, main; _session.QUIET_S = -1; sys.exit(main(sys.argv[1:]))",
-        *("read", str(book), "-o", str(memory), "--base", base, "--chunk", "64", *MODEL),
-    )
-    process = subprocess.Popen([sys.executable, "-c", *code], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    argv = ("read", str(book), "-o", str(memory), "--base", base, "--chunk", "64", *MODEL)
+    process, stderr = forked(*argv, before=lambda: setattr(_session, "QUIET_S", -1))
     lines: list[str] = []
-    for line in process.stderr:
+    for line in stderr:
         lines.append(line)
         if re.match(r"reading [1-9]", line):
             break
-    process.send_signal(number)
-    process.send_signal(number) if number != signal.SIGINT else None  # as a closing terminal does
-    rest = process.communicate(timeout=120)[1]
-    assert process.returncode == cli.INTERRUPTED, (lines, rest)
+    os.kill(process, number)
+    os.kill(process, number) if number != signal.SIGINT else None  # as a closing terminal does
+    rest = stderr.read()
+    stderr.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == cli.INTERRUPTED, (lines, rest)
     assert lines[0].startswith("opening ") and "kept in" in rest.splitlines()[-1]
     seen = memory_file.peek(memory)["tokens_seen"]
     assert 0 < seen < 400_000 and seen == memory_file.peek(memory)["texts"][0]["tokens"]
@@ -285,12 +282,12 @@ def test_a_long_text_shows_progress_from_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     book = tmp_path / "book.txt"
-    book.write_text(TEXT * 60)
+    book.write_text(TEXT * 40)
     monkeypatch.setattr(_session, "QUIET_S", -1)
-    code, _, err = run("read", str(book), "-o", str(tmp_path / "book.ahn"), "--base", base, "--chunk", "8000", *MODEL)
+    code, _, err = run("read", str(book), "-o", str(tmp_path / "book.ahn"), "--base", base, "--chunk", "4000", *MODEL)
     lines = [line for line in err.splitlines() if line.startswith("reading ")]
-    assert code == 0 and lines[0].startswith("reading 0 tokens (0.0% of 184 kB), ")
-    assert re.fullmatch(r"reading [\d,]+ tokens \([\d.]+% of 184 kB\), [\d,]+/s, \d+ \w+ left, cache .*", lines[1])
+    assert code == 0 and lines[0].startswith("reading 0 tokens (0.0% of 122 kB), ")
+    assert re.fullmatch(r"reading [\d,]+ tokens \([\d.]+% of 122 kB\), [\d,]+/s, \d+ \w+ left, cache .*", lines[1])
     assert re.fullmatch(r"reading ([\d,]+)/\1 tokens, .*", lines[-1])
 
 
@@ -315,7 +312,7 @@ def test_a_document_that_fails_keeps_those_before_it(
     monkeypatch.setattr(_reading, "TRIED", 1)
     bad, memory = tmp_path / "bad.pdf", tmp_path / "book.ahn"
     bad.write_bytes(b"%PDF-1.4 nothing")
-    book.write_text(TEXT * 80)
+    book.write_text(TEXT * 40)
     code, _, err = run("read", str(book), str(bad), "-o", str(memory), "--base", base, *MODEL)
     assert code == cli.BAD_INPUT and "bad.pdf" in err.splitlines()[-1] and str(memory) in err.splitlines()[-1]
     assert memory_file.peek(memory)["tokens_seen"] > 1000

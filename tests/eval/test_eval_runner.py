@@ -102,26 +102,29 @@ def test_a_rerun_does_nothing_and_says_the_same(options, tmp_path, monkeypatch):
     assert numbers(tmp_path) == before and seen == {"loaded": [], "answered": 0}
 
 
-@pytest.mark.parametrize("batch", [3, 100])
-def test_batches_say_what_examples_alone_say(options, tmp_path, monkeypatch, batch):
+def test_batches_say_what_examples_alone_say(options, tmp_path, monkeypatch):
     tasks, names = stand_in.module().expand(["standin"]), policies.names()
     options = replace(options, limit=7, store=Stored("attention", 10, 3))
     runner.run(tasks, names, [60, 130, 160], options, tmp_path / "alone")
-    calls, answer = [], Policy.answers
-    monkeypatch.setattr(
-        Policy, "answers", lambda self, ids, limits: calls.append(len(ids)) or answer(self, ids, limits)
-    )
-    runner.run(tasks, names, [60, 130, 160], replace(options, batch=batch), tmp_path / "together")
-    monkeypatch.undo()
-    assert sum(calls) == 3 * 7 * len(names) and max(calls) > 2
-    alone, together = (numbers(tmp_path / name) for name in ("alone", "together"))
-    assert alone.keys() == together.keys()
-    for name in alone:
-        for a, b in zip(*(map(json.loads, found[name].splitlines()) for found in (alone, together)), strict=True):
-            if "losses" in a:
-                assert b.pop("losses") == pytest.approx(a.pop("losses"), abs=1e-5)
-                assert b.pop("score") == pytest.approx(a.pop("score"), abs=1e-5)
-            assert a == b
+    alone, answer = numbers(tmp_path / "alone"), Policy.answers
+    for batch in (3, 100):
+        calls = []
+        with monkeypatch.context() as watched:
+            watched.setattr(
+                Policy,
+                "answers",
+                lambda self, ids, limits, calls=calls: calls.append(len(ids)) or answer(self, ids, limits),
+            )
+            runner.run(tasks, names, [60, 130, 160], replace(options, batch=batch), tmp_path / str(batch))
+        assert sum(calls) == 3 * 7 * len(names) and max(calls) > 2
+        together = numbers(tmp_path / str(batch))
+        assert alone.keys() == together.keys()
+        for name in alone:
+            for a, b in zip(*(map(json.loads, found[name].splitlines()) for found in (alone, together)), strict=True):
+                if "losses" in a:
+                    assert b.pop("losses") == pytest.approx(a.pop("losses"), abs=1e-5)
+                    assert b.pop("score") == pytest.approx(a.pop("score"), abs=1e-5)
+                assert a == b
 
 
 def test_batches_are_of_about_the_same_length(options):
