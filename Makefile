@@ -10,10 +10,11 @@ BOOK := src/ahn/data/arsene-lupin.txt
 FUZZ_SEED ?= $(shell date +%s)
 QUESTION ?= On which night will Lupin remove the articles?
 
+PARALLEL := --numprocesses auto --dist worksteal  # a file's tests mostly stay together, and with them what they share
 PIP = -m pip --disable-pip-version-check install --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs test-oldest fuzz bench clean
+.PHONY: help demo test test-fast check docs test-oldest fuzz bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +23,10 @@ demo: $(VENV)/.installed ## read a bundled book with the default model, answer a
 	$(VENV)/bin/ahn ask --document $(BOOK) --recall 128 --sources "$(QUESTION)"
 
 test: $(VENV)/.dev ## run the tests
-	$(VENV)/bin/pytest --numprocesses auto
+	$(VENV)/bin/pytest $(PARALLEL)
+
+test-fast: $(VENV)/.dev ## run the tests that take least, in under 90 seconds
+	$(VENV)/bin/pytest -m "not slow" $(PARALLEL)
 
 check: $(VENV)/.dev ## lint, check the format, the types and who imports whom
 	$(VENV)/bin/ruff check

@@ -486,6 +486,7 @@ class TestDefaultWithoutItsPackage:
 class TestDefault:
     """The real model. It is converted into the user's own cache, so that it happens once, not in every test run."""
 
+    @pytest.mark.slow
     def test_answers(self):
         model, tokenizer = bases.load_base("smollm2-135m", device="cpu"), bases.load_tokenizer("smollm2-135m")
         assert model.config.max_position_embeddings == bases.base_config("smollm2-135m").max_position_embeddings == 8192

@@ -75,6 +75,7 @@ def table(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_table_of_a_gpu(table):
     whole, rows, skipped = table(only=["gated_deltanet", "full:decode"], raises=True)
     assert whole and len(skipped) == 1
@@ -85,6 +86,7 @@ def test_a_table_of_a_gpu(table):
     assert rows[-1]["file_mb"] > 0.02 and rows[-1]["load_s"] < rows[-1]["first_token_s"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovers", [True, False])
 def test_a_cell_that_fails_costs_no_other(table, monkeypatch, recovers):
     from speeds import gpu

@@ -116,6 +116,7 @@ def test_empty_question(question: str) -> None:
             step(question)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["", SPECIAL[1]])
 def test_a_megabyte_takes_seconds(attack: str) -> None:
     document = ("The old cat sat on 12 mice.\n" + attack) * (1_000_000 // 28)
@@ -200,6 +201,7 @@ def test_it_is_public() -> None:
     assert ahn.Dialogue is Dialogue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_document_in_pieces_is_the_document(kind: str) -> None:
     tokenizer = tokenizer_of(kind)

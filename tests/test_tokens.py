@@ -110,6 +110,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "RUN", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_has_the_ids_of_one_whole_encode(kind: str) -> None:
@@ -201,6 +202,7 @@ print(peak(5), peak(int(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text() -> None:
     """2.8 MB encoded at once take 400 MiB more."""
     folders = [str(Path(__file__).parent), str(Path(tokens.__file__).parents[1])]

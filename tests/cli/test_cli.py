@@ -290,6 +290,7 @@ def test_cost_of_a_config_file(run: Any, base: str, options: tuple[str, ...]) ->
     assert ("memory state" in out) is ("none" not in options)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(base: str) -> None:
     command = "import sys; from ahn.cli import main; sys.exit(main(['cost', '--base', 'qwen2.5-3b']))"
     reading, writing = os.pipe()

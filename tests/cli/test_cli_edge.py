@@ -112,6 +112,7 @@ def test_what_standard_output_cannot_encode_is_escaped(capsys: Any, monkeypatch:
     assert b"\\u27e6" in out.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_closed_standard_streams(closed: int, tmp_path: Path) -> None:
     code = (
@@ -229,6 +230,7 @@ POINTED_AT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", POINTED_AT, ids=" ".join)
 def test_whatever_is_pointed_at(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, things: Path, tmp_path: Path, argv: tuple[str, ...]

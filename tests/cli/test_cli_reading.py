@@ -254,6 +254,7 @@ def test_a_full_disk_at_the_end_saves_elsewhere(
     assert run("ask", "--memory", str(rescued), *SMALL[4:], "Who?")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_keep_what_was_read(base: str, tmp_path: Path, number: int) -> None:
     book, memory = tmp_path / "book.txt", tmp_path / "book.ahn"
@@ -275,6 +276,7 @@ def test_signals_keep_what_was_read(base: str, tmp_path: Path, number: int) -> N
     assert 0 < seen < 400_000 and seen == memory_file.peek(memory)["texts"][0]["tokens"]
 
 
+@pytest.mark.slow
 def test_a_long_text_shows_progress_from_the_start(
     run: Any,
     base: str,
@@ -301,6 +303,7 @@ def test_what_the_reader_says_of_time() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_document_that_fails_keeps_those_before_it(
     run: Any,
     base: str,
@@ -319,6 +322,7 @@ def test_a_document_that_fails_keeps_those_before_it(
     assert not memory_file.peek(memory)["texts"][0]["complete"]
 
 
+@pytest.mark.slow
 def test_only_the_answer_goes_to_standard_output(base: str, book: Path) -> None:
     command = [sys.executable, "-m", "ahn", "ask", "--document", str(book), "--base", base, *SMALL, "Who sat?"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -73,6 +73,7 @@ def test_more_characters_than_are_read(tmp_path: Path, monkeypatch: pytest.Monke
         read_document(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [

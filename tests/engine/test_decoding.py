@@ -60,6 +60,7 @@ def largest(a, b):
     return (a - b).abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "sinks", "positions"),
     [
@@ -101,6 +102,7 @@ def both_ways(model, one, fast, plain, monkeypatch):
         return by_graph, model(one, **{PAST: plain}).logits
 
 
+@pytest.mark.slow
 def test_steps_are_those_without_a_graph(replays, cell, monkeypatch):
     """float32, 100 steps: logits within 1e-5 and the same cache."""
     model = with_memory(tiny(), cell, window=16, sinks=4)
@@ -306,6 +308,7 @@ def test_what_a_graph_cannot_do_is_done_without(replays):
     assert replays["replayed"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_grids")
 @pytest.mark.parametrize(
     ("cell", "positions", "sinks", "span"),
@@ -325,6 +328,7 @@ def test_a_store_from_where_it_is_full_on(replays, store, cell, positions, sinks
     assert replays == {"made": 1, "replayed": 90 - full + 40}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_grids")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_store_with_every_form(replays, store, form):
@@ -335,6 +339,7 @@ def test_a_store_with_every_form(replays, store, form):
     assert replays == {"made": 1, "replayed": 29}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_grids")
 def test_steps_with_a_store_are_those_without_a_graph(replays, store, monkeypatch):
     """float32, 100 steps: logits within 1e-5 and the same cache, in every tensor."""
@@ -365,6 +370,7 @@ def test_rows_at_different_positions_with_a_store(replays, store):
     assert largest(out[1:, 15:], expected[1]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_grids")
 def test_caches_with_a_store_take_turns(replays, store, tmp_path):
     """Alternately in the graph and, for several tokens at once, out of it: each as if it were alone."""

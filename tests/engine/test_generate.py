@@ -340,6 +340,7 @@ def test_the_own_loop_is_that_of_transformers(model, monkeypatch, options, padde
     assert torch.equal(mine, theirs) and seen == also and heard == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[1] * 60, [60], [7, 30, 23], [0, 60, 0], [59, 1]])
 @pytest.mark.parametrize("chunk", [None, 1, 7, 20, 100])
 def test_an_iterator_of_pieces_is_read_like_the_whole(model, monkeypatch, sizes, chunk):

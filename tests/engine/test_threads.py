@@ -61,11 +61,13 @@ def agree(model, calls=CALLS):
         assert list(pool.map(lambda call: call(), work)) == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cell", "store"])
 def test_threads(kind):
     agree(with_memory(tiny()) if kind == "cell" else storing("surprise"), CALLS if kind == "cell" else CALLS // 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cell", "store"])
 def test_threads_with_a_graph(graph, kind):
     """Its buffers are lent to one cache after the other."""

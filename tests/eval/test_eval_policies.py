@@ -58,6 +58,7 @@ def test_names():
         policies.get("compresive-max")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", policies.names())
 def test_pieces_do_not_matter(name, make):
     policy = make(name)
@@ -82,6 +83,7 @@ def test_generate_and_losses_are_those_of_the_logits(name, make, monkeypatch):
 TEXTS = [IDS, IDS[3:90], token_ids(12)[0].tolist(), IDS[1:], token_ids(141)[0].tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [16, 512])
 @pytest.mark.parametrize("name", policies.names())
 def test_rows_of_a_batch_are_answered_as_alone(name, chunk, make, monkeypatch):
@@ -97,6 +99,7 @@ def test_rows_of_a_batch_are_answered_as_alone(name, chunk, make, monkeypatch):
         torch.testing.assert_close(found, policy.losses([text])[0], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [16, 512])
 @pytest.mark.parametrize("store", ["attention", "random", "recency", "surprise"])
 def test_rows_of_a_batch_with_a_store(store, chunk, make, monkeypatch):
@@ -142,6 +145,7 @@ MEMORIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", MEMORIES, ids=str)
 @pytest.mark.parametrize("name", ["window", "ahn", "ahn-zeroed", "compressive-max", "compressive-avg"])
 def test_cache_bytes_are_those_held(name, changes, tmp_path):

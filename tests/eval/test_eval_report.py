@@ -217,6 +217,7 @@ def test_lengths_with_the_same_share_of_lossless_tokens_are_together(tmp_path):
     assert summary.rows[-1][-1] == f"{count} in 2"
 
 
+@pytest.mark.slow
 def test_page(folder, capsys):
     pytest.importorskip("matplotlib")
     write(folder, "window", "made/book", kind="loss", score=lambda i: 3.0, count=3)

@@ -102,6 +102,7 @@ def test_a_rerun_does_nothing_and_says_the_same(options, tmp_path, monkeypatch):
     assert numbers(tmp_path) == before and seen == {"loaded": [], "answered": 0}
 
 
+@pytest.mark.slow
 def test_batches_say_what_examples_alone_say(options, tmp_path, monkeypatch):
     tasks, names = stand_in.module().expand(["standin"]), policies.names()
     options = replace(options, limit=7, store=Stored("attention", 10, 3))
@@ -450,6 +451,7 @@ def test_two_processes_say_what_one_does(folder, tmp_path):
     assert {path.name for path in two.rglob("predictions*")} == {"predictions.jsonl"}
 
 
+@pytest.mark.slow
 def test_the_harness_without_its_library():
     code = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('ahn.eval.harness', run_name='__main__')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -272,6 +272,7 @@ def test_a_limit_keeps_some_of_what_a_larger_one_keeps(tmp_path):
 # --- RULER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in tasks.names() if n.startswith("ruler/")])
 @pytest.mark.parametrize("length", [9000, 14000])
 def test_ruler_fills_the_length_and_is_the_seeds(tmp_path, name, length):

@@ -17,6 +17,8 @@ from conftest import storing, tiny
 from damage import damaged, edits, header_of, values, with_header
 from effort import bounded, fuzz
 
+pytestmark = pytest.mark.slow
+
 TYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 
 

@@ -15,6 +15,8 @@ from ahn.errors import DocumentError
 from damage import damaged
 from effort import bounded, fuzz
 
+pytestmark = pytest.mark.slow
+
 PAGE = "<html><head><title>t</title></head><body><h1>A</h1><p>b &amp; c<table><tr><td>1<td>2</table></body></html>"
 TEXT = "One line.\nAnother: é, 漢字, 😀\r\n"
 

@@ -21,6 +21,8 @@ from conftest import storing, tiny, token_ids, with_memory
 from damage import damaged, edits, header_of, values, with_header
 from effort import bounded, fuzz
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "cell": lambda: with_memory(tiny(), window=6, sinks=2),
     "store": lambda: storing("surprise", base=tiny(), window=6, sinks=2, store_size=3, store_span=2),

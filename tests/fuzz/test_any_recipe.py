@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from ahn.train import recipe
 from damage import damaged, edits, values
 from effort import bounded, fuzz
+
+pytestmark = pytest.mark.slow
 
 GOOD = {
     "base": "base",

@@ -13,6 +13,8 @@ from damage import damaged, edits, values
 from effort import bounded, fuzz
 from tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 QUESTION = {"id": "1", "question": "q", "answers": [{"text": "d", "answer_start": 2}]}
 RECORDS = {
     "longbench/trec": {"_id": "a", "context": "b", "input": "c", "answers": ["d"], "all_classes": ["d", "e"]},

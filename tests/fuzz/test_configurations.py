@@ -12,6 +12,8 @@ from ahn.config import FEATURE_MAPS, MEMORY_POSITIONS, SINK_POSITIONS
 from conftest import storing, tiny, with_memory
 from effort import draw_for, times
 
+pytestmark = pytest.mark.slow
+
 BAR = 1e-4
 CASES = times(40)
 

@@ -219,6 +219,7 @@ def test_half_precision_follows_float32(cell, dtype):
     assert cache.layers[0].keys.dtype == dtype
 
 
+@pytest.mark.slow
 def test_torch_compile():
     """Compiles with a break at each attention: the memory is Python and in place."""
     model = with_memory(tiny())
@@ -287,6 +288,7 @@ def test_what_is_no_model_or_no_config():
         ahn.augment(tiny(), {"window": 5})
 
 
+@pytest.mark.slow
 def test_compiled_without_a_cache():
     model = with_memory(tiny())
     ids = token_ids(60)

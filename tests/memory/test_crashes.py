@@ -58,6 +58,7 @@ def slowly(tensors, path, metadata):
             time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
     path, (model, caches), draw = tmp_path / "memory.ahn", memories(), random.Random(0)
     caches[40].save(path)
@@ -142,6 +143,7 @@ def appending(model, cache, path):
         os._exit(1)
 
 
+@pytest.mark.slow
 def test_killed_while_appending(tmp_path, archived):
     """The memory is the old one or the new one, and all that it has read is in its archive."""
     path, (model, cache), draw = tmp_path / "memory.ahn", archived, random.Random(0)
@@ -173,6 +175,7 @@ def assert_same_archive(a, b):
     assert all(torch.equal(a.archive.keys.of(layer), b.archive.keys.of(layer)) for layer in (0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
 def test_a_disk_that_is_full_while_appending(tmp_path, archived, share):
     path, (model, cache) = tmp_path / "memory.ahn", archived

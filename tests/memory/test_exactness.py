@@ -89,6 +89,7 @@ def test_any_split_gives_the_same_logits(cell, sinks, positions):
         assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", ["gated_deltanet", "deltanet", "mamba2", "toy"])
@@ -178,6 +179,7 @@ def test_untrained_forms_are_the_window_alone():
             assert largest(model(ids, use_cache=False).logits, window) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 127, 128, 129, 200])
 def test_windows_around_block_sizes(window):
     model = with_memory(tiny(), window=window, sinks=3)

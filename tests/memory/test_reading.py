@@ -19,6 +19,7 @@ from conftest import in_pieces, tiny, token_ids, with_memory
 SPLITS = ([90], [7, 13, 1, 30, 8, 31], [20, 16, 16, 16, 16, 6], [3, 2, 40, 45], [50, 15, 2, 23])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("window", [1, 16, 200])
 @pytest.mark.parametrize("form", [{}, {"memory_positions": "none"}, {"layers": [1]}], ids=str)
@@ -111,6 +112,7 @@ def test_merging_several_parts_is_merging_them_one_by_one(early):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "cell_name", "form"),
     [

@@ -140,6 +140,7 @@ def make(folder):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "window", "recall", "rag", "rag-random", "rag-true"])
 def test_questions_on_one_text_are_answered_as_alone(name, data, make):
     found, prompts, _ = examples(data, "squad", 700, 4)

@@ -96,6 +96,7 @@ def test_ranks_sort_by_priority_then_age():
 
 
 # One answer.
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["clipped", "absolute"])
 @pytest.mark.parametrize(("cell", "sinks", "span"), [("gated_deltanet", 4, 1), ("mamba2", 0, 5), (None, 4, 5)])
 def test_any_split_gives_the_same_logits(store, cell, positions, sinks, span):
@@ -109,6 +110,7 @@ def test_any_split_gives_the_same_logits(store, cell, positions, sinks, span):
         assert largest(in_pieces(model, ids, sizes), whole) < 1e-4, sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "positions"), [("no positions", "absolute"), ("maps", "clipped"), ("wide", "clipped")]
 )
@@ -425,6 +427,7 @@ def test_constant_memory(store):
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_generate(store):
     model = storing(store)
     options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 0}
@@ -790,6 +793,7 @@ def test_spans_have_the_best_of_their_scores():
     assert gates.pooled(scores, 1, 1) is scores
 
 
+@pytest.mark.slow
 def test_gates_learn_from_the_loss_itself():
     """Less is lost with the places given as learned than with the gates as they began, nearly yes or no."""
     from ahn.train import distill, gates
@@ -823,6 +827,7 @@ def test_attention_transfer_through_a_store(store):
         assert all(parameter.grad is None for parameter in layer.store.parameters())
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_gates_then_cells(tmp_path, capsys):
     from ahn.train import recipe
     from ahn.train.trainer import train

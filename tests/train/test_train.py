@@ -229,6 +229,7 @@ def losses(folder):
     return [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_its_adapter_loads(settings, tmp_path):
     from ahn.train.trainer import train
 
@@ -265,6 +266,7 @@ def test_a_run_starts_from_another_adapter(settings, tmp_path):
         train(recipe.from_dict(more | {"feature_maps": 1, "output": str(tmp_path / "other")}))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
     from safetensors.torch import load_file
 

@@ -256,6 +256,7 @@ def test_a_finished_run_takes_no_step_more(run, tmp_path, capsys):
         assert torch.equal(weights(tmp_path / "r")[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "zeros", "removed", "unfinished", "no list"])
 def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog, damage):
     assert main(["train", run("r")]) == 0
@@ -281,6 +282,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog, damage):
     assert checkpoints.latest(tmp_path / "r") == newest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -307,6 +309,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, monkeypatch, caps
     assert main(["train", run("r"), "--resume"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -335,6 +338,7 @@ def test_a_lost_gpu_is_said_with_what_to_go_on_from(run, tmp_path, monkeypatch, 
     assert ("checkpoint-2" if steps else "no checkpoint") in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan", [{}, {"loss": "attention"}, GATES | {"gate_steps": 6}], ids=["kl", "attention", "gates"]
 )
@@ -354,6 +358,7 @@ def test_the_last_step_may_explode_too(run, tmp_path, capsys):
     assert not list((tmp_path / "r").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_run_with_nan_keeps_its_last_good_checkpoint(run, tmp_path, monkeypatch, capsys, where):
     from ahn.train import distill
@@ -395,6 +400,7 @@ def test_nan_in_the_base_is_named(run, base, tmp_path, capsys):
     assert "step 1:" in said and "model.layers.1.mlp.up_proj.weight" in said and "no checkpoint" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["weights", "optimiser"])
 def test_a_checkpoint_with_nan_is_passed_over(run, tmp_path, caplog, where):
     assert main(["train", run("r")]) == 0
@@ -421,6 +427,7 @@ def test_what_a_killed_save_left_is_swept(run, tmp_path):
     assert not torn.exists() and checkpoints.latest(tmp_path / "r").name == "checkpoint-2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"cell": "mamba2"}, "adapter for cell='gated_deltanet'"), ({"feature_maps": 1}, "adapter for feature_maps=0")],
@@ -528,6 +535,7 @@ def test_only_the_recipe_is_required(capsys):
     assert capsys.readouterr().err.endswith("required: recipe\n")
 
 
+@pytest.mark.slow
 def test_other_errors_keep_their_traceback(run, monkeypatch):
     from ahn.train import distill
 
@@ -542,6 +550,7 @@ def test_other_errors_keep_their_traceback(run, monkeypatch):
     assert not isinstance(caught.value, TrainingError)
 
 
+@pytest.mark.slow
 def test_an_output_folder_belongs_to_one_run(run, capsys, caplog):
     assert main(["train", run("r"), "--resume", "steps=2"]) == 0
     assert "no checkpoint to go on from" in caplog.text
@@ -551,6 +560,7 @@ def test_an_output_folder_belongs_to_one_run(run, capsys, caplog):
     assert "lr: 0.01 before, 0.001 now" in caplog.text and "steps: 2 before, 4 now" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_rate_it_is_given(run, tmp_path):
     assert main(["train", run("r"), "steps=2"]) == 0
     assert main(["train", run("r"), "--resume", "steps=6", "lr=1e-3"]) == 0
@@ -777,6 +787,7 @@ def test_byte_order_marks_are_not_text(tmp_path, tokenizer):
 # recipes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
