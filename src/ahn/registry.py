@@ -82,9 +82,14 @@ class Registry(Generic[T]):
             for file in files
             if file not in self.hidden
         }
-        for point in _points(entry_points, self.package):
+        for point in points(self.package):
             found[point.name] = point.load
         return found | self._loaders
+
+
+def points(group: str) -> tuple[Any, ...]:
+    """Entry points of other packages."""
+    return _points(entry_points, group)
 
 
 @cache

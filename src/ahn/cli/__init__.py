@@ -1,7 +1,8 @@
 """The `ahn` command. Each file of this folder without a leading underscore is one subcommand.
 
 Such a file has a docstring (its help), `arguments(parser)`, and `run(args)`, which may return an exit code. It imports
-torch and transformers inside `run` only, so that help comes at once.
+torch and transformers inside `run` only, so that help comes at once. Another package adds one through the entry-point
+group "ahn.cli": my_command = "my_package.my_module".
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import argparse
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
 from ahn.cli import _guard
 from ahn.ops import dispatch
-from ahn.registry import nearest
+from ahn.registry import nearest, points
 from ahn.version import __version__
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -55,8 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def names() -> list[str]:
-    """The subcommands, from the files in this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    """The subcommands, from the files in this folder and from entry points."""
+    return sorted(_modules())
+
+
+def _modules() -> dict[str, Callable[[], Any]]:
+    """What imports each subcommand. No other package replaces one of this folder."""
+    here = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    own = {name: partial(import_module, f"{__name__}.{name}") for name in here}
+    return {point.name: point.load for point in points(__name__)} | own
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -67,9 +76,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         dest="command", required=True, metavar="COMMAND", title="commands", parser_class=_CommandParser
     )
     known = names()
-    for name in known:
-        module = import_module(f"ahn.cli.{name}")
-        assert module.__doc__
+    for name, load in sorted(_modules().items()):
+        module = load()
+        assert module.__doc__, f"{module.__name__} has no docstring"
         summary = module.__doc__.strip().splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Help)
         module.arguments(command)
