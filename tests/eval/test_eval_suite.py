@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ahn import cli
 from ahn.eval import policies, results, runner, suite
@@ -191,3 +192,24 @@ def test_processes_share_the_texts_of_a_suite(folder, tmp_path):
         for name in ("one", "two")
     )
     assert one == two and len(one) == 5
+
+
+def test_a_batch_that_does_not_fit_is_split(folder, tmp_path, monkeypatch):
+    sizes, after = [], Policy.after
+
+    def small(self, cache, rows, limits):
+        sizes.append(len(rows))
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("two rows")
+        return after(self, cache, rows, limits)
+
+    path = suite_of(folder, tmp_path / "tiny.yaml")
+    argv = ["eval", "--suite", str(path), "batch=4", "runs=[{policies: [rag]}]"]
+    assert cli.main([*argv, "--output", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(Policy, "after", small)
+    assert cli.main([*argv, "--output", str(tmp_path / "split")]) == 0
+    assert max(sizes) > 1 and sizes.count(1) == 3
+    whole, split = (
+        [p.read_bytes() for p in (tmp_path / name).rglob("predictions.jsonl")] for name in ("whole", "split")
+    )
+    assert whole == split
