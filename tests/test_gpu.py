@@ -213,7 +213,7 @@ def test_fused_attention_and_its_normaliser(monkeypatch, queries, keys, allowed,
     monkeypatch.setenv("AHN_KERNEL", "torch")
     expected = attend(q.float(), k.float(), v.float(), None, size**-0.5, causal=keys is None)
     monkeypatch.setenv("AHN_KERNEL", allowed)
-    assert dispatch.attention(q).name in allowed
+    assert dispatch.pick_attention(q).name in allowed
     out = attend(q, k, v, None, size**-0.5, causal=keys is None)
     assert relative(out[0], expected[0]) < 1e-2
     assert relative(out[1], expected[1]) < 2e-3
@@ -256,7 +256,7 @@ def test_reading_in_pieces_of_the_ring(monkeypatch, cell, window, sinks, form):
 
 def test_cudnn_groups_heads():
     """If not, reading copies keys for every query head: correct, but slower."""
-    if dispatch.attention(torch.empty(1, 64, device="cuda", dtype=torch.bfloat16)).name == "cudnn":
+    if dispatch.pick_attention(torch.empty(1, 64, device="cuda", dtype=torch.bfloat16)).name == "cudnn":
         assert dispatch.groups_heads()
 
 
@@ -338,7 +338,7 @@ def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batc
     from ahn.ops.kernels import decode, gemv
 
     launched = {"norm": 0, "add": 0, "turn": 0}
-    together, turn = gemv.together, decode.turn
+    together, turn = gemv.together, decode.rotate
 
     def counted(x, layers, norm=None, normed=None, add=None):
         launched["norm"] += norm is not None
@@ -350,7 +350,7 @@ def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batc
         return turn(*args)
 
     monkeypatch.setattr(gemv, "together", counted)
-    monkeypatch.setattr(decode, "turn", counted_turn)
+    monkeypatch.setattr(decode, "rotate", counted_turn)
     monkeypatch.setattr(gemv, "PROGRAMS", 64)
     monkeypatch.setattr(gemv, "TILE", 1024)
     shape = {"hidden_size": 512, "intermediate_size": 1400, "num_attention_heads": 8, "head_dim": 64}

@@ -94,7 +94,7 @@ def turn() -> Callable[[], Any]:
         torch.randn(2, 1, 1, SIZE, dtype=torch.bfloat16, device=CUDA),
         torch.randn(2, 1, 1, SIZE, device=CUDA),
     )
-    return lambda: decode.turn(q, k, tuple(angles), tuple(further))
+    return lambda: decode.rotate(q, k, tuple(angles), tuple(further))
 
 
 def attend(merged: bool = True) -> Callable[[], Any]:

@@ -37,7 +37,7 @@ class NoHost(TorchDispatchMode):
 def replays(monkeypatch):
     """Steps as on CUDA, but for the capture. Counts the replays. Nothing in them may wait for the device: looked at in
     the first ones, in one of eight after that, and whenever they have periodic work."""
-    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("graph", "as on CUDA"))
     monkeypatch.setattr(decoding, "ROOM", 8)
     counts = {"made": 0, "replayed": 0}
     run, make = decoding.Graph._run, decoding.Graph.__init__
@@ -98,7 +98,7 @@ def both_ways(model, one, fast, plain, monkeypatch):
     """Logits of one token a row by a graph from the cache `fast`, and without one from `plain`."""
     by_graph = model(one, **{PAST: fast}).logits
     with monkeypatch.context() as without:
-        without.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
+        without.setattr(dispatch, "pick_decoding", lambda device: Kernel("torch", "asked for"))
         return by_graph, model(one, **{PAST: plain}).logits
 
 
@@ -186,7 +186,7 @@ def test_generate(replays, options, monkeypatch):
 
     fast = generated(cache.fork())
     assert replays["replayed"] == (29 if "num_beams" in options else 2 + 29)
-    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
+    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(fast, generated(cache))
 
 
@@ -205,7 +205,7 @@ def test_a_short_question_is_read_by_the_graph(replays, monkeypatch):
     fast, counts = answers(cache.fork())
     assert counts == [2 + 3, 5 + 3, 3] and replays["made"] == 1
     model._ahn.graph = None
-    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
+    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(fast, answers(cache)[0])
 
 
@@ -269,7 +269,7 @@ def test_a_question_is_read_at_once_where_the_graph_fails(replays, monkeypatch):
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
     found = ahn.generate(model, token_ids(9), cache.fork(), max_new_tokens=3, eos_token_id=None)
     assert lengths == [1, 8, 1, 1]
-    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("torch", "asked for"))
+    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("torch", "asked for"))
     assert torch.equal(found, ahn.generate(model, token_ids(9), cache, max_new_tokens=3, eos_token_id=None))
 
 
@@ -459,11 +459,11 @@ def test_a_copy_of_a_model_decodes_by_itself(replays):
 def test_the_choice_can_be_restricted(monkeypatch):
     monkeypatch.setenv("AHN_KERNEL", "torch")
     assert {kernel for _, kernel, _ in info.report()} == {"torch"}
-    assert dispatch.decoding("cuda") == ("torch", "AHN_KERNEL=torch")
+    assert dispatch.pick_decoding("cuda") == ("torch", "AHN_KERNEL=torch")
     monkeypatch.setenv("AHN_KERNEL", "graph, flash")
-    assert dispatch.decoding("cuda").name == "graph"
-    assert dispatch.attention(torch.empty(1, 64)).name == "flash"
-    assert dispatch.whole_sequence("cuda", 64, 128).name == "torch"
+    assert dispatch.pick_decoding("cuda").name == "graph"
+    assert dispatch.pick_attention(torch.empty(1, 64)).name == "flash"
+    assert dispatch.pick_whole_sequence("cuda", 64, 128).name == "torch"
     monkeypatch.setenv("AHN_KERNEL", "torch,flash")
     with pytest.raises(ahn.errors.ConfigError, match="no kernel torch; expected auto or torch alone"):
         info.report()
@@ -477,7 +477,7 @@ def test_the_choice_can_be_restricted(monkeypatch):
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Phi3"])
 def test_the_base_is_compiled_once_for_all_layers(monkeypatch, family):
     """Without breaks, and undone afterwards."""
-    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("graph", "as on CUDA"))
     compiled, compile = [], torch.compile
 
     def counted(function, **options):

@@ -25,7 +25,7 @@ THREADS, CALLS = 8, 200
 @pytest.fixture
 def graph(monkeypatch):
     """Steps as on CUDA, but for the capture."""
-    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("graph", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("graph", "as on CUDA"))
     monkeypatch.setattr(decoding, "ROOM", 8)
 
 

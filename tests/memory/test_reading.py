@@ -79,8 +79,8 @@ def test_short_chunks_of_a_wide_window_are_attended_by_one_kernel(monkeypatch):
     """Where cuDNN would make a plan for their length; elsewhere the kernel is for narrow windows."""
 
     def one(tokens, window, fused="cudnn", own="triton"):
-        monkeypatch.setattr(dispatch, "attention", lambda like: dispatch.Kernel(fused, ""))
-        monkeypatch.setattr(dispatch, "band", lambda like: dispatch.Kernel(own, ""))
+        monkeypatch.setattr(dispatch, "pick_attention", lambda like: dispatch.Kernel(fused, ""))
+        monkeypatch.setattr(dispatch, "pick_band", lambda like: dispatch.Kernel(own, ""))
         return dispatch.window_in_one(torch.empty(1, 1, tokens, 8), window)
 
     assert one(20, 32640) and one(dispatch.PLANNED - 1, 32640) and not one(dispatch.PLANNED, 32640)
@@ -135,7 +135,7 @@ def test_what_is_compiled_is_compiled_once_for_all_lengths(monkeypatch, family, 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     before = [dict(vars(module)) for module in model.modules()]
-    monkeypatch.setattr(dispatch, "between_many", lambda device, tokens: dispatch.Kernel("inductor", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "pick_between_many", lambda device, tokens: dispatch.Kernel("inductor", "as on CUDA"))
     graphs = []
     for (chunk, text), expected in zip(texts.items(), plain, strict=True):
         cache = ahn.read(model, text, chunk=chunk)
@@ -156,7 +156,7 @@ def test_a_short_rest_is_not_compiled_for(monkeypatch):
         compiled.append(seen[-1] if seen else 0)
         yield
 
-    monkeypatch.setattr(dispatch, "between_many", lambda device, tokens: dispatch.Kernel("inductor", "as on CUDA"))
+    monkeypatch.setattr(dispatch, "pick_between_many", lambda device, tokens: dispatch.Kernel("inductor", "as on CUDA"))
     monkeypatch.setattr("ahn.engine.prefill.compiled_for_reading", noted)
     model = with_memory(tiny(), window=16, sinks=4)
     for planned, expected in ((4096, [0, 40]), (30, [0, 40, 80]), (0, [0, 40, 80])):

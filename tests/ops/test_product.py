@@ -132,7 +132,7 @@ def test_what_is_compiled_besides(monkeypatch, family, left):
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(function) or function)
     model, ids = with_memory(tiny(family), window=9, sinks=3).to(DEVICE), token_ids(2).to(DEVICE)
     decoder = model.model
-    with fuse.products(decoder), fuse.turned(decoder), compiling.compiled(decoder):
+    with fuse.products(decoder), fuse.fused_rotation(decoder), compiling.compiled(decoder):
         in_pieces(model, ids, [1, 1])
         assert bool(asked) == bool(left)
         forwards = {m: vars(m).get("forward") for m in decoder.modules() if m is not decoder}

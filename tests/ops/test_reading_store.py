@@ -153,10 +153,10 @@ def test_rotation(plain, tokens, rows, size, width, dtype):
     x = torch.randn(2, tokens, 3, size, device=DEVICE).to(dtype).transpose(1, 2)
     for delta in (torch.randint(-40, 40, (rows, tokens), device=DEVICE), torch.tensor([[7]], device=DEVICE)):
         angles = tuple(t[..., :width] for t in rotary.angles(delta))
-        assert relative(triton_rotary.turn(x, *angles), rotary.turn(x, angles)) < LIMIT[dtype]
+        assert relative(triton_rotary.rotate(x, *angles), rotary.rotate(x, angles)) < LIMIT[dtype]
         few = torch.rand(width // 2, device=DEVICE)
         by = torch.cat([delta[..., None] * few] * 2, -1)
-        assert relative(triton_rotary.turn_by(x, delta, few), rotary.turn(x, (by.cos(), by.sin()))) < LIMIT[dtype]
+        assert relative(triton_rotary.turn_by(x, delta, few), rotary.rotate(x, (by.cos(), by.sin()))) < LIMIT[dtype]
         assert rotary.simple
 
 

@@ -153,11 +153,11 @@ def test_turn(size, rows, more_rows, dtype):
     q, k, _ = torch.randn(2, 1, 7, size, device=DEVICE).to(dtype).transpose(1, 2).split([4, 2, 1], 1)
     angles = model.model.rotary_emb(q, torch.tensor([[5], [9]], device=DEVICE)[:rows])
     further = rotary.angles(torch.tensor([[-3], [-700]], device=DEVICE)[:more_rows]) if more_rows else None
-    turned = decode.turn(q, k, angles, further)
+    turned = decode.rotate(q, k, angles, further)
     expected = rotary.apply(q.float(), k.float(), *(t.float() for t in angles))
     assert relative(turned[0], expected[0]) < LIMIT[dtype]
     assert relative(turned[1], expected[1]) < LIMIT[dtype]
-    twice = expected[0] if further is None else rotary.turn(expected[0], further)
+    twice = expected[0] if further is None else rotary.rotate(expected[0], further)
     assert relative(turned[2], twice) < LIMIT[dtype]
 
 
@@ -165,14 +165,14 @@ def test_turn(size, rows, more_rows, dtype):
 @pytest.mark.parametrize(("family", "launches"), [("Qwen3", 1), ("Cohere", 0)])
 def test_turned_within(plain, monkeypatch, family, launches, positions):
     """One launch a layer, in the place of the base's function; not of a base that turns neighbours."""
-    count, kernel = [], decode.turn
-    monkeypatch.setattr(decode, "turn", lambda *args: count.append(args[3] is not None) or kernel(*args))
+    count, kernel = [], decode.rotate
+    monkeypatch.setattr(decode, "rotate", lambda *args: count.append(args[3] is not None) or kernel(*args))
     model = with_memory(tiny(family), window=5, sinks=3, sink_positions=positions).to(DEVICE)
     before = [dict(vars(module)) for module in model.modules()]
     ids = token_ids(14, batch=2).to(DEVICE)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-    with fuse.turned(model.model):
+    with fuse.fused_rotation(model.model):
         assert (in_pieces(model, ids, [6, *[1] * 8]) - whole).abs().max() < 1e-4
     assert len(count) == launches * 2 * 8
     assert sum(count) == (launches * 2 * 5 if positions == "clipped" else 0)  # once the sinks are further away
@@ -259,7 +259,7 @@ def test_put_score(plain, positions, dtype):
 @pytest.mark.parametrize("form", [{}, FORMS["maps"]], ids=str)
 def test_whole_model_with_a_store(monkeypatch, store, form):
     """Token by token as in a graph, from where the store is full on."""
-    monkeypatch.setattr(dispatch, "decoding", lambda device: Kernel("graph", "here as well"))
+    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("graph", "here as well"))
     model = storing(store, window=9, sinks=3, store_size=4, store_span=2, **form).to(DEVICE)
     ids = token_ids(30, batch=2).to(DEVICE)
     with torch.no_grad():

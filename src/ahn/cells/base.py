@@ -199,7 +199,7 @@ class Cell(nn.Module):
 
     def uses_fla(self, like: Tensor) -> bool:
         gradients = torch.is_grad_enabled() and (like.requires_grad or self.o_proj.weight.requires_grad)
-        return dispatch.choose(self.fla_operation, like, gradients).name == "fla"
+        return dispatch.pick_cell(self.fla_operation, like, gradients).name == "fla"
 
     def ready(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, fla: bool) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """What `run` takes, laid out as its kernel wants it."""

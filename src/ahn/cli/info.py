@@ -56,22 +56,24 @@ def report() -> list[tuple[str, str, str]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     like = torch.empty(0, 64, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     rows = [
-        ("reading: sinks and window", *dispatch.attention(like)),
-        ("reading: rotations", *dispatch.rotation(device)),
-        ("reading: narrow window, store", *dispatch.band(like)),
-        ("reading: who loses", *dispatch.contest(device)),
-        ("training: sinks and window", *dispatch.whole_sequence(device, 64, 4096)),
-        ("training: gates of a store", *dispatch.soft_places(like)),
+        ("reading: sinks and window", *dispatch.pick_attention(like)),
+        ("reading: rotations", *dispatch.pick_rotation(device)),
+        ("reading: narrow window, store", *dispatch.pick_band(like)),
+        ("reading: eviction", *dispatch.pick_eviction(device)),
+        ("training: sinks and window", *dispatch.pick_whole_sequence(device, 64, 4096)),
+        ("training: gates of a store", *dispatch.pick_soft_slots(like)),
     ]
-    rows += [(f"{name}, many tokens", *dispatch.choose(cells.get(name).fla_operation, like)) for name in cells.names()]
+    rows += [
+        (f"{name}, many tokens", *dispatch.pick_cell(cells.get(name).fla_operation, like)) for name in cells.names()
+    ]
     return [
         *rows,
-        ("reading: between products", *dispatch.between_many(device, dispatch.LONG)),
-        ("one token: attention, cell", *dispatch.one_token(device)),
-        ("one token: all layers", *dispatch.decoding(device)),
-        ("one token: products", *dispatch.products(device, 1)),
-        ("one token: between products", *dispatch.between(device)),
-        ("one token: launches", *dispatch.launches(device)),
+        ("reading: between products", *dispatch.pick_between_many(device, dispatch.LONG)),
+        ("one token: attention, cell", *dispatch.pick_one_token(device)),
+        ("one token: all layers", *dispatch.pick_decoding(device)),
+        ("one token: products", *dispatch.pick_products(device, 1)),
+        ("one token: between products", *dispatch.pick_between(device)),
+        ("one token: launches", *dispatch.pick_launches(device)),
     ]
 
 

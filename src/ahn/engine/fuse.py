@@ -94,12 +94,12 @@ class Turns(threading.local):
             return self.plain(q, k, cos, sin, *args, **kwargs)
         from ahn.ops.kernels import decode
 
-        self.q, k, self.twice = decode.turn(q, k, (cos, sin), self.memory.positions.kept_angles(cache.span, q.device))
+        self.q, k, self.twice = decode.rotate(q, k, (cos, sin), self.memory.positions.kept_angles(cache.span, q.device))
         return self.q, k
 
     def again(self, rotary: Any, q: Tensor, angles: Any) -> Tensor:
         """In the place of `ahn.memory.positions.rotate`."""
-        return self.twice if q is self.q else rotary.turn(q, angles)
+        return self.twice if q is self.q else rotary.rotate(q, angles)
 
     def within(self, attention: Any) -> Callable[..., Any]:
         plain = attention.forward

@@ -180,11 +180,11 @@ class Graph:
                     setattr(spare, name, torch.zeros_like(tensor))
         device = self.start.device.type
         with ExitStack() as faster:
-            if dispatch.products(device, len(self.ids)).name == "gemv":
+            if dispatch.pick_products(device, len(self.ids)).name == "gemv":
                 faster.enter_context(products(self.decoder))
-            if dispatch.one_token(device).name == "triton":
+            if dispatch.pick_one_token(device).name == "triton":
                 faster.enter_context(turned(self.decoder))
-            if dispatch.between(device).name == "inductor":
+            if dispatch.pick_between(device).name == "inductor":
                 faster.enter_context(compiled(self.decoder))
             self._record([scratch[_form(layer)] for layer in self.layers], cache, periodic)
 
@@ -245,7 +245,7 @@ def _steps(handle: Handle, span: ForwardBatch) -> bool:
     """Whether one token a row, those of `span`, can be a step of a graph."""
     if handle.no_graph is None:
         handle.no_graph = _obstacle(handle.model)
-    if handle.no_graph or dispatch.decoding(handle.model.device.type).name != "graph":
+    if handle.no_graph or dispatch.pick_decoding(handle.model.device.type).name != "graph":
         return False
     return all(layer.steps_on_device(span) for layer in _kinds(handle))
 

@@ -149,7 +149,7 @@ def read_chunks(
     total = ids.shape[1]
     past = 0 if mask is None else mask.shape[1] - total
     hidden: Tensor | None = None
-    compiles = dispatch.between_many(ids.device.type, known or total).name == "inductor"
+    compiles = dispatch.pick_between_many(ids.device.type, known or total).name == "inductor"
     worth = max(2, min(chunk, dispatch.PLANNED))  # a shorter rest is attended otherwise: all would be compiled again
     with finish_before_interrupt() as interrupted:
         low = 0
@@ -219,7 +219,7 @@ def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
     config = handle_of(model).config
     most = max(GPU_CHUNK, GPU_NUMBERS // model.get_decoder().config.hidden_size)
     most = max(CHUNK, most // rows // CHUNK * CHUNK)
-    narrow = config.window <= dispatch.NARROW and dispatch.contest("cuda").name == "triton"
+    narrow = config.window <= dispatch.NARROW and dispatch.pick_eviction("cuda").name == "triton"
     if narrow or config.store is not None or config.window < CHUNK:
         return most, most
     chunk = config.window // -(-config.window // most)

@@ -116,7 +116,7 @@ class LayerMemory(CacheLayerMixin):
         """Put one token a row into the ring, in the slot of the token that it evicts. Returns that one's keys, values
         [B, M, 1, H] and gate inputs [B, 1, G * N], or nothing if it evicts none."""
         batch, k, v, inputs = new.batch, new.k, new.v, new.gate_inputs
-        if batch.on_device and dispatch.one_token(k.device.type).name == "triton":
+        if batch.on_device and dispatch.pick_one_token(k.device.type).name == "triton":
             from ahn.ops.kernels import decode
 
             return decode.exchange(self, batch.start, k, v, inputs)

@@ -69,7 +69,7 @@ class CellTier(LastTier):
         return self.cell.run(*ready, state, fla)
 
     def pick_step_form(self, device: torch.device) -> Any:
-        return self.cell.step_form() if dispatch.one_token(device.type).name == "triton" else None
+        return self.cell.step_form() if dispatch.pick_one_token(device.type).name == "triton" else None
 
     def absorb_one(
         self, attended: Any, new: LayerBatch, evicted: Evicted, evictions: Evictions, memory: LayerMemory, form: Any

@@ -172,7 +172,7 @@ class AHNLayer(nn.Module):
 
     def _attend_sequence(self, new: LayerBatch) -> AttentionOutput:
         q, k, v, sizes = new.q, new.k, new.v, self.sizes
-        kernel = dispatch.whole_sequence(q.device.type, q.shape[-1], q.shape[2])
+        kernel = dispatch.pick_whole_sequence(q.device.type, q.shape[-1], q.shape[2])
         if not new.batch.padded and sizes.window is not None and kernel.name == "flex":
             return flex.attend_sequence(q, new.queries_of_kept, k, v, sizes.sinks, sizes.window, new.scale)
         sinks = k[:, :, : sizes.sinks], v[:, :, : sizes.sinks]
@@ -197,7 +197,7 @@ class AHNLayer(nn.Module):
         """Whether the ring is attended where it lies, in dense parts: rows all at one position, and no padding."""
         if self.kept is not None or new.batch.padded or len(new.batch.start) > 1:
             return False
-        return not dispatch.window_in_one(new.q, self.sizes.reach) and dispatch.attention(new.q).name != "torch"
+        return not dispatch.window_in_one(new.q, self.sizes.reach) and dispatch.pick_attention(new.q).name != "torch"
 
     def _attend_ring(self, new: LayerBatch, memory: LayerMemory) -> tuple[AttentionOutput, Evicted | None]:
         attended, evicted = dense.attend_piece(new, memory, self.merge)

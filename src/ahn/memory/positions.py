@@ -40,7 +40,7 @@ class Sizes:
 
 
 def rotate(rotary: Rotary, q: Tensor, angles: Angles) -> Tensor:
-    return rotary.turn(q, angles)
+    return rotary.rotate(q, angles)
 
 
 class Positions:
@@ -111,7 +111,7 @@ class Positions:
         if evictions.angles is None or self.rotary is None:
             return q, k
         now, then = evictions.angles
-        return self.rotary.turn(q, now), k if then is None else self.rotary.turn(k, then)
+        return self.rotary.rotate(q, now), k if then is None else self.rotary.rotate(k, then)
 
     # The store.
     def into_store(self, k: Tensor, batch: ForwardBatch, positions: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class StoreTier(KeptTier):
     # One token a row.
     def put_one(self, new: LayerBatch, evicted: tuple[Tensor, ...], memory: StoringMemory) -> tuple[Tensor, ...]:
         batch = new.batch
-        fused = batch.on_device and dispatch.one_token(new.k.device.type).name == "triton"
+        fused = batch.on_device and dispatch.pick_one_token(new.k.device.type).name == "triton"
         if batch.first >= self.sizes.sinks + self.window:
             evicted = (self.displace_fused if fused else self.displace)(evicted, batch, memory)
         gate = self.store.gate_form() if fused else None

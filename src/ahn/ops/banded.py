@@ -45,7 +45,7 @@ def attend_one(
 
     Returns: AttentionOutput, unless `in_parts`.
     """
-    if dispatch.one_token(q.device.type).name == "triton":
+    if dispatch.pick_one_token(q.device.type).name == "triton":
         from ahn.ops.kernels import decode
 
         attend = decode.attend_parts if in_parts else decode.attend
@@ -92,7 +92,7 @@ def attend_window(
             has `sinks`.
     """
     queries, sinks = q.shape[2], sinks_kv[0].shape[2] if sinks is None else sinks
-    if dispatch.band(q, with_gradients(q, window_kv[0])).name == "triton":
+    if dispatch.pick_band(q, with_gradients(q, window_kv[0])).name == "triton":
         from ahn.ops.kernels import banded as triton
 
         far = far or KeptKeys.of_sinks(sinks_kv, start, queries)

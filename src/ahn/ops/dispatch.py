@@ -1,8 +1,8 @@
-"""Which implementation computes what, and why: chosen here and nowhere else.
+"""Picks the implementation of each operation and says why. Nothing else does; the functions compute nothing.
 
 The environment variable AHN_KERNEL restricts the choice: a comma-separated list of the kernels that may be used where
-they can (`KERNELS`), or "torch" for plain torch everywhere. Not set, or "auto": all may. What may not be used, or
-cannot, is computed by plain torch, and `ahn info` says why.
+they can (`KERNELS`), or "torch" for plain torch everywhere. Not set, or "auto": all may. Plain torch computes where no
+other kernel may be used or none can, and `ahn info` says why.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ KERNELS = {
 }
 FLEX_BLOCK = 128
 FEW_ROWS = 4
-NARROW = 2048  # a window up to this is read in longer pieces than itself, where `band` is one kernel
-PLANNED = 4096  # queries from which on it is worth a second for cuDNN to plan for their number, once in each process
-SHAPES = 64  # that one function is compiled for, such as lengths or numbers of rows; torch's own limit is 8
-LONG = 65536  # tokens of a text from which on compiling is worth its seconds
+NARROW = 2048  # up to this window, pieces longer than the window are faster where `pick_band` picks one kernel
+PLANNED = 4096  # from this number of queries on, cuDNN's plan for it is worth its second, once in each process
+SHAPES = 64  # one function is compiled for up to so many lengths or numbers of rows; torch's own limit is 8
+LONG = 65536  # from a text of so many tokens on, compiling is worth its seconds
 
 
 class Kernel(NamedTuple):
@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Within, kernels are launched on this device: Triton's go where the current one is."""
+    """Within, kernels are launched on this device: Triton launches on the current one."""
     import torch
 
     if device.type != "cuda" or torch.compiler.is_compiling() or device.index in (None, torch.cuda.current_device()):
@@ -55,7 +55,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def choose(operation: str | None, like: Tensor, gradients: bool = False) -> Kernel:
+def pick_cell(operation: str | None, like: Tensor, gradients: bool = False) -> Kernel:
     """The cell over many tokens, on the device and in the dtype of `like`."""
     import torch
 
@@ -75,7 +75,7 @@ def choose(operation: str | None, like: Tensor, gradients: bool = False) -> Kern
     return _allowed("fla", "CUDA, half precision, flash-linear-attention installed")
 
 
-def whole_sequence(device: str, head_size: int, tokens: int) -> Kernel:
+def pick_whole_sequence(device: str, head_size: int, tokens: int) -> Kernel:
     """Sinks and window of a sequence without a cache, with gradients."""
     if device != "cuda":
         return Kernel("torch", f"{device}: FlexAttention needs CUDA")
@@ -85,7 +85,7 @@ def whole_sequence(device: str, head_size: int, tokens: int) -> Kernel:
     return _allowed("flex", "CUDA, a whole sequence: FlexAttention, compiled once")
 
 
-def attention(like: Tensor, gradients: bool = False) -> Kernel:
+def pick_attention(like: Tensor, gradients: bool = False) -> Kernel:
     """Softmax attention of many queries with its normaliser; `like`: the queries [..., H]."""
     device, size = like.device.type, like.shape[-1]
     if gradients:
@@ -103,15 +103,15 @@ def attention(like: Tensor, gradients: bool = False) -> Kernel:
 
 
 def window_in_one(like: Tensor, window: int) -> bool:
-    """Whether sinks and window are better attended by the one kernel of `band` than in dense parts; `like`: the queries
+    """Whether the one kernel of `pick_band` attends to sinks and window faster than dense parts do; `like`: the queries
     [..., T, H]."""
-    if band(like).name != "triton":
+    if pick_band(like).name != "triton":
         return False
-    return window <= NARROW or (like.shape[-2] < PLANNED and attention(like).name == "cudnn")
+    return window <= NARROW or (like.shape[-2] < PLANNED and pick_attention(like).name == "cudnn")
 
 
-def rotation(device: str, gradients: bool = False) -> Kernel:
-    """Queries and keys turned to other positions, many at once."""
+def pick_rotation(device: str, gradients: bool = False) -> Kernel:
+    """Rotation of many queries or keys to other positions."""
     if gradients:
         return Kernel("torch", "gradients: plain torch")
     if reason := _no_triton(device):
@@ -119,14 +119,14 @@ def rotation(device: str, gradients: bool = False) -> Kernel:
     return _allowed("triton", f"{device}: one kernel")
 
 
-def contest(device: str) -> Kernel:
-    """Who loses in a store, many tokens at once."""
+def pick_eviction(device: str) -> Kernel:
+    """Eviction from a store, many tokens at once."""
     if reason := _no_triton(device):
         return Kernel("torch", reason)
     return _allowed("triton", f"{device}: all steps at once, in two kernels")
 
 
-def band(like: Tensor, gradients: bool = False) -> Kernel:
+def pick_band(like: Tensor, gradients: bool = False) -> Kernel:
     """Softmax attention of many queries over sinks, store and a window that moves on; `like`: the queries [..., H]."""
     import torch
 
@@ -140,15 +140,15 @@ def band(like: Tensor, gradients: bool = False) -> Kernel:
 
 
 def dense_at_once(like: Tensor, keys: int) -> int:
-    """Of far keys that all queries see, how many or a multiple of it are attended by cuDNN instead of in `band`; 0:
-    none. Few different numbers, for each is planned; `like`: the queries [..., T, H]."""
-    if like.shape[-2] < PLANNED or keys < PLANNED or attention(like).name != "cudnn":
+    """How many of the kept keys that all queries see cuDNN attends to instead of `pick_band`, or a multiple; 0: none.
+    The result takes few values, because cuDNN plans for each. `like`: the queries [..., T, H]."""
+    if like.shape[-2] < PLANNED or keys < PLANNED or pick_attention(like).name != "cudnn":
         return 0
     return keys // 16 // 128 * 128
 
 
-def soft_places(like: Tensor) -> Kernel:
-    """Training the gates of a store: attention in which what is behind the window has a weight; `like`: the queries."""
+def pick_soft_slots(like: Tensor) -> Kernel:
+    """Training the gates of a store: attention with weights on the tokens behind the window; `like`: the queries."""
     import torch
 
     if reason := _no_triton(like.device.type):
@@ -158,7 +158,7 @@ def soft_places(like: Tensor) -> Kernel:
     return _allowed("triton", f"{like.device.type}: forward and backward, no score is kept")
 
 
-def one_token(device: str) -> Kernel:
+def pick_one_token(device: str) -> Kernel:
     """Attention and cell of one new token a row."""
     if reason := _no_triton(device):
         return Kernel("torch", reason)
@@ -166,7 +166,7 @@ def one_token(device: str) -> Kernel:
     return _allowed("triton", f"{device}{interpreted}: one kernel each")
 
 
-def decoding(device: str) -> Kernel:
+def pick_decoding(device: str) -> Kernel:
     """All layers for one new token a row."""
     if device != "cuda":
         return Kernel("torch", f"{device}: graphs need CUDA")
@@ -176,17 +176,17 @@ def decoding(device: str) -> Kernel:
 def in_turn(device: str) -> bool:
     """Whether the calls of one model run one after the other, whatever their threads: a graph lends its buffers to one
     cache at a time, and modules are changed while it is captured or a chunk is read."""
-    return device == "cuda" or decoding(device).name == "graph"
+    return device == "cuda" or pick_decoding(device).name == "graph"
 
 
-def between(device: str) -> Kernel:
-    """Norms, rotations and gates of the base for one new token a row: what lies between its matrix products."""
-    if decoding(device).name != "graph":
+def pick_between(device: str) -> Kernel:
+    """Norms, rotations and gates of the base, between its matrix products, for one new token a row."""
+    if pick_decoding(device).name != "graph":
         return Kernel("torch", "only in a graph is it worth compiling")
     return _allowed("inductor", "CUDA: what the kernels of products leave, compiled once")
 
 
-def between_many(device: str, tokens: int) -> Kernel:
+def pick_between_many(device: str, tokens: int) -> Kernel:
     """The elementwise work of base and memory while a text of `tokens` tokens is read."""
     if device != "cuda":
         return Kernel("torch", f"{device}: nothing is won by compiling")
@@ -195,9 +195,9 @@ def between_many(device: str, tokens: int) -> Kernel:
     return _allowed("inductor", f"CUDA, from {LONG:,} tokens on: compiled once for chunks of any length")
 
 
-def products(device: str, rows: int) -> Kernel:
+def pick_products(device: str, rows: int) -> Kernel:
     """Linear layers of the base and of the cell for one new token in each of `rows` rows."""
-    if decoding(device).name != "graph":
+    if pick_decoding(device).name != "graph":
         return Kernel("torch", "only in a graph are they worth launching")
     if reason := _no_triton(device):
         return Kernel("torch", reason)
@@ -206,8 +206,8 @@ def products(device: str, rows: int) -> Kernel:
     return _allowed("gemv", f"CUDA, up to {FEW_ROWS} rows: each weight is read once, those of one input by one kernel")
 
 
-def launches(device: str) -> Kernel:
-    """How this package's own kernels follow each other."""
+def pick_launches(device: str) -> Kernel:
+    """How kernels of this package follow each other."""
     if reason := _no_triton(device):
         return Kernel("torch", reason)
     if device != "cuda":

@@ -27,7 +27,7 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
 
     Priorities are rounded to 13 bits: equal tokens then tie, whatever the shapes of the products that scored them.
     """
-    if dispatch.contest(priority.device.type).name == "triton":
+    if dispatch.pick_eviction(priority.device.type).name == "triton":
         from ahn.ops.kernels import eviction as triton_eviction
 
         return triton_eviction.rank(priority, positions, real)
@@ -42,7 +42,7 @@ def evict(ranks: Tensor, new: Tensor) -> Outcome:
     """Resolve one step after the other for newcomers of rank `new` [B, M, C] against places of `ranks` [B, M, P]."""
     places, steps = ranks.shape[-1], new.shape[-1]
     resolve, at_once = _resolve, _at_once(ranks)
-    if dispatch.contest(ranks.device.type).name == "triton":
+    if dispatch.pick_eviction(ranks.device.type).name == "triton":
         from ahn.ops.kernels import eviction as triton_eviction
 
         resolve, at_once = triton_eviction.evict, triton_eviction.at_once(ranks)

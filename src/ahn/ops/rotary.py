@@ -57,7 +57,7 @@ class Rotary:
         if self.halves and self._in_one_kernel(q):
             from ahn.ops.kernels import rotary as triton_rotary
 
-            return triton_rotary.turn(q, *angles)
+            return triton_rotary.rotate(q, *angles)
         width = angles[0].shape[-1]
         turning, rest = q[..., :width], q[..., width:]
         turned = self.apply(turning.float(), turning[:, :0].float(), *angles)[0].to(q.dtype)
@@ -74,7 +74,7 @@ class Rotary:
 
     def _in_one_kernel(self, q: Tensor) -> bool:
         gradients = torch.is_grad_enabled() and q.requires_grad
-        return not torch.compiler.is_compiling() and dispatch.rotation(q.device.type, gradients).name == "triton"
+        return not torch.compiler.is_compiling() and dispatch.pick_rotation(q.device.type, gradients).name == "triton"
 
     def _is_simple(self) -> bool:
         """Whether angles are the positions times `inv_freq`, at all lengths."""

@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     """
     batch, heads, queries, size = q.shape
     groups = heads // k.shape[1]
-    kernel = dispatch.attention(q, with_gradients(q, k)).name
+    kernel = dispatch.pick_attention(q, with_gradients(q, k)).name
     fused = kernel != "torch"
     if mask is None and kernel == "cudnn" and (groups == 1 or dispatch.groups_heads()):
         out, norm = _fused(kernel, q, k, v, None, scale, causal)

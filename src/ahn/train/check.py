@@ -39,7 +39,7 @@ def check(
     found = _cell(cell, heads, head_dim, device, dtype, feature_maps)
     if device.type == "cuda":
         found += _attention(heads, head_dim, device, dtype)
-    if gates and dispatch.soft_places(torch.empty(0, head_dim, device=device, dtype=dtype)).name == "triton":
+    if gates and dispatch.pick_soft_slots(torch.empty(0, head_dim, device=device, dtype=dtype)).name == "triton":
         found += _gates(heads, head_dim, device, dtype)
     wrong = [d for d in found if not d.value <= d.allowed]
     if wrong:

@@ -84,7 +84,7 @@ def least_kept(scores: Tensor, places: int, sinks: int, window: int, warmth: flo
     Args:
         scores: [B, M, T].
     """
-    if dispatch.contest(scores.device.type).name == "triton":
+    if dispatch.pick_eviction(scores.device.type).name == "triton":
         from ahn.ops.kernels import soft_retention
 
         return soft_retention.least(scores, BLOCKS, places, sinks, window, warmth, ALWAYS)
@@ -134,7 +134,7 @@ def attend(
     backward.
     """
     kept = logsigmoid((scores[..., None, :] - least[..., None]) / warmth)
-    if dispatch.soft_places(q).name == "triton":
+    if dispatch.pick_soft_slots(q).name == "triton":
         from ahn.ops.kernels import soft_retention
 
         return soft_retention.attend(q, k, v, kept, sinks, window, scale).transpose(1, 2)

@@ -17,7 +17,7 @@ from ahn.ops import dispatch
 
 def options(device: str, apart: bool = False) -> dict[str, Any]:
     """How a kernel with the constant PDL is launched on this device. `apart`: beside others, not behind one."""
-    overlaps = not apart and dispatch.launches(device).name == "pdl"
+    overlaps = not apart and dispatch.pick_launches(device).name == "pdl"
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 
