@@ -156,7 +156,7 @@ def test_rotation(plain, tokens, rows, size, width, dtype):
         assert relative(triton_rotary.rotate(x, *angles), rotary.rotate(x, angles)) < LIMIT[dtype]
         few = torch.rand(width // 2, device=DEVICE)
         by = torch.cat([delta[..., None] * few] * 2, -1)
-        assert relative(triton_rotary.turn_by(x, delta, few), rotary.rotate(x, (by.cos(), by.sin()))) < LIMIT[dtype]
+        assert relative(triton_rotary.rotate_by(x, delta, few), rotary.rotate(x, (by.cos(), by.sin()))) < LIMIT[dtype]
         assert rotary.simple
 
 

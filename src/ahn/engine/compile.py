@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ahn.engine.fuse import Block, Turns, changing
+from ahn.engine.fuse import Block, FusedRotation, changing
 from ahn.engine.patch import patched
 from ahn.engine.probe import is_norm
 from ahn.memory.cell_tier import CellTier
@@ -47,13 +47,13 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
                 forms[kind] = fast(kind.forward)
             undo.enter_context(patched(module, "forward", MethodType(forms[kind], module)))
         family = sys.modules[type(attention).__module__]
-        turn = getattr(family, "apply_rotary_pos_emb", None)
-        if turn is not None and not isinstance(turn, Turns):
-            undo.enter_context(patched(family, "apply_rotary_pos_emb", fast(turn)))
+        rotate = getattr(family, "apply_rotary_pos_emb", None)
+        if rotate is not None and not isinstance(rotate, FusedRotation):
+            undo.enter_context(patched(family, "apply_rotary_pos_emb", fast(rotate)))
         rotaries = (layer.self_attn.ahn.positions.rotary for layer in decoder.layers)
         rotary = next((rotary for rotary in rotaries if rotary is not None), None)  # one serves all layers
         if rotary is not None:
-            undo.enter_context(patched(rotary, "turn", MethodType(fast(type(rotary).plain_turn), rotary)))
+            undo.enter_context(patched(rotary, "rotate", MethodType(fast(type(rotary).plain_rotate), rotary)))
         yield
 
 

@@ -1,9 +1,9 @@
-"""Faster forms of the base's own modules, for as long as a step is captured: nothing here knows a family.
+"""Faster forms of the base's own modules, while a step of a graph is captured. Nothing here knows a family.
 
-`products`: linear layers of few vectors are read by Triton kernels, those of one input by one, and where a layer is of
-the usual form, with the norm before and the sum behind. `turned`: one kernel turns queries and keys. What does not look
-as expected (`ahn.engine.probe`: quantised weights, other names, other activations, hooks) is left as it is, module by
-module. All is undone afterwards.
+`products`: Triton kernels multiply few vectors by the weights of linear layers. Layers that read the same vector share
+one launch; in a decoder layer of the usual form, the norm before and the sum behind are part of it. `fused_rotation`:
+one kernel rotates queries and keys. Modules that do not look as expected (`ahn.engine.probe`: quantised weights, other
+names, other activations, hooks) stay as they are, one by one. All is undone afterwards.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ahn.engine.patch import patched
 from ahn.engine.probe import has_hooks, is_block, is_gated, is_plain, plain_and_alike, rms_norm
 from ahn.memory.calls import calls
 from ahn.ops import dispatch
-from ahn.ops.rotary import turns_halves
+from ahn.ops.rotary import rotates_halves
 
 changing = threading.RLock()
 
 
 @contextmanager
 def products(decoder: Any) -> Iterator[None]:
-    """Within, linear layers multiply few vectors by `ahn.ops.kernels.gemv`: of an attention module all that read the
-    layer's input, those of its memory too, in one launch; of an MLP the first two, with what is between them and the
-    third. Where all that fits, norms and sums are part of it (`Block`)."""
+    """Within, `ahn.ops.kernels.gemv` multiplies few vectors by linear layers. All layers of an attention module and of
+    its memory that read the layer's input share one launch; so do the first two of an MLP, with the activation between
+    them and the third. Where everything fits, norms and sums are part of it (`Block`)."""
     with ExitStack() as undo:
         for layer in decoder.layers:
             attention = layer.self_attn
@@ -61,30 +61,30 @@ def products(decoder: Any) -> Iterator[None]:
 
 
 @contextmanager
-def turned(decoder: Any) -> Iterator[None]:
-    """Within, queries and keys of one token a row are turned by one kernel, and the queries for the sinks with them, if
-    the base turns them half by half."""
+def fused_rotation(decoder: Any) -> Iterator[None]:
+    """Within, one kernel rotates queries and keys of one token a row, and the queries for sinks and store once more, if
+    the base rotates half by half."""
     family = sys.modules[type(decoder.layers[0].self_attn).__module__]
     with changing, ExitStack() as undo:
         plain = getattr(family, "apply_rotary_pos_emb", None)
-        if plain is not None and turns_halves(plain):
-            turns = Turns(plain)
-            undo.enter_context(patched(family, "apply_rotary_pos_emb", turns))
+        if plain is not None and rotates_halves(plain):
+            fused = FusedRotation(plain)
+            undo.enter_context(patched(family, "apply_rotary_pos_emb", fused))
             for layer in decoder.layers:
                 if "forward" not in vars(layer.self_attn):
-                    undo.enter_context(patched(layer.self_attn, "forward", turns.within(layer.self_attn)))
-                    undo.enter_context(patched(layer.self_attn.ahn.positions, "rotate", turns.again))
+                    undo.enter_context(patched(layer.self_attn, "forward", fused.within(layer.self_attn)))
+                    undo.enter_context(patched(layer.self_attn.ahn.positions, "rotate", fused.again))
         yield
 
 
-class Turns(threading.local):
-    """In the place of a base's function that turns queries and keys. That is the function of all models of the family,
-    so each thread has attributes of its own."""
+class FusedRotation(threading.local):
+    """Takes the place of the base's function that rotates queries and keys. All models of the family share that
+    function, so each thread has attributes of its own."""
 
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain
         self.memory: Any = None  # of the layer that is being called
-        self.q: Tensor | None = None  # as turned last
+        self.q: Tensor | None = None  # as rotated last
         self.twice: Tensor
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,9 @@ class Turns(threading.local):
             return self.plain(q, k, cos, sin, *args, **kwargs)
         from ahn.ops.kernels import decode
 
-        self.q, k, self.twice = decode.rotate(q, k, (cos, sin), self.memory.positions.kept_angles(cache.span, q.device))
+        self.q, k, self.twice = decode.rotate(
+            q, k, (cos, sin), self.memory.positions.kept_angles(cache.forward_batch, q.device)
+        )
         return self.q, k
 
     def again(self, rotary: Any, q: Tensor, angles: Any) -> Tensor:
@@ -115,7 +117,7 @@ class Turns(threading.local):
 
 
 class Together:
-    """Linear layers that read the same vectors: the first of them that meets new ones multiplies for all."""
+    """Linear layers that read the same vectors: the first one that is called with new vectors multiplies for all."""
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers  # of one width and dtype
@@ -123,7 +125,7 @@ class Together:
         self.out: Tensor
 
     def of(self, *layers: Any) -> Callable[[Tensor], Tensor]:
-        """What computes the outputs, side by side, of some layers that follow each other."""
+        """A function that returns the outputs, side by side, of some consecutive layers."""
         low = sum(layer.out_features for layer in self.layers[: self.layers.index(layers[0])])
         high = low + sum(layer.out_features for layer in layers)
 
@@ -148,7 +150,7 @@ class Together:
 
 
 class End:
-    """The last product of an attention module, with what is to be added to it, [B, 1, D]."""
+    """The last product of an attention module, and the tensor [B, 1, D] to add to it."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -165,17 +167,17 @@ class End:
 
 
 class Block:
-    """A decoder layer of the usual form: h + attention(norm h), and h + MLP(norm h) of that. Its products normalise
-    what they read, and add to h what they end."""
+    """A decoder layer of the usual form: h + attention(norm h), then h + MLP(norm h). Its products normalise their
+    inputs and add their outputs to h."""
 
     def __init__(self, layer: Any, readers: Together, norms: list[Any]) -> None:
         self.layer, self.readers, self.norms = layer, readers, norms
         self.end = End(layer.self_attn.o_proj)
-        self.ends = False  # whether attention returns what `end` does: the first call shows it
+        self.ends = False  # whether attention returns the output of `end`: the first call shows it
 
     @classmethod
     def of(cls, layer: Any, readers: Together) -> Block | None:
-        """None if the layer is of another form, or its parts are."""
+        """None if the layer or one of its parts has another form."""
         mlp, end = getattr(layer, "mlp", None), layer.self_attn.o_proj
         if mlp is None or not readers.layers or not is_gated(mlp) or not is_block(layer):
             return None
@@ -214,5 +216,5 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
 
 
 def _few(x: Tensor, layer: Any) -> bool:
-    """Whether the kernels are for this input of a linear layer."""
+    """Whether the kernels take this input of a linear layer."""
     return x.dtype == layer.weight.dtype and x.numel() <= dispatch.FEW_ROWS * x.shape[-1]

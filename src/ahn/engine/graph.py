@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ahn.compat import PAST
 from ahn.engine.compile import compiled
-from ahn.engine.fuse import products, turned
+from ahn.engine.fuse import fused_rotation, products
 from ahn.memory.batch import FOREVER, ForwardBatch
 from ahn.memory.buffer import LayerMemory
 from ahn.memory.cache import AHNCache
@@ -120,16 +120,16 @@ class Graph:
         rotary positions [B or 1, 1], or None where they count the tokens seen. `periodic`: with the periodic work of
         these positions, for which `prepare` was called."""
         self._lend(cache)
-        start = cache.span.start.tolist()
+        start = cache.forward_batch.start.tolist()
         if start != self._next:
-            self.start.copy_(cache.span.start)
+            self.start.copy_(cache.forward_batch.start)
         self._next = [position + 1 for position in start]
         self.ids.copy_(ids)
         if position_ids is None:
             self.position_ids.fill_(cache.tokens_seen)
         else:
             self.position_ids.copy_(position_ids)
-        cache.span.written = True
+        cache.forward_batch.written = True
         if periodic not in self._captured:
             return self._run(self._shell(cache, self.layers), periodic)
         graph, hidden = self._captured[periodic]
@@ -152,7 +152,7 @@ class Graph:
         return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]
 
     def _run(self, cache: AHNCache, periodic: bool) -> Tensor:
-        cache._span = step = DecodeBatch(self.start, periodic, self._side)
+        cache._forward_batch = step = DecodeBatch(self.start, periodic, self._side)
         out = type(self.decoder).forward(
             self.decoder, input_ids=self.ids, position_ids=self.position_ids, use_cache=True, **{PAST: cache}
         )
@@ -183,7 +183,7 @@ class Graph:
             if dispatch.pick_products(device, len(self.ids)).name == "gemv":
                 faster.enter_context(products(self.decoder))
             if dispatch.pick_one_token(device).name == "triton":
-                faster.enter_context(turned(self.decoder))
+                faster.enter_context(fused_rotation(self.decoder))
             if dispatch.pick_between(device).name == "inductor":
                 faster.enter_context(compiled(self.decoder))
             self._record([scratch[_form(layer)] for layer in self.layers], cache, periodic)
@@ -254,9 +254,9 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
     """The graph for this call, made now if there is none of its shape, and whether the step has periodic work; None if
     the call needs more than one graph."""
     cache, ids = kwargs.get(PAST), kwargs.get("input_ids")
-    if ids is None or not isinstance(cache, AHNCache) or cache._span is None:
+    if ids is None or not isinstance(cache, AHNCache) or cache._forward_batch is None:
         return None
-    span = cache.span
+    span = cache.forward_batch
     if span.length != 1 or span.padded or not cache.tokens_seen:
         return None
     if not _steps(handle, span):

@@ -97,13 +97,13 @@ def _own_config(model: PreTrainedModel) -> None:
 def _rotary(decoder: Any, attention: Any, config: AHNConfig) -> Rotary | None:
     """The base's rotation where it is or may come to be needed: `set_window` may give sinks to a model without any.
     Raises ConfigError if it is needed now and cannot be composed."""
-    turns = config.memory_positions == "none"
-    if not turns and config.sink_positions != "clipped":
+    unrotates = config.memory_positions == "none"
+    if not unrotates and config.sink_positions != "clipped":
         return None
     try:
         return Rotary(decoder, attention)
     except ConfigError:
-        if turns or config.sinks or config.store:
+        if unrotates or config.sinks or config.store:
             raise
         return None
 

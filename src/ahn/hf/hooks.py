@@ -101,9 +101,9 @@ def attention_function(
         raise UnsupportedOperationError("output_attentions: weights over a compressed memory do not exist")
     scale = module.head_dim**-0.5 if scaling is None else scaling
     if isinstance(cache, AHNCache):
-        cache.span.written = True
+        cache.forward_batch.written = True
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            new = LayerBatch(cache.span, query, key, value, x, scale)
+            new = LayerBatch(cache.forward_batch, query, key, value, x, scale)
             out = layer(new, cache.layers[module.layer_idx])
         if torch.is_grad_enabled() and layer.cell is not None and layer.cell.o_proj.weight.requires_grad:
             out = _NoGradient.apply(layer.cell.o_proj.weight, out)
@@ -172,7 +172,7 @@ def call_decoder(handle: Handle, *args: Any, **kwargs: Any) -> Any:
             return graph.forward(handle, **_opened(kwargs, handle, None))
     with deferred(), cache.in_use(again=True), handle.turn(device):
         out = graph.forward(handle, **_opened(kwargs, handle, cache))
-        cache.close_span()
+        cache.close_batch()
         return out
 
 
@@ -195,7 +195,7 @@ def _opened(kwargs: dict[str, Any], handle: Handle, cache: AHNCache | None) -> d
         cache.check_weights()
     elif length > 1:
         check_memory(handle.layers)
-    span = cache.open_span(batch, length, mask, ids) if cache is not None else None
+    span = cache.open_batch(batch, length, mask, ids) if cache is not None else None
     skips = mask is not None or (cache is not None and cache.skips_padding)
     if skips and kwargs.get("position_ids") is None:
         real = torch.ones(batch, length, device=tokens.device) if mask is None else mask[:, -length:]

@@ -89,8 +89,8 @@ class AHNCache(Cache):
         self._use = _Use()
         self._seen = [0]  # real tokens by row: one number while all rows are alike
         self._batch: int | None = None
-        self._span: ForwardBatch | None = None
-        self._coming: tuple[int, Tensor | None] = 0, None  # rows and ids of the span
+        self._forward_batch: ForwardBatch | None = None
+        self._coming: tuple[int, Tensor | None] = 0, None  # rows and ids of the forward batch
         self.transcript = Transcript() if self.config.store else None
         self.archive = new_archive(model, archive)
         self._observe()
@@ -125,7 +125,7 @@ class AHNCache(Cache):
         """
         with self._at_rest():
             twin = self.shell()
-            twin._use, twin._span = _Use(), None
+            twin._use, twin._forward_batch = _Use(), None
             twin.layers = []
             for layer in self.layers:
                 layer_twin = copy.copy(layer)
@@ -283,39 +283,39 @@ class AHNCache(Cache):
         if self._use.calls != calls:
             raise UnsupportedOperationError(_IN_USE)
 
-    # One forward call: the augmented decoder opens it, every layer reads its span, the decoder closes it.
-    def open_span(self, batch: int, length: int, mask: Tensor | None, ids: Tensor | None = None) -> ForwardBatch:
+    # One forward call: the augmented decoder opens it, every layer reads its batch, the decoder closes it.
+    def open_batch(self, batch: int, length: int, mask: Tensor | None, ids: Tensor | None = None) -> ForwardBatch:
         self._check_whole()
         if self._batch not in (None, batch):
             if self._batch != 1:
                 raise ConfigError(f"batch of {batch} on a cache of {self._batch} rows: expected {self._batch}")
             self.batch_repeat_interleave(batch)  # one memory, several continuations of it
         real = None if mask is None else mask[:, -length:].bool().cpu()
-        self._span, self._coming = ForwardBatch.of(self._seen, length, real), (batch, ids)
-        return self._span
+        self._forward_batch, self._coming = ForwardBatch.of(self._seen, length, real), (batch, ids)
+        return self._forward_batch
 
     def _check_whole(self) -> None:
-        if self._span is not None and self._span.written:
+        if self._forward_batch is not None and self._forward_batch.written:
             raise AHNError("this cache was left half-written by a call that failed: go on from a fork or a saved file")
 
-    def close_span(self) -> None:
-        span, (self._batch, ids) = self._span, self._coming
-        assert span is not None
+    def close_batch(self) -> None:
+        batch, (self._batch, ids) = self._forward_batch, self._coming
+        assert batch is not None
         if self.archive is not None:
             if self._batch != 1 or ids is None:
                 raise UnsupportedOperationError(
                     f"an archive of {self._batch} rows{'' if ids is not None else ' of embeddings'}: expected the ids "
                     "of one sequence; AHNCache(model) has no archive"
                 )
-            self.archive.add(span.compact(ids, 1)[0, : span.counts[0]])
+            self.archive.add(batch.compact(ids, 1)[0, : batch.counts[0]])
         if self.transcript is not None and ids is not None:
-            self.transcript.add(span.start.tolist(), span.counts, span.compact(ids, 1))
-        seen = span.after()
+            self.transcript.add(batch.start.tolist(), batch.counts, batch.compact(ids, 1))
+        seen = batch.after()
         self._seen = seen[:1] if len(set(seen)) == 1 else seen
         if self._sample is None:
             self._sample = weights.sample(self._model)  # behind the first launches: a GPU computes meanwhile
-        self.tokens_seen += span.length
-        self._span, self._coming, self.last_logits = None, (0, None), None
+        self.tokens_seen += batch.length
+        self._forward_batch, self._coming, self.last_logits = None, (0, None), None
         if self.transcript is not None and self.transcript.is_due:
             self.settle_transcript()
 
@@ -326,9 +326,9 @@ class AHNCache(Cache):
         self.transcript.settle(kept, self.config.sinks, self.config.window)
 
     @property
-    def span(self) -> ForwardBatch:
-        assert self._span is not None
-        return self._span
+    def forward_batch(self) -> ForwardBatch:
+        assert self._forward_batch is not None
+        return self._forward_batch
 
     # What transformers asks of a cache.
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -339,7 +339,7 @@ class AHNCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._span is None:
+        if self._forward_batch is None:
             raise ConfigError(_NO_MODEL)
         return key_states, value_states
 
@@ -375,7 +375,7 @@ class AHNCache(Cache):
         self.transcript = None if self.transcript is None else Transcript()
         self.archive = None if self.archive is None else self.archive.emptied()
         self._observe()
-        self.tokens_seen, self._seen, self._batch, self._span, self.last_logits = 0, [0], None, None, None
+        self.tokens_seen, self._seen, self._batch, self._forward_batch, self.last_logits = 0, [0], None, None, None
         self.texts = []
 
     def activate_past_recording(self) -> None:

@@ -277,12 +277,12 @@ class AHNLayer(nn.Module):
     def without_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys [B, M, T, H] of tokens at `positions` [R, T], as they were before their rotation."""
         rotary = self.positions.rotary
-        return x if rotary is None else rotary.turn_by(x, -positions)
+        return x if rotary is None else rotary.rotate_by(x, -positions)
 
     def at_distance(self, q: Tensor, distance: int) -> Tensor:
         """Queries [B, N, T, H] without positions as they see keys without positions that many tokens before them."""
         rotary = self.positions.rotary
-        return q if rotary is None else rotary.turn_by(q, torch.full((1, 1), distance, device=q.device))
+        return q if rotary is None else rotary.rotate_by(q, torch.full((1, 1), distance, device=q.device))
 
 
 def _cell(attention: Any, config: AHNConfig) -> Cell:

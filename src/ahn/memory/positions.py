@@ -118,14 +118,14 @@ class Positions:
         """Keys [B, M, E, H] evicted from the window at `positions` [R, E], as they are stored."""
         if (rotary := self.moves_stored) is None or not k.shape[2]:
             return k
-        return rotary.turn_by(k, batch.memo(("stored", k.device), lambda: self.sizes.sinks - positions))
+        return rotary.rotate_by(k, batch.memo(("stored", k.device), lambda: self.sizes.sinks - positions))
 
     def from_store(self, k: Tensor, ranks: Tensor) -> Tensor:
         """Stored keys [B, M, E, H] of tokens with these ranks [B, M, E], as the cell is given them."""
         if (rotary := self.moves_stored) is None:
             return self.unrotated(k, position_of(ranks))
         if self.unrotates:
-            return rotary.turn_by(k, torch.full((1, 1), -self.sizes.sinks, device=k.device))
+            return rotary.rotate_by(k, torch.full((1, 1), -self.sizes.sinks, device=k.device))
         return _rotated(rotary, k, position_of(ranks) - self.sizes.sinks)
 
     def unrotated(self, k: Tensor, positions: Tensor) -> Tensor:
@@ -135,5 +135,5 @@ class Positions:
 
 def _rotated(rotary: Rotary, k: Tensor, delta: Tensor) -> Tensor:
     """Keys [B, M, E, H], each rotated by its own `delta` [B, M, E]."""
-    rotated = rotary.turn_by(k.flatten(0, 1)[:, None], delta.flatten(0, 1))
+    rotated = rotary.rotate_by(k.flatten(0, 1)[:, None], delta.flatten(0, 1))
     return rotated[:, 0].unflatten(0, k.shape[:2])

@@ -172,15 +172,15 @@ class StoreTier(KeptTier):
 
         rotary, unrotates, moves = self.positions.rotary, self.positions.unrotates, self.positions.moves_stored
         out = int(not unrotates) if moves is not None else -int(unrotates)
-        turns = rotary is not None and (moves is not None or unrotates)
-        frequencies = rotary.frequencies if turns and rotary is not None else None
-        if turns and frequencies is None:
+        rotates = rotary is not None and (moves is not None or unrotates)
+        frequencies = rotary.frequencies if rotates and rotary is not None else None
+        if rotates and frequencies is None:
             tokens = self._into_store(pushed[0], batch), *pushed[1:]
             (k, *rest), ranks = decode.displace(memory, batch.start, self.span, None, *tokens)
             return self.positions.from_store(k, ranks), *rest
         enters = moves is not None
-        turn = specs.Turn(frequencies, enters, out, -int(enters))
-        return decode.displace(memory, batch.start, self.span, turn, *pushed)[0]
+        rotation = specs.StoredRotation(frequencies, enters, out, -int(enters))
+        return decode.displace(memory, batch.start, self.span, rotation, *pushed)[0]
 
     # A whole sequence.
     def sequence(

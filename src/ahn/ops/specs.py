@@ -37,13 +37,13 @@ class Gate(NamedTuple):
     epsilon: float  # on the mean square of x
 
 
-class Turn(NamedTuple):
-    """How keys are turned where they enter a store, and where they leave it: the halves of the first of their
+class StoredRotation(NamedTuple):
+    """How keys are rotated where they enter a store and where they leave it: the halves of the first of their
     dimensions into each other, by a number of positions times `frequencies`."""
 
-    frequencies: Tensor | None  # [half of what is turned], None: nothing is
+    frequencies: Tensor | None  # [half of the rotated dimensions], None: keys are not rotated
     enters: bool  # to position S, from their own
-    by_position: int  # times its own position a key is turned when it leaves ...
+    by_position: int  # a key that leaves is rotated by this times its own position ...
     by_sinks: int  # ... and times S
 
 

@@ -3,11 +3,11 @@
 Letters: B batch, N query heads, M key/value heads, G = N / M, H head size, K features of a key, C slots, S sinks,
 P parts; R rows of positions: 1 where all of the batch are at the same position, else B.
 
-Each function does what plain torch does elsewhere and is tested against it: `turn` is the base's rotation and
-`Rotary.turn` after it, `attend` is `ahn.ops.banded.attend_one`, `exchange` is `LayerMemory.exchange`, `displace` is
-`ahn.ops.eviction.rank` and `StoringMemory.swap` between the turns of keys into the store and out of it, `put_score` is
-`ahn.stores.learned` and `StoringMemory.put_score`, `recur` is `Cell.step` after `Cell.ready`, `add_read` is
-`Cell.combine` without room. A step moves few bytes and many of them, so the work is cut until it fills the device:
+Each function does what plain torch does elsewhere and is tested against it: `rotate` is the base's rotation and
+`Rotary.rotate` after it, `attend` is `ahn.ops.banded.attend_one`, `exchange` is `LayerMemory.exchange`, `displace` is
+`ahn.ops.eviction.rank` and `StoringMemory.swap` between the rotations of keys into the store and out of it,
+`put_score` is `ahn.stores.learned` and `StoringMemory.put_score`, `recur` is `Cell.step` after `Cell.ready`,
+`add_read` is `Cell.combine` without room. A step moves few bytes and many of them, so the work is cut until it fills the device:
 attention into parts of the slots, the state into columns (values do not mix), the projection into columns of its
 output.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ahn.ops.kernels.launch import options, release, wait
 from ahn.ops.ranks import NOBODY
-from ahn.ops.specs import Form, Gate, Parts, Turn
+from ahn.ops.specs import Form, Gate, Parts, StoredRotation
 
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
 BLOCK, WARPS, STAGES = 64, 4, 3  # of attention: slots at a time, their loads under way
@@ -79,11 +79,11 @@ def _at_once(parts: Parts) -> int:
     return min(PARTS, max(16, triton.next_power_of_2(parts.norms.shape[2])))
 
 
-def turn(
+def rotate(
     q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], further: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, N, 1, H] and k [B, M, 1, H], the halves of H turned into each other by `angles`, cos and sin
-    [1 or B, 1, H]; and these queries turned once more by `further`, [1 or B, 1, H] float32, or not: the same tensor."""
+    """q [B, N, 1, H] and k [B, M, 1, H], the halves of H rotated into each other by `angles`, cos and sin
+    [1 or B, 1, H]; and these queries rotated once more by `further`, [1 or B, 1, H] float32, or the same tensor."""
     batch, heads, _, size = q.shape
     kv_heads = k.shape[1]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
@@ -121,13 +121,19 @@ def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | 
 
 
 def displace(
-    memory: Any, start: Tensor, span: int, turn: Turn | None, k: Tensor, v: Tensor, inputs: Tensor | None = None
+    memory: Any,
+    start: Tensor,
+    span: int,
+    rotation: StoredRotation | None,
+    k: Tensor,
+    v: Tensor,
+    inputs: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Put what tokens at positions `start` [R] on the device push out of the window into the places of a
     `StoringMemory`, or not: returns what each head loses, and its ranks [B, M, 1].
 
     Args:
-        span: tokens of one. turn: of the keys. k, v: [B, M, 1, H] of what is pushed out; inputs: [B, 1, gates * N].
+        span: tokens of one. rotation: of the keys. k, v: [B, M, 1, H] of what is pushed out; inputs: [B, 1, gates * N].
     """
     batch, kv_heads, _, size = k.shape
     k, v, new = k.contiguous(), v.contiguous(), None if inputs is None else inputs.contiguous()
@@ -136,17 +142,17 @@ def displace(
     group = 1 if new is None else memory.state.shape[1] // kv_heads
     gates = 1 if new is None else new.shape[-1] // (group * kv_heads)
     places = memory.ranks.shape[2]
-    turn = turn or Turn(None, False, 0, 0)
-    half = 0 if turn.frequencies is None else len(turn.frequencies)
+    rotation = rotation or StoredRotation(None, False, 0, 0)
+    half = 0 if rotation.frequencies is None else len(rotation.frequencies)
     block = min(PLACES, triton.next_power_of_2(places))
     _displace[(batch, kv_heads)](
         memory.keys, memory.values, memory.inputs, memory.ranks, memory.scores, k, v, new,
-        lost_k, lost_v, lost, ranks, start, turn.frequencies,
+        lost_k, lost_v, lost, ranks, start, rotation.frequencies,
         memory.sinks, memory.window, memory.keys.shape[2], places, memory.scores.shape[2], span,
         HEADS=kv_heads, SIZE=size, WIDTH=triton.next_power_of_2(size), GATES=gates, GROUP=group,
         GATE_WIDTH=triton.next_power_of_2(gates * group), GATED=new is not None, BY_ROW=len(start) > 1,
         BLOCK=block, num_warps=max(4, block // 256), NOBODY=NOBODY, HIGHEST=-1 - NOBODY, HALF=half,
-        ENTERS=turn.enters, BY_POSITION=turn.by_position, BY_SINKS=turn.by_sinks, **options(k.device.type),
+        ENTERS=rotation.enters, BY_POSITION=rotation.by_position, BY_SINKS=rotation.by_sinks, **options(k.device.type),
     )  # fmt: skip
     return (lost_k, lost_v, *(() if lost is None else (lost,))), ranks
 

@@ -13,8 +13,8 @@ from torch import Tensor
 BLOCK = 32  # tokens of one program
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The halves of the first R dimensions of x [B, N, T, H] turned into each other, computed in float32.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The halves of the first R dimensions of x [B, N, T, H] rotated into each other, computed in float32.
 
     Args:
         cos, sin: [1 or B, T or 1, R].
@@ -23,8 +23,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _launch(x, cos, sin, cos.shape[-1] // 2, by=False)
 
 
-def turn_by(x: Tensor, delta: Tensor, frequencies: Tensor) -> Tensor:
-    """The same by `delta` positions [1 or B, T or 1], each of which turns a pair by its frequency, [R / 2] float32."""
+def rotate_by(x: Tensor, delta: Tensor, frequencies: Tensor) -> Tensor:
+    """The same by `delta` positions [1 or B, T or 1], each of which rotates a pair by its frequency [R / 2] float32."""
     return _launch(x, delta, frequencies[None], len(frequencies), by=True)
 
 
