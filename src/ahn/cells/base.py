@@ -1,4 +1,4 @@
-"""What a recurrent memory cell is.
+"""The interface of a recurrent memory cell.
 
 Letters: B batch, T tokens, D hidden size, N query heads, H head size, G gates of the cell.
 Heads come before tokens (BNTH), as the base model's attention has them.

@@ -1,1 +1,1 @@
-"""Running an augmented model: reading, decoding by a graph, generating, and faster forms of the base's modules."""
+"""Runs an augmented model: prefill, decoding by a CUDA graph, generation, and faster forms of the base's modules."""

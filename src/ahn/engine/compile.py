@@ -1,7 +1,7 @@
-"""Work between the matrix products of the base, compiled: elementwise operations, norms, rotations.
+"""Compiled forms of the work between the matrix products of the base: elementwise operations, norms, rotations.
 
-`compiled`: while a step is captured. `compiled_for_reading`: while a chunk is read; it compiles that of the memory too,
-once for chunks of any length. All is undone afterwards.
+`compiled` serves while a step of a graph is captured, `compiled_for_reading` while a chunk is read: it compiles the
+memory's steps too, once for chunks of any length. All is undone afterwards.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ahn.memory.cell_tier import CellTier
 from ahn.ops import dispatch
 from ahn.ops.softmax import merge_all
 
-MANY = 512  # tokens of a chunk from which on what is compiled for reading is used
+MANY = 512  # from a chunk of so many tokens on, forms compiled for reading are used
 
 
 @contextmanager
 def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
     """Within, norms, MLPs and rotations of the base are compiled, each class once: their dozens of elementwise
-    operations take longer to start than to run. Not for the last norm alone, which takes longer to compile."""
+    operations take longer to launch than to run. The last norm alone would take longer to compile than it saves."""
     from torch._dynamo import config
 
     fast = of_any_length if any_length else of_one_length
@@ -59,9 +59,8 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
 
 @contextmanager
 def compiled_for_reading(decoder: Any) -> Iterator[None]:
-    """Within, a chunk is read by what is compiled: base as by `compiled`, and what the memory does around attention and
-    recurrence. Where something cannot be compiled it is left. One chunk at a time: if another is being read so, this
-    one is not."""
+    """Within, a chunk is read by compiled forms: those of `compiled`, and the memory's steps around attention and
+    recurrence. Steps that cannot be compiled stay plain. One chunk at a time is read so; others are read plainly."""
     if not changing.acquire(blocking=False):
         yield
         return
@@ -88,7 +87,7 @@ def _compile_form(undo: ExitStack, tier: CellTier, name: str) -> None:
 
 
 def of_one_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled when it is first called: to ask for it imports the compiler, which takes 4 s."""
+    """`function`, compiled when it is first called: importing the compiler takes 4 s."""
     compile_once = cache(lambda: torch.compile(function, dynamic=False))
 
     @wraps(function)
@@ -100,8 +99,8 @@ def of_one_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of tensors [B, T, D] or [B, N, T, H], compiled once for all T; as it is for few tokens. Not of an
-    instance: what it returns is kept, for torch.compile itself takes longer than a chunk may."""
+    """`function` of tensors [B, T, D] or [B, N, T, H], compiled once for all T; plain for few tokens. The result is
+    kept, because torch.compile itself takes longer than a chunk may; so pass no method of an instance."""
     from torch._dynamo import maybe_mark_dynamic
 
     fast = torch.compile(function)
@@ -124,7 +123,7 @@ def of_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _called(layer: Any) -> list[Any]:
-    """Norms and MLP of a decoder layer of the base, if not a `Block` does what they do."""
+    """Norms and MLP of a decoder layer of the base, without those whose work a `Block` does."""
     in_block = isinstance(getattr(vars(layer).get("forward"), "__self__", None), Block)
     rest = {*(layer.self_attn if in_block else layer).modules()} - {*layer.self_attn.ahn.modules()}
     norms = [module for module in rest if is_norm(module)]

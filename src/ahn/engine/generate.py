@@ -1,4 +1,4 @@
-"""Generating after what a cache has seen, with the options of transformers' own `generate`."""
+"""Generation after the tokens that a cache has seen, with the options of transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-FEW = 32  # new tokens that take longer at once, for which Python launches each kernel, than one by one by a graph
-FEW_AT_FIRST = 512  # the same in all questions together, before flash-linear-attention, which takes 5 s, is imported
-PLAIN = {  # options with which `generate` uses its own loop
+FEW = 32  # up to this length, replaying the graph per token beats one eager prefill
+FEW_AT_FIRST = 512  # the same over all questions, while flash-linear-attention is not loaded: its import takes 5 s
+PLAIN = {  # options that `generate`'s own loop knows
     "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "no_repeat_ngram_size", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "streamer", "logits_processor",
     "stopping_criteria",
@@ -46,11 +46,11 @@ def generate(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """`model.generate` on new tokens only, going on from what `cache` has seen; `cache` is changed in place.
+    """`model.generate` on new tokens only, after the tokens that `cache` has seen; `cache` is changed in place.
 
-    Greedy decoding and sampling go through a loop of this package, which gives the same tokens with less Python between
-    two of them; with any option that it does not know transformers' own is used. Beam search tries its beams on copies,
-    then `cache` reads what was found.
+    Greedy decoding and sampling use a loop of this package, which gives the same tokens with less Python between two of
+    them; any option that it does not know leads to transformers' own. Beam search tries its beams on copies, then
+    `cache` reads the result.
 
     Args:
         ids: the new token ids [T] or [B, T]; or all that a tokenizer returns.
@@ -98,7 +98,7 @@ def _new(model: Any, ids: Tensor, cache: AHNCache, seen: Tensor, options: dict[s
 
 
 def _by_beams(model: Any, ids: Tensor, cache: AHNCache, seen: Tensor, options: dict[str, Any]) -> Tensor:
-    """Beams are rows, of which the found ones need not be left at the end: `cache` reads these again."""
+    """Beams are rows, and the best one need not be a row at the end: `cache` reads it again."""
     new = _new(model, ids, cache.fork(), seen, options)
     copies = len(new) // len(ids)
     read_ids = torch.cat([ids.repeat_interleave(copies, 0), new[:, :-1]], 1)

@@ -4,7 +4,7 @@ Letters: B batch, T tokens, D hidden size; R rows of positions: 1 where all of t
 else B.
 
 A step of a 36-layer model is a thousand small kernels, which Python cannot launch as fast as a GPU runs them. Captured
-in a graph they need one launch, but then nothing may depend on what the host knows: a `DecodeBatch` is one whose
+in a graph they need one launch, but then nothing may depend on the host: a `DecodeBatch` is one whose
 positions are a tensor on the device, and the layers do the same with it as with any other (`AHNLayer._one`); rows that
 evict nothing have gates of zero. Work that few positions ask for (`AHNLayer.is_periodic`) is in a second graph of the
 same step; the host, which counts, picks one of the two.
@@ -42,7 +42,7 @@ from ahn.ops import dispatch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROOM = 4096  # slots there are at least: a buffer that grows is another buffer, and needs another graph
+ROOM = 4096  # slots of a buffer, at least: one that grows is another buffer and needs another graph
 
 logger = logging.getLogger("ahn")
 _capturing = threading.RLock()  # of any model: garbage is not collected then
@@ -143,8 +143,8 @@ class Graph:
             self._next = None  # the warm-up has counted too
 
     def fits(self, cache: AHNCache, rows: int) -> bool:
-        """Whether it is for caches of this shape, with rows at `rows` positions, the weights lie where they lay, and
-        adapters of peft are as they were."""
+        """Whether the graph fits caches of this shape, with rows at `rows` positions; weights must be at the same
+        addresses, and adapters of peft unchanged."""
         if self.switches is not self.handle.switches:
             return False
         if rows != len(self.start) or self.weights != _addresses(self.decoder):
@@ -161,7 +161,7 @@ class Graph:
         return out.last_hidden_state
 
     def _shell(self, cache: AHNCache, layers: list[LayerMemory]) -> AHNCache:
-        """A cache to run with: what is done to its counters does not matter."""
+        """A cache to run with, whose counters do not matter."""
         shell = cache.shell()
         shell.layers = layers
         return shell
@@ -171,7 +171,7 @@ class Graph:
             self._capture_alone(cache, periodic)
 
     def _capture_alone(self, cache: AHNCache, periodic: bool) -> None:
-        # Warmed up on buffers of its own, for a step cannot be taken back; all layers share them.
+        # A step cannot be taken back, so the warm-up has buffers of its own, which all layers share.
         scratch: dict[str, LayerMemory] = {}
         for layer in self.layers:
             if _form(layer) not in scratch:
@@ -222,8 +222,8 @@ class Graph:
 
 
 def forward(handle: Handle, **kwargs: Any) -> Any:
-    """What an augmented model's decoder computes: one token a row by replaying a graph where it can, else what
-    its class does."""
+    """The forward call of an augmented model's decoder: replays a graph for one token a row where it can, else runs
+    the decoder itself."""
     if not torch.compiler.is_compiling() and (found := _graph(handle, kwargs)):
         (graph, periodic), cache = found, kwargs[PAST]
         with dispatch.on(graph.start.device):
@@ -281,7 +281,7 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
             handle.graph = Graph(handle, cache, len(span.start))
         with dispatch.on(handle.graph.start.device):
             handle.graph.prepare(cache, periodic)
-    except (RuntimeError, AssertionError) as error:  # what this base does cannot be captured or compiled
+    except (RuntimeError, AssertionError) as error:  # this base cannot be captured or compiled
         handle.graph, handle.no_graph = None, str(error).splitlines()[0]
         logger.warning("decoding without a CUDA graph: %s", handle.no_graph)
         return None
@@ -290,7 +290,7 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
 
 @contextmanager
 def _nothing_freed() -> Iterator[None]:
-    """Within, Python collects no garbage: the graph of a model that is gone may be in it, and to free that ends the
+    """Within, Python collects no garbage: it may hold the graph of a deleted model, and freeing a graph ends the
     capture of another."""
     collects = gc.isenabled()
     gc.disable()
@@ -312,13 +312,13 @@ def _one_of_a_kind(handle: Handle) -> list[AHNLayer]:
 
 
 def _obstacle(model: PreTrainedModel) -> str:
-    """Why this model cannot be one graph, or nothing."""
+    """The reason why this model cannot be one graph, or nothing."""
     devices = {parameter.device for parameter in model.parameters()}
     return "the weights are on several devices" if len(devices) > 1 else ""
 
 
 def _addresses(decoder: Any) -> list[int]:
-    """Where weights are: of a sample, for it is looked at with every token."""
+    """Addresses of a sample of the weights, checked with every token."""
     return [weight.data_ptr() for weight in decoder.layers[-1].self_attn.parameters()]
 
 

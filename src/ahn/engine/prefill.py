@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-CHUNK = 512  # tokens read at once: large enough for efficient products, small enough that activations do not count
-GPU_CHUNK = 8192  # tokens of all rows, at least: a GPU takes longer for them than Python for its part
-GPU_NUMBERS = 1 << 25  # in what passes between two layers: with few numbers a token, more tokens
+CHUNK = 512  # tokens read at once: enough for efficient products, few enough that activations need little memory
+GPU_CHUNK = 8192  # tokens of all rows, at least: they keep a GPU busy for longer than Python needs to launch them
+GPU_NUMBERS = 1 << 25  # of a chunk's hidden states: a small hidden size allows more tokens
 Progress = Callable[[int, int | None], None]
 
 
@@ -150,7 +150,7 @@ def read_chunks(
     past = 0 if mask is None else mask.shape[1] - total
     hidden: Tensor | None = None
     compiles = dispatch.pick_between_many(ids.device.type, known or total).name == "inductor"
-    worth = max(2, min(chunk, dispatch.PLANNED))  # a shorter rest is attended otherwise: all would be compiled again
+    worth = max(2, min(chunk, dispatch.PLANNED))  # a shorter rest uses other kernels, and all would be compiled again
     with finish_before_interrupt() as interrupted:
         low = 0
         for high in chunk_ends(total, first or chunk, chunk):
@@ -209,10 +209,10 @@ def past_mask(cache: AHNCache, batch: int) -> Tensor:
 
 
 def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
-    """How many tokens to read at once after `seen` ones, at first and from then on.
+    """Sizes of the first chunk after `seen` tokens, and of all others.
 
-    On CUDA a wide window is a whole number of chunks, which begin where it does: so few shapes of attention occur, for
-    each of which cuDNN makes a plan. For a narrow one, or a store, attention is our own, for any shape.
+    On CUDA a wide window is a whole number of chunks and begins with one, so that attention has few shapes: cuDNN plans
+    for each. Attention over a narrow window or with a store uses our own kernel, which takes any shape.
     """
     if model.device.type != "cuda":
         return CHUNK, CHUNK
@@ -227,8 +227,8 @@ def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
 
 
 def chunk_ends(total: int, first: int, chunk: int) -> list[int]:
-    """Where chunks of `total` tokens end: the first, all others, and one of less than an eighth is part of the one
-    before it, for it would take as long as Python needs for any."""
+    """Ends of the chunks of `total` tokens. A last chunk of less than an eighth is joined to the one before it, because
+    Python would need as long for it as for any other."""
     ends = [*range(first, total, chunk), total]
     if len(ends) > 1 and total - ends[-2] < chunk // 8:
         del ends[-2]

@@ -1,1 +1,1 @@
-"""What is done to a transformers model so that it has memories, and how it is undone."""
+"""Gives a transformers model memories, and undoes it."""

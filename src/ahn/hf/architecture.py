@@ -1,4 +1,4 @@
-"""Which models can have memories, and which memories fit them."""
+"""Checks that a model can have memories, and that a memory fits it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST = "n_positions", 2**31 - 1  # a setting that says how long inputs may be
 
 
 def set_unlimited(model: PreTrainedModel, unlimited: bool) -> None:
-    """Let the config say that inputs may have any length, or nothing of it, as that of the base."""
+    """Let the config say that inputs may have any length, or undo that."""
     config, (name, value) = model.config.get_text_config(), LONGEST
     if unlimited and not hasattr(config, name):
         setattr(config, name, value)

@@ -1,6 +1,6 @@
 """Puts memories on a transformers model, and takes them off again without a trace.
 
-How a layer is reached, without code for any model family:
+A layer is reached without code for any model family:
 - a hook before each attention module keeps its input x and its cache, which the attention function is not given;
 - the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
   what goes into o_proj: attention over sinks and window, plus the read from the memory;

@@ -2,8 +2,8 @@
 
 Letters: B batch, T tokens, D hidden size, N query heads, M key/value heads, H head size.
 
-Threads: what belongs to one call is in its cache or in the thread (`ahn.memory.calls`), never on the model. Where a
-graph is captured, modules are changed and buffers lent to one cache at a time, so there one call runs after the other.
+Threads: the state of one call is in its cache or in the thread (`ahn.memory.calls`), never on the model. Capturing a
+graph changes modules and lends buffers to one cache at a time, so there one call runs after the other.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def full_attention(
 
 
 def _full(layer: AHNLayer) -> Full | None:
-    """What this thread has put in the place of `layer`. The backward pass computes checkpointed layers again, in
-    threads of its own."""
+    """The functions that this thread has put in the place of `layer`. The backward pass recomputes checkpointed layers
+    in threads of its own."""
     if not layer.full:
         return None
     found = layer.full.get(threading.get_ident())
@@ -146,7 +146,7 @@ def mask_function(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function transformers calls: only which tokens are padding, [B, K]; the rest follows from positions."""
+    """The mask function transformers calls. Keeps only the padding, [B, K]; the rest follows from positions."""
     compiling = torch.compiler.is_compiling()  # then transformers cannot look at positions, and always says "packed"
     if not compiling and (use_vmap or not allow_is_causal_skip):
         raise UnsupportedOperationError("packed sequences or custom masks: expected causal attention, one text a row")
@@ -177,7 +177,7 @@ def call_decoder(handle: Handle, *args: Any, **kwargs: Any) -> Any:
 
 
 def _opened(kwargs: dict[str, Any], handle: Handle, cache: AHNCache | None) -> dict[str, Any]:
-    """The arguments of the decoder's class; the cache knows what is coming."""
+    """The arguments of the decoder's class, after the cache has opened a forward batch for them."""
     mask = kwargs.get("attention_mask")
     if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
         raise UnsupportedOperationError("attention_mask: expected [batch, tokens], 1 for text and 0 for padding")

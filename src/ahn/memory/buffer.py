@@ -22,7 +22,7 @@ from ahn.ops import dispatch
 
 
 class LayerMemory(CacheLayerMixin):
-    """What one layer remembers: sinks and window in `keys`, `values` [B, M, S + W, H] and `inputs` [B, S + W, G * N],
+    """The memory of one layer: sinks and window in `keys`, `values` [B, M, S + W, H] and `inputs` [B, S + W, G * N],
     and the compressed rest in `state` [B, N, K, H] (`ahn.cells.base`).
 
     Args:
@@ -145,7 +145,7 @@ class LayerMemory(CacheLayerMixin):
 
     @property
     def _form(self) -> tuple[Any, ...]:
-        """What the slots of a batch depend on."""
+        """Everything that the slots of a batch depend on."""
         return self.window, self.shift, self.capacity, self.kept[0].device
 
     def _slots_before(self, batch: ForwardBatch) -> Tensor:
@@ -190,7 +190,7 @@ class LayerMemory(CacheLayerMixin):
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
-    # What transformers asks of a cache layer; the work is done by the attention function.
+    # The interface of a transformers cache layer; the attention function does the work.
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("a LayerMemory is filled by the augmented model")
 

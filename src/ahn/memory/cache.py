@@ -1,4 +1,4 @@
-"""AHNCache: everything that is remembered of a sequence, of constant size once the window is full.
+"""AHNCache: the memory of a sequence, of constant size once the window is full.
 
 Letters: B batch, M key/value heads, T tokens. Each layer has a buffer (`ahn.memory.buffer`).
 """
@@ -41,7 +41,7 @@ _NO_MODEL = (
 
 
 class _Use:
-    """Who uses a cache: at most one thread, for one call."""
+    """The user of a cache: at most one thread, for one call."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -61,8 +61,8 @@ class AHNCache(Cache):
         tokens_seen: tokens read so far, padding included.
         last_logits: [B, V] after `ahn.read`, else None.
         config: the AHNConfig it was made for.
-        texts: what the command line notes of each text that was read, to know it again: how many `tokens`, the `sha256`
-            of their ids, and whether it is `complete`.
+        texts: notes of the command line on each text that was read, to know it again: its number of `tokens`, the
+            `sha256` of their ids, and whether it is `complete`.
         transcript: with a store, the ids of the tokens it keeps (`ahn.memory.transcript`); not counted in `nbytes`.
         archive: everything that was read, on the host, or None (`ahn.memory.archive`); not counted in `nbytes`.
 
@@ -218,7 +218,7 @@ class AHNCache(Cache):
         self.texts = header.get("texts", [])
         self._sample = weights.sample(self._model)
 
-    # Who uses it, and with which weights.
+    # Its user, and the weights it is used with.
     def check_model(self, handle: Handle) -> None:
         """Raises ConfigError unless the cache was made for the model of `handle`, as it is now."""
         if self.config != handle.config:
@@ -248,7 +248,7 @@ class AHNCache(Cache):
 
     @contextmanager
     def in_use(self, again: bool = False) -> Iterator[None]:
-        """Within, nothing else may use the cache. `again`: what this thread is doing with it goes on.
+        """Within, nothing else may use the cache. `again`: this thread may be using it already.
 
         Raises:
             UnsupportedOperationError: it is in use.
@@ -272,7 +272,7 @@ class AHNCache(Cache):
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
-        """Within, everything of the cache is as one call left it. Raises UnsupportedOperationError if another thread
+        """Within, the cache is as a call has left it. Raises UnsupportedOperationError if another thread
         uses it, AHNError if a call failed half-way."""
         calls, mine = self._use.calls, self._use.thread == threading.get_ident()
         if self._use.thread is not None and not mine:
@@ -330,7 +330,7 @@ class AHNCache(Cache):
         assert self._forward_batch is not None
         return self._forward_batch
 
-    # What transformers asks of a cache.
+    # The interface of a transformers cache.
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if vars(self._model).get("_ahn") is not self._handle:
             raise ConfigError(_NO_MODEL)
@@ -382,7 +382,7 @@ class AHNCache(Cache):
         raise UnsupportedOperationError("assisted decoding takes tokens back; a compressed memory cannot unread them")
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UnsupportedOperationError: what was compressed cannot be taken out again. Use `fork` before."""
+        """Raises UnsupportedOperationError: compressed tokens cannot be taken out again. Use `fork` before."""
         raise UnsupportedOperationError(
             "a compressed memory cannot unread tokens (crop); fork the cache before reading"
         )

@@ -1,4 +1,4 @@
-"""Which call a thread is in: what transformers hands to neither an attention function nor a layer."""
+"""The call that a thread is in: transformers does not hand it to an attention function."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ calls = Calls()
 
 
 class Full(NamedTuple):
-    """What `full_attention` puts in the place of a memory."""
+    """The functions that `full_attention` puts in the place of a memory."""
 
     observe: Any
     attend: Any

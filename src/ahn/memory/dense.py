@@ -2,17 +2,17 @@
 
 Letters: B batch, N query heads, M key/value heads, T tokens, H head size, S sinks, W window.
 
-What a piece of at most W tokens sees, once the window is full, are four sets of keys, and none needs a mask that
-fused kernels do not have:
+Once the window is full, a piece of at most W tokens sees four sets of keys. None needs a mask that fused kernels do
+not have:
 
     sinks      all of them, for every query
-    old        the tokens that the piece pushes out: query i still sees those after the i-th. Backwards, that is causal
-    between    what stays in the window for the whole piece: all of it, for every query
+    old        the tokens that the piece evicts: query i still sees those after the i-th. Backwards, that is causal
+    between    the tokens that stay in the window for the whole piece: all of them, for every query
     new        the piece itself: causal
 
 Attention does not care about order, so `between` is read from the ring as it lies, in one slice or two; only `old`,
-which the cell is given too, is copied. While the window is not full there are no old ones, and what is in the buffer
-is seen by every query. Pieces are cut where the sinks and the first window end.
+which the cell gets too, is copied. While the window is not full nothing is evicted, and every query sees the whole
+buffer. Pieces are cut where the sinks and the first window end.
 """
 
 from __future__ import annotations

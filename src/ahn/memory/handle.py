@@ -1,4 +1,4 @@
-"""The one object that `ahn.augment` sets on a model, and how the model's layers are reached."""
+"""The one object that `ahn.augment` sets on a model; the model's layers are reached through it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """The memories of a model, what its calls share, and what `detach` has to undo.
+    """The memories of a model, the state its calls share, and everything that `detach` has to undo.
 
     `config`, `names` and `retrieval` are kept where users find them: in `model.ahn_config`, `model.ahn_names` and
     `model.ahn_retrieval`.
@@ -39,15 +39,16 @@ class Handle:
         # by name: parameters may be replaced by their shards, and a reference would keep the whole ones in memory
         self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.hooks: list[Any] = []
-        self.no_graph: str | None = None  # why there is none; None: not looked yet
-        self.asked = 0  # tokens of questions that were read by the graph
-        self.switches: list[Any] = []  # another list once adapters of peft were switched: a graph has them built in
+        self.no_graph: str | None = None  # the reason why there is no graph; None: not checked yet
+        self.asked = 0  # tokens of questions read by the graph
+        self.switches: list[Any] = []  # a new list once peft switches adapters, which a graph has built in
         self.full: dict[int, Full] = {}  # by thread, within `full_attention`
         self.vocabulary = model.get_input_embeddings().num_embeddings
-        self.held: tuple[Any, str, Tensor] | None = None  # rotary module, type and frequencies that are held
+        # rotary module, and its type and frequencies before `hold_frequencies`
+        self.held: tuple[Any, str, Tensor] | None = None
 
     def publish(self, config: AHNConfig) -> None:
-        """Set what users find on the model."""
+        """Set the attributes that users find on the model."""
         self.config, self.retrieval = config, None
         self.names = {"base": self.model.config._name_or_path or None, "adapter": None}
 
@@ -98,7 +99,7 @@ class Handle:
 
     @contextmanager
     def turn(self, device: torch.device | None = None) -> Iterator[None]:
-        """Within, no other thread uses the model, where calls share the buffers and the changed modules of a graph."""
+        """Within, no other thread uses the model if calls share the buffers and changed modules of a graph."""
         device = device or self.model.device
         if not dispatch.in_turn(device.type):
             yield
@@ -121,8 +122,8 @@ class Handle:
         return found
 
     def hold_frequencies(self) -> None:
-        """Keep the rotary frequencies those of short texts, where the base changes them with the length ("dynamic",
-        "longrope"): what is attended is never further away than sinks + window, and one text has one set of them.
+        """Keep the rotary frequencies of short texts if the base changes them with the length ("dynamic", "longrope"):
+        no key is attended further away than sinks + window, and one text has one set of frequencies.
         """
         rotary: Any = getattr(self.decoder, "rotary_emb", None)
         kind = getattr(rotary, "rope_type", None)

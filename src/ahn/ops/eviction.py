@@ -1,10 +1,10 @@
-"""Who stays in the store, and who is written into the state instead.
+"""Eviction from the store: which tokens stay, and which are written into the state instead.
 
 Letters: B batch, M key/value heads, C tokens that leave the window, P places of the store.
 
-From the first token on that leaves the window, each step has one loser per key/value head among the store and the
-newcomer: the one of lowest priority, the older one of equals. As priorities never change, many steps are resolved at
-once: a token is out at the first step at which P better ones have come.
+Each step after the window is full evicts one token per key/value head from the store and the newcomer: the one of
+lowest priority, the older one of equals. Priorities never change, so many steps are resolved at once: a token is out at
+the first step at which P better ones have come.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the kernels of `ahn.ops.kernels` are given: plain tuples, which need no Triton.
+"""Arguments of the kernels of `ahn.ops.kernels`: plain tuples, which need no Triton.
 
 Letters: B batch, N query heads, M key/value heads, C queries, K keys, H head size, S sinks, P parts;
 R rows of positions: 1 where all of the batch are at the same position, else B.
@@ -23,7 +23,7 @@ class Form(NamedTuple):
     decay: tuple[Tensor, Tensor] | None  # A_log, dt_bias [N]
     scale: float
     inputs: tuple[Any, ...]  # linear layers of x; side by side they are the gate inputs
-    gate: Any  # x [B, 1, D] -> [B, 1, N], times silu of which goes what was read
+    gate: Any  # x [B, 1, D] -> [B, 1, N]; its silu multiplies what was read
     norm: Tensor  # weight [H]: RMSNorm per head, then the gate; [N * H]: the gate, then RMSNorm over all heads
 
 

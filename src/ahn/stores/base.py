@@ -1,4 +1,4 @@
-"""What a store is: a rule that gives each token a score, by which it stays beside the window or not.
+"""The interface of a store: a rule that scores tokens; those with the best scores stay beside the window.
 
 Letters: B batch, T tokens, D hidden size, M key/value heads, H head size;
 R rows of positions: 1 where all of the batch are at the same position, else B.

@@ -7,9 +7,8 @@ Each function does what plain torch does elsewhere and is tested against it: `ro
 `Rotary.rotate` after it, `attend` is `ahn.ops.banded.attend_one`, `exchange` is `LayerMemory.exchange`, `displace` is
 `ahn.ops.eviction.rank` and `StoringMemory.swap` between the rotations of keys into the store and out of it,
 `put_score` is `ahn.stores.learned` and `StoringMemory.put_score`, `recur` is `Cell.step` after `Cell.ready`,
-`add_read` is `Cell.combine` without room. A step moves few bytes and many of them, so the work is cut until it fills the device:
-attention into parts of the slots, the state into columns (values do not mix), the projection into columns of its
-output.
+`add_read` is `Cell.combine` without room. The work of a step is small and is cut until it fills the device: attention
+into parts of the slots, the state into columns (values do not mix), the projection into columns of its output.
 
 Under TRITON_INTERPRET=1 they run on a CPU.
 """
