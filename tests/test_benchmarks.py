@@ -138,6 +138,7 @@ TOOLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "what"), TOOLS)
 def test_a_tool_runs_on_a_tiny_model(folder, what, tmp_path, monkeypatch):
     import common

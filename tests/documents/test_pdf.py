@@ -70,6 +70,7 @@ def test_pages_are_numbered(tmp_path: Path) -> None:
     assert read_document(path) == "One.\n\nThree.\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["RC4-40", "RC4-128", "AES-128", "AES-256", "AES-256-R5"])
 def test_encrypted(tmp_path: Path, algorithm: str) -> None:
     assert read(tmp_path / "a.pdf", encrypted(pdf("Call me Ishmael."), "", algorithm)) == "Call me Ishmael.\n"
@@ -106,6 +107,7 @@ def test_pages_without_end(tmp_path: Path, objects: list[bytes], said: str) -> N
         read(tmp_path / "a.pdf", pdf_of(objects))
 
 
+@pytest.mark.slow
 def test_a_bomb(tmp_path: Path) -> None:
     packed = zlib.compress(b"(x) Tj " * 30_000_000, 9)
     page = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 4 0 R /Resources << /Font << >> >> >>"

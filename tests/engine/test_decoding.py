@@ -354,6 +354,7 @@ def test_steps_with_a_store_are_those_without_a_graph(replays, store, monkeypatc
             assert largest(ours.tensors[name], tensor) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_grids")
 def test_rows_at_different_positions_with_a_store(replays, store):
     """What is due at some positions is done in the rows that are there."""
@@ -474,6 +475,7 @@ def test_the_choice_can_be_restricted(monkeypatch):
         info.report()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Phi3"])
 def test_the_base_is_compiled_once_for_all_layers(monkeypatch, family):
     """Without breaks, and undone afterwards."""

@@ -115,6 +115,7 @@ def test_rows_of_a_batch_with_a_store(store, chunk, make, monkeypatch):
         torch.testing.assert_close(found, policy.losses([text])[0], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", policies.names())
 def test_a_released_base_is_the_plain_one(name, folder, make):
     base = bases.load_base(folder[0], device="cpu")

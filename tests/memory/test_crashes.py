@@ -129,13 +129,26 @@ class Slow:
 
 
 def appending(model, cache, path):
-    """The id of a process that reads on and appends what it has read to the file, for ever."""
+    """The id of a process that reads on and appends what it has read to the file, for ever: it has begun to append."""
+    begun, begins = os.pipe()
     process = os.fork()
     if process:
+        os.close(begins)
+        assert os.read(begun, 1)
+        os.close(begun)
         return process
     try:
+        os.close(begun)
         append = segments.append
-        segments.append = lambda file, tensors, metadata: append(Slow(file), tensors, metadata)
+
+        def slowly_appended(file, tensors, metadata):
+            if not appended:
+                os.write(begins, b".")
+                appended.append(True)
+            return append(Slow(file), tensors, metadata)
+
+        appended = []
+        segments.append = slowly_appended
         while True:
             ahn.read(model, token_ids(MORE), cache)
             cache.save(path)
@@ -148,11 +161,12 @@ def test_killed_while_appending(tmp_path, archived):
     """The memory is the old one or the new one, and all that it has read is in its archive."""
     path, (model, cache), draw = tmp_path / "memory.ahn", archived, random.Random(0)
     cache.save(path)
-    unfinished = 0
+    unfinished, whole = 0, path.read_bytes()
     for _ in range(KILLS):
+        path.write_bytes(whole)  # a file with less archive than memories would be replaced
         loaded = ahn.AHNCache.load(path, model)
         process = appending(model, loaded, path)
-        time.sleep(draw.uniform(0.05, 0.3))
+        time.sleep(draw.uniform(0, 0.05))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL

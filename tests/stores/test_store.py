@@ -657,6 +657,7 @@ def test_inspect_refuses_what_ask_refuses(tmp_path, capsys):
         assert "damaged memory file: its checksum does not match" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_commands_say_what_is_kept(tmp_path, capsys):
     from ahn import cli
     from tiny_base import write_base
