@@ -6,7 +6,6 @@ memory's steps too, once for chunks of any length. All is undone afterwards.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
@@ -22,6 +21,7 @@ from ahn.engine.patch import patched
 from ahn.engine.probe import is_norm
 from ahn.memory.cell_tier import CellTier
 from ahn.ops import dispatch
+from ahn.ops.rotary import FUNCTION, family_of
 from ahn.ops.softmax import merge_all
 
 MANY = 512  # from a chunk of so many tokens on, forms compiled for reading are used
@@ -46,10 +46,10 @@ def compiled(decoder: Any, any_length: bool = False) -> Iterator[None]:
             if kind not in forms:
                 forms[kind] = fast(kind.forward)
             undo.enter_context(patched(module, "forward", MethodType(forms[kind], module)))
-        family = sys.modules[type(attention).__module__]
-        rotate = getattr(family, "apply_rotary_pos_emb", None)
+        family = family_of(attention)
+        rotate = getattr(family, FUNCTION, None)
         if rotate is not None and not isinstance(rotate, FusedRotation):
-            undo.enter_context(patched(family, "apply_rotary_pos_emb", fast(rotate)))
+            undo.enter_context(patched(family, FUNCTION, fast(rotate)))
         rotaries = (layer.self_attn.ahn.positions.rotary for layer in decoder.layers)
         rotary = next((rotary for rotary in rotaries if rotary is not None), None)  # one serves all layers
         if rotary is not None:

@@ -8,7 +8,6 @@ names, other activations, hooks) stay as they are, one by one. All is undone aft
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from ahn.engine.patch import patched
 from ahn.engine.probe import has_hooks, is_block, is_gated, is_plain, plain_and_alike, rms_norm
 from ahn.memory.calls import calls
 from ahn.ops import dispatch
-from ahn.ops.rotary import rotates_halves
+from ahn.ops.rotary import FUNCTION, family_of, rotates_halves
 
 changing = threading.RLock()
 
@@ -64,12 +63,12 @@ def products(decoder: Any) -> Iterator[None]:
 def fused_rotation(decoder: Any) -> Iterator[None]:
     """Within, one kernel rotates queries and keys of one token a row, and the queries for sinks and store once more, if
     the base rotates half by half."""
-    family = sys.modules[type(decoder.layers[0].self_attn).__module__]
+    family = family_of(decoder.layers[0].self_attn)
     with changing, ExitStack() as undo:
-        plain = getattr(family, "apply_rotary_pos_emb", None)
+        plain = getattr(family, FUNCTION, None)
         if plain is not None and rotates_halves(plain):
             fused = FusedRotation(plain)
-            undo.enter_context(patched(family, "apply_rotary_pos_emb", fused))
+            undo.enter_context(patched(family, FUNCTION, fused))
             for layer in decoder.layers:
                 if "forward" not in vars(layer.self_attn):
                     undo.enter_context(patched(layer.self_attn, "forward", fused.within(layer.self_attn)))

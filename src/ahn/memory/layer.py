@@ -124,7 +124,7 @@ class AHNLayer(nn.Module):
         if self.kept is not None:
             return
         self.positions.rotate = torch.compile(rotate)
-        if isinstance(self.last, CellTier):
+        if self.last is not None:
             self.last.compile_for_training()
 
     def forward(self, new: LayerBatch, memory: LayerMemory | None) -> Tensor:

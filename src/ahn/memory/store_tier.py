@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from ahn.cells.base import Cell
 from ahn.memory.batch import ForwardBatch, LayerBatch, gather
-from ahn.memory.cell_tier import CellTier
 from ahn.memory.evicted import Evicted, Evictions
 from ahn.memory.positions import Positions
 from ahn.memory.store_buffer import StoringMemory
@@ -207,7 +206,7 @@ class StoreTier(KeptTier):
                 gone = position_of(outcome.evicted_ranks).where(outcome.evicted_ranks >= TOKEN, length)
                 until.scatter_(-1, gone, torch.arange(high - steps, high, device=device).expand_as(gone))
                 tokens[..., high - low - steps :] = gone.clamp(max=length - 1)
-            if not isinstance(last, CellTier) or new.gate_inputs is None or evictions is None:
+            if last is None or new.gate_inputs is None or evictions is None:
                 continue
             k, v, inputs = (by_head(t, tokens) for t in (new.k, new.v, self._heads(new.gate_inputs)))
             evicted = Evicted(self.positions.unrotated(k, tokens), v, _joined(inputs))

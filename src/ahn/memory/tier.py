@@ -67,6 +67,13 @@ class LastTier:
         """`absorb` for one token a row. With a `form` of `pick_step_form`, `attended` are `ahn.ops.specs.Parts`."""
         return self.absorb(attended, new, evicted, evictions, memory)
 
+    def recur(self, q: Tensor, evicted: Evicted, evictions: Evictions, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the tokens evicted with queries q [B, N, E, H], behind a store: what these read, and the next state."""
+        raise NotImplementedError
+
+    def compile_for_training(self) -> None:
+        """Compile the steps around the kernels, if there are any."""
+
     def read_sequence(self, new: LayerBatch, evictions: Evictions) -> Tensor:
         """What the queries of a whole sequence read, [B, N, T, H], without a memory and with gradients."""
         raise NotImplementedError

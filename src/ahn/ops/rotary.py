@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ahn.errors import ConfigError
 from ahn.ops import dispatch
 
+FUNCTION = "apply_rotary_pos_emb"  # the name of the function that rotates queries and keys in each family of bases
 CHANGING = ("dynamic", "longrope")  # rotary types whose frequencies depend on the length of the text
 
 
@@ -32,7 +33,7 @@ class Rotary:
     def __init__(self, decoder: nn.Module, attention: Any) -> None:
         self.rotate: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = self.plain_rotate  # or a compiled form
         self.embedding: Any = getattr(decoder, "rotary_emb", None)
-        self.apply: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        self.apply: Any = getattr(family_of(attention), FUNCTION, None)
         self.halves = self.apply is not None and rotates_halves(self.apply)
         self.simple = self.halves and self._is_simple()
         if self.embedding is None or self.apply is None or not self._composes(attention):
@@ -105,6 +106,11 @@ class Rotary:
         except (TypeError, ValueError, RuntimeError):
             return False
         return torch.allclose(back, q, atol=1e-4)
+
+
+def family_of(attention: Any) -> Any:
+    """The module of transformers that defines an attention module, and the function with which it rotates."""
+    return sys.modules[type(attention).__module__]
 
 
 def rotates_halves(rotate: Callable[..., Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Who loses in the store, in Triton: `ahn.ops.eviction.evict` for many steps at once.
+"""Eviction from the store, in Triton: `ahn.ops.eviction.evict` for many steps at once.
 
 Letters: B batch, M key/value heads, C steps, one newcomer each, P places, R the places that can be lost, at most C.
 
