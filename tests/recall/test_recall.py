@@ -343,6 +343,24 @@ class TestAsk:
         with pytest.raises(ConfigError, match="empty"):
             ahn.ask(model, tokenizer, ahn.AHNCache(model, "text"), "Where?")
 
+    def test_no_passage_goes_over_the_end_of_a_document(self, model, tokenizer):
+        texts = {"one.txt": "The baker is Luis. He owns a dog.", "two.txt": "A bell", "three.txt": document()}
+        cache = ahn.AHNCache(model, "text")
+        for name, text in texts.items():
+            cache.archive.begin(name)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            cache.archive.locate(cache.tokens_seen, np.arange(len(ids)))
+            ahn.read(model, torch.tensor([ids]), cache)
+            passages = Passages.of(cache.archive, tokenizer)
+            assert set(cache.archive.starts) <= set(passages.bounds.tolist())
+        assert cache.archive.starts[0] == 0 and len(cache.archive.starts) == 3
+        (source,) = [s for s in find(model, tokenizer, cache, "Who is the baker?", 100) if "Luis" in s.text]
+        assert source.document == "one.txt" and source.text.strip() == texts["one.txt"]
+
+    def test_a_budget_below_every_passage_is_said(self, model, memory, tokenizer, caplog):
+        assert find(model, tokenizer, memory, "Where is the compass?", 3) == ()
+        assert "the best passage has more than 3 tokens" in caplog.text
+
     def test_sources_say_where_they_stand(self, model, tokenizer):
         cache = ahn.AHNCache(model, "text")
         cache.archive.begin("ship.txt")

@@ -142,6 +142,11 @@ class Archive:
         between = decode(self.ids[mark.token : token].tolist()) if token > mark.token else ""
         return Place(self.documents[mark.document], mark.page or None, mark.offset + len(between))
 
+    @property
+    def starts(self) -> list[int]:
+        """The first token of each document, in order; nothing of those without tokens."""
+        return list({mark.document: mark.token for mark in reversed(self._marks)}.values())[::-1]
+
     def contents(self) -> list[tuple[str, int, int]]:
         """By document, in order: its name, its tokens, and the pages that have some, 0 where there are none."""
         firsts: dict[int, int] = {}

@@ -298,6 +298,8 @@ def rank(
         scores = np.where(allowed, scores, -np.inf)
         scores[taken] = -np.inf
         taken += best(scores, passages.lengths, recall * part // rounds - int(passages.lengths[taken].sum()))
+    if not taken and allowed.any():
+        logger.warning("nothing is read again: the best passage has more than %s tokens", f"{recall:,}")
     return taken
 
 

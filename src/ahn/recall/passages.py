@@ -1,9 +1,10 @@
-"""Passages of an archive: runs of whole sentences, short enough that a few of them are read again."""
+"""Passages of an archive: runs of whole sentences of one document, short enough that a few of them are read again."""
 
 from __future__ import annotations
 
 import re
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ class Passages:
         first = 0 if earlier is None else max(len(earlier) - 1, 0)  # the last one may have been cut short
         before = np.zeros(0, np.int64) if earlier is None else earlier.bounds[:first]
         start = 0 if earlier is None else int(earlier.bounds[first])
-        self.bounds: np.ndarray = np.concatenate([before, start + cut_text(archive.ids[start:], tokenizer)])
+        edges = [start, *(at for at in archive.starts if start < at < len(archive)), len(archive)]
+        parts = [low + cut_text(archive.ids[low:high], tokenizer)[:-1] for low, high in pairwise(edges)]
+        self.bounds: np.ndarray = np.concatenate([before, *parts, edges[-1:]]).astype(np.int64)
         self._known = [] if earlier is None else earlier.texts[:first]
 
     @classmethod
