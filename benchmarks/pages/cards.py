@@ -58,6 +58,11 @@ def card(name: str) -> str:
         "sink positions" + (f"; as shipped, {settled(config)}" if config["store"] else ""),
         "licence": "Apache-2.0",
     }
+    if heads := about.get("retrieval"):
+        named = ", ".join(f"{layer}.{head}" for layer, head in heads["heads"])
+        facts["recall"] = f"retrieval heads {named} (layer.head)"
+        if "calibration" in heads:
+            facts["recall"] += "; says when the text supports no answer (`docs/recall.md`)"
     parts = [
         f"# {name}",
         f"A {recipe.cell} memory, {numbers:.1f} M numbers in bfloat16. Written by `make docs`.",
