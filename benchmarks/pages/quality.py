@@ -683,8 +683,8 @@ def goals_recall() -> str:
     about = (
         f"Qwen2.5-Coder-1.5B. F1 of {counts} questions whose evidence is behind the window, where the goals ask for at "
         f"least 200 (MuSiQue and HotpotQA have 98 and 90 that fit). Within the window are 31 questions of each set, of "
-        f"QMSum {same['n']} questions were asked both ways, of the longer texts 120, of {len(needles)} kinds of needles "
-        "7 to 12. The rows of longer texts, QMSum and needles are of the shipped adapter, the others of its retrieval "
+        f"QMSum {same['n']} questions were asked both ways, of the longer texts 120, of {len(needles)} kinds of needles"
+        " 7 to 12. The rows of longer texts, QMSum and needles are of the shipped adapter, the others of its retrieval "
         "heads alone. Seconds on a CPU are of all threads, because other work used the cores; a CPU read 512 tokens. "
         f"({files})"
     )
