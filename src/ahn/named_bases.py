@@ -58,7 +58,7 @@ def fetched(name: str) -> Path:
         BaseModelError: it is not there and the hub cannot be asked, or it is another file than the one expected.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     from ahn.hub import cache_folder, hub_unreachable
 
@@ -71,7 +71,7 @@ def fetched(name: str) -> Path:
         logger.info("%s: %s/%s; %s", name, base.repository, base.file, base.needs)
     try:
         path = hf_hub_download(base.repository, base.file, local_files_only=unreachable is not None)
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (OSError, ValueError, HTTPError, LocalEntryNotFoundError) as error:  # a cut connection is no OSError
         reason = unreachable or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(
             f"{name}: {base.repository}/{base.file} is not in the local hub cache and cannot be fetched ({reason}); "
