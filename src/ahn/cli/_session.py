@@ -321,10 +321,10 @@ class Session:
         import torch
 
         from ahn.engine.prefill import read
+        from ahn.recall.question import apart
 
         memory, said = self.cache, self._with_unread(ids)
-        self.cache = memory.fork()
-        self.cache.set_archive(None)
+        self.cache = apart(memory)
         try:
             answer = self.answer(recalled, limit)
         finally:

@@ -22,7 +22,7 @@ from ahn.errors import ConfigError
 from ahn.memory.cache import AHNCache
 from ahn.recall import finders, support
 from ahn.recall.passages import Passages
-from ahn.recall.question import Question
+from ahn.recall.question import Question, apart
 from ahn.tokens import digest
 
 if TYPE_CHECKING:
@@ -153,13 +153,6 @@ def alone(tokenizer: Any, question: str, sources: tuple[Source, ...]) -> Tensor:
     """Ids [1, T] of a dialogue about these passages and nothing else, up to where the answer to the question begins."""
     dialogue = Dialogue.of(tokenizer)
     return torch.cat([dialogue.open(as_text(sources)), dialogue.question(question)], 1)
-
-
-def apart(memory: AHNCache) -> AHNCache:
-    """A fork that keeps no archive, to answer from."""
-    fork = memory.fork()
-    fork.set_archive(None)
-    return fork
 
 
 def not_found(tokenizer: Any) -> Tensor:

@@ -60,6 +60,13 @@ class Question:
         return queries_of(self.model, self.tokenizer, self.memory, text, wanted, heads.distance, before)
 
 
+def apart(memory: AHNCache) -> AHNCache:
+    """A fork that keeps no archive, to ask and to answer from."""
+    fork = memory.fork()
+    fork.set_archive(None)
+    return fork
+
+
 @torch.no_grad()
 def queries_of(
     model: PreTrainedModel,
@@ -73,8 +80,7 @@ def queries_of(
     """By layer in `heads`, the queries of these heads for the tokens of a question, [N, Q, H], turned to `distance`.
     `before`: text that is read in front of the question. The memory is not changed."""
     found: dict[int, Tensor] = {}
-    fork = memory.fork()
-    fork.set_archive(None)
+    fork = apart(memory)
     ids, tokens = Dialogue.of(tokenizer).question(text, before), question_tokens(tokenizer, text)
 
     def observe(index: int, layer: Any, q: Tensor, k: Tensor, span: Any) -> None:
