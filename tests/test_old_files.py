@@ -13,7 +13,7 @@ from ahn import bases
 from ahn.cli import main
 from ahn.compat import PAST
 from ahn.config import AHNConfig
-from ahn.memory import file as memory_file
+from ahn.memory import file_format
 from ahn.train import checkpoints, recipe
 from conftest import GOLDEN, in_pieces, token_ids
 
@@ -24,7 +24,7 @@ FORMS = sorted(path.stem.removesuffix("-1") for path in OLD.glob("*-1.ahn"))
 def model_of(form, rows):
     """The base with the adapter of a form, or, as one of them has none, with the window of its memory file."""
     if form == "window":
-        config = AHNConfig.from_dict(memory_file.peek(OLD / f"{form}-{rows}.ahn")["config"])
+        config = AHNConfig.from_dict(file_format.peek(OLD / f"{form}-{rows}.ahn")["config"])
         return ahn.augment(bases.load_base(str(OLD / "base"), device="cpu"), config)
     return ahn.from_pretrained(str(OLD / "base"), str(OLD / form), device="cpu")
 

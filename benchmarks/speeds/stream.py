@@ -20,7 +20,7 @@ from common import TINY_TEXT, write, write_tiny_base
 NAME = "stream"
 TINY = "--megabytes 1"
 WORDS = TINY_TEXT.split()
-TOKENS = "import sys; from ahn.memory.file import peek; print(peek(sys.argv[1])['tokens_seen'])"
+TOKENS = "import sys; from ahn.memory.file_format import peek; print(peek(sys.argv[1])['tokens_seen'])"
 
 
 def write_text(path: Path, megabytes: int) -> None:

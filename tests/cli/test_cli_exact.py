@@ -9,9 +9,9 @@ import torch
 
 import ahn
 from ahn import cli
-from ahn.cli import _options, _reading
+from ahn.cli import _options, _text
 from ahn.errors import DocumentError
-from ahn.memory import file as memory_file
+from ahn.memory import file_format
 from ahn.tokens import Encoded
 from commands import TEXT, interrupt_reading, type_in
 
@@ -26,7 +26,7 @@ def book(tmp_path: Path) -> Path:
 
 
 def settings(memory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = memory_file.peek(memory)["config"]
+    found: dict[str, Any] = file_format.peek(memory)["config"]
     return found
 
 
@@ -139,7 +139,7 @@ class Blocks:
 )
 def test_how_far_is_looked_ahead(count: int, size: int | None, most: int, total: int | None, given: int) -> None:
     blocks: Any = Blocks(count, size)
-    text = _reading.Text(iter(blocks), blocks)
+    text = _text.Text(iter(blocks), blocks)
     assert text.within(most) == total and blocks.given == given
     if count == 5:  # what stands before the damage is read first: it is looked two blocks ahead
         assert [len(next(text)) for _ in range(3)] == [1000] * 3

@@ -13,8 +13,8 @@ import torch
 
 import ahn
 from ahn import cli, files
-from ahn.cli import _reading, _session
-from ahn.memory import file as memory_file
+from ahn.cli import _console, _reading, _session
+from ahn.memory import file_format
 from commands import SMALL, TEXT, forked, interrupt_reading, type_in
 
 MODEL = SMALL[:4]
@@ -40,7 +40,7 @@ def assert_same(one: Path, two: Path) -> None:
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name], atol=1e-4, rtol=0)
-    assert memory_file.peek(one)["tokens_seen"] == memory_file.peek(two)["tokens_seen"]
+    assert file_format.peek(one)["tokens_seen"] == file_format.peek(two)["tokens_seen"]
 
 
 def test_a_single_document_has_the_ids_of_before(run: Any, base: str, book: Path, tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_a_single_document_has_the_ids_of_before(run: Any, base: str, book: Path
     memory = tmp_path / "book.ahn"
     assert run("read", str(book), "-o", str(memory), "--base", base, *MODEL)[0] == 0
     ids = Dialogue(ahn.load_tokenizer(base)).open(TEXT)
-    assert memory_file.peek(memory)["tokens_seen"] == ids.shape[1]
-    assert memory_file.peek(memory)["texts"][0]["complete"]
+    assert file_format.peek(memory)["tokens_seen"] == ids.shape[1]
+    assert file_format.peek(memory)["texts"][0]["complete"]
 
 
 @pytest.mark.parametrize("command", ["read", "ask", "chat"])
@@ -139,12 +139,12 @@ def test_the_same_command_goes_on_where_it_stopped(
             interrupt_reading(patch, after - (after - 300) // 2 * 3)
             code, _, err = run("read", str(book), "-o", str(memory), *options)
         assert code == cli.INTERRUPTED and f"interrupted after {after} of" in err and "the same command goes on" in err
-        assert not memory_file.peek(memory)["texts"][0]["complete"]
+        assert not file_format.peek(memory)["texts"][0]["complete"]
     code, _, err = run("read", str(book), "-o", str(memory), *options)
     assert code == 0 and f"resumed {memory}: it holds the first 500 tokens" in err
     assert_same(memory, whole)
-    assert memory_file.peek(memory)["texts"] == memory_file.peek(whole)["texts"]
-    assert memory_file.peek(memory)["archive"]["documents"] == [str(book)]
+    assert file_format.peek(memory)["texts"] == file_format.peek(whole)["texts"]
+    assert file_format.peek(memory)["archive"]["documents"] == [str(book)]
 
 
 def test_the_output_is_no_document(run: Any, base: str, book: Path, tmp_path: Path) -> None:
@@ -160,12 +160,12 @@ def test_two_processes_do_not_write_to_one_output(run: Any, base: str, book: Pat
     memory, more = tmp_path / "book.ahn", tmp_path / "more.txt"
     more.write_text(OTHER)
     assert run("read", str(book), "-o", str(memory), "--base", base, *MODEL)[0] == 0
-    held = memory_file.peek(memory)["tokens_seen"]
+    held = file_format.peek(memory)["tokens_seen"]
     with files.claimed(memory):  # as another process does while it reads
         code, _, err = run("read", str(more), "--memory", str(memory))
         assert code == cli.BAD_INPUT and "another process is writing to it" in err
     assert run("read", str(more), "--memory", str(memory))[0] == 0
-    assert memory_file.peek(memory)["tokens_seen"] > held
+    assert file_format.peek(memory)["tokens_seen"] > held
 
 
 def test_going_on_needs_the_same_settings(
@@ -203,7 +203,7 @@ def test_more_is_appended(run: Any, base: str, book: Path, tmp_path: Path, elsew
     target = new if elsewhere else memory
     assert (memory.read_bytes() == before) is elsewhere
     ids = Dialogue(ahn.load_tokenizer(base)).open(f"{TEXT.strip()}\n\n{OTHER}")
-    header = memory_file.peek(target)
+    header = file_format.peek(target)
     assert header["tokens_seen"] == ids.shape[1] and [text["complete"] for text in header["texts"]] == [True, True]
     assert run("ask", "--memory", str(target), *SMALL[4:], "Who?")[0] == 0
 
@@ -219,13 +219,13 @@ def test_old_memory_files_are_appended_to(run: Any, base: str, book: Path, tmp_p
     with safe_open(memory, "pt") as file:
         header = json.loads(file.metadata()["memory"])
     del header["texts"]
-    header["sha256"] = memory_file._digest(header, tensors(memory))
+    header["sha256"] = file_format.checksum(header, tensors(memory))
     save_file(tensors(memory), memory, metadata={"memory": json.dumps(header)})
     assert run("ask", "--memory", str(memory), *SMALL[4:], "Who?")[0] == 0
     code, _, err = run("read", str(book), "-o", str(memory), "--base", base, *MODEL)
     assert code == cli.BAD_INPUT and "--force" in err  # whose text it is cannot be known
     assert run("read", str(book), "--memory", str(memory))[0] == 0
-    assert len(memory_file.peek(memory)["texts"]) == 2
+    assert len(file_format.peek(memory)["texts"]) == 2
 
 
 def test_a_full_disk_at_the_end_saves_elsewhere(
@@ -272,8 +272,8 @@ def test_signals_keep_what_was_read(base: str, tmp_path: Path, number: int) -> N
     stderr.close()
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == cli.INTERRUPTED, (lines, rest)
     assert lines[0].startswith("opening ") and "kept in" in rest.splitlines()[-1]
-    seen = memory_file.peek(memory)["tokens_seen"]
-    assert 0 < seen < 400_000 and seen == memory_file.peek(memory)["texts"][0]["tokens"]
+    seen = file_format.peek(memory)["tokens_seen"]
+    assert 0 < seen < 400_000 and seen == file_format.peek(memory)["texts"][0]["tokens"]
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_a_long_text_shows_progress_from_the_start(
 
 
 def test_what_the_reader_says_of_time() -> None:
-    assert [_session.duration(s) for s in (0.4, 59, 61, 3_599, 12_000)] == [
+    assert [_console.duration(s) for s in (0.4, 59, 61, 3_599, 12_000)] == [
         "0 s",
         "59 s",
         "1 min",
@@ -318,8 +318,8 @@ def test_a_document_that_fails_keeps_those_before_it(
     book.write_text(TEXT * 40)
     code, _, err = run("read", str(book), str(bad), "-o", str(memory), "--base", base, *MODEL)
     assert code == cli.BAD_INPUT and "bad.pdf" in err.splitlines()[-1] and str(memory) in err.splitlines()[-1]
-    assert memory_file.peek(memory)["tokens_seen"] > 1000
-    assert not memory_file.peek(memory)["texts"][0]["complete"]
+    assert file_format.peek(memory)["tokens_seen"] > 1000
+    assert not file_format.peek(memory)["texts"][0]["complete"]
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_a_stop_while_saving_waits_for_it(
     monkeypatch.setattr(safetensors.torch, "save_file", stopped)
     code, _, err = run("read", str(book), "-o", str(memory), "--base", base, *MODEL, "--archive", "none")
     assert code == cli.INTERRUPTED and f"the memory is kept in {memory}" in err
-    assert memory_file.peek(memory)["texts"][0]["complete"]
+    assert file_format.peek(memory)["texts"][0]["complete"]
 
 
 JUNK = {

@@ -14,8 +14,7 @@ from safetensors.torch import load, save
 import ahn
 from ahn.compat import PAST
 from ahn.errors import MemoryFileError
-from ahn.memory import file as memory_file
-from ahn.memory import segments
+from ahn.memory import file_contents, file_format, segments
 from ahn.memory.head_keys import RetrievalHeads
 from conftest import storing, tiny, token_ids, with_memory
 from damage import damaged, edits, header_of, values, with_header
@@ -69,14 +68,14 @@ def check(memory, data, folder, equal=True):
             found = following(memory.model, cache)
         assert not equal or torch.equal(found, memory.expected)
     with bounded(folder, MemoryFileError):
-        memory_file.retained(path, memory.model.config)
+        file_contents.retained(path, memory.model.config)
     return not refused
 
 
 def sealed(header, tensors):
     """The file of someone who makes the checksum right again."""
     with suppress(Exception):  # a header so strange that it has no checksum
-        header = header | {"sha256": memory_file._digest(header, tensors)}
+        header = header | {"sha256": file_format.checksum(header, tensors)}
     return save(tensors, {"memory": json.dumps(header)})
 
 
@@ -256,6 +255,6 @@ def test_parts_of_an_archive_with_a_new_checksum(archived, tmp_path, data):
                 value = data.draw(st.sampled_from([-1, 127, 2**31 - 1]))
                 part[name].view(-1)[: data.draw(st.integers(0, 3))] = min(value, torch.iinfo(part[name].dtype).max)
         first = save(part, {"archive": "0"})
-        digest = memory_file._digest({"ahn": memory_file.WITH_ARCHIVE, "archive": 0}, part)
+        digest = file_format.checksum({"ahn": file_format.WITH_ARCHIVE, "archive": 0}, part)
         header["archive"]["parts"] = [[0, len(first), digest]]
     check_archived(archived, first + sealed(header, tensors), tmp_path, equal=False)

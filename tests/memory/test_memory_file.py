@@ -11,6 +11,7 @@ import ahn
 from ahn.compat import PAST
 from ahn.errors import AHNError, MemoryFileError
 from ahn.memory import file as memory_file
+from ahn.memory import file_format
 from conftest import tiny, token_ids, with_memory
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 8}
@@ -64,7 +65,7 @@ def test_half_precision(tmp_path):
 
 
 def test_header(saved):
-    header = memory_file.peek(saved)
+    header = file_format.peek(saved)
     assert header["tokens_seen"] == 60
     assert header["config"]["window"] == 16
 
@@ -127,12 +128,12 @@ def test_another_version(saved, model):
 @pytest.mark.parametrize("version", [1, 2])
 def test_every_version_is_read_and_checked(model, tmp_path, monkeypatch, version):
     """With pieces so small that a tensor has several, the last one shorter."""
-    monkeypatch.setattr(memory_file, "PIECE", 1000)
+    monkeypatch.setattr(file_format, "PIECE", 1000)
     path, cache = tmp_path / "book.ahn", ahn.read(model, token_ids(60))
     with monkeypatch.context() as then:
         then.setattr(memory_file, "VERSION", version)
         cache.save(path)
-    assert memory_file.peek(path)["ahn"] == version
+    assert file_format.peek(path)["ahn"] == version
     loaded = ahn.AHNCache.load(path, model)
     for ours, theirs in zip(loaded.layers, cache.layers, strict=True):
         assert all(torch.equal(ours.tensors[name], tensor) for name, tensor in theirs.tensors.items())

@@ -80,6 +80,6 @@ def test_cost_counts_what_a_file_holds(tmp_path, capsys):
 
 
 def _size(count):
-    from ahn.cli._session import size
+    from ahn.cli._console import size
 
     return size(count)

@@ -15,7 +15,7 @@ from ahn.adapter_files import read_adapter
 from ahn.compat import PAST
 from ahn.errors import AdapterError, ConfigError, MemoryFileError
 from ahn.memory import transcript
-from ahn.memory.file import retained
+from ahn.memory.file_contents import retained
 from ahn.memory.handle import layers_of
 from ahn.ops import eviction
 from ahn.ops.ranks import TOKEN, empty_ranks, position_of

@@ -6,50 +6,26 @@ Answers go to standard output, everything else to standard error.
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from ahn.cli import _options
-from ahn.errors import ConfigError
+from ahn.cli._checks import check_store, header_of
+from ahn.cli._console import console, duration, show_log, size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ahn.cli._reading import Text
+    from ahn.cli._text import Text
     from ahn.memory.cache import AHNCache
-    from ahn.recall import Found, Source
+    from ahn.recall import Found
 
 QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
-# settings that a memory file fixes
-SEEN_IN_MEMORY = "window", "lossless", "sinks", "cell", "store", "store_size", "store_span"
 SIZES = "window", "lossless", "sinks", "store", "store_size"  # options that leave no choice of the window
 EXACT = 512_000_000  # bytes of cache in which all of a text is kept if it fits
 ASKING = 16  # a share of 1 / 16 of what may be kept stays free behind a text: for questions and answers
-
-console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, three figures: 47.2 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.{0 if unit == 'B' or count >= 99.95 else 1 if count >= 9.995 else 2}f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """In units that suit it: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @dataclass
@@ -75,8 +51,8 @@ class Session:
     """
 
     def __init__(self, args: argparse.Namespace, memory: str | None = None) -> None:
-        header = _header(memory, args) if memory else {}
-        _show_log()
+        header = header_of(memory, args) if memory else {}
+        show_log()
         base = args.base or header.get("base") or "smollm2-135m"
         with console.status(f"loading {base}"):
             import transformers
@@ -94,7 +70,7 @@ class Session:
             if header and not adapter and not config["cell"]:
                 adapter = NONE  # it was read without a memory, so it goes on without the shipped one
             if not header:
-                _check_store(args, base)
+                check_store(args, base)
             self.tokenizer = load_tokenizer(base)
             self.model = from_pretrained(
                 base,
@@ -363,59 +339,3 @@ class Session:
         with Progress(*columns, console=console, transient=True, expand=True) as bar:
             task = bar.add_task("", total=None if text.fraction is None else 1.0, state=state(0))
             yield lambda done, total: bar.update(task, completed=text.fraction or 0, state=state(done))
-
-
-def show(sources: tuple[Source, ...]) -> None:
-    """The passages that an answer was given, with their places."""
-    for number, source in enumerate(sources, 1):
-        console.print(f"[{number}]     {source}", style="bold")
-        console.print(" ".join(source.text.split()), style="dim")
-    if not sources:
-        console.print("no passage was read again (--recall 512 finds some)")
-
-
-def check_question(text: str) -> str:
-    if not text.strip():
-        raise ConfigError(f"question {text!r}: expected some text")
-    return text
-
-
-def _check_store(args: argparse.Namespace, base: str) -> None:
-    """Raises ConfigError, before anything is loaded, if the options of the store do not go together."""
-    from ahn import zoo
-    from ahn.adapter import chosen
-    from ahn.adapter_files import read_adapter
-    from ahn.config import AHNConfig
-
-    if args.store or args.store_size or args.store_span or args.lossless:
-        name = chosen(base, args.adapter, args.cell)
-        own = read_adapter(name).config if name else AHNConfig(None)
-        size, span = args.store_size or own.store_size, args.store_span or own.store_span
-        if args.lossless and not args.store_size:
-            size = own.replace(store_span=1).with_lossless(args.lossless, args.sinks).store_size
-        _options.check_store(args, args.store or own.store, size, span, zoo.with_store(base))
-
-
-def _header(memory: str, args: argparse.Namespace) -> dict[str, Any]:
-    from ahn.config import AHNConfig
-    from ahn.memory.file import peek
-
-    header = peek(memory)
-    config = AHNConfig.from_dict(header["config"])
-    if args.exact is not None and args.memory == memory:
-        raise ConfigError(f"--exact: {memory} was read with window={config.window:,}; leave the option out")
-    for name in SEEN_IN_MEMORY:
-        given, kept = getattr(args, name), getattr(config, name)
-        if given is not None and given != kept:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} {given}: {memory} was read with {name}={kept}; leave the option out")
-    return header
-
-
-def _show_log() -> None:
-    """What the package has to say of itself, such as that a base is being converted, as lines on standard error."""
-    log = logging.getLogger("ahn")
-    if not log.handlers:
-        log.setLevel(logging.INFO)
-        log.addHandler(handler := logging.Handler())
-        handler.emit = lambda record: console.print(record.getMessage())  # type: ignore[method-assign]

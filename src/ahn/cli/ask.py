@@ -34,8 +34,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ahn.cli import INTERRUPTED
+    from ahn.cli._checks import check_question
+    from ahn.cli._console import console, show
     from ahn.cli._reading import read_document_into
-    from ahn.cli._session import Session, check_question, console, show
+    from ahn.cli._session import Session
     from ahn.recall import finders
 
     finders.check_name(args.finder)

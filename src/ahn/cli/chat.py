@@ -46,8 +46,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ahn.cli._console import console, show
     from ahn.cli._reading import read_document_into
-    from ahn.cli._session import Session, console, show
+    from ahn.cli._session import Session
     from ahn.recall import Found, as_text, finders
 
     finders.check_name(args.finder)
@@ -98,7 +99,7 @@ def _line_reader() -> Callable[[], str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.output import create_output
 
-    from ahn.cli._session import console
+    from ahn.cli._console import console
 
     console.print(HELP)
     session: PromptSession[str] = PromptSession("> ", output=create_output(sys.stderr))
@@ -107,7 +108,7 @@ def _line_reader() -> Callable[[], str]:
 
 def _next(line: Callable[[], str]) -> str | None:
     """The next question, or None at the end."""
-    from ahn.cli._session import console
+    from ahn.cli._console import console
 
     while True:
         try:

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int | None:
 
     import transformers
 
-    from ahn.cli._session import console
+    from ahn.cli._console import console
     from ahn.eval import compare, report, results, runner, suite
 
     transformers.logging.set_verbosity_error()

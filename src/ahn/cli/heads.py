@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from ahn.adapter import NONE, from_pretrained
     from ahn.adapter_files import write_adapter
     from ahn.bases import load_tokenizer
-    from ahn.cli._session import console
+    from ahn.cli._console import console
     from ahn.dialogue import Dialogue
     from ahn.errors import ConfigError
     from ahn.eval.prompts import encode

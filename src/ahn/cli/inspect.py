@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
     from ahn.cli import _pages
     from ahn.errors import ConfigError
     from ahn.files import atomic, check_writable
-    from ahn.memory.file import peek, retained
+    from ahn.memory.file_contents import retained
+    from ahn.memory.file_format import peek
     from ahn.memory.transcript import BESIDE
     from ahn.ops.ranks import TOKEN, position_of
 
@@ -97,8 +98,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _held(path: str, header: dict[str, Any]) -> Iterator[str]:
     """The memory and its archive, a line each, and one for each document."""
-    from ahn.cli._session import size
-    from ahn.memory.file import held
+    from ahn.cli._console import size
+    from ahn.memory.file_contents import held
 
     found, config, adapter = held(path), header["config"], header.get("adapter") or "none"
     store = f" + {config['store_size']:,} store" if config["store"] else ""

@@ -21,9 +21,10 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ahn.cli._session import console, size
+    from ahn.cli._console import console, size
     from ahn.errors import MemoryFileError
-    from ahn.memory.file import archive_bytes, peek
+    from ahn.memory.file_contents import archive_bytes
+    from ahn.memory.file_format import peek
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("file", "base", "adapter", "archive"):

@@ -27,8 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ahn.cli._console import console
     from ahn.cli._reading import read_document_into
-    from ahn.cli._session import console
 
     args.output = args.output or args.memory
     if not args.output:

@@ -1,0 +1,48 @@
+"""What the commands say on standard error, and how they write numbers."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ahn.recall import Source
+
+console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, three figures: 47.2 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.{0 if unit == 'B' or count >= 99.95 else 1 if count >= 9.995 else 2}f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """In units that suit it: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def show(sources: tuple[Source, ...]) -> None:
+    """The passages that an answer was given, with their places."""
+    for number, source in enumerate(sources, 1):
+        console.print(f"[{number}]     {source}", style="bold")
+        console.print(" ".join(source.text.split()), style="dim")
+    if not sources:
+        console.print("no passage was read again (--recall 512 finds some)")
+
+
+def show_log() -> None:
+    """What the package has to say of itself, such as that a base is being converted, as lines on standard error."""
+    log = logging.getLogger("ahn")
+    if not log.handlers:
+        log.setLevel(logging.INFO)
+        log.addHandler(handler := logging.Handler())
+        handler.emit = lambda record: console.print(record.getMessage())  # type: ignore[method-assign]

@@ -1,0 +1,240 @@
+"""Documents as the text that a command reads: one stream of token ids, which knows how far the model has come."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ahn.cli._console import size
+from ahn.errors import AHNError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ahn.documents import Piece
+    from ahn.memory.archive import Archive
+    from ahn.memory.cache import AHNCache
+    from ahn.tokens import Encoded
+
+SHORT = 512  # tokens of blocks that are not worth counting
+
+
+@dataclass
+class Origin:
+    """A document of several: its name, the character of the whole text that it begins at, and those of its own
+    characters that pages begin at."""
+
+    name: str
+    start: int
+    pages: list[tuple[int, int | None]] = field(default_factory=list)
+
+    def texts(self, pieces: Iterable[Piece]) -> Iterator[str]:
+        """Texts of the pieces, noting where pages begin."""
+        offset = 0
+        for piece in pieces:
+            if not self.pages or self.pages[-1][1] != piece.page:
+                self.pages.append((offset, piece.page))
+            offset += len(piece.text)
+            yield piece.text
+
+
+class Sources:
+    """Documents as one text, in pieces. A single one stands for itself; each of several follows its name."""
+
+    def __init__(self, sources: list[Path | str]) -> None:
+        self.sources = sources
+        self.characters = 0  # of the pieces so far
+        self.documents: list[Origin] = []  # begun so far
+        self.done = 0  # bytes they came from, about
+
+    def __str__(self) -> str:
+        return str(self.sources[0]) if len(self.sources) == 1 else f"{len(self.sources):,} documents"
+
+    @property
+    def bytes(self) -> int | None:
+        """Of all documents, None if one is no file."""
+        sizes = [_size(source) for source in self.sources]
+        return None if None in sizes else sum(filter(None, sizes))
+
+    def __iter__(self) -> Iterator[str]:
+        from ahn.dialogue import Stripped
+        from ahn.documents import pieces
+
+        self.characters, self.documents = 0, []
+        before = 0
+        several = len(self.sources) > 1
+        for number, source in enumerate(self.sources):
+            length, read = _size(source) or 0, 0
+            origin = Origin(str(source), self.characters)
+            texts: Iterable[str] = origin.texts(pieces(source))
+            if several:
+                heading = f"# {source}\n\n"
+                heading = f"\n\n{heading}" if number else heading
+                self.characters += len(heading)
+                yield heading
+                texts = stripped = Stripped(texts)
+            for text in texts:
+                if not self.documents or self.documents[-1] is not origin:
+                    origin.start = self.characters - (stripped.skipped if several else 0)
+                    self.documents.append(origin)
+                self.characters += len(text)
+                read += len(text.encode("utf-8", "replace"))
+                self.done = before + min(read, length)
+                yield text
+            before += length
+
+
+class Text(Iterator["Tensor"]):
+    """Token ids of the documents, in pieces [T] for `ahn.read`, and how much of them the model has read."""
+
+    def __init__(self, blocks: Iterator[Encoded], sources: Sources) -> None:
+        self.sources = sources
+        self.skipped = 0  # tokens that a memory held before
+        self.read = 0  # by the model, and those skipped
+        self._blocks = blocks
+        self._ahead: deque[Encoded] = deque()
+        self._given = 0  # tokens
+        self._unread: deque[Encoded] = deque()  # of those given
+        self._digest = hashlib.sha256()
+        self._character = 0  # up to which the model has read
+        self._archive: Archive | None = None
+        self._ended = False  # whether all blocks are there
+        self._error: AHNError | None = None  # that the next block ends with
+        self._look()
+
+    def keep_places(self, cache: AHNCache) -> None:
+        """Note in the archive of the cache where the tokens that are given stand in their documents."""
+        self._archive, self._origin = cache.archive, -1
+        self._noted = self._character if self.skipped else -1  # documents that begin up to here are in the archive
+        self._first = cache.tokens_seen - self.skipped  # where the text begins in all that was read
+
+    def _locate(self, block: Encoded) -> None:
+        archive, documents = self._archive, self.sources.documents
+        if archive is None or not documents:
+            return
+        first = self._first + self._given
+        of = np.searchsorted([origin.start for origin in documents], block.starts, side="right") - 1
+        for index in range(max(self._origin, 0), len(documents)):
+            here = np.flatnonzero((of == index) & (block.starts >= 0))
+            if not len(here):
+                continue
+            origin = documents[index]
+            if index > self._origin:
+                if origin.start > self._noted:
+                    archive.begin(origin.name, first + int(here[0]))
+                self._origin = index
+            offsets = block.starts[here] - origin.start
+            pages = np.searchsorted([at for at, _ in origin.pages], offsets, side="right") - 1
+            for low, high in pairwise([0, *(np.flatnonzero(np.diff(pages)) + 1).tolist(), len(here)]):
+                page = origin.pages[max(int(pages[low]), 0)][1]
+                archive.locate(first + int(here[low]), offsets[low:high], page)
+
+    def _look(self) -> None:
+        """Two blocks ahead, so that the end of a short text is known at once."""
+        while sum(len(block.ids) > SHORT for block in self._ahead) < 2 and self._look_further():
+            pass
+
+    def _look_further(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        block = next(self._blocks, None)
+        if block is None:
+            self._ended = True
+            return False
+        self._ahead.append(block)
+        return True
+
+    def within(self, most: int) -> int | None:
+        """Tokens in all, if they are at most so many. Of files the end is looked for as far ahead as that."""
+        try:
+            while self.sources.bytes is not None and self._in_sight <= most and self._look_further():
+                pass
+        except AHNError as error:  # where reading gets to it, what stands before is kept
+            self._error = error
+        return self._in_sight if self._ended and self._in_sight <= most else None
+
+    @property
+    def _in_sight(self) -> int:
+        return self._given + sum(len(block.ids) for block in self._ahead)
+
+    def __next__(self) -> Tensor:
+        import torch
+
+        if not self._ahead:
+            raise StopIteration
+        block = self._ahead.popleft()
+        self._look()
+        self._unread.append(block)
+        self._locate(block)
+        self._given += len(block.ids)
+        return torch.from_numpy(block.ids.astype("int64"))
+
+    @property
+    def total(self) -> int | None:
+        """Tokens in all, if the end of the text is in sight."""
+        return self._in_sight if self._ended else None
+
+    @property
+    def fraction(self) -> float | None:
+        """Of the text that was read, about; None if that cannot be known."""
+        if self.total is not None:
+            return self.read / max(self.total, 1)
+        if not self.sources.bytes:
+            return None
+        share = min(1.0, self._character / max(self.sources.characters, 1))
+        return min(1.0, share * self.sources.done / self.sources.bytes)
+
+    def progress(self, before: int, of: str = "/") -> str:
+        """Tokens read, and of how many where that is known. `before`: tokens of earlier texts."""
+        between = of if of == "/" else f" {of} "
+        if self.total is not None:
+            return f"{before + self.read:,}{between}{before + self.total:,} tokens"
+        share = "" if self.fraction is None else f" ({self.fraction:.1%} of {size(self.sources.bytes or 0)})"
+        return f"{before + self.read:,} tokens{share}"
+
+    def note(self, tokens: int) -> None:
+        """That the model has read so many tokens of this text, those skipped included."""
+        from ahn.tokens import Encoded
+
+        while self.read < tokens:
+            block = self._unread.popleft()
+            count = min(tokens - self.read, len(block.ids))
+            if count:
+                self._digest.update(block.ids[:count].astype("<i4").tobytes())
+                self._character = max(0, int(block.starts[count - 1]))
+                self.read += count
+            if count < len(block.ids):
+                self._unread.appendleft(Encoded(block.ids[count:], block.starts[count:]))
+
+    def skip(self, tokens: int, digest: str) -> bool:
+        """Leave out the first tokens, if there are so many and they have this digest."""
+        while self._given < tokens and self._ahead:
+            next(self)
+            self.note(min(tokens, self._given))
+        if self.read < tokens or self._digest.hexdigest() != digest:
+            return False
+        self.skipped, self._given = tokens, tokens
+        self._ahead.extendleft(reversed(self._unread))  # the rest of a block
+        self._unread.clear()
+        return True
+
+    def described(self, complete: bool) -> dict[str, Any]:
+        """For a memory file: how to know the text again."""
+        return {"tokens": self.read, "sha256": self._digest.hexdigest(), "complete": complete}
+
+
+def _size(source: Path | str) -> int | None:
+    if str(source) == "-":
+        return None
+    with suppress(OSError):
+        return os.stat(source).st_size if os.path.isfile(source) else None
+    return None
