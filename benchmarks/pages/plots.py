@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from common import RESULTS
-from pages.quality import question_scores
+from pages.recall import question_scores
 from pages.tables import recalled
 
 NO_STORE = "@none"

@@ -1,7 +1,7 @@
-"""How the tables of the documentation are made: quality.py and speed.py hold them.
+"""The registry of the documentation's tables, and the functions that they share. The other files here hold the tables.
 
-Each is one function, made from the result files that its caption names. The name of the function, with "-" for "_", is
-the name in the marker that docs.py fills. A cell holds one number.
+A table is one function. It reads the result files that its caption names. The marker that docs.py fills has the
+function's name with "-" instead of "_". A cell holds one number.
 """
 
 from __future__ import annotations
