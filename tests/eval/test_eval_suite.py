@@ -135,6 +135,8 @@ def test_runs_differ_in_what_they_say(tmp_path):
     assert [(run["lossless"], run["seed"]) for run in plan.runs[:4]] == [(8, 1), (8, 2), (16, 1), (16, 2)]
     assert [(run["lossless"], run["length"], run["share"]) for run in plan.runs[4:]] == [(16, 64, 4), (32, 128, 4)]
     assert all(run["limit"] == 5 and run["tasks"] == ["ruler"] for run in plan.runs)
+    plan = suite.load(written(tmp_path / "s.yaml", text), ["lossless=32"])
+    assert [run["lossless"] for run in plan.runs] == [32] * 3, "a change goes before what a run says"
 
 
 @pytest.mark.parametrize(

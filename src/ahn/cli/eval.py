@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"(default: the suite's, else {OUTPUT})")
     group = parser.add_argument_group("many runs")
     group.add_argument("--suite", metavar="FILE", help="run what a YAML file says")
-    group.add_argument("changes", nargs="*", default=[], metavar="key=value", help="keys that go before the suite's")
+    group.add_argument("changes", nargs="*", default=[], metavar="key=value", help="keys to change in all runs")
     group.add_argument("--seconds", type=float, metavar="S", help=f"begin nothing after these; exit code {UNFINISHED}")
     group.add_argument("--together", type=one, metavar="N", default=1, help=f"processes that share the work {shown}")
     group = parser.add_argument_group("model and memory")

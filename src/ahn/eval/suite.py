@@ -46,9 +46,10 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Suite:
     """Read a suite. Raises ConfigError.
 
     Args:
-        changes: "key=value", in place of the file's own keys above `runs`.
+        changes: "key=value" each. They replace the file's values, also those of single runs.
     """
     values = yaml_file.read(path, "suite", changes)
+    changed = {change.partition("=")[0] for change in changes}
     own = {key: values.pop(key, None) for key in ("output", "summary", "note")}
     for key, value in own.items():
         if not isinstance(value, str | None):
@@ -57,7 +58,8 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Suite:
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(f"{path}: runs: {runs!r}: expected a list of runs, each with keys and values")
     folder, summary = (own[key] and Path(own[key]).expanduser() for key in ("output", "summary"))
-    return Suite([one for run in runs for one in _expanded(values | run, path)], folder, summary, own["note"])
+    whole = [values | {key: value for key, value in run.items() if key not in changed} for run in runs]
+    return Suite([one for run in whole for one in _expanded(run, path)], folder, summary, own["note"])
 
 
 def _expanded(run: dict[str, Any], path: str | Path) -> Iterator[dict[str, Any]]:
