@@ -7,7 +7,7 @@ import socket
 import sys
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch._dynamo", "datasets", "ahn.cli", "ahn.eval.runner", "ahn.train.trainer"])
+FORKS.set_forkserver_preload(["torch._dynamo", "datasets", "ahn.cli", "ahn.eval.runner", "ahn.train.run"])
 
 
 def start(output, *command, **environment):

@@ -1,15 +1,15 @@
-"""How fast a memory trains, and how near that is to what the machine's matrix products allow.
+"""How fast a memory trains, beside the time that its matrix products alone would take.
 
     python benchmarks/speed.py train [--recipe FILE.yaml] [--shape qwen2.5-3b] [--steps 20] [--profile] [key=value ...]
     python benchmarks/speed.py train --shape qwen2.5-3b cell=deltanet length=8192 batch=4 "lossless=[1024,2048,4096]"
 
-The steps are those of `ahn train` with the keys of its recipes, on random tokens: window drawn, teacher, student,
-backward, clipping, AdamW. `--shape` (a name of `ahn cost`) is a Qwen2 with random weights. Under torchrun the tokens of
-all processes count, the floor and the peak are one process's.
+Takes the steps of `ahn train` on random tokens, with the keys of its recipes: draw a window, teacher, student,
+backward, clipping, AdamW. `--shape` (a name of `ahn cost`) is a Qwen2 with random weights. Under torchrun tokens/s
+counts the tokens of all processes; the floor and the peak are those of one process.
 
-The floor is the time that the matrix products of a step take at the rate measured on one of 8,192 x 8,192: teacher
-and student forward, the student's backward by activations through the frozen base and by weights too in the cells,
-and the three products of the head on the tokens that count. Recomputed activations are not in it.
+The floor is the time that the matrix products of a step take at the rate measured on one of 8,192 x 8,192. They are
+those of the teacher's and the student's forward, of the student's backward (by activations; in the cells by weights
+too), and three of the head on the tokens that count. Recomputed activations are not counted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from accelerate import PartialState
 from transformers import TrainerCallback
 
-from ahn.bases import base_config
 from common import matmul_rate, now, peak_bytes, random_model, write
 
 NAME = "train"
@@ -42,10 +39,10 @@ RECIPE: dict[str, Any] = {
 
 
 def flops(shape: Any, recipe: Any, window: int, sinks: int) -> int:
-    """Matrix products of one step, a multiply-add counted as 2."""
+    """FLOPs of the matrix products of one step: a multiply-add counts as 2."""
     from ahn.cost import cost
 
-    config = recipe.memory().without_store()  # its tokens cost what those of the window do
+    config = recipe.memory().without_store()  # a token in the store costs as much as one in the window
     table = cost(shape, recipe.length, config.replace(window=window, sinks=sinks))
     terms = {term.name: term for term in (*table.mixing.terms, *table.rest.terms)}
     linear = terms["projections"].full + terms["MLP"].full
@@ -58,30 +55,20 @@ def flops(shape: Any, recipe: Any, window: int, sinks: int) -> int:
 
 
 def build(recipe: Any, shape: Any | None) -> Any:
-    """The trainer of a recipe, on random tokens, and with a random base if there is a `shape`."""
+    """The trainer of a recipe on random tokens, with a random base if a `shape` is given."""
     import torch
 
-    from ahn.train import trainer
-    from ahn.train.data import Rows
+    from ahn.train.prepare import base_of, machine_of, trainer_of
+    from ahn.train.rows import Rows
 
-    device = PartialState(cpu=not torch.cuda.is_available()).device  # of the process's own GPU
-    vocabulary = shape.V if shape else base_config(recipe.base).vocab_size
-    ids = torch.randint(vocabulary, (16 * recipe.batch, recipe.length), dtype=torch.int32)
-    rows = Rows(ids, torch.ones_like(ids, dtype=torch.bool))
-    with mock.patch.object(trainer.data, "rows", return_value=rows):
-        if shape is None:
-            return trainer.build(recipe)
-        model = random_model(shape, device)
-        with (
-            mock.patch.object(trainer, "load_base", return_value=model),
-            mock.patch.object(trainer, "base_config", return_value=model.config),
-            mock.patch.object(trainer, "load_tokenizer"),
-        ):
-            return trainer.build(recipe)
+    device = machine_of(recipe).device
+    model = random_model(shape, device) if shape else base_of(recipe, device)
+    ids = torch.randint(model.config.vocab_size, (16 * recipe.batch, recipe.length), dtype=torch.int32)
+    return trainer_of(recipe, model, Rows(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
 class Clock(TrainerCallback):
-    """Times `steps` steps behind `warmup`, notes their windows, and profiles three more if asked to."""
+    """Times `steps` steps after `warmup` others, notes their windows, and can profile the next three."""
 
     def __init__(self, model: Any, warmup: int, steps: int, profile: bool) -> None:
         self.model, self.warmup, self.steps = model, warmup, steps
@@ -150,7 +137,7 @@ def profiler() -> Any:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings of the recipe")
     parser.add_argument("--recipe")
     parser.add_argument("--shape", help="random weights of this shape instead of the recipe's base")
     parser.add_argument("--steps", type=int, default=20)
@@ -173,8 +160,9 @@ def run(options: argparse.Namespace) -> None:
     row = measure(recipe, shape, options.steps, options.warmup, options.profile)
     if int(os.environ.get("RANK", "0")):
         return
-    what = {
-        "base": Path(options.shape or recipe.base).name.removesuffix(".json"),
+    base = Path(options.shape or recipe.base).name.removesuffix(".json")
+    settings = {
+        "base": base,
         **{
             key: getattr(recipe, key)
             for key in ("cell", "length", "batch", "loss", "checkpointing", "compile", "sink_positions")
@@ -184,8 +172,8 @@ def run(options: argparse.Namespace) -> None:
     }
     print(f"{'base':<24}{'cell':<16}{'batch':>12}{'tokens/s':>10}{'step s':>9}{'floor s':>9}{'of floor':>10}{'GiB':>8}")
     print(
-        f"{what['base']:<24}{recipe.cell:<16}{f'{recipe.batch} x {recipe.length:,}':>12}{row['tokens_per_s']:>10,.0f}"
+        f"{base:<24}{recipe.cell:<16}{f'{recipe.batch} x {recipe.length:,}':>12}{row['tokens_per_s']:>10,.0f}"
         f"{row['step_s']:>9.3f}{row['floor_s']:>9.3f}{row['of_floor']:>10.1%}{row['peak_gib']:>8.1f}"
     )
     print(f"matrix products: {row['matmul_tflops']:.3g} TFLOP/s measured, {row['step_tflop']:.3g} TFLOP a step")
-    print(write(options.name, **what, **row))
+    print(write(options.name, **settings, **row))

@@ -831,7 +831,7 @@ def test_attention_transfer_through_a_store(store):
 @pytest.mark.slow
 def test_a_recipe_trains_gates_then_cells(tmp_path, capsys):
     from ahn.train import recipe
-    from ahn.train.trainer import train
+    from ahn.train.run import train
     from tiny_base import write_base
 
     base, adapter = write_base(tmp_path)

@@ -231,7 +231,7 @@ def losses(folder):
 
 @pytest.mark.slow
 def test_a_run_trains_and_its_adapter_loads(settings, tmp_path):
-    from ahn.train.trainer import train
+    from ahn.train.run import train
 
     one_window = {"lossless": [16], "sinks": [4], "limit": 128, "batch": 2}  # the same two rows in every step
     adapter = train(recipe.from_dict(settings | one_window | {"lr": 1e-2, "steps": 60, "warmup": 0.0}))
@@ -243,7 +243,7 @@ def test_a_run_trains_and_its_adapter_loads(settings, tmp_path):
 
 
 def test_rows_that_teach_nothing_are_left_out(settings, tmp_path, capsys):
-    from ahn.train.trainer import build
+    from ahn.train.prepare import build
 
     record = {"context": "the cat sat on the mat. " * 40, "qas": [{"question": "who sat?", "answers": ["the cat"]}]}
     source = jsonl(tmp_path / "q.jsonl", *[record] * 9)
@@ -254,7 +254,7 @@ def test_rows_that_teach_nothing_are_left_out(settings, tmp_path, capsys):
 
 
 def test_a_run_starts_from_another_adapter(settings, tmp_path):
-    from ahn.train.trainer import train
+    from ahn.train.run import train
 
     first = train(recipe.from_dict(settings | {"loss": "attention", "lr": 1e-2}))
     more = settings | {"start": str(first), "output": str(tmp_path / "more"), "steps": 1, "lr": 1e-9}
@@ -270,7 +270,8 @@ def test_a_run_starts_from_another_adapter(settings, tmp_path):
 def test_a_stopped_run_goes_on_as_if_it_had_not(settings, tmp_path):
     from safetensors.torch import load_file
 
-    from ahn.train.trainer import build, train
+    from ahn.train.prepare import build
+    from ahn.train.run import train
 
     whole = load_file(train(recipe.from_dict(settings)) / "adapter.safetensors")
     expected = losses(tmp_path / "run")

@@ -58,8 +58,8 @@ PartialState.__init__ = begin_as_gpus
 import gc, torch
 from transformers import TrainerCallback
 from torch.distributed.tensor import DTensor
-from ahn.train import trainer
-build = trainer.build
+from ahn.train import run
+build = run.build
 def watched(recipe):
     made = build(recipe)
     whole = {p.data_ptr() for p in made.model.parameters() if p.dim() > 1}
@@ -73,7 +73,7 @@ def watched(recipe):
                 json.dump({"shards": shards, "left": left}, open(recipe.output + "/shards.json", "w"))
     made.add_callback(Watch())
     return made
-trainer.build = watched
+run.build = watched
 
 from ahn.cli import main
 sys.exit(main())
@@ -503,14 +503,14 @@ def test_what_a_run_says(run, base, monkeypatch, capsys, caplog):
 
 
 def test_sharding_needs_gpus(run, monkeypatch):
-    from ahn.train import trainer
+    from ahn.train import prepare
 
     class Processes:
         device, num_processes, distributed_type = torch.device("cpu"), 2, "MULTI_CPU"
 
-    monkeypatch.setattr(trainer, "PartialState", lambda **options: Processes)
+    monkeypatch.setattr(prepare, "PartialState", lambda **options: Processes)
     with pytest.raises(ConfigError, match="over GPUs only"):
-        trainer.build(recipe.load(run("r", fsdp=True)))
+        prepare.build(recipe.load(run("r", fsdp=True)))
 
 
 def test_home_in_paths(run, monkeypatch):
@@ -585,7 +585,7 @@ def test_texts_are_tokenized_together_and_rows_stay_the_same(tmp_path, tokenizer
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "WORTH_KEEPING_S", 0.0)
+    monkeypatch.setattr("ahn.train.rows.WORTH_KEEPING_S", 0.0)
     return tmp_path / "cache" / "rows"
 
 
@@ -598,7 +598,7 @@ def test_rows_are_kept(tmp_path, tokenizer, kept, monkeypatch):
     first = data.rows([source], tokenizer, 64, cache=kept)
     assert same(first, data.rows([source], tokenizer, 64))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_pack", None)
+        patch.setattr(data, "_tokens", None)
         assert same(first, data.rows([source], tokenizer, 64, cache=kept))
         for changed in ({"length": 32}, {"limit": 100}, {"seed": 1}, {"tokenizer": tiny_tokenizer("qwen")}):
             with pytest.raises(TypeError):
@@ -830,7 +830,7 @@ def test_bad_recipes_are_said_in_one_line(run, tmp_path, monkeypatch, capsys, ch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").touch()
-    monkeypatch.setattr("ahn.train.trainer.load_base", lambda *args, **options: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("ahn.train.prepare.load_base", lambda *args, **options: pytest.fail("the base was loaded"))
     long = jsonl(tmp_path / "long.jsonl", chats(300))
     changes = {} if "100000" in message else {"data": [long]}
     assert main(["train", run("r", **changes), *change.split()]) == 2
@@ -840,7 +840,7 @@ def test_bad_recipes_are_said_in_one_line(run, tmp_path, monkeypatch, capsys, ch
 
 
 def test_a_tokenizer_of_another_base(run, base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ahn.train.trainer.load_base", lambda *args, **options: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("ahn.train.prepare.load_base", lambda *args, **options: pytest.fail("the base was loaded"))
     tiny(vocab_size=100, eos_token_id=1).save_pretrained(tmp_path / "small")
     tiny_tokenizer().save_pretrained(tmp_path / "small")
     assert main(["train", run("r", base=str(tmp_path / "small"))]) == 2
@@ -848,7 +848,7 @@ def test_a_tokenizer_of_another_base(run, base, tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_to_predict(run):
-    from ahn.train.trainer import _check_rows
+    from ahn.train.prepare import _check_rows
 
     rows = data.Rows(torch.zeros(0, 64, dtype=torch.int32), torch.zeros(0, 64, dtype=torch.bool))  # all left out
     with pytest.raises(DocumentError, match="no token is to be predicted behind the first 16 of 64"):
@@ -863,7 +863,7 @@ def test_an_empty_recipe(tmp_path):
 
 @pytest.mark.parametrize(("fsdp", "expected"), [(False, (None, "cuda:1")), (True, (torch.bfloat16, "cpu"))])
 def test_each_process_loads_the_base_where_it_belongs(run, monkeypatch, fsdp, expected):
-    from ahn.train import trainer
+    from ahn.train import prepare
 
     class Second:
         device, num_processes, distributed_type = torch.device("cuda", 1), 2, "MULTI_GPU"
@@ -874,8 +874,8 @@ def test_each_process_loads_the_base_where_it_belongs(run, monkeypatch, fsdp, ex
     def load_base(base, dtype=None, device=None):
         raise LoadedError(dtype, str(device))
 
-    monkeypatch.setattr(trainer, "PartialState", lambda **options: Second)
-    monkeypatch.setattr(trainer, "load_base", load_base)
+    monkeypatch.setattr(prepare, "PartialState", lambda **options: Second)
+    monkeypatch.setattr(prepare, "load_base", load_base)
     with pytest.raises(LoadedError) as loaded:
-        trainer.build(recipe.load(run("r", fsdp=fsdp)))
+        prepare.build(recipe.load(run("r", fsdp=fsdp)))
     assert loaded.value.args == expected

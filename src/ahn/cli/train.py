@@ -24,8 +24,9 @@ def run(args: argparse.Namespace) -> None:
     plan = recipe.load(args.recipe, args.changes)
     from torch import distributed
 
-    from ahn.train.data import check_there
-    from ahn.train.trainer import check_machine, train
+    from ahn.train.prepare import check_machine
+    from ahn.train.run import train
+    from ahn.train.sources import check_there
 
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes torchrun starts, one speaks
     if not args.check:

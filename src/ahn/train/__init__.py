@@ -1,13 +1,21 @@
-"""Training the memories by self-distillation (paper, section 3.1): the base with full attention teaches itself with
-window and memory.
+"""Trains memories by self-distillation (paper, section 3.1): the base with full attention teaches the base with window
+and memory.
 
-recipe.py       what to train on what, for how long: a YAML file, checked
-data.py         texts and chats as rows of equal length, with the tokens that count
-windows.py      which sinks and window a batch is trained with
-distill.py      the two forwards and the loss, without ever holding all logits
-trainer.py      the Hugging Face Trainer around them: loop, resume, logging, several GPUs
-gates.py        the same for the gates of a store, which then decides softly
-check.py        this machine's gradients against plain torch
-progress.py     what a run says while it runs
-checkpoints.py  which checkpoint is whole
+recipe.py       a run as a YAML file: base, data, settings, all checked
+run.py          a whole run: output folder, stages, resuming
+prepare.py      from a recipe to a trainer that is ready to start
+trainer.py      the Hugging Face Trainer around the distillation: steps, checkpoints, faults
+distill.py      the loss and the two forwards that it compares, without ever holding all logits
+gates.py        the training of a store's gates, for which the store decides softly
+windows.py      the sinks and the window that a batch is trained with
+
+data.py         packs sources into rows of equal length
+sources.py      opens files and datasets, reads their texts and records
+records.py      which tokens of a record are to be predicted
+rows.py         rows of tokens, and the folder that keeps them
+
+check.py        compares this machine's gradients with plain torch
+checkpoints.py  which checkpoint of a run is whole
+progress.py     reports a run while it runs
+heads.py        chooses the retrieval heads of a base
 """

@@ -31,7 +31,7 @@ class Recipe:
 
     Args:
         base: base model (`ahn.from_pretrained`). cell: name of the cell. output: folder of checkpoints and adapter.
-        data: sources (`ahn.train.data`). limit: tokens of each source, at most; None: all.
+        data: sources (`ahn.train.sources`). limit: tokens of each source, at most; None: all.
         length: tokens of a row. batch: rows a step and device. steps: optimiser steps.
         lr, warmup, weight_decay, clip: AdamW's rate, the share of steps it rises over before it falls as a cosine,
             decay (none on the cells' decay parameters), largest norm of the gradient.
