@@ -1,6 +1,7 @@
 """Passages, ways to find them, and reading them again."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ahn.recall.finders.base import Finder
 from ahn.recall.finders.fused import ranks
 from ahn.recall.finders.heads import by_passage, gathered
 from ahn.recall.passages import LONGEST, SHORTEST, Passages, cut, cut_text, decode_each, sentence_ends
-from ahn.recall.question import Question, queries_of
+from ahn.recall.question import Question
 from ahn.recall.words import words
 from conftest import retrieval, tiny, with_memory
 from tiny_tokenizer import tiny_tokenizer
@@ -127,6 +128,10 @@ class TestWords:
             ("ﬁne Straße", ["fine", "strasse"]),
             ("知识图谱 is 好", ["知识", "识图", "图谱", "is", "好"]),
             ("snake_case — x", ["snake", "case", "x"]),
+            ("किताब कहाँ है?", ["किताब", "कहाँ", "है"]),
+            ("แมวอยู่", ["แม", "มว", "วอ", "อยู่"]),
+            ("می\u200cروم co\u00adoperate", ["میروم", "cooperate"]),
+            ("☺️ カナ・テスト", ["カナ", "テス", "スト"]),
             ("", []),
         ],
     )
@@ -159,6 +164,41 @@ class TestFinders:
         assert "compass" in passages.texts[int(scores.argmax())]
         nothing = Question("zyxw?", model, tokenizer, memory)
         assert not finders.get("bm25")().scores(passages, nothing).any()
+
+    @pytest.mark.parametrize(
+        ("text", "asked", "answer"),
+        [
+            (
+                "राम रोज़ सुबह बाज़ार जाता है। सीता ने चाबी लाल डिब्बे में रखी थी। मोहन शाम को नदी के किनारे बैठता है।",
+                "चाबी किस डिब्बे में थी?",
+                "चाबी",
+            ),
+            (
+                "พ่อไปตลาดทุกเช้า\nแม่เก็บกุญแจไว้ในกล่องสีแดง\nน้องนั่งริมแม่น้ำตอนเย็น",
+                "กุญแจอยู่ในกล่องไหน",
+                "กุญแจ",
+            ),
+        ],
+    )
+    def test_bm25_finds_words_with_vowel_marks(self, text, asked, answer):
+        texts = text.replace("।", "।\n").splitlines()
+        passages = SimpleNamespace(archive=Archive(), texts=texts)
+        scores = finders.get("bm25")().scores(passages, SimpleNamespace(text=asked))
+        assert answer in texts[int(scores.argmax())]
+        assert (scores > scores.max() / 2).sum() == 1  # single letters would find the others nearly as well
+
+    def test_keys_are_read_once_for_each_question(self, model, memory, tokenizer, monkeypatch):
+        from ahn.recall import support
+        from ahn.recall.finders import heads
+
+        passages = Passages.of(memory.archive, tokenizer)
+        question = Question("Where is the compass?", model, tokenizer, memory)
+        heads.nothing(passages, question)
+        calls, real = [], heads.by_passage
+        monkeypatch.setattr(heads, "by_passage", lambda *args: calls.append(1) or real(*args))
+        finders.get("fused")().scores(passages, question)
+        once = len(calls)
+        assert once and support.of_passages(passages, [0], question) and len(calls) == once
 
     def test_heads_are_a_softmax_over_all_keys(self):
         """The naive form, of queries that int8 holds."""
@@ -212,9 +252,10 @@ class TestFinders:
         calls = []
         hook = model.get_decoder().layers[1].register_forward_hook(lambda *_: calls.append(1))
         try:
-            first = queries_of(model, tokenizer, memory, "Where?", {0: [1]}, 64)
+            question = Question("Where?", model, tokenizer, memory)
+            first = question.queries_of({0: [1]}, 64)
             assert not calls
-            both = queries_of(model, tokenizer, memory, "Where?", {0: [1], 1: [0]}, 64)
+            both = question.queries_of({0: [1], 1: [0]}, 64)
             assert torch.equal(first[0], both[0]) and 1 in both and both[1].abs().sum() > 0
         finally:
             hook.remove()

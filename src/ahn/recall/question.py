@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -25,17 +25,26 @@ class _AllSeenError(Exception):
 
 
 class Question:
-    """Args:
-    text: the question. model, tokenizer: of the memory.
-    memory: is not changed. before: text that is read in front of the question, such as passages found earlier.
+    """A question, and what is computed for it once.
+
+    Args:
+        text: the question. model, tokenizer: of the memory.
+        memory: is not changed. before: text that is read in front of the question, such as passages found earlier.
     """
 
     def __init__(self, text: str, model: PreTrainedModel, tokenizer: Any, memory: AHNCache, before: str = "") -> None:
         self.asked, self.model, self.tokenizer, self.memory, self.before = text, model, tokenizer, memory, before
+        self._made: dict[str, Any] = {}
 
     def after(self, before: str) -> Question:
         """The same behind a text."""
         return Question(self.asked, self.model, self.tokenizer, self.memory, before)
+
+    def memo(self, key: str, make: Callable[[], Any]) -> Any:
+        """A value that several finders or signals need, made once."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def text(self) -> str:
@@ -46,18 +55,33 @@ class Question:
     def queries(self) -> dict[int, Tensor]:
         """By layer that has retrieval heads, their queries for the tokens of the question, [N, Q, H] on the model's
         device, turned to the distance at which they are held against keys."""
-        return self._queries(self.asked, self.before)
-
-    @cached_property
-    def nothing(self) -> dict[int, Tensor]:
-        """The same of a question about nothing."""
-        return self._queries(NOTHING, "")
-
-    def _queries(self, text: str, before: str) -> dict[int, Tensor]:
         heads = self.model.ahn_retrieval
         assert heads is not None
-        wanted = {layer: heads.queries(layer) for layer in heads.layers}
-        return queries_of(self.model, self.tokenizer, self.memory, text, wanted, heads.distance, before)
+        return self.queries_of({layer: heads.queries(layer) for layer in heads.layers}, heads.distance)
+
+    @property
+    def nothing(self) -> dict[int, Tensor]:
+        """The same of a question about nothing."""
+        return Question(NOTHING, self.model, self.tokenizer, self.memory).queries
+
+    @torch.no_grad()
+    def queries_of(self, heads: Mapping[int, Sequence[int]], distance: int) -> dict[int, Tensor]:
+        """`queries` of the heads in `heads`, by layer, turned to `distance`."""
+        found: dict[int, Tensor] = {}
+        fork, dialogue = apart(self.memory), Dialogue.of(self.tokenizer)
+        ids, tokens = dialogue.question(self.asked, self.before), question_tokens(self.tokenizer, self.asked)
+
+        def observe(index: int, layer: Any, q: Tensor, k: Tensor, span: Any) -> None:
+            plain = layer.without_positions(q[:, list(heads[index])], span.positions(q.device))
+            found[index] = layer.at_distance(plain, distance)[0, :, tokens]
+            if len(found) == len(heads):
+                raise _AllSeenError
+
+        for index in heads:
+            fork.layers[index].observer = partial(observe, index)
+        with suppress(_AllSeenError):
+            self.model.get_decoder()(ids.to(self.model.device), **{PAST: fork}, use_cache=True)
+        return found
 
 
 def apart(memory: AHNCache) -> AHNCache:
@@ -65,35 +89,6 @@ def apart(memory: AHNCache) -> AHNCache:
     fork = memory.fork()
     fork.set_archive(None)
     return fork
-
-
-@torch.no_grad()
-def queries_of(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    memory: AHNCache,
-    text: str,
-    heads: Mapping[int, Sequence[int]],
-    distance: int,
-    before: str = "",
-) -> dict[int, Tensor]:
-    """By layer in `heads`, the queries of these heads for the tokens of a question, [N, Q, H], turned to `distance`.
-    `before`: text that is read in front of the question. The memory is not changed."""
-    found: dict[int, Tensor] = {}
-    fork = apart(memory)
-    ids, tokens = Dialogue.of(tokenizer).question(text, before), question_tokens(tokenizer, text)
-
-    def observe(index: int, layer: Any, q: Tensor, k: Tensor, span: Any) -> None:
-        plain = layer.without_positions(q[:, list(heads[index])], span.positions(q.device))
-        found[index] = layer.at_distance(plain, distance)[0, :, tokens]
-        if len(found) == len(heads):
-            raise _AllSeenError
-
-    for index in heads:
-        fork.layers[index].observer = partial(observe, index)
-    with suppress(_AllSeenError):
-        model.get_decoder()(ids.to(model.device), **{PAST: fork}, use_cache=True)
-    return found
 
 
 def question_tokens(tokenizer: Any, text: str) -> slice:

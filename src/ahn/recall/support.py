@@ -26,7 +26,7 @@ from torch import Tensor
 from ahn.errors import ConfigError
 from ahn.memory.calibration import Calibration
 from ahn.recall.finders.bm25 import Lexicon
-from ahn.recall.finders.heads import attention, nothing
+from ahn.recall.finders.heads import looked_at, nothing
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
 from ahn.recall.words import words
@@ -47,7 +47,7 @@ def of_passages(passages: Passages, read: Sequence[int], question: Question) -> 
         return {}
     found: dict[str, float] = {}
     if passages.archive.keys is not None:
-        mine = attention(passages, question.queries)
+        mine = looked_at(passages, question)
         less = mine - nothing(passages, question)
         best, best_less = (float(x[list(read)].max()) for x in (mine, less))
         found |= {"heads": math.log(max(best, _FLOOR)), "heads_less": math.log(max(best_less, _FLOOR))}

@@ -27,7 +27,7 @@ from ahn.memory.cache import AHNCache
 from ahn.memory.handle import layers_of
 from ahn.memory.head_keys import RetrievalHeads
 from ahn.recall.passages import cut_text
-from ahn.recall.question import NOTHING, queries_of
+from ahn.recall.question import NOTHING, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ def choose_heads(
         gold = _evidence(passages, prompt)
         if gold.any():
             asks = [
-                queries_of(model, tokenizer, memory, asked_for, every, DISTANCE)
+                Question(asked_for, model, tokenizer, memory).queries_of(every, DISTANCE)
                 for asked_for in (example.question, NOTHING)
             ]
             share += _share(asks, keys, passages, gold, groups)

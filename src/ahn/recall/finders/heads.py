@@ -6,7 +6,7 @@ H head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from ahn.recall.finders.base import Finder
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
 
-BLOCK = 1 << 14  # groups of keys that are on the device at once
+BLOCK = 1 << 15  # groups of keys that are on the device at once
 LOWEST = -1e30  # in place of -inf where a difference is taken
 
 
@@ -35,8 +35,14 @@ class Heads(Finder):
     def scores(self, passages: Passages, question: Question) -> np.ndarray:
         if passages.archive.keys is None:
             raise ConfigError("finder 'heads': the archive holds no keys: expected archive='keys', or finder 'bm25'")
-        found: np.ndarray = (attention(passages, question.queries) - nothing(passages, question)).cpu().numpy()
+        found: np.ndarray = (looked_at(passages, question) - nothing(passages, question)).numpy()
         return found
+
+
+def looked_at(passages: Passages, question: Question) -> Tensor:
+    """Attention to each passage for a question, float32 [P]."""
+    found: Tensor = question.memo("attention", lambda: attention(passages, question.queries))
+    return found
 
 
 def nothing(passages: Passages, question: Question) -> Tensor:
@@ -46,20 +52,19 @@ def nothing(passages: Passages, question: Question) -> Tensor:
 
 
 def attention(passages: Passages, queries: dict[int, Tensor]) -> Tensor:
-    """Attention to each passage, float32 [P]. `queries`: by layer, [N, Q, H] as `Question.queries`."""
+    """Attention to each passage, float32 [P] on the host. `queries`: by layer, [N, Q, H] as `Question.queries`."""
     archive = passages.archive
     assert archive.keys is not None
-    heads, total = archive.keys.heads, torch.zeros(len(passages))
+    heads, found = archive.keys.heads, []
     for layer, q in queries.items():
         keys, steps = archive.keys.of(layer), heads.scales[layer][1].to(q.device)
+        bounds = passages.groups(heads.pool, len(keys))
         of_group = [head // heads.groups for head in heads.queries(layer)]
         for place, head in enumerate(heads.kept(layer)):
             mine = q[[i for i, group in enumerate(of_group) if group == head]].float()
             scaled = (mine * steps[place] * q.shape[-1] ** -0.5).flatten(0, 1)
-            total += (
-                len(mine) * by_passage(scaled, keys[:, place], passages.groups(heads.pool, len(keys))).mean(0).cpu()
-            )
-    return total
+            found.append(len(mine) * by_passage(scaled, keys[:, place], bounds).mean(0))
+    return sum(found[1:], found[0]).cpu()
 
 
 def by_passage(q: Tensor, keys: Tensor, bounds: Tensor) -> Tensor:
@@ -67,21 +72,42 @@ def by_passage(q: Tensor, keys: Tensor, bounds: Tensor) -> Tensor:
 
     Args:
         keys: on the host; they come to the device of `q` block by block.
-        bounds: passage i has the keys bounds[i] to bounds[i + 1] - 1.
+        bounds: on the host; passage i has the keys bounds[i] to bounds[i + 1] - 1.
     """
     largest, norm, products = [], torch.full((len(q),), -torch.inf, device=q.device), products_with(q)
     step = max(1, BLOCK // max(int(bounds.diff().max()), 1))
-    for low in range(0, len(bounds) - 1, step):
-        part = bounds[low : low + step + 1]
-        k = keys[int(part[0]) : int(part[-1])]
-        scores, unknown = products(k.to(q.device, non_blocking=True)), k[:, 0] == UNKNOWN
-        if unknown.any():
-            scores.masked_fill_(unknown.to(q.device), -torch.inf)
+    parts = [bounds[low : low + step + 1] for low in range(0, len(bounds) - 1, step)]
+    blocks = on_device([keys[int(part[0]) : int(part[-1])] for part in parts], q.device)
+    for part, k in zip(parts, blocks, strict=True):
+        scores, unknown = products(k), k[:, 0] == UNKNOWN
+        if unknown.is_cuda or unknown.any():  # a GPU would have to be waited for
+            scores.masked_fill_(unknown, -torch.inf)
         tops = largest_of(scores, part - part[0])
         largest.append(tops)
         top = tops.amax(1, keepdim=True).clamp(min=LOWEST)
         norm = torch.logaddexp(norm, scores.sub_(top).exp_().sum(1).log() + top[:, 0])
     return (torch.cat(largest, 1) - norm[:, None].clamp(min=LOWEST)).exp()
+
+
+def on_device(blocks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Blocks of keys [G, H], each in turn on the device, and no longer than until the next.
+
+    Two page-locked buffers lie between the host's memory and a GPU: the host fills one while the GPU works on the
+    other.
+    """
+    if device.type != "cuda":
+        yield from blocks
+        return
+    shape = max(map(len, blocks)), blocks[0].shape[1]
+    buffers = [torch.empty(shape, dtype=blocks[0].dtype, pin_memory=True) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in buffers]
+    stream = torch.cuda.current_stream(device)
+    for index, block in enumerate(blocks):
+        buffer, event = buffers[index % 2], copied[index % 2]
+        event.synchronize()
+        held = buffer[: len(block)].copy_(block).to(device, non_blocking=True)
+        event.record(stream)
+        yield held
 
 
 def products_with(q: Tensor) -> Callable[[Tensor], Tensor]:
@@ -102,12 +128,11 @@ def largest_of(scores: Tensor, bounds: Tensor) -> Tensor:
     """Largest of scores [R, G] in each passage, [R, P]; -inf in one without keys. `bounds` [P + 1]: from 0 to G."""
     if scores.device.type != "cpu":
         return gathered(scores, bounds)
-    found = torch.full((len(scores), len(bounds) - 1), -torch.inf)
-    filled = bounds[:-1] < bounds[1:]
+    starts, filled = bounds[:-1].numpy(), (bounds[:-1] < bounds[1:]).numpy()
+    found = np.full((len(scores), len(starts)), -np.inf, np.float32)
     if filled.any():  # ten times as fast as `gathered`
-        starts = bounds[:-1][filled].numpy()
-        found[:, filled] = torch.from_numpy(np.maximum.reduceat(scores.numpy(), starts, axis=1))
-    return found
+        found[:, filled] = np.maximum.reduceat(scores.numpy(), starts[filled], axis=1)
+    return torch.from_numpy(found)
 
 
 def gathered(scores: Tensor, bounds: Tensor) -> Tensor:
