@@ -21,6 +21,7 @@ if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP
 _PUBLIC = {
     "AHNCache": "memory.cache",
     "AHNConfig": "config",
+    "Answer": "recall.ask",
     "Dialogue": "dialogue",
     "NOT_FOUND": "dialogue",
     "ask": "recall.ask",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from ahn.hf.augment import augment as augment
     from ahn.hf.augment import detach as detach
     from ahn.memory.cache import AHNCache as AHNCache
+    from ahn.recall.ask import Answer as Answer
     from ahn.recall.ask import ask as ask
 
 

@@ -67,13 +67,13 @@ def from_pretrained(
     if adapter is not None:
         trained = read_adapter(adapter)
         if cell not in (None, trained.config.cell):
-            raise ConfigError(f"cell={cell!r}: adapter {adapter} is for {trained.config.cell!r}")
+            raise ConfigError(f"{{cell}}: adapter {adapter} is for {trained.config.cell!r}", cell=cell)
     if cell is not None:
         cells.check_name(cell)
     given = {"window": window, "sinks": sinks, "store": store, "store_size": store_size, "store_span": store_span}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if lossless is not None and window is not None:
-        raise ConfigError(f"lossless={lossless} with window={window}: expected one of them")
+        raise ConfigError("{lossless} with {window}: expected one of them", lossless=lossless, window=window)
     if store == NONE:
         changes = {"store_size": 0, "store_span": 1} | changes | {"store": None}
     # what is wrong is said before gigabytes are loaded
@@ -154,8 +154,9 @@ def check_gates(store: str | None, adapter: Adapter | None) -> None:
     what = "no adapter is given" if adapter is None else f"{adapter.source} has none"
     shipped = ", ".join(name for name in zoo.names() if zoo.store(name) == store)
     raise AdapterError(
-        f"store={store!r}: its gates are part of an adapter, and {what}: expected one that has them"
-        f"{f', as {shipped}' if shipped else ''}, or another store"
+        f"{{store}}: its gates are part of an adapter, and {what}: expected one that has them"
+        f"{f', as {shipped}' if shipped else ''}, or another store",
+        store=store,
     )
 
 

@@ -90,19 +90,29 @@ class AHNConfig:
         _check_integer("store_span", self.store_span, least=1)
         if self.store is None:
             if self.store_size:
-                raise ConfigError(f"store_size={self.store_size} without a store: expected the name of a store, or 0")
+                raise ConfigError(
+                    "{store_size} without a store: expected the name of a store, or 0", store_size=self.store_size
+                )
             if self.store_span != 1:
-                raise ConfigError(f"store_span={self.store_span} without a store: expected the name of a store, or 1")
+                raise ConfigError(
+                    "{store_span} without a store: expected the name of a store, or 1", store_span=self.store_span
+                )
             return
         from ahn import stores
 
         stores.check_name(self.store)
         if not self.store_size:
-            raise ConfigError(f"store={self.store!r} with store_size=0: expected at least 1, or no store")
+            raise ConfigError(
+                "{store} with {store_size}: expected at least 1, or no store", store=self.store, store_size=0
+            )
         if self.store_span > self.window:
-            raise ConfigError(f"store_span={self.store_span}: expected at most the window of {self.window}")
+            raise ConfigError(
+                f"{{store_span}}: expected at most the window of {self.window}", store_span=self.store_span
+            )
         if self.store_span > self.store_size:
-            raise ConfigError(f"store_span={self.store_span}: expected at most the store_size of {self.store_size}")
+            raise ConfigError(
+                "{store_span}: expected at most {store_size}", store_span=self.store_span, store_size=self.store_size
+            )
 
     @property
     def lossless(self) -> int:
@@ -150,4 +160,4 @@ class AHNConfig:
 
 def _check_integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r}: expected an integer of at least {least}")
+        raise ConfigError(f"{{{name}}}: expected an integer of at least {least}", **{name: value})

@@ -1,13 +1,31 @@
 """Everything `ahn` raises on purpose. Each message names the value that was wrong and what is allowed."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class AHNError(Exception):
-    """Base of all errors of this package. Its text is one line, whatever a library or a file put into it."""
+    """Base of all errors of this package. Its text is one line, whatever a library or a file put into it.
+
+    Args:
+        message: may name a setting as `{recall}`. Python then reads `recall=512`, the command line `--recall 512`.
+        settings: the value of each setting that the message names.
+    """
+
+    def __init__(self, message: str = "", /, **settings: Any) -> None:
+        super().__init__(message)
+        self.message, self.settings = str(message), settings
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())
+        return self.told(lambda name, value: f"{name}={value!r}")
+
+    def told(self, named: Callable[[str, Any], str]) -> str:
+        """The text, in which `named` says a setting by its name and value."""
+        text = " ".join(self.message.splitlines())
+        if not self.settings:
+            return text
+        return re.sub(rf"{{({'|'.join(self.settings)})}}", lambda at: named(at[1], self.settings[at[1]]), text)
 
 
 class ConfigError(AHNError, ValueError):

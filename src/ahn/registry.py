@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ahn.errors import ConfigError, some
@@ -75,8 +76,10 @@ class Registry(Generic[T]):
         return self._found()[name]()
 
     def _found(self) -> dict[str, Callable[[], Any]]:
-        package = importlib.import_module(self.package)
-        files = [m.name for m in pkgutil.iter_modules(package.__path__)]
+        # below the top package, which is imported already: a folder's own imports may need torch
+        top, *rest = self.package.split(".")
+        folders = [str(Path(folder, *rest)) for folder in importlib.import_module(top).__path__]
+        files = [m.name for m in pkgutil.iter_modules(folders)]
         found: dict[str, Callable[[], Any]] = {
             (name := file.replace("_", self.joint)): partial(_class_in_file, self.package, file, self.attribute, name)
             for file in files

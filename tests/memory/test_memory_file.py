@@ -85,9 +85,26 @@ def test_another_model(saved, other):
         ahn.AHNCache.load(saved, other())
 
 
-def test_another_window(saved):
-    with pytest.raises(MemoryFileError, match=r"another model \(.*; window=16, not 17\)$"):
-        ahn.AHNCache.load(saved, with_memory(tiny(), window=17))
+def test_the_sizes_are_those_of_the_file(saved, model):
+    """Loading sets window and sinks, so nobody needs to know them; the cache goes on as the one that was saved."""
+    other, more = with_memory(tiny(), window=17, sinks=2), token_ids(20)
+    loaded = ahn.AHNCache.load(saved, other)
+    assert other.ahn_config == loaded.config == model.ahn_config
+    expected = ahn.read(model, more, ahn.AHNCache.load(saved, model)).last_logits
+    assert torch.equal(ahn.read(other, more, loaded).last_logits, expected)
+
+
+def test_sizes_stay_where_loading_fails(saved, model):
+    other = with_memory(tiny(), seed=7, window=17)
+    with pytest.raises(MemoryFileError, match="fingerprint"):
+        ahn.AHNCache.load(saved, other)
+    assert other.ahn_config.window == 17
+    ahn.read(other, token_ids(40))
+
+
+def test_another_setting(saved):
+    with pytest.raises(MemoryFileError, match=r"another model \(.*; sink_positions='clipped', not 'absolute'\)$"):
+        ahn.AHNCache.load(saved, with_memory(tiny(), sink_positions="absolute"))
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, 0.5, 0.99])

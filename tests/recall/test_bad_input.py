@@ -47,7 +47,7 @@ def test_a_question_longer_than_the_window(refused: Any, memory: Path) -> None:
 
 def test_more_to_read_again_than_the_window_holds(refused: Any, memory: Path) -> None:
     line = refused(memory, "ask", "--memory", str(memory), "--recall", "60", "Who sat?")
-    assert "recall=60: the window of 64 tokens holds the question, which has 17, and 47 more" in line
+    assert "--recall 60: the window of 64 tokens holds the question, which has 17, and 47 more" in line
 
 
 def test_it_is_said_before_a_document_is_read(run: Any, base: str, memory: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_it_is_said_before_a_document_is_read(run: Any, base: str, memory: Path,
         for command in (["ask", "Who sat?"], ["chat"]):
             words = [*command, "--document", str(tmp_path / "book.txt"), "-o", str(tmp_path / "new.ahn")]
             code, out, err = run(*words, "--base", base, *SIZES, *options)
-            assert (code, out) == (cli.BAD_INPUT, "") and f"recall={options[1]}: the " in err
+            assert (code, out) == (cli.BAD_INPUT, "") and f"--recall {options[1]}: the " in err
             assert "reading" not in err and not (tmp_path / "new.ahn").exists()
 
 

@@ -467,7 +467,7 @@ def test_gradients_reach_the_cells_through_the_losers(store):
         ({"store": "recent", "store_size": 5}, "did you mean 'recency'"),
         ({"store": "recency", "store_size": -1}, "store_size=-1: expected an integer of at least 0"),
         ({"store": "recency", "store_size": 4, "store_span": 17}, "store_span=17: expected at most the window of 16"),
-        ({"store": "recency", "store_size": 4, "store_span": 5}, "store_span=5: expected at most the store_size of 4"),
+        ({"store": "recency", "store_size": 4, "store_span": 5}, "store_span=5: expected at most store_size=4"),
     ],
 )
 def test_settings_that_cannot_be(changes, message):

@@ -17,7 +17,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ahn.cli import _guard
+from ahn.cli import _guard, _options
 from ahn.ops import dispatch
 from ahn.registry import nearest, points
 from ahn.version import __version__
@@ -31,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     An error is one line on standard error. With AHN_DEBUG=1 in the environment it is raised instead.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    named = None
     try:
         try:
             _guard.open_streams()
             args = _parse(argv)
+            named = args.named
             dispatch.check_setting()
             return args.run(args) or 0
         finally:
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         command = f" {argv[0]}" if argv and argv[0] in names() else ""
         with suppress(OSError):  # standard error can be full, too
-            print(f"ahn{command}: error: {_guard.reason(error)}", file=sys.stderr)
+            print(f"ahn{command}: error: {_guard.reason(error, named)}", file=sys.stderr)
         return BAD_INPUT
 
 
@@ -82,7 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         summary = module.__doc__.strip().splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Help)
         module.arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, named=_options.namer(command))
     if not argv:
         parser.print_help()
         parser.exit(BAD_INPUT)
@@ -91,7 +93,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if value == "":  # as of a variable of the shell that is not set
-            parser.error(f"{name} '': expected some text")
+            parser.error(f"{args.named(name, repr(value))}: expected some text")
     return args
 
 

@@ -22,6 +22,11 @@ def size(count: float) -> str:
     return f"{count:.{0 if unit == 'B' or count >= 99.95 else 1 if count >= 9.995 else 2}f} {unit}"
 
 
+def counted(number: int, thing: str) -> str:
+    """1 passage, 2 passages."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """In units that suit it: 45 s, 12 min, 3 h 20 min."""
     if seconds < 60:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from ahn.errors import AHNError, ConfigError
 
@@ -61,10 +62,10 @@ class _Output(io.TextIOWrapper):
             raise
 
 
-def reason(error: BaseException) -> str:
-    """`error` as one line."""
+def reason(error: BaseException, named: Callable[[str, Any], str] | None = None) -> str:
+    """`error` as one line. `named`: how a command says a setting (`ahn.cli._options.namer`)."""
     if isinstance(error, AHNError):
-        said = str(error)
+        said = error.told(named) if named else str(error)
     elif isinstance(error, OSError):
         said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without its import

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ahn.errors import ConfigError
+from ahn.registry import Registry
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -34,6 +35,16 @@ def byte_count(text: str) -> int:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected bytes, such as 512MB, 2GB or 0")
     return int(float(found[1]) * UNITS[found[2]])
+
+
+def namer(parser: argparse.ArgumentParser) -> Callable[[str, Any], str]:
+    """Says a setting and its value as the option of a command: `--recall 512`, else as in Python."""
+    options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+
+    def named(name: str, value: Any) -> str:
+        return f"{options[name]} {value}" if name in options else f"{name}={value!r}"
+
+    return named
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +149,7 @@ def add_recall(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of passages to read again, 0 for none (default: 512 if the memory has keys, else 0)",
     )
-    group.add_argument("--finder", default="fused", metavar="F", help="how they are found (default: %(default)s)")
+    add_finder(group, "how they are found")
     group.add_argument(
         "--rounds", type=int, choices=(1, 2), default=1, help="2 looks again with the first passages in mind"
     )
@@ -148,6 +159,14 @@ def add_recall(parser: argparse.ArgumentParser) -> None:
         help="answer although the text supports no answer, where the adapter can tell (default: say so)",
     )
     group.add_argument("--sources", action="store_true", help="show the passages after the answer")
+
+
+def add_finder(group: Any, how: str) -> None:
+    """Which way passages are found. The names come from the folder of finders, without their imports."""
+    names = Registry("finder", "ahn.recall.finders").names()
+    group.add_argument(
+        "--finder", metavar="F", default="fused", help=f"{how}: {', '.join(names)} (default: %(default)s)"
+    )
 
 
 def add_answer(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ LARGE = 1_000_000  # bytes of documents that are announced before the model is l
 
 
 def read_document_into(
-    args: argparse.Namespace, memory: str | None = None, check: Callable[[Session], None] | None = None
+    args: argparse.Namespace, memory: str | None = None, question: str | None = None
 ) -> tuple[Session, str]:
     """Read the documents `args.document`, and save the memory as `args.output` if that is given.
 
@@ -36,7 +36,7 @@ def read_document_into(
     Args:
         args: with `document` (a list), `output`, `force` and the options of `add_model`.
         memory: a memory file to append to.
-        check: is called with the session before anything is read.
+        question: one that will be asked; errors that it leads to come before anything is read.
 
     Returns:
         the session and a summary.
@@ -66,15 +66,15 @@ def read_document_into(
         earlier = _texts(memory) if memory else []
         text = _resumed(args, memory, earlier, sources)
         if text is not None:
-            session = Session(args, args.output)
+            session = Session(args, args.output, question)
             console.print(f"resumed {args.output}: it holds the first {text.skipped:,} tokens of this text")
         else:
-            session = Session(args, memory)
+            session = Session(args, memory, question)
             text = Text(_ids(session.dialogue, sources, earlier), sources)
             if not memory:
                 session.introduce(text)
-        if check is not None:
-            check(session)
+        if question is not None:
+            session.check(question, args)
         text.keep_places(session.cache)
         before = session.cache.tokens_seen
         with finish_before_interrupt() as interrupted:  # also between reading and saving
@@ -83,7 +83,7 @@ def read_document_into(
             except (KeyboardInterrupt, AHNError) as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 done = text.progress(session.cache.tokens_seen - text.read, "of")
-                reason = f"interrupted after {done}" if stopped else str(error)
+                reason = error.told(args.named) if isinstance(error, AHNError) else f"interrupted after {done}"
                 if session.cache.tokens_seen == before:
                     raise KeyboardInterrupt(reason) if stopped else error from None
                 if not args.output:

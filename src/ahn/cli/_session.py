@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ahn.cli._checks import check_store, header_of
-from ahn.cli._console import console, duration, show_log, size
+from ahn.cli._checks import check_asked, check_before_loading, header_of
+from ahn.cli._console import console, counted, duration, show_log, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class Answer:
     @property
     def summary(self) -> str:
         count = self.ids.shape[-1]
-        speed = f"{count:,} tokens in {self.seconds:.1f} s ({count / self.seconds:,.1f} tokens/s)"
+        speed = f"{counted(count, 'token')} in {self.seconds:.1f} s ({count / self.seconds:,.1f} tokens/s)"
         return f"{speed}, cut at --max-new-tokens" if self.cut else speed
 
 
@@ -48,9 +48,10 @@ class Session:
     Args:
         args: with the options of `add_model`.
         memory: a memory file to go on from; it names base and adapter. None: an empty memory.
+        question: one that will be asked, so that errors that it leads to come before the model is loaded.
     """
 
-    def __init__(self, args: argparse.Namespace, memory: str | None = None) -> None:
+    def __init__(self, args: argparse.Namespace, memory: str | None = None, question: str | None = None) -> None:
         header = header_of(memory, args) if memory else {}
         show_log()
         base = args.base or header.get("base") or "smollm2-135m"
@@ -58,23 +59,27 @@ class Session:
             import transformers
 
             from ahn.adapter import NONE, from_pretrained
-            from ahn.bases import load_tokenizer
+            from ahn.bases import base_config, load_tokenizer
             from ahn.cost import Shape
             from ahn.dialogue import Dialogue
             from ahn.engine.generate import end_tokens
             from ahn.memory.cache import AHNCache
+            from ahn.memory.file_contents import check_base
 
             transformers.logging.set_verbosity_error()
             config = header.get("config", {})
             adapter = args.adapter or header.get("adapter")
             if header and not adapter and not config["cell"]:
                 adapter = NONE  # it was read without a memory, so it goes on without the shipped one
-            if not header:
-                check_store(args, base)
+            found = check_before_loading(args, header, base, adapter)
             self.tokenizer = load_tokenizer(base)
+            if memory:
+                check_base(memory, base_config(base))
+            if question is not None:
+                check_asked(args, header, self.tokenizer, question)
             self.model = from_pretrained(
                 base,
-                adapter,
+                found,
                 window=config.get("window", args.window),
                 sinks=config.get("sinks", args.sinks),
                 cell=config.get("cell", args.cell),
@@ -138,8 +143,8 @@ class Session:
         settings, store, wanted = self.model.ahn_config, "", self._wanted
         if settings.store:
             spans = f" in spans of {settings.store_span}" if settings.store_span > 1 else ""
-            store = f"{settings.store_size:,} chosen ones ({settings.store}{spans}), "
-        exact = f"exact: the first {settings.sinks:,} tokens, {store}the last {settings.window:,}"
+            store = f"{counted(settings.store_size, 'chosen one')} ({settings.store}{spans}), "
+        exact = f"exact: the first {counted(settings.sinks, 'token')}, {store}the last {settings.window:,}"
         if total is not None:
             exact = f"exact: all {total:,} tokens, room for {settings.sinks + settings.window:,}"
         if adapter := self.model.ahn_names["adapter"]:
@@ -161,7 +166,7 @@ class Session:
     def held(self) -> str:
         seen = self.cache.tokens_seen
         full = size(seen * self._per_token)
-        kept = f"kept exactly: all {seen:,} tokens; " if self.exact else ""
+        kept = f"kept exactly: all {counted(seen, 'token')}; " if self.exact else ""
         archive = "" if self.cache.archive is None else f"; archive {size(self.cache.archive.nbytes)} on the host"
         return f"{kept}cache {size(self.cache.nbytes)}, full attention would hold {full}{archive}"
 
@@ -199,7 +204,8 @@ class Session:
         )
         if found.sources:
             tokens, seconds = sum(source.end - source.start for source in found.sources), time.monotonic() - began
-            console.print(f"recall  {len(found.sources)} passages, {tokens:,} tokens, found in {seconds:.2f} s")
+            read = f"{counted(len(found.sources), 'passage')}, {counted(tokens, 'token')}"
+            console.print(f"recall  {read}, found in {seconds:.2f} s")
         if not found.supported:
             hint = "this answer is a guess" if args.guess else "--guess answers anyway"
             console.print(f"support the text does not seem to answer this; {hint}")
@@ -243,7 +249,7 @@ class Session:
             room = self.cache.config.sinks + self.cache.config.window
             console.print(f"exact   no longer all: {self.cache.tokens_seen:,} tokens, and room for {room:,}")
         seconds, tokens = max(time.monotonic() - began, 1e-3), self.cache.tokens_seen - before
-        return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); {self.held}"
+        return f"{counted(tokens, 'token')} in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); {self.held}"
 
     def answer(self, ids: Tensor, limit: int) -> Answer:
         """Stream the answer to the prompt `ids` [1, T] to standard output. Ctrl-C ends it after the running token."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ahn.cli._console import size
+from ahn.cli._console import counted, size
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -197,9 +197,9 @@ class Text(Iterator["Tensor"]):
         """Tokens read, and of how many where that is known. `before`: tokens of earlier texts."""
         between = of if of == "/" else f" {of} "
         if self.total is not None:
-            return f"{before + self.read:,}{between}{before + self.total:,} tokens"
+            return f"{before + self.read:,}{between}{counted(before + self.total, 'token')}"
         share = "" if self.fraction is None else f" ({self.fraction:.1%} of {size(self.sources.bytes or 0)})"
-        return f"{before + self.read:,} tokens{share}"
+        return f"{counted(before + self.read, 'token')}{share}"
 
     def note(self, tokens: int) -> None:
         """That the model has read so many tokens of this text, those skipped included."""

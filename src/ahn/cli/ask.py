@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ahn.cli import INTERRUPTED
     from ahn.cli._checks import check_question
-    from ahn.cli._console import console, show
+    from ahn.cli._console import console, counted, show
     from ahn.cli._reading import read_document_into
     from ahn.cli._session import Session
     from ahn.recall import finders
@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
     if args.memory:
         if args.output:
             raise ConfigError(f"-o {args.output}: goes with --document; {args.memory} is a memory already")
-        session = Session(args, args.memory)
-        summary = f"{session.cache.tokens_seen:,} tokens before, kept in {args.memory}; {session.held}"
+        session = Session(args, args.memory, question)
+        summary = f"{counted(session.cache.tokens_seen, 'token')} before, kept in {args.memory}; {session.held}"
     else:
-        session, summary = read_document_into(args, check=lambda session: session.check(question, args))
+        session, summary = read_document_into(args, question=question)
     found = session.find(question, args)
     guess = found.supported or args.guess
     answer = session.answer_from(found, question, args.max_new_tokens) if guess else session.say()

@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--signals", nargs="+", metavar="NAME", help="choose among these alone (default: all)")
     parser.add_argument("--length", type=_options.at_least(1), default=16_384, metavar="N", help=f"of a text {shown}")
     parser.add_argument("--policy", default="recall", metavar="P", help=shown)
-    parser.add_argument("--finder", default="fused", metavar="F", help=shown)
+    _options.add_finder(parser, "of the results")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ahn.cli._session import Answer
 
 HELP = "/quit, /exit or Ctrl-D leaves, Ctrl-C stops an answer or clears the line, /help says so"
+ANY = "?"  # the shortest question
 COMMANDS = ("/exit", "/help", "/quit")
 
 
@@ -46,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ahn.cli._console import console, show
+    from ahn.cli._console import console, counted, show
     from ahn.cli._reading import read_document_into
     from ahn.cli._session import Session
     from ahn.recall import Found, as_text, finders
@@ -57,14 +58,14 @@ def run(args: argparse.Namespace) -> None:
     if args.output and not args.document:
         raise ConfigError(f"-o {args.output}: goes with --document")
     if args.document:
-        session, summary = read_document_into(args, check=lambda session: session.check("?", args))
+        session, summary = read_document_into(args, question=ANY)
         console.print(f"read    {summary}")
     else:
-        session = Session(args, args.memory)
+        session = Session(args, args.memory, ANY if args.memory else None)
         if not args.memory:
             session.introduce()
         else:
-            console.print(f"memory  {session.cache.tokens_seen:,} tokens; {session.held}")
+            console.print(f"memory  {counted(session.cache.tokens_seen, 'token')}; {session.held}")
 
     line = _line_reader()
     opened = bool(args.document or args.memory)
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             found = session.find(text, args, partial(turn, answer), judge=opened) if opened or answer else Found()
         except ConfigError as error:  # too long a question
-            console.print(str(error))
+            console.print(error.told(args.named))
             continue
         if found.supported or args.guess:
             recalled = turn(answer, text, as_text(found.sources)) if found.sources else None

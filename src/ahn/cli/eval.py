@@ -67,7 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recall", type=one, metavar="N", default=512, help=f"tokens read again, for recall and rag {shown}"
     )
-    group.add_argument("--finder", metavar="F", default="fused", help=f"how passages are found, for recall {shown}")
+    _options.add_finder(group, "how passages are found, for recall")
     group.add_argument("--rounds", type=int, choices=(1, 2), default=1, help=f"of finding, for recall {shown}")
     group.add_argument("--yarn", type=float, metavar="F", help="for full: extend the base's positions F times")
     group.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16")

@@ -98,12 +98,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _held(path: str, header: dict[str, Any]) -> Iterator[str]:
     """The memory and its archive, a line each, and one for each document."""
-    from ahn.cli._console import size
+    from ahn.cli._console import counted, size
     from ahn.memory.file_contents import held
 
     found, config, adapter = held(path), header["config"], header.get("adapter") or "none"
     store = f" + {config['store_size']:,} store" if config["store"] else ""
-    yield f"read     {header['tokens_seen']:,} tokens by {header.get('base')}, adapter {adapter}"
+    yield f"read     {counted(header['tokens_seen'], 'token')} by {header.get('base')}, adapter {adapter}"
     yield f"memory   {size(found.memory)}: {config['sinks']:,} sinks{store} + {config['window']:,} window exactly"
     archive = header.get("archive")
     if archive is None:
@@ -112,8 +112,8 @@ def _held(path: str, header: dict[str, Any]) -> Iterator[str]:
     heads = ", ".join(f"{count} of layer {layer}" for layer, count in sorted(found.heads.items()))
     keys = f", keys {size(found.keys)} (key/value heads: {heads})" if heads else ""
     yield (
-        f"archive  {size(found.archive)} for {archive['tokens']:,} tokens: "
+        f"archive  {size(found.archive)} for {counted(archive['tokens'], 'token')}: "
         f"ids {size(found.ids)}, places {size(found.places)}{keys}"
     )
     for name, tokens, pages in found.documents:
-        yield f"         {tokens:>9,} tokens{f', {pages:,} pages' if pages else ''}  {name}"
+        yield f"         {tokens:>9,} tokens{', ' + counted(pages, 'page') if pages else ''}  {name}"

@@ -69,7 +69,7 @@ def generate(
     model = base_of(model)
     new = options.get("max_new_tokens")
     if new is not None and (isinstance(new, bool) or not isinstance(new, Integral) or new < 1):
-        raise ConfigError(f"max_new_tokens={new!r}: expected an integer of at least 1")
+        raise ConfigError("{max_new_tokens}: expected an integer of at least 1", max_new_tokens=new)
     ids, own_mask = rows_of(ids, handle_of(model).vocabulary)
     check_cache(cache)
     with deferred(ready=True), cache.in_use():  # the handler of Ctrl-C is set once for all tokens

@@ -65,12 +65,12 @@ def read(
     model = base_of(model)
     vocabulary = handle_of(model).vocabulary
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ConfigError(f"chunk={chunk!r}: expected an integer of at least 1")
+        raise ConfigError("{chunk}: expected an integer of at least 1", chunk=chunk)
     if isinstance(ids, Iterator) and attention_mask is not None:
         raise ConfigError("attention_mask: an iterator of ids has no padding")
     rows, own_mask = (None, None) if isinstance(ids, Iterator) else rows_of(ids, vocabulary)
     if cache is not None and archive != "none":
-        raise ConfigError(f"archive={archive!r} with a cache: expected AHNCache(model, archive={archive!r})")
+        raise ConfigError("{archive} with a cache: expected AHNCache(model, {archive})", archive=archive)
     cache = AHNCache(model, archive) if cache is None else check_cache(cache)
     with cache.in_use():
         cache.check_weights()

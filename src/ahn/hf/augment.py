@@ -139,6 +139,4 @@ def set_window(model: PreTrainedModel, window: int, sinks: int, store_size: int 
     check_fits(config, handle.model.config.get_text_config(), len(handle.layers))
     if sinks and config.sink_positions == "clipped" and all(layer.positions.rotary is None for layer in handle.layers):
         Rotary(handle.decoder, attention_modules(handle.model)[0])  # says why not; `augment` without sinks did not
-    for layer in handle.layers:
-        layer.resize(window, sinks, store_size)
-    handle.config = config
+    handle.resize(window, sinks, store_size)

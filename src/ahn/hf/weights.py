@@ -94,8 +94,9 @@ def apply(adapter: Adapter, model: PreTrainedModel, new_store: bool = False) -> 
         missing = [name for name in missing if f".{STORE}" not in name]
     if missing and all(f".{STORE}" in name for name in missing):
         raise AdapterError(
-            f"{source}: has no weights for store={config.store!r}, which is a trained one (adapter for "
-            f"store={adapter.config.store!r})"
+            f"{source}: has no weights for {{store}}, which is a trained one (the adapter is for "
+            f"{adapter.config.store!r})",
+            store=config.store,
         )
     if missing:
         raise AdapterError(f"{source}: {len(missing)} tensors missing: {some(missing)}")

@@ -227,9 +227,9 @@ class Archive:
 def new_archive(model: Any, kind: str) -> Archive | None:
     """An empty archive for an augmented model. Raises ConfigError if there is none of this kind for it."""
     if kind not in KINDS:
-        raise ConfigError(f"archive={kind!r}: expected one of {', '.join(KINDS)}")
+        raise ConfigError(f"{{archive}}: expected one of {', '.join(KINDS)}", archive=kind)
     if kind != "keys":
         return Archive() if kind == "text" else None
     if model.ahn_retrieval is None:
-        raise ConfigError("archive='keys': the adapter names no retrieval heads: expected archive='text'")
+        raise ConfigError("{archive}: the adapter names no retrieval heads: expected 'text'", archive=kind)
     return Archive(model.ahn_retrieval)

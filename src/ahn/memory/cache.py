@@ -181,7 +181,14 @@ class AHNCache(Cache):
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> AHNCache:
-        """Read a file written by `save` for the same model and adapter. Raises MemoryFileError saying what differs."""
+        """Read a file written by `save` for the same model and adapter.
+
+        The model takes window, sinks and store size from the file. Caches that it has with other sizes are refused
+        until it has theirs again.
+
+        Raises:
+            MemoryFileError: damaged, or of another model; says in what they differ.
+        """
         _check_path(path)
         return file.load(path, base_of(model), cls)
 

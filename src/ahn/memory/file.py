@@ -29,7 +29,7 @@ from ahn.memory.file_format import (
     read_tensors,
     whose,
 )
-from ahn.memory.handle import layers_of
+from ahn.memory.handle import handle_of, layers_of
 from ahn.memory.transcript import TEXT
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from ahn.memory.cache import AHNCache
 
 logger = logging.getLogger(__name__)
+
+SIZES = "window", "sinks", "store_size"  # of a memory, which a model takes from the file that it loads
 
 
 class Home(NamedTuple):
@@ -113,11 +115,22 @@ def _append(
 
 
 def load(path: str | Path, model: PreTrainedModel, empty: Callable[[PreTrainedModel], AHNCache]) -> AHNCache:
-    """Read a file written by `save` into a cache for `model`, which `empty` makes.
+    """Read a file written by `save` into a cache for `model`, which `empty` makes. The model takes window, sinks and
+    store size from the file; if loading fails it keeps its own.
 
     Raises:
         MemoryFileError: not a memory file, damaged, of another version, base, adapter, dtype or config.
     """
+    handle = handle_of(model)
+    before = handle.config
+    try:
+        return _loaded(path, model, empty)
+    except BaseException:
+        handle.resize(*(getattr(before, name) for name in SIZES))
+        raise
+
+
+def _loaded(path: str | Path, model: PreTrainedModel, empty: Callable[[PreTrainedModel], AHNCache]) -> AHNCache:
     header, memory = last_memory(Path(path))
     if (size := Path(path).stat().st_size) > memory.end:
         logger.warning(
@@ -125,12 +138,15 @@ def load(path: str | Path, model: PreTrainedModel, empty: Callable[[PreTrainedMo
             path,
             f"{size - memory.end:,}",
         )
-    cache = empty(model)
-    config = AHNConfig.from_dict(header["config"])
-    if config != cache.config:
-        pairs = zip(config.to_dict().items(), cache.config.to_dict().values(), strict=True)
-        differing = ", ".join(f"{name}={theirs!r}, not {ours!r}" for (name, theirs), ours in pairs if theirs != ours)
+    config, handle = AHNConfig.from_dict(header["config"]), handle_of(model)
+    pairs = zip(config.to_dict().items(), handle.config.to_dict().values(), strict=True)
+    different = {name: (theirs, ours) for (name, theirs), ours in pairs if theirs != ours}
+    if different.keys() - set(SIZES):
+        differing = ", ".join(f"{name}={theirs!r}, not {ours!r}" for name, (theirs, ours) in different.items())
         raise MemoryFileError(f"{path}: memory of another model ({whose(header)}; {differing})")
+    if different:
+        handle.resize(*(getattr(config, name) for name in SIZES))
+    cache = empty(model)
     ours = cache.describe()
     for key in ("dtype", "fingerprint"):
         if header[key] != ours[key] and not (key == "fingerprint" and header[key] in _earlier_fingerprints(model)):

@@ -104,18 +104,34 @@ def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, 
     if any(t.dtype != torch.int64 or t.dim() != 3 or t.shape != found[0].shape or not len(t) for t in found):
         raise MemoryFileError(f"{path}: damaged memory file: no ranks of a store")
     ranks = torch.stack([of_layer[0] for of_layer in found])
-    text, logits = base.get_text_config(), tensors.get("last_logits")
-    kept = [
-        ("layers", 1 + layers[-1], text.num_hidden_layers),
-        ("key/value heads", ranks.shape[1], text.num_key_value_heads),
-    ]
-    if logits is not None:
-        kept.append(("words in the vocabulary", logits.shape[-1] if logits.dim() else 0, text.vocab_size))
-    if different := [f"{theirs:,} {what}, not {ours:,}" for what, theirs, ours in kept if theirs != ours]:
-        raise MemoryFileError(f"{path}: memory of another model ({whose(header)}; {'; '.join(different)})")
+    _check_base(path, header, memory, base)
     if f"{TEXT}.0" not in tensors:
         raise MemoryFileError(f"{path}: was read from embeddings, so no words are known: expected one of a text")
     words = tensors[f"{TEXT}.0"]
     if words.dtype != torch.int64 or words.dim() != 2 or len(words) != 2:
         raise MemoryFileError(f"{path}: damaged memory file: no positions and ids of words")
     return (*words, ranks)
+
+
+def check_base(path: str | Path, base: PreTrainedConfig) -> None:
+    """Raises MemoryFileError if the memory cannot be one of a base with this config; no weights are needed."""
+    _check_base(path, *last_memory(Path(path)), base)
+
+
+def _check_base(path: str | Path, header: dict[str, Any], memory: segments.Segment, base: PreTrainedConfig) -> None:
+    shapes = {name: tensor.shape for name, tensor in read_tensors(Path(path), memory).items()}
+    text = base.get_text_config()
+    layers = {int(i) for name in shapes if (i := name.partition(".")[0]).isdecimal()}
+    heads = {shape[1] for name, shape in shapes.items() if name.endswith(".keys") and len(shape) == 4}
+    words = {shape[-1] for name, shape in shapes.items() if name == "last_logits" and shape}
+    kept = [
+        ("layers", {1 + max(layers, default=-1)}, text.num_hidden_layers),
+        ("key/value heads", heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        (
+            "words in the vocabulary",
+            words,
+            text.vocab_size,
+        ),
+    ]
+    if different := [f"{n:,} {what}, not {ours:,}" for what, theirs, ours in kept for n in theirs if n != ours]:
+        raise MemoryFileError(f"{path}: memory of another model ({whose(header)}; {'; '.join(different)})")

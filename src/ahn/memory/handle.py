@@ -84,6 +84,13 @@ class Handle:
     def retrieval(self, heads: RetrievalHeads | None) -> None:
         self.model.ahn_retrieval = heads
 
+    def resize(self, window: int, sinks: int, store_size: int) -> None:
+        """Other sizes from now on, for new caches and whole sequences. Raises ConfigError if they are none."""
+        config = self.config.replace(window=window, sinks=sinks, store_size=store_size)
+        for layer in self.layers:
+            layer.resize(window, sinks, store_size)
+        self.config = config
+
     def _begin(self) -> None:
         self.graph: Any = None  # of one token, an `ahn.engine.graph.Graph`, or None
         self.lock = threading.RLock()

@@ -301,6 +301,6 @@ def _store(attention: Any, config: AHNConfig) -> Store:
     assert config.store is not None
     kind, base = stores.get(config.store), attention.config
     if kind.reads_state and config.cell is None:
-        raise ConfigError(f"store={config.store!r} asks what the cell does not know: expected a cell")
+        raise ConfigError("{store} asks what the cell does not know: expected a cell", store=config.store)
     kv_heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
     return kind(base.hidden_size, kv_heads, attention.layer_idx, device=attention.o_proj.weight.device)

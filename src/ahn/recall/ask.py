@@ -230,15 +230,17 @@ def check(
     """Raises ConfigError if `find` cannot be asked this, which is known before anything is read."""
     finders.check_name(finder)
     if isinstance(recall, bool) or not (recall is None or (isinstance(recall, int) and recall >= 0)):
-        raise ConfigError(f"recall={recall!r}: expected a number of tokens, 0 for none")
+        raise ConfigError("{recall}: expected a number of tokens, 0 for none", recall=recall)
     if isinstance(rounds, bool) or rounds not in (1, 2):
-        raise ConfigError(f"rounds={rounds!r}: expected 1 or 2")
+        raise ConfigError("{rounds}: expected 1 or 2", rounds=rounds)
     if not question.strip():
         raise ConfigError(f"question {question!r}: expected some text")
     if memory.archive is None:
         if recall:
             raise ConfigError(
-                f"recall={recall}: the memory has no archive to find passages in; read with archive='text' or 'keys'"
+                "{recall}: the memory has no archive to find passages in; expected one that was read with {archive}",
+                recall=recall,
+                archive="text",
             )
     elif memory.archive.tokenizer not in (None, digest(tokenizer)):
         raise ConfigError(
@@ -249,8 +251,9 @@ def check(
         raise ConfigError(f"question of {length:,} tokens with its template: expected at most the window of {window:,}")
     if recall and recall > window - length:
         raise ConfigError(
-            f"recall={recall}: the window of {window:,} tokens holds the question, which has {length:,}, and "
-            f"{window - length:,} more: expected at most so many"
+            f"{{recall}}: the window of {window:,} tokens holds the question, which has {length:,}, and "
+            f"{window - length:,} more: expected at most so many",
+            recall=recall,
         )
 
 

@@ -34,7 +34,11 @@ class Heads(Finder):
 
     def scores(self, passages: Passages, question: Question) -> np.ndarray:
         if passages.archive.keys is None:
-            raise ConfigError("finder 'heads': the archive holds no keys: expected archive='keys', or finder 'bm25'")
+            raise ConfigError(
+                "{finder}: the archive holds no keys: expected {archive}, or the finder 'bm25'",
+                finder="heads",
+                archive="keys",
+            )
         found: np.ndarray = (looked_at(passages, question) - nothing(passages, question)).numpy()
         return found
 
