@@ -202,9 +202,9 @@ def _known() -> _KeyParser:
 
 def _check_alone(args: argparse.Namespace) -> None:
     """Raises ConfigError for an option that the suite would not hear of."""
-    parser = _known()
-    for key, value in vars(args).items():
-        if key not in ("suite", "changes", "run", "command", *OF_ALL) and value != parser.get_default(key):
+    for key, default in vars(_known().parse_args([])).items():
+        value = getattr(args, key)
+        if key not in ("suite", "changes", *OF_ALL) and value != default:
             given = value if not isinstance(value, list) else f"[{','.join(map(str, value))}]"
             raise ConfigError(f"--{key.replace('_', '-')}: with --suite, write {key}={given}")
 
