@@ -35,7 +35,9 @@ def theirs(folder):
 
 def ours(folder, **more):
     base, adapter = folder
-    return harness.AhnLM(base=base, adapter=adapter, lossless=LOSSLESS, sinks=SINKS, device="cpu", **more)
+    return harness.AhnLM.create_from_arg_obj(
+        {"base": base, "adapter": adapter, "lossless": LOSSLESS, "sinks": SINKS, **more}, {"device": "cpu"}
+    )
 
 
 def asked(kind, *arguments):

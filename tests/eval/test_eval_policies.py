@@ -10,8 +10,8 @@ from ahn.compat import PAST
 from ahn.cost import cost
 from ahn.errors import AdapterError, ConfigError
 from ahn.eval import policies
+from ahn.eval.kept import Kept, Stored
 from ahn.eval.policies import compressive
-from ahn.eval.policies.base import Stored
 from ahn.ops.softmax import attend
 from conftest import token_ids
 from tiny_base import SINKS, WINDOW, write_base
@@ -28,11 +28,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(folder):
     base, adapter = folder
-    shared = {"window": WINDOW, "sinks": SINKS, "adapter": adapter, "device": "cpu"}
 
-    def made(name, **changes):
+    def made(name, model=None, **changes):
         store = {"store": Stored("attention", 10, 3)} if name == "store" else {}
-        return policies.get(name)(base, **(shared | store | changes))
+        kept = Kept(WINDOW, SINKS, adapter, **(store | changes))
+        return policies.get(name)(base, kept, device="cpu", model=model)
 
     return made
 
@@ -151,7 +151,7 @@ MEMORIES = [
 @pytest.mark.parametrize("name", ["window", "ahn", "ahn-zeroed", "compressive-max", "compressive-avg"])
 def test_cache_bytes_are_those_held(name, changes, tmp_path):
     base, adapter = write_base(tmp_path, **changes)
-    policy = policies.get(name)(base, window=WINDOW, sinks=SINKS, adapter=adapter, device="cpu")
+    policy = policies.get(name)(base, Kept(WINDOW, SINKS, adapter), device="cpu")
     sizes = {length: logits(policy, IDS[:length], [length])[1].nbytes for length in (20, LOSSLESS, 100, 150)}
     assert sizes == {length: policy.cache_bytes(length) for length in sizes}
     assert (sizes[100] == sizes[150]) == ("layers" not in changes)
@@ -239,13 +239,13 @@ def test_a_pooled_token_is_seen(make):
 
 def test_full_refuses_what_is_longer_than_its_positions(folder):
     config, full = bases.base_config(folder[0]), policies.get("full")
-    full.check(config, 512, window=WINDOW, sinks=SINKS)
+    full.check(config, 512, Kept(WINDOW, SINKS))
     with pytest.raises(ConfigError, match="513 tokens.*512 positions.*--yarn 1.5"):
-        full.check(config, 513, window=WINDOW, sinks=SINKS)
-    full.check(config, 1024, window=WINDOW, sinks=SINKS, yarn=2)
+        full.check(config, 513, Kept(WINDOW, SINKS))
+    full.check(config, 1024, Kept(WINDOW, SINKS, yarn=2))
     with pytest.raises(ConfigError, match="1,024 positions"):
-        full.check(config, 1025, window=WINDOW, sinks=SINKS, yarn=2)
-    policies.get("window").check(config, 100_000, window=WINDOW, sinks=SINKS)
+        full.check(config, 1025, Kept(WINDOW, SINKS, yarn=2))
+    policies.get("window").check(config, 100_000, Kept(WINDOW, SINKS))
 
 
 def test_full_refuses_positions_that_change_within_a_text():
@@ -256,9 +256,9 @@ def test_full_refuses_positions_that_change_within_a_text():
     shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 512}
     config = Phi3Config(**shape, original_max_position_embeddings=128, rope_parameters=rope, pad_token_id=0)
     full = policies.get("full")
-    full.check(config, 128, window=WINDOW, sinks=SINKS)
+    full.check(config, 128, Kept(WINDOW, SINKS))
     with pytest.raises(ConfigError, match="129 tokens.*from 128 on"):
-        full.check(config, 129, window=WINDOW, sinks=SINKS)
+        full.check(config, 129, Kept(WINDOW, SINKS))
 
 
 def test_yarn_is_that_of_transformers(folder, make):
@@ -282,19 +282,19 @@ def test_yarn_is_that_of_transformers(folder, make):
 def test_bad_input_before_any_weights(folder, tmp_path):
     config = bases.base_config(folder[0])
     with pytest.raises(ConfigError, match="policy ahn needs an adapter"):
-        policies.get("ahn").check(config, 10, window=WINDOW, sinks=SINKS)
+        policies.get("ahn").check(config, 10, Kept(WINDOW, SINKS))
     with pytest.raises(ConfigError, match="sinks \\+ window"):
-        policies.get("window").check(config, 10, window=600, sinks=SINKS)
+        policies.get("window").check(config, 10, Kept(600, SINKS))
     with pytest.raises(AdapterError):
-        policies.get("ahn").check(config, 10, window=WINDOW, sinks=SINKS, adapter=str(tmp_path))
+        policies.get("ahn").check(config, 10, Kept(WINDOW, SINKS, adapter=str(tmp_path)))
     with pytest.raises(AdapterError, match="another base"):
-        policies.get("ahn").check(config, 10, window=WINDOW, sinks=SINKS, adapter="smollm2-135m-deltanet")
+        policies.get("ahn").check(config, 10, Kept(WINDOW, SINKS, adapter="smollm2-135m-deltanet"))
 
 
 def test_settings_say_what_the_numbers_depend_on(folder):
     _, adapter = folder
-    asked = {"window": 24, "sinks": 8, "adapter": adapter, "yarn": 2.0, "store": Stored("random", 9)}
-    found = {n: policies.get(n).settings(**asked) for n in policies.names()}
+    asked = Kept(24, 8, adapter, 2.0, Stored("random", 9))
+    found = {n: policies.get(n).settings(asked) for n in policies.names()}
     assert found["ahn"]["store"] == found["store"]["store"] == {"name": "random", "size": 9, "span": 1}
     assert "store" not in found["window"]
     assert found["full"] == {"yarn": 2.0}

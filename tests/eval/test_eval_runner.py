@@ -13,10 +13,15 @@ import pytest
 import ahn
 import stand_in
 from ahn import bases, cli
-from ahn.errors import EvalError
+from ahn.errors import AHNError, ConfigError, EvalError
 from ahn.eval import policies, results, runner
-from ahn.eval.policies.base import Policy, Stored
+from ahn.eval.batches import batches
+from ahn.eval.description import check_budgets
+from ahn.eval.kept import Stored
+from ahn.eval.options import Options
+from ahn.eval.policies.base import Policy
 from ahn.eval.prompts import encode, exact_tokens
+from ahn.eval.work import pending, prepare
 from tiny_base import SINKS, WINDOW, write_base
 from tiny_tokenizer import tiny_tokenizer
 
@@ -35,7 +40,7 @@ def _stand_in(monkeypatch):
 
 @pytest.fixture
 def options(folder):
-    return runner.Options(folder[0], WINDOW, SINKS, folder[1], device="cpu", limit=4)
+    return Options(folder[0], WINDOW, SINKS, folder[1], device="cpu", limit=4)
 
 
 def numbers(output):
@@ -129,15 +134,15 @@ def test_batches_say_what_examples_alone_say(options, tmp_path, monkeypatch):
 
 
 def test_batches_are_of_about_the_same_length(options):
-    work = runner.prepare(stand_in.module().expand(["standin"]), [60, 130, 160], replace(options, limit=7))
-    jobs = [job for one in work for job in runner._pending(one, Path("nowhere"))]
-    found = runner.batches(jobs, 10)
+    work = prepare(stand_in.module().expand(["standin"]), [60, 130, 160], replace(options, limit=7))
+    jobs = [job for one in work for job in pending(one, Path("nowhere"))]
+    found = batches(jobs, 10)
     assert sorted(map(id, (job for batch in found for job in batch))) == sorted(map(id, jobs))
     for batch in found:
         sizes = [len(job.prompt.ids) for job in batch]
         assert len(batch) <= 10 and max(sizes) < 1.2 * min(sizes)
         assert len({job.work.task.kind for job in batch}) == 1
-    assert runner.batches(jobs, 1) == [[job] for job in jobs]
+    assert batches(jobs, 1) == [[job] for job in jobs]
 
 
 def test_a_base_is_loaded_once(options, tmp_path, monkeypatch):
@@ -149,11 +154,12 @@ def test_a_base_is_loaded_once(options, tmp_path, monkeypatch):
 
 
 def test_stopped_and_gone_on_with(options, tmp_path):
-    work = runner.prepare(stand_in.module().expand(["standin/needle"]), [120], options)
+    work = prepare(stand_in.module().expand(["standin/needle"]), [120], options)
     names = ["window", "ahn"]
     whole = runner.run_prepared(work, names, options, tmp_path / "whole")
     left = iter([False, False, False, False, True])
-    begun = runner.run_prepared(work, names, options, tmp_path / "cut", stop=lambda: next(left, True))
+    control = runner.Control(stop=lambda: next(left, True))
+    begun = runner.run_prepared(work, names, options, tmp_path / "cut", control)
     assert len(begun) == 1 and len(results.load(begun[0]).rows) == 3, "loading and three examples"
     again = runner.run_prepared(work, names, options, tmp_path / "cut")
     assert len(again) == len(whole) == 2 and numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
@@ -215,7 +221,7 @@ def test_a_damaged_line_is_named(options, tmp_path):
     (folder,) = runner.run([needle], ["window"], [120], options, tmp_path)
     file = folder / "predictions.jsonl"
     file.write_text("nonsense\n" + file.read_text())
-    with pytest.raises(runner.ConfigError, match=r"predictions.jsonl, line 1: damaged"):
+    with pytest.raises(ConfigError, match=r"predictions.jsonl, line 1: damaged"):
         runner.run([needle], ["window"], [120], options, tmp_path)
 
 
@@ -237,14 +243,14 @@ def test_other_weights_under_the_same_name_are_refused(options, tmp_path):
     model = bases.load_base(base, device="cpu")
     model.lm_head.weight.data.mul_(2)
     model.save_pretrained(base)
-    with pytest.raises(runner.ConfigError, match="other weights"):
+    with pytest.raises(ConfigError, match="other weights"):
         runner.run([needle], ["window"], [120], replace(options, base=base, limit=5), tmp_path / "out")
 
 
 def test_no_baseline_holds_more_than_the_memory():
-    runner.check_budgets({"full": 900, "window": 90, "compressive-max": 99, "ahn": 100})
-    with pytest.raises(runner.AHNError, match="compressive-max holds 101 bytes, more than the 100"):
-        runner.check_budgets({"full": 900, "compressive-max": 101, "ahn": 100})
+    check_budgets({"full": 900, "window": 90, "compressive-max": 99, "ahn": 100})
+    with pytest.raises(AHNError, match="compressive-max holds 101 bytes, more than the 100"):
+        check_budgets({"full": 900, "compressive-max": 101, "ahn": 100})
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ahn import cli
-from ahn.eval import policies, results, runner, suite
+from ahn.eval import policies, results, suite, work
 from ahn.eval.policies.base import Policy
 from tiny_base import SINKS, WINDOW, write_base
 
@@ -92,9 +92,9 @@ def test_a_suite_from_its_file_to_its_summary(folder, tmp_path, capsys, monkeypa
 def test_a_base_is_loaded_once_and_prompts_are_made_once(folder, tmp_path, monkeypatch):
     from ahn import bases
 
-    loaded, made, load, prepare = [], [], bases.load_base, runner.prepare
+    loaded, made, load, prepare = [], [], bases.load_base, work.prepare
     monkeypatch.setattr("ahn.eval.policies.base.load_base", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    monkeypatch.setattr(runner, "prepare", lambda *a: made.append(a) or prepare(*a))
+    monkeypatch.setattr(work, "prepare", lambda *a: made.append(a) or prepare(*a))
     path = suite_of(folder, tmp_path / "tiny.yaml")
     assert cli.main(["eval", "--suite", str(path), "tasks=[qa/squad]", "limit=2"]) == 0
     assert len(loaded) == 1 and len(made) == 1

@@ -7,11 +7,13 @@ import pytest
 
 from ahn.dialogue import NOT_FOUND, Dialogue
 from ahn.errors import ConfigError, EvalError
-from ahn.eval import policies, runner
-from ahn.eval.policies.base import Recalled
+from ahn.eval import policies
+from ahn.eval.batches import read_apart
+from ahn.eval.kept import Kept, Recalled
 from ahn.eval.prompts import encode
 from ahn.eval.tasks import get
 from ahn.eval.tasks.base import Example
+from ahn.eval.work import Job
 from ahn.recall.passages import Passages
 from made_articles import FILLER, NAMES, article
 from tiny_base import SINKS, WINDOW, write_base
@@ -134,8 +136,8 @@ def make(folder):
     base, adapter = folder
 
     def made(name, **changes):
-        kept = {"window": WINDOW, "sinks": SINKS, "adapter": adapter, "device": "cpu", "recall": Recalled(120)}
-        return policies.get(name)(base, **(kept | changes))
+        kept = Kept(WINDOW, SINKS, **({"adapter": adapter, "recall": Recalled(120)} | changes))
+        return policies.get(name)(base, kept, device="cpu")
 
     return made
 
@@ -192,19 +194,19 @@ def test_what_is_read_again(data, make):
 
 
 def test_settings_tell_policies_apart(folder):
-    kept = {"window": WINDOW, "sinks": SINKS, "adapter": folder[1]}
+    kept = Kept(WINDOW, SINKS, folder[1])
     settings = [
-        policies.get("recall").settings(**kept, recall=recall)
+        policies.get("recall").settings(replace(kept, recall=recall))
         for recall in (Recalled(), Recalled(256), Recalled(finder="bm25"), Recalled(rounds=2))
     ]
     assert len({json.dumps(one, default=str) for one in settings}) == 4
-    assert policies.get("rag").settings(**kept) == policies.get("rag").settings(**(kept | {"adapter": None}))
+    assert policies.get("rag").settings(kept) == policies.get("rag").settings(replace(kept, adapter=None))
 
 
 @pytest.mark.parametrize("recall", [Recalled(0), Recalled(finder="embeddings")])
 def test_refused(folder, recall):
     with pytest.raises(ConfigError):
-        policies.get("recall")(folder[0], window=WINDOW, sinks=SINKS, device="cpu", recall=recall)
+        policies.get("recall")(folder[0], Kept(WINDOW, SINKS, recall=recall), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["recall", "rag"])
@@ -243,7 +245,7 @@ def test_only_policies_that_recall_read_text_and_question_apart(make):
     example = Example("x", "The cat sat.\n\nWho sat?", ("cat",), True, 4, asks=14, question="Who sat?")
     prompt = encode(tiny_tokenizer(), example)
     for apart in (False, True):
-        job = runner.Job(None, replace(example, apart=apart), prompt, None)
-        assert [runner._apart(job, policies.get(name).recalls) for name in ("window", "full", "recall", "rag")] == [
+        job = Job(None, replace(example, apart=apart), prompt, None)
+        assert [read_apart(job, policies.get(name).recalls) for name in ("window", "full", "recall", "rag")] == [
             apart, apart, True, True,
         ]  # fmt: skip

@@ -26,7 +26,8 @@ from ahn.errors import AHNError, ConfigError
 from ahn.registry import nearest
 
 if TYPE_CHECKING:
-    from ahn.eval.runner import Options, Work
+    from ahn.eval.options import Options
+    from ahn.eval.work import Work
 
 UNFINISHED = 75  # exit code where --seconds ended a run: the same command goes on
 OUTPUT = Path("results")
@@ -114,12 +115,11 @@ def run(args: argparse.Namespace) -> int | None:
     planned = [_planned(one, prompts) for one in runs]
 
     end = time.monotonic() + (float("inf") if args.seconds is None else args.seconds)
-    plain, folders, failed = runner.Plain(), [], []
+    control = runner.Control(console.print, lambda: time.monotonic() > end)
+    folders, failed = [], []
     for number, (works, names, options) in enumerate(planned, 1):
         try:
-            folders += runner.run_prepared(
-                works, names, options, output, console.print, lambda: time.monotonic() > end, plain
-            )
+            folders += runner.run_prepared(works, names, options, output, control)
         except Exception as error:  # one run that fails must not cost the others
             if len(planned) == 1 or several():
                 raise
@@ -158,13 +158,14 @@ def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]
 
     from ahn.adapter import chosen
     from ahn.bases import base_config
-    from ahn.eval import runner
-    from ahn.eval.policies.base import Recalled, exact_sizes
+    from ahn.eval import runner, work
+    from ahn.eval.kept import Recalled, exact_sizes
+    from ahn.eval.options import Options
 
     adapter = None if (found := chosen(args.base, args.adapter)) is None else str(found)
     names = args.policies or ["window", *(["ahn"] if adapter else [])]
     window, sinks = exact_sizes(base_config(args.base), adapter, args.lossless, args.sinks)
-    options = runner.Options(
+    options = Options(
         base=args.base,
         window=window,
         sinks=sinks,
@@ -184,7 +185,7 @@ def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]
     lengths = args.length or [None]
     key = args.base, args.data, args.seed, args.limit, *args.tasks, *lengths
     if key not in prompts:
-        prompts[key] = runner.prepare(wanted, lengths, options)
+        prompts[key] = work.prepare(wanted, lengths, options)
     return Planned(prompts[key], names, options)
 
 
@@ -238,7 +239,7 @@ def _stored(args: argparse.Namespace, names: list[str], adapter: str | None, win
     from ahn import zoo
     from ahn.config import AHNConfig
     from ahn.eval import policies
-    from ahn.eval.policies.base import Stored, trained
+    from ahn.eval.kept import Stored, trained
 
     own = trained(adapter).config if adapter else AHNConfig(None)
     name = args.store or own.store

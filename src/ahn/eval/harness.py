@@ -1,16 +1,17 @@
-"""The model `ahn` of EleutherAI's lm-evaluation-harness: every task it has, with any policy of this package.
+"""The model `ahn` of EleutherAI's lm-evaluation-harness: runs its tasks with any policy of this package.
 
   lm_eval run --model ahn --model_args base=B,adapter=A,lossless=2048 --tasks hellaswag
   python -m ahn.eval.harness run --model ahn ...         the same, with an lm_eval that does not look for plugins
 
-lm_eval finds models of other packages through the entry point "lm_eval.models", which this package has. That is in its
-main branch since August 2026, but not in a release up to 0.4.13; for these, the second line registers the model first.
-One process, one text at a time: texts are as long as they are, and what is compared is the cache.
+lm_eval finds models of other packages through the entry point "lm_eval.models", which this package has. Its main branch
+looks there since August 2026, its releases up to 0.4.13 do not. For these, the second line registers the model first.
+There is one process, and it reads one text at a time, whole: the comparison is of caches, not of speed.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
@@ -20,12 +21,13 @@ from tqdm import tqdm
 from ahn.bases import base_config
 from ahn.errors import AHNError, ConfigError, UnsupportedOperationError
 from ahn.eval import policies
-from ahn.eval.policies.base import exact_sizes
+from ahn.eval.kept import Kept, exact_sizes
+from ahn.registry import did_you_mean
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ModuleNotFoundError:
     if __name__ != "__main__":
         raise
@@ -35,43 +37,65 @@ except ModuleNotFoundError:
 MAX_NEW_TOKENS = 256  # lm_eval's own default
 
 
-@register_model("ahn")
-class AhnLM(TemplateLM):
-    """A policy as lm_eval asks it.
+@dataclass(frozen=True)
+class Arguments:
+    """The model arguments that lm_eval accepts for `ahn`.
 
     Args:
         base: hub id, folder, GGUF file, or "smollm2-135m".
-        adapter: the trained memory. policy: default "ahn" with an adapter, else "window".
-        lossless: tokens kept exactly, `sinks` of them the first ones; default: the adapter's.
-        dtype, device, yarn: see `policies.base.Policy`.
-        batch_size, max_batch_size: what lm_eval passes; texts are read one by one.
+        adapter: the trained memory.
+        policy: name of a policy; default: "ahn" with an adapter, else "window".
+        lossless: tokens kept exactly, of which `sinks` are the first ones; default: the adapter's.
+        dtype, device: see `policies.base.Policy`. yarn: see `Kept`.
+        batch_size, max_batch_size: accepted because lm_eval passes them, and ignored.
+    """
+
+    base: str = "smollm2-135m"
+    adapter: str | None = None
+    policy: str | None = None
+    lossless: int | None = None
+    sinks: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    yarn: float | None = None
+    batch_size: Any = None
+    max_batch_size: Any = None
+
+
+@register_model("ahn")
+class AhnLM(TemplateLM):
+    """Makes a policy answer the requests of lm_eval.
 
     Raises:
         AHNError: see `policies.base.Policy`.
     """
 
-    def __init__(
-        self,
-        base: str = "smollm2-135m",
-        adapter: str | None = None,
-        policy: str | None = None,
-        lossless: int | None = None,
-        sinks: int | None = None,
-        dtype: str | None = None,
-        device: str | None = None,
-        yarn: float | None = None,
-        batch_size: Any = None,
-        max_batch_size: Any = None,
-    ) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         super().__init__()
+        base, adapter, device = arguments.base, arguments.adapter, arguments.device
         if str(device).startswith("cuda") and not torch.cuda.is_available():
-            device = None  # lm_eval asks for "cuda:0" where nobody said anything
-        cls = policies.get(policy or ("ahn" if adapter else "window"))
+            device = None  # lm_eval asks for "cuda:0" where the user named no device
+        cls = policies.get(arguments.policy or ("ahn" if adapter else "window"))
         config = base_config(base)
-        window, sinks = exact_sizes(config, adapter, lossless, sinks)
-        cls.check(config, 1, window=window, sinks=sinks, adapter=adapter, yarn=yarn)
-        self.policy = cls(base, window=window, sinks=sinks, adapter=adapter, dtype=dtype, device=device, yarn=yarn)
+        kept = Kept(*exact_sizes(config, adapter, arguments.lossless, arguments.sinks), adapter, arguments.yarn)
+        cls.check(config, 1, kept)
+        self.policy = cls(base, kept, dtype=arguments.dtype, device=device)
         self.tokenizer: Any = self.policy.tokenizer
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> AhnLM:
+        """The model for arguments as a dictionary. Raises ConfigError for a name that is not in `Arguments`."""
+        given = arg_dict | {key: value for key, value in (additional_config or {}).items() if value is not None}
+        known = [field.name for field in fields(Arguments)]
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"unknown model argument {name!r}: {did_you_mean(name, known)}")
+        return cls(Arguments(**given))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> AhnLM:
+        """`create_from_arg_obj` for arguments as "name=value,name=value"."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
@@ -79,7 +103,7 @@ class AhnLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What comes before a text whose first token is scored too."""
+        """The token in front of a text whose first token is scored too."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -104,7 +128,7 @@ class AhnLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is what would be generated. A context that several
+        """Log-likelihood of each continuation, and whether greedy decoding would generate it. A context that several
         continuations in a row share is read once."""
         found: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), disable=disable_tqdm or None, desc="loglikelihood") as bar:
@@ -122,8 +146,8 @@ class AhnLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts: in one go by policies that read any length, else window by window as
-        lm_eval's other models do."""
+        """Log-likelihood of whole texts. Policies that read any length read a text in one piece, the others window by
+        window as lm_eval's own models do."""
         found = []
         for request in tqdm(requests, disable=disable_tqdm or None, desc="loglikelihood_rolling"):
             (text,) = request.args
@@ -164,7 +188,7 @@ class AhnLM(TemplateLM):
         return (said[: min(places)], True) if places else (said, False)
 
     def _fitting(self, ids: list[int], more: int) -> list[int]:
-        """`ids` without their first ones, where a policy cannot take all of them and `more`."""
+        """`ids`, cut at the front so that they and `more` tokens fit into the policy's context."""
         if self.policy.context is None or len(ids) + more <= self.policy.context:
             return ids
         if more >= self.policy.context:
@@ -174,7 +198,7 @@ class AhnLM(TemplateLM):
 
 def main() -> None:
     """lm_eval's command line, with `ahn` among its models."""
-    import lm_eval.models  # noqa: F401 - its own: it looks for them only while none are registered
+    import lm_eval.models  # noqa: F401 - lm_eval registers its own models only while none are registered
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from ahn.errors import ConfigError
 from ahn.eval import statistics
 from ahn.eval.compare import baseline, is_loss
-from ahn.eval.runner import BIN
+from ahn.eval.rows import BIN
 
 if TYPE_CHECKING:
     from ahn.eval.compare import Group

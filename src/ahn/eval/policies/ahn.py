@@ -1,11 +1,12 @@
-"""Sinks, window and a trained memory, and what is stored beside it."""
+"""Sinks, window, a trained memory, and a store beside it if one is named."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ahn.adapter import check_gates
-from ahn.eval.policies.base import Kept, Policy, digest, memory_part, trained
+from ahn.eval.kept import Kept, digest, memory_with_store, trained
+from ahn.eval.policies.base import Policy
 from ahn.hf.augment import augment
 from ahn.hf.weights import apply
 
@@ -18,23 +19,22 @@ class Ahn(Policy):
     uses_store = True
 
     @classmethod
-    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
-        super()._check(base, longest, kept)
+    def check(cls, base: Any, longest: int, kept: Kept) -> None:
+        super().check(base, longest, kept)
         if kept.store is not None and kept.adapter is not None:
             check_gates(kept.store.name, trained(kept.adapter))
 
     @classmethod
-    def _settings(cls, kept: Kept) -> dict[str, Any]:
+    def settings(cls, kept: Kept) -> dict[str, Any]:
         assert kept.adapter is not None
-        found = super()._settings(kept)
+        found = super().settings(kept)
         found |= {"cell": trained(kept.adapter).config.cell, "adapter_digest": digest(kept.adapter)}
         return found if kept.store is None else found | {"store": kept.store._asdict()}
 
     def prepare(self) -> None:
-        assert self.adapter is not None
-        config = memory_part(self.window, self.sinks, self.adapter)
-        augment(self.model, config if self.store is None else self.store.fill(config))
-        apply(trained(self.adapter), self.model)
+        assert self.kept.adapter is not None
+        augment(self.model, memory_with_store(self.kept))
+        apply(trained(self.kept.adapter), self.model)
         self.model.eval()
 
     @property

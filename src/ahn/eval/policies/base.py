@@ -6,73 +6,32 @@ All are read in chunks through a cache, so that memory use is the cache's, and a
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ahn.adapter import default_config
-from ahn.adapter_files import Adapter, base_shape, check_shape, read_adapter
+from ahn.adapter_files import base_shape, check_shape
 from ahn.bases import load_base, load_tokenizer
 from ahn.compat import PAST
-from ahn.config import AHNConfig
 from ahn.cost import Shape, cost, held_bytes
 from ahn.engine.generate import end_tokens
 from ahn.engine.prefill import CHUNK, GPU_CHUNK
 from ahn.errors import ConfigError
+from ahn.eval.kept import Kept, exact_part, trained
 from ahn.hf.architecture import check_fits
 from ahn.hf.augment import detach
 from ahn.memory.cache import AHNCache
-from ahn.recall.ask import FINDER, RECALL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ahn.eval.prompts import Prompt
     from ahn.eval.tasks.base import Example
-
-
-class Stored(NamedTuple):
-    """A store that takes its places from the window: `AHNConfig.store`, `store_size`, `store_span`."""
-
-    name: str
-    size: int
-    span: int = 1
-
-    def fill(self, config: AHNConfig) -> AHNConfig:
-        """`config` with this store, and as many lossless tokens as before. Raises ConfigError."""
-        if self.size >= config.window:
-            raise ConfigError(f"store_size={self.size} of {config.lossless} lossless tokens leaves no window")
-        window = config.window - self.size
-        return config.replace(window=window, store=self.name, store_size=self.size, store_span=self.span)
-
-
-class Recalled(NamedTuple):
-    """What policies that read passages again are given: tokens at most, how passages are found, and in how many
-    rounds (`ahn.recall.find`)."""
-
-    tokens: int = RECALL
-    finder: str = FINDER
-    rounds: int = 1
-
-
-RECALLED = Recalled()
-
-
-class Kept(NamedTuple):
-    """What a policy is asked to keep, as `Policy` takes it: what its own `_check` and `_settings` are given."""
-
-    window: int
-    sinks: int
-    adapter: str | None
-    yarn: float | None
-    store: Stored | None
-    recall: Recalled = RECALLED
 
 
 class Policy:
@@ -82,13 +41,8 @@ class Policy:
 
     Args:
         base: hub id, folder, GGUF file, or "smollm2-135m".
-        window, sinks: tokens kept exactly, by the policies that do not keep everything.
-        adapter: the trained memory under comparison: a shipped one's name, a folder or a hub id. The baselines take
-            from it what must be equal: which layers forget, how far away the sinks are seen, and the bytes of the cell.
+        kept: the parts of a text that it keeps.
         dtype: default float32 on a CPU, bfloat16 on CUDA. device: default CUDA if there is one.
-        yarn: factor by which `full` extends the base's positions; the others ignore it.
-        store: of the policies that have one; its places are part of `window`, so that all keep as many tokens.
-        recall: of the policies that read passages again.
         model: the plain base, if it is loaded already; it is changed in place until `release`.
 
     Attributes:
@@ -108,25 +62,13 @@ class Policy:
     keeps_padding: ClassVar[bool] = False  # in its cache, so that it must be masked for ever
 
     def __init__(
-        self,
-        base: str,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        dtype: Any = None,
-        device: Any = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-        recall: Recalled = RECALLED,
-        model: PreTrainedModel | None = None,
+        self, base: str, kept: Kept, *, dtype: Any = None, device: Any = None, model: PreTrainedModel | None = None
     ) -> None:
-        self.window, self.sinks, self.adapter, self.yarn, self.store = window, sinks, adapter, yarn, store
-        self.recall = recall
+        self.kept = kept
         self._read: tuple[Sequence[int], Any] | None = None  # the last text that was asked about, and its cache
         self.tokenizer: Any = _tokenizer(base)
         self.model: PreTrainedModel = load_base(base, dtype=dtype, device=device) if model is None else model
-        self._check(self.model.config, 1, Kept(window, sinks, adapter, yarn, store, recall))
+        self.check(self.model.config, 1, kept)
         self.prepare()
         self.shape = Shape.from_config(self.model.config)
         self.ends = end_tokens(self.model, self.tokenizer)
@@ -137,31 +79,16 @@ class Policy:
 
     @property
     def lossless(self) -> int | None:
-        return self.window + self.sinks if self.uses_window else None
+        return self.kept.window + self.kept.sinks if self.uses_window else None
 
     @classmethod
-    def check(
-        cls,
-        base: Any,
-        longest: int,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-        recall: Recalled = RECALLED,
-    ) -> None:
+    def check(cls, base: Any, longest: int, kept: Kept) -> None:
         """Whether a base of this transformers config can take `longest` tokens, prompt and answer; no weights needed.
 
         Raises:
-            ConfigError: it cannot, or `adapter` is missing.
-            AdapterError: `adapter` cannot be read, or was trained on another base.
+            ConfigError: it cannot, or `kept.adapter` is missing.
+            AdapterError: the adapter cannot be read, or was trained on another base.
         """
-        cls._check(base, longest, Kept(window, sinks, adapter, yarn, store, recall))
-
-    @classmethod
-    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
         if cls.needs_adapter and kept.adapter is None:
             raise ConfigError(f"policy {cls.name} needs an adapter: the memory itself, or the one whose size it takes")
         if kept.yarn is not None and not 1 <= kept.yarn < math.inf:
@@ -170,30 +97,17 @@ class Policy:
             check_shape(trained(kept.adapter), base_shape(base))
         if cls.uses_window:
             text = base.get_text_config()
-            exact = exact_part(kept.window, kept.sinks, kept.adapter)
+            exact = exact_part(kept)
             check_fits(exact, text, text.num_hidden_layers)
             if cls.uses_store and kept.store is not None:
                 kept.store.fill(exact)
 
     @classmethod
-    def settings(
-        cls,
-        *,
-        window: int,
-        sinks: int,
-        adapter: str | None = None,
-        yarn: float | None = None,
-        store: Stored | None = None,
-        recall: Recalled = RECALLED,
-    ) -> dict[str, Any]:
-        """What its numbers depend on besides the base: results are kept apart by these."""
-        return cls._settings(Kept(window, sinks, adapter, yarn, store, recall))
-
-    @classmethod
-    def _settings(cls, kept: Kept) -> dict[str, Any]:
+    def settings(cls, kept: Kept) -> dict[str, Any]:
+        """The settings that its numbers depend on, besides the base. Results are kept apart by these."""
         if not cls.uses_window:
             return {}
-        exact = exact_part(kept.window, kept.sinks, kept.adapter)
+        exact = exact_part(kept)
         return {
             "window": kept.window,
             "sinks": kept.sinks,
@@ -392,49 +306,3 @@ class Policy:
 @lru_cache(maxsize=2)
 def _tokenizer(base: str) -> Any:
     return load_tokenizer(base)
-
-
-@lru_cache
-def trained(adapter: str) -> Adapter:
-    """The adapter, read once. Raises AdapterError."""
-    return read_adapter(adapter)
-
-
-@lru_cache
-def digest(adapter: str) -> str:
-    """Identifies the weights of an adapter, whatever its folder is called."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(trained(adapter).tensors.items()):
-        found.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def exact_part(window: int, sinks: int, adapter: str | None) -> AHNConfig:
-    """Sinks and window without a memory, in the layers and at the distances of `adapter`."""
-    if adapter is None:
-        return AHNConfig(None, window, sinks)
-    config = trained(adapter).config
-    return AHNConfig(None, window, sinks, layers=config.layers, sink_positions=config.sink_positions)
-
-
-def memory_part(window: int, sinks: int, adapter: str) -> AHNConfig:
-    """The memory of `adapter` behind other sinks and window, and without a store."""
-    return trained(adapter).config.without_store().replace(window=window, sinks=sinks)
-
-
-def exact_sizes(base: Any, adapter: str | None, lossless: int | None, sinks: int | None) -> tuple[int, int]:
-    """Window and sinks: as asked for, else the adapter's, else what suits a base of this transformers config.
-
-    Raises:
-        ConfigError: no room is left for a window.
-    """
-    text = base.get_text_config()
-    default = default_config(text, None)
-    if adapter is not None and trained(adapter).config.lossless <= text.max_position_embeddings:
-        default = trained(adapter).config
-    lossless = lossless or default.lossless
-    sinks = min(default.sinks, lossless // 8) if sinks is None else sinks
-    if sinks >= lossless:
-        raise ConfigError(f"{lossless} lossless tokens with {sinks} sinks: expected room for a window")
-    return lossless - sinks, sinks

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ahn.cost import Shape, cell_bytes, cost
 from ahn.errors import ConfigError, UnsupportedOperationError
-from ahn.eval.policies.base import Kept, Policy, exact_part, memory_part, trained
+from ahn.eval.kept import Kept, exact_part, memory_part, trained
+from ahn.eval.policies.base import Policy
 from ahn.hf.augment import augment
 from ahn.memory.batch import LayerBatch
 from ahn.memory.buffer import LayerMemory
@@ -39,29 +40,28 @@ class Compressive(Policy):
     maximum: ClassVar[bool]
 
     @classmethod
-    def _settings(cls, kept: Kept) -> dict[str, Any]:
+    def settings(cls, kept: Kept) -> dict[str, Any]:
         assert kept.adapter is not None
-        found = super()._settings(kept)
+        found = super().settings(kept)
         config = trained(kept.adapter).config
         like = f"{config.cell}, key_maps {config.feature_maps}" if config.feature_maps > 1 else config.cell
         return found | {"rate": RATE, "sized_like": like}
 
     def prepare(self) -> None:
-        assert self.adapter is not None
-        config = memory_part(self.window, self.sinks, self.adapter)
+        config = memory_part(self.kept)
         shape, element = Shape.from_config(self.model.config), self.model.dtype.itemsize
         budget = cell_bytes(shape, config, config.lossless, element)
         self.slots = budget // (2 * shape.M * shape.H * element)
         if not self.slots:
             raise ConfigError(f"the {config.cell} cell holds {budget} bytes a layer, less than one slot of pooled keys")
-        augment(self.model, exact_part(self.window, self.sinks, self.adapter))
+        augment(self.model, exact_part(self.kept))
         for layer in layers_of(self.model):
             if layer.window is not None:
                 layer.last = PooledTier(self.slots, self.maximum)
 
     def cache_bytes(self, tokens: int) -> int:
         exact = super().cache_bytes(tokens)
-        if tokens <= self.window + self.sinks:
+        if tokens <= self.kept.window + self.kept.sinks:
             return exact
         pooled = sum(isinstance(layer.last, PooledTier) for layer in layers_of(self.model))
         return exact + pooled * self.slots * 2 * self.shape.M * self.shape.H * self.model.dtype.itemsize

@@ -10,7 +10,8 @@ from transformers.cache_utils import DynamicCache
 from ahn.config import AHNConfig
 from ahn.cost import cost
 from ahn.errors import ConfigError
-from ahn.eval.policies.base import Kept, Policy
+from ahn.eval.kept import Kept
+from ahn.eval.policies.base import Policy
 from ahn.ops.rotary import CHANGING
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class Full(Policy):
     keeps_padding = True
 
     @classmethod
-    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
-        super()._check(base, longest, kept)
+    def check(cls, base: Any, longest: int, kept: Kept) -> None:
+        super().check(base, longest, kept)
         yarn = kept.yarn
         if yarn is not None:
             kind = _rope(base).get("rope_type", "default")
@@ -39,8 +40,8 @@ class Full(Policy):
         short = _rope(base).get("original_max_position_embeddings")
         if _rope(base).get("rope_type") in CHANGING and short is not None and longest > short:
             raise ConfigError(
-                f"policy full: {longest:,} tokens of prompt and answer, but from {short:,} on this base's positions "
-                "are others, so that it cannot read in chunks: leave `full` out, or choose a smaller length"
+                f"policy full: {longest:,} tokens of prompt and answer, but this base changes its positions "
+                f"from {short:,} on, so it cannot read in chunks: leave `full` out, or choose a smaller length"
             )
         positions = int(base.get_text_config().max_position_embeddings * (yarn or 1))
         if longest > positions:
@@ -51,7 +52,7 @@ class Full(Policy):
             )
 
     @classmethod
-    def _settings(cls, kept: Kept) -> dict[str, Any]:
+    def settings(cls, kept: Kept) -> dict[str, Any]:
         return {} if kept.yarn is None else {"yarn": kept.yarn}
 
     @property
@@ -63,11 +64,12 @@ class Full(Policy):
         config, decoder = self.model.config.get_text_config(), self.model.get_decoder()
         positions = config.max_position_embeddings
         self.plain = positions, config.rope_parameters, decoder.rotary_emb
-        if self.yarn is None:
+        yarn = self.kept.yarn
+        if yarn is None:
             return
-        scaling = {"rope_type": "yarn", "factor": self.yarn, "original_max_position_embeddings": positions}
+        scaling = {"rope_type": "yarn", "factor": yarn, "original_max_position_embeddings": positions}
         config.rope_parameters = _rope(config) | scaling
-        config.max_position_embeddings = int(positions * self.yarn)
+        config.max_position_embeddings = int(positions * yarn)
         decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(self.model.device)
 
     def release(self) -> PreTrainedModel:

@@ -1,10 +1,11 @@
-"""The bare base, given the passages that a lexical search finds, and nothing else of the text."""
+"""The base alone. It is given the passages that a lexical search finds, and nothing else of the text."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from ahn.eval.policies.base import Kept, exact_part
+from ahn.eval.kept import Kept, exact_part
 from ahn.eval.policies.recall import Recall
 from ahn.hf.augment import augment
 
@@ -16,11 +17,11 @@ class Rag(Recall):
     finder = "bm25"
 
     @classmethod
-    def _settings(cls, kept: Kept) -> dict[str, Any]:
-        return super()._settings(
-            kept._replace(adapter=None, store=None, recall=kept.recall._replace(finder=cls.finder))
-        )
+    def settings(cls, kept: Kept) -> dict[str, Any]:
+        recall = kept.recall._replace(finder=cls.finder)
+        return super().settings(replace(kept, adapter=None, store=None, recall=recall))
 
     def prepare(self) -> None:
-        self.recall = self.recall._replace(finder=self.finder, rounds=1)
-        augment(self.model, exact_part(self.window, self.sinks, None))
+        recall = self.kept.recall._replace(finder=self.finder, rounds=1)
+        self.kept = replace(self.kept, adapter=None, recall=recall)
+        augment(self.model, exact_part(self.kept))

@@ -9,7 +9,8 @@ import numpy as np
 
 from ahn.dialogue import SEPARATOR, Dialogue
 from ahn.errors import ConfigError
-from ahn.eval.policies.base import Kept, Policy, digest, exact_part, memory_part, trained
+from ahn.eval.kept import Kept, digest, exact_part, memory_with_store, trained
+from ahn.eval.policies.base import Policy
 from ahn.hf.augment import augment
 from ahn.hf.weights import apply
 from ahn.memory.cache import AHNCache
@@ -38,27 +39,26 @@ class Recall(Policy):
     recalls = True
 
     @classmethod
-    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
-        super()._check(base, longest, kept)
+    def check(cls, base: Any, longest: int, kept: Kept) -> None:
+        super().check(base, longest, kept)
         finders.check_name(kept.recall.finder)
         if kept.recall.tokens < 1:
             raise ConfigError(f"recall={kept.recall.tokens}: expected at least 1 token to read again")
 
     @classmethod
-    def _settings(cls, kept: Kept) -> dict[str, Any]:
-        found = super()._settings(kept) | {"recall": kept.recall._asdict() | {"context": "passages"}}
+    def settings(cls, kept: Kept) -> dict[str, Any]:
+        found = super().settings(kept) | {"recall": kept.recall._asdict() | {"context": "passages"}}
         if kept.adapter is None:
             return found
         found |= {"cell": trained(kept.adapter).config.cell, "adapter_digest": digest(kept.adapter)}
         return found if kept.store is None else found | {"store": kept.store._asdict()}
 
     def prepare(self) -> None:
-        if self.adapter is None:
-            augment(self.model, exact_part(self.window, self.sinks, None))
+        if self.kept.adapter is None:
+            augment(self.model, exact_part(self.kept))
             return
-        config = memory_part(self.window, self.sinks, self.adapter)
-        augment(self.model, config if self.store is None else self.store.fill(config))
-        apply(trained(self.adapter), self.model)
+        augment(self.model, memory_with_store(self.kept))
+        apply(trained(self.kept.adapter), self.model)
         self.model.eval()
 
     def text_cache(self) -> Any:
@@ -94,9 +94,9 @@ class Recall(Policy):
         scores = np.where(allowed, scores, -np.inf)
         by_budget = {str(n): evidence(passages, best(scores, passages.lengths, n), prompt) for n in BUDGETS}
         taken = (
-            rank(passages, question, *self.recall, allowed)
-            if self.recall.rounds > 1
-            else best(scores, passages.lengths, self.recall.tokens)
+            rank(passages, question, *self.kept.recall, allowed)
+            if self.kept.recall.rounds > 1
+            else best(scores, passages.lengths, self.kept.recall.tokens)
         )
         note: dict[str, Any] = {
             "recalled": int(passages.lengths[taken].sum()),
@@ -109,7 +109,7 @@ class Recall(Policy):
 
     def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
         """Of each passage."""
-        return finders.get(self.recall.finder)().scores(passages, question)
+        return finders.get(self.kept.recall.finder)().scores(passages, question)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []

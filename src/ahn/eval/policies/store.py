@@ -1,4 +1,4 @@
-"""Sinks, window and a store: what is neither in the window nor stored is gone."""
+"""Sinks, window and a store. Every other token is lost."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from typing import Any
 
 from ahn import stores
 from ahn.errors import ConfigError
-from ahn.eval.policies.base import Kept, Policy, exact_part
+from ahn.eval.kept import Kept, exact_part
+from ahn.eval.policies.base import Policy
 from ahn.hf.augment import augment
 
 
 class StoreAlone(Policy):
-    """Sinks, window and a store (--store, --store-size), without a compressed memory: what the store itself gives."""
+    """Sinks, window and a store (--store, --store-size), without a cell: the part that the store contributes."""
 
     name = "store"
     uses_store = True
 
     @classmethod
-    def _check(cls, base: Any, longest: int, kept: Kept) -> None:
-        super()._check(base, longest, kept)
+    def check(cls, base: Any, longest: int, kept: Kept) -> None:
+        super().check(base, longest, kept)
         untrained = ", ".join(name for name in stores.names() if not stores.get(name).trained)
         if kept.store is None:
             raise ConfigError(f"policy store: expected --store with one of {untrained}, and --store-size")
@@ -29,10 +30,10 @@ class StoreAlone(Policy):
             )
 
     @classmethod
-    def _settings(cls, kept: Kept) -> dict[str, Any]:
+    def settings(cls, kept: Kept) -> dict[str, Any]:
         assert kept.store is not None
-        return super()._settings(kept) | {"store": kept.store._asdict()}
+        return super().settings(kept) | {"store": kept.store._asdict()}
 
     def prepare(self) -> None:
-        assert self.store is not None
-        augment(self.model, self.store.fill(exact_part(self.window, self.sinks, self.adapter)))
+        assert self.kept.store is not None
+        augment(self.model, self.kept.store.fill(exact_part(self.kept)))

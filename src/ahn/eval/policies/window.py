@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ahn.eval.policies.base import Policy, exact_part
+from ahn.eval.kept import exact_part
+from ahn.eval.policies.base import Policy
 from ahn.hf.augment import augment
 
 
@@ -15,4 +16,4 @@ class Window(Policy):
     name = "window"
 
     def prepare(self) -> None:
-        augment(self.model, exact_part(self.window, self.sinks, self.adapter))
+        augment(self.model, exact_part(self.kept))
