@@ -15,8 +15,9 @@ import pytest
 from ahn.errors import ConfigError, EvalError
 from ahn.eval import tasks
 from ahn.eval.data import benchmark
+from ahn.eval.records import read
 from ahn.eval.tasks import ruler
-from ahn.eval.tasks.base import Example, Task, read, template_tokens
+from ahn.eval.tasks.base import Example, Task, template_tokens
 from ahn.registry import nearest
 from tiny_tokenizer import tiny_tokenizer
 

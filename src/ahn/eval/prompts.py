@@ -15,7 +15,8 @@ from ahn.dialogue import LABEL, SEPARATOR, Dialogue, plain, readable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ahn.eval.tasks.base import Example, Span
+    from ahn.eval.places import Span
+    from ahn.eval.tasks.base import Example
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is done with the tokens behind the window. One file each; `base.py` says what a policy is."""
+"""Ways to treat the tokens behind the window, one a file. `base.py` defines a policy."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What is measured. One suite of tasks a file; `base.py` says what a task is. A task is named "suite/set".
+"""The suites of tasks, one a file. `base.py` defines a task. A task is named "suite/set".
 
 Other packages add a suite under the entry-point group "ahn.eval.tasks": my_suite = "my_package:MySuite".
 """

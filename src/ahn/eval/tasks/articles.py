@@ -9,7 +9,7 @@ from typing import Any
 
 from ahn.dialogue import plain
 from ahn.errors import EvalError
-from ahn.eval.tasks.base import Record, found, hub, read
+from ahn.eval.records import Record, found, hub, read
 
 SQUAD = "rajpurkar/squad"
 Article = dict[str, Any]

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ahn.errors import EvalError
-from ahn.eval.tasks.base import Example, FixedTask, Record, Span, on_a_text
+from ahn.eval.places import Span, on_a_text
+from ahn.eval.records import Record
+from ahn.eval.tasks.base import Example, FixedTask
 
 _BOOK = "Read the book below and answer a question.\n\n{context}\n\nQuestion: {input}\n\nBe very concise."
 _CHOICE = (

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from ahn.errors import EvalError
 from ahn.eval.data import benchmark
-from ahn.eval.tasks.base import Example, FixedTask, Record, Span, on_a_text, only_place
+from ahn.eval.places import Span, on_a_text, only_place
+from ahn.eval.records import Record
+from ahn.eval.tasks.base import Example, FixedTask
 
 FEW_SHOT = ("trec", "triviaqa", "samsum", "lsht")
 CODE = ("lcc", "repobench-p")

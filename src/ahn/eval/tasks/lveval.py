@@ -8,7 +8,9 @@ from typing import Any
 
 from ahn.errors import EvalError
 from ahn.eval.data import benchmark
-from ahn.eval.tasks.base import Example, FixedTask, Record, on_a_text, only_place
+from ahn.eval.places import on_a_text, only_place
+from ahn.eval.records import Record
+from ahn.eval.tasks.base import Example, FixedTask
 
 LEVELS = (16, 32, 64, 128, 256)
 SINGLE_HOP = (

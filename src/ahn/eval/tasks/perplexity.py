@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from ahn.dialogue import plain
 from ahn.errors import EvalError
-from ahn.eval.tasks.base import SUFFIXES, Example, Task, hub, open_text, read
+from ahn.eval.records import SUFFIXES, hub, open_text, read
+from ahn.eval.tasks.base import Example, Task
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 from ahn.dialogue import LABEL, NOT_FOUND, SEPARATOR
 from ahn.errors import EvalError
+from ahn.eval.places import Span, places
+from ahn.eval.records import Record, found, read
 from ahn.eval.tasks.articles import squad
-from ahn.eval.tasks.base import Example, Record, Span, Task, found, places, read, template_tokens, tokens
+from ahn.eval.tasks.base import Example, Task, template_tokens, tokens
 
 DEFAULT_LENGTH = 16_384
 INSTRUCTION = "Answer from the text in as few words as possible."
