@@ -191,8 +191,8 @@ def paragraphs(found: list[dict[str, Any]], chance: random.Random) -> Iterator[d
 
 def joined(options: argparse.Namespace, chance: random.Random) -> Iterator[dict[str, Any]]:
     """The documents of `far`: paragraphs one after the other, and questions on them."""
+    from ahn.eval.articles import articles
     from ahn.eval.records import Record
-    from ahn.eval.tasks.articles import articles
 
     read = (Record(f"{options.source}:{n}", fields) for n, fields in enumerate(records(options.source), 1))
     source = paragraphs(list(articles(read)), chance)

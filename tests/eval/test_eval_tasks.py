@@ -16,7 +16,7 @@ from ahn.errors import ConfigError, EvalError
 from ahn.eval import tasks
 from ahn.eval.data import benchmark
 from ahn.eval.records import read
-from ahn.eval.tasks import ruler
+from ahn.eval.ruler import needles
 from ahn.eval.tasks.base import Example, Task, template_tokens
 from ahn.registry import nearest
 from tiny_tokenizer import tiny_tokenizer
@@ -305,12 +305,12 @@ def test_needles_are_there_once_and_at_their_depth(name):
             assert (example.evidence[0] - first) / body == pytest.approx(example.depth, abs=0.05)
         assert task.score(example, "They are " + " and ".join(example.answers)) == 1
         assert task.score(example, example.answers[0]) == pytest.approx(1 / len(example.answers))
-    kind = ruler._NIAH_SETS[name.removeprefix("ruler/")]
+    kind = needles.SETS[name.removeprefix("ruler/")]
     assert len(example.answers) == kind.num_values * kind.num_asked
 
 
 def test_what_is_drawn_is_the_same_on_any_machine():
-    text = ruler._niah(ruler._NIAH_SETS["niah_multikey_2"], [], random.Random("ruler/0"), 2)
+    text = needles.niah(needles.SETS["niah_multikey_2"], [], random.Random("ruler/0"), 2)
     assert text.prompt.split("\n")[1:-1] == PINNED and text.answers == (PINNED_ANSWER,)
 
 

@@ -1,8 +1,9 @@
 """Measuring how much is remembered.
 
-tasks/          the questions; one suite a file; articles.py: SQuAD in any of its forms
+tasks/          the questions; one suite a file
 ruler/          how the texts of RULER are drawn
-records.py      files of a benchmark; places.py: text, evidence and question in a prompt
+records.py      files of a benchmark; articles.py: SQuAD in any of its forms
+places.py       text, evidence and question in a prompt
 policies/       ways to remember; one a file
 kept.py         the parts of a text that a policy keeps
 options.py      the options of a run

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ahn.errors import EvalError
+from ahn.eval.articles import squad
 from ahn.eval.places import places
 from ahn.eval.records import Record, found, hub, read
 from ahn.eval.ruler.text import Text
-from ahn.eval.tasks.articles import squad
 
 HOTPOT = "hotpotqa/hotpot_qa"
 ONLY = "Answer the question based on the given documents. Only give me the answer and do not output any other words."

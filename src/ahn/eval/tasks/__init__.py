@@ -12,7 +12,7 @@ from ahn.registry import Registry, nearest
 if TYPE_CHECKING:
     from ahn.eval.tasks.base import Task
 
-_registry: "Registry[type[Task]]" = Registry("suite", __name__, hidden=("articles", "base"), attribute="suite")
+_registry: "Registry[type[Task]]" = Registry("suite", __name__, attribute="suite")
 
 register = _registry.register
 

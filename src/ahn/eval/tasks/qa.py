@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from ahn.dialogue import LABEL, NOT_FOUND, SEPARATOR
 from ahn.errors import EvalError
+from ahn.eval.articles import squad
 from ahn.eval.places import Span, places
 from ahn.eval.records import Record, found, read
-from ahn.eval.tasks.articles import squad
 from ahn.eval.tasks.base import Example, Task, template_tokens, tokens
 
 DEFAULT_LENGTH = 16_384

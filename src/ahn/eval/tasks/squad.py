@@ -9,9 +9,9 @@ from typing import Any
 
 from ahn.dialogue import LABEL, SEPARATOR
 from ahn.errors import EvalError
+from ahn.eval.articles import shuffled_paragraphs, squad
 from ahn.eval.metrics import normalize
 from ahn.eval.places import places
-from ahn.eval.tasks.articles import shuffled_paragraphs, squad
 from ahn.eval.tasks.base import Example, Task, template_tokens, tokens
 
 DEFAULT_LENGTH = 8192
