@@ -3,24 +3,25 @@
     python benchmarks/speed.py gpu [--seconds 540] [--only decode:1 qwen2.5-3b:full ...] [--authors SCRIPT] [--profile]
     python benchmarks/speed.py gpu --base FILE.gguf    # real weights: what `ahn read` and `ahn ask` take
 
-The base has the shape of a real one and random weights, bfloat16. The cells of the table are measured in order of
-importance until `--seconds` have passed, and the file in results/ is written after each. One that fails is noted with
-its error, and with what it measured until then; only an error that CUDA does not recover from ends the run.
+The base has the shape of a real one and random weights in bfloat16. The cells of the table are measured in order of
+importance until `--seconds` have passed. The file in results/ is written after each cell. A cell that fails is noted
+with its error and with the numbers that it measured before. Only an error that CUDA does not recover from ends the run.
 
-Floors: what the method has to move or multiply, over what this device does in the best case. Reading: the matrix
-products (`ahn cost`, logits of the last token only) over the measured rate of one of 8,192 x 8,192 x 8,192. Decoding:
-the weights once a step and, for each row, keys, values and twice the state (read and written), over the measured
-bandwidth of a large copy, or the products of the step over the rate, whichever is longer.
+A floor is the work that the method cannot avoid, divided by the best rate of this device.
+- Reading: the matrix products (`ahn cost`, logits of the last token only), at the measured rate of one of 8,192 x 8,192
+  x 8,192.
+- Decoding: the bytes of a step at the measured bandwidth of a large copy, or its products at that rate, whichever takes
+  longer. The bytes are the weights and, for each row, keys, values and twice the state (read and written).
 
-A cell may have a store: of `gated_deltanet+learned`, 74% of the window's places are the store's, and its gate is
-random, so that it keeps any tokens. `--lossless` sets sinks and window for all cells.
+A cell may have a store. In `gated_deltanet+learned` 74% of the window's slots belong to the store. Its gate is random,
+so it keeps arbitrary tokens. `--lossless` sets sinks and window together, for all cells.
 
-Caches that are only decoded from are filled with random numbers instead of being read. Full attention is decoded with
-transformers' default cache, which copies all keys and values for each token. "load" saves a memory and times reading
-the file, which the system still holds in its own cache, and the first token after a question (`ahn.generate`).
+Decoding alone starts from a cache of random numbers; no text is read for it. Full attention decodes with transformers'
+default cache, which copies all keys and values for each token. "load" saves a memory, then times reading the file and
+the first token after a question (`ahn.generate`). The system still holds that file in its own cache.
 
-`--authors SCRIPT` measures their code beside ours: `python SCRIPT LENGTH` prints one JSON line with prefill_s, peak_gib
-and decode_ms.
+`--authors SCRIPT` measures the code of the paper's authors beside ours: `python SCRIPT LENGTH` prints one JSON line
+with prefill_s, peak_gib and decode_ms.
 """
 
 from __future__ import annotations
@@ -35,148 +36,20 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ahn.cli.info import report
 from ahn.compat import PAST
-from common import BOOK, SHARE, matmul_rate, now, random_model, write
+from common import BOOK, matmul_rate, now, random_model, write
+from speeds._floors import Ceilings, Floors, config_of
 from speeds._measures import ANSWER, ask, copy_rate, decode, fill, generate, load, read
+from speeds._table import K, cells_of_table, coder, line
 
 NAME, TINY = "gpu", "--seconds 600 --tiny"
 
 LOSSLESS, SINKS = 32768, 128
-STEPS = 64  # decoded for one time of decoding
-HANGS = 60  # seconds after its time at which a run is ended wherever it is
-K = 1024
-
-
-class Cell(NamedTuple):
-    """Of the table. `cell` "full" is full attention, "name+store" one with a store; `what` is decode, read, load, ask;
-    `length` tokens are read, or lie behind."""
-
-    shape: str
-    cell: str
-    what: str
-    batch: int
-    length: int
-
-    def __str__(self) -> str:
-        return ":".join(map(str, self))
-
-
-class Ceilings(NamedTuple):
-    """What a device does in the best case, a second: FLOPs of a large product, bytes of a large copy."""
-
-    matmul: float
-    copy: float
-
-
-def coder() -> Any:
-    """The shape of Qwen2.5-Coder-0.5B, which the paper has no row for."""
-    from ahn.cost import Shape
-
-    return Shape(24, 896, 14, 2, 64, 4864, 151936, tied=True)
-
-
-def config_of(cell: str, window: int, sinks: int) -> Any:
-    """Of a memory by its name in the table; "full": of none."""
-    from ahn.config import AHNConfig
-
-    name, _, store = cell.partition("+")
-    size = round(SHARE * window) if store else 0
-    return AHNConfig(None if name == "full" else name, window - size, sinks, store=store or None, store_size=size)
-
-
-class Floors:
-    """Seconds below which the method cannot be on a device of these ceilings."""
-
-    def __init__(self, shape: Any, itemsize: int, window: int, sinks: int, ceilings: Ceilings) -> None:
-        self.shape, self.itemsize, self.window, self.sinks = shape, itemsize, window, sinks
-        self.ceilings = ceilings
-
-    def cost(self, cell: str, length: int) -> Any:
-        from ahn.cost import cost
-
-        return cost(self.shape, length, config_of(cell, self.window, self.sinks), self.itemsize)
-
-    def read_flops(self, cell: str, batch: int, length: int) -> int:
-        table = self.cost(cell, length)
-        flops = table.mixing.full if cell == "full" else table.mixing.memory
-        mlp = next(term.full for term in table.rest.terms if term.name == "MLP")
-        return batch * (flops + mlp + 2 * self.shape.V * self.shape.D)
-
-    def read(self, cell: str, batch: int, length: int) -> float:
-        return self.read_flops(cell, batch, length) / self.ceilings.matmul
-
-    def decode_bytes(self, cell: str, batch: int, length: int) -> int:
-        table, shape = self.cost(cell, length), self.shape
-        parameters = table.parameters.full if cell == "full" else table.parameters.memory
-        weights = parameters - (0 if shape.tied else shape.V * shape.D)  # of the embedding one row is read
-        state = 0 if cell in ("full", None) else 2 * 4 * shape.layers * shape.N * shape.H**2
-        kept = 2 * shape.layers * shape.M * shape.H * (length if cell == "full" else min(length, self.lossless))
-        return self.itemsize * (weights + batch * kept) + batch * state
-
-    @property
-    def lossless(self) -> int:
-        return self.window + self.sinks
-
-    def decode(self, cell: str, batch: int, length: int) -> float:
-        """Of one step of `batch` rows behind `length` tokens."""
-        step = self.read_flops(cell, batch, length + 1) - self.read_flops(cell, batch, length)
-        step += batch * 2 * self.shape.V * self.shape.D
-        return max(self.decode_bytes(cell, batch, length) / self.ceilings.copy, step / self.ceilings.matmul)
-
-
-def cells_of_table(options: argparse.Namespace) -> list[Cell]:
-    """The most important first."""
-    main, gdn, full, stored = "qwen2.5-3b", "gated_deltanet", "full", "gated_deltanet+learned"
-    if options.base:
-        name, lengths = Path(options.base).name, (300, 500) if options.tiny else (16 * K, 128 * K)
-        table = [Cell(name, options.cell or "default", "ask", 1, length) for length in lengths]
-    elif options.tiny:
-        whats = ("decode", 1, 300), ("decode", 2, 300), ("read", 1, 500)
-        names = gdn, full, "deltanet", "mamba2", stored
-        table = [Cell("tiny", cell, *what) for cell in names for what in whats]
-        table.append(Cell("tiny", gdn, "load", 1, 500))
-    else:
-        table = [Cell(main, gdn, "decode", 1, 128 * K)]
-        table += [Cell(main, gdn, "read", 1, length) for length in (64 * K, 128 * K)]
-        table += [Cell(main, full, "decode", 1, length) for length in (64 * K, 128 * K)]
-        table += [Cell(main, full, "read", 1, length) for length in (64 * K, 128 * K)]
-        table += [Cell(main, gdn, "load", 1, 1024 * K), Cell(main, gdn, "read", 1, 1024 * K)]
-        table += [Cell(main, gdn, "decode", batch, 128 * K) for batch in (8, 32)]
-        table += [Cell(main, gdn, "decode", 1, length) for length in (16 * K, 1024 * K)]
-        table += [Cell(main, cell, what, 1, 128 * K) for what in ("decode", "read") for cell in ("deltanet", "mamba2")]
-        table += [Cell(main, stored, what, 1, 128 * K) for what in ("decode", "read")]
-        for cell in (gdn, stored):
-            whats = ("decode", 128 * K), ("read", 16 * K), ("read", 128 * K)
-            table += [Cell("qwen2.5-coder-0.5b", cell, what, 1, length) for what, length in whats]
-        for shape in ("qwen2.5-7b", "qwen2.5-14b"):
-            table += [Cell(shape, cell, what, 1, 128 * K) for cell in (gdn, full) for what in ("decode", "read")]
-            table += [Cell(shape, gdn, "decode", 8, 128 * K)]
-            others = ((cell, what) for cell in ("deltanet", "mamba2") for what in ("decode", "read"))
-            table += [Cell(shape, *other, 1, 128 * K) for other in others]
-    wanted = [set(words.split(":")) for words in options.only or [""]]
-    found = [cell for cell in table if any(words - {""} <= set(map(str, cell)) for words in wanted)]
-    if not found:
-        sys.exit(
-            f"--only {' '.join(options.only)}: nothing of that; expected parts of {', '.join(map(str, table[:3]))}, ..."
-        )
-    return found
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row to look at."""
-
-    def shown(value: Any) -> str:
-        if not isinstance(value, float):
-            return str(value)
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-    cell = [row.get(name, "") for name in Cell._fields]
-    head = "{:<20} {:<15} {:<7} {:>2} {:>9}".format(*cell)
-    rest = (f"{name} {shown(value):<8}" for name, value in row.items() if name not in Cell._fields)
-    return f"{head}  {' '.join(rest)}".rstrip()
+STEPS = 64  # decoded in one measurement
+HANGS = 60  # seconds that a run may take beyond `--seconds` before it is ended
 
 
 def profiled(call: Any) -> None:
@@ -207,7 +80,7 @@ class Bench:
         return self.options.seconds - (time.monotonic() - self.began)
 
     def put(self, name: str, cell: str) -> None:
-        """The base of this shape, with the memory of this cell or with none."""
+        """Make the base of this shape the model, with the memory of this cell, or without one if it is "full"."""
         import torch
 
         import ahn
@@ -217,24 +90,28 @@ class Bench:
             self.model, self.loaded = None, ""
             gc.collect()
             if self.device.type == "cuda":
-                torch.compiler.reset()  # it compiles no function for more than eight shapes
+                torch.compiler.reset()  # a function is compiled for eight shapes at most
             tiny = Shape(2, 64, 4, 2, 16, 96, 128, tied=True)
             shape = {**PAPER, "tiny": tiny, "qwen2.5-coder-0.5b": coder()}[name]
             self.model, self.loaded = random_model(shape, self.device), name
             self.floors = Floors(shape, self.model.dtype.itemsize, self.window, self.sinks, self.ceilings)
         if hasattr(self.model, "ahn_config"):
             ahn.detach(self.model)
-            gc.collect()  # the graph of the cell before, and its buffers
+            gc.collect()  # frees the graph of the previous cell and its buffers
         if cell == "full":
             self.model.set_attn_implementation("sdpa")
         else:
             ahn.augment(self.model, config_of(cell, self.window, self.sinks))
             for parameter in self.model.parameters():
                 if parameter.dim() == 3 and not parameter.any():
-                    parameter.data.normal_(std=0.02)  # as if it were trained
+                    parameter.data.normal_(std=0.02)  # a trained memory has no zeros there
 
     def put_real(self) -> Any:
-        """The base with real weights and an untrained memory, which costs what a trained one does; the tokenizer."""
+        """Make the base with real weights the model; its memory is untrained, which costs as much as a trained one.
+
+        Returns:
+            the tokenizer.
+        """
         import ahn
         from ahn.cost import Shape
 
@@ -249,7 +126,7 @@ class Bench:
         return ahn.load_tokenizer(base)
 
     def measure(self, row: dict[str, Any]) -> None:
-        """Fill in a row, so that what was measured before an error stays."""
+        """Fill in a row in place, so that numbers measured before an error stay in it."""
         import torch
 
         with torch.no_grad():
@@ -274,7 +151,7 @@ class Bench:
             profiled(lambda: read(self.model, cell, batch, min(length, 64 * K), 1))
 
     def _as_long(self, cell: str, batch: int, length: int) -> int:
-        """Tokens of a short text that is read in chunks of all the lengths that those of a long one have."""
+        """Length of a short text whose chunks have all the lengths that the chunks of a long one have."""
         from ahn.engine.prefill import chunks
 
         enough = 2 * (self.window + self.sinks)
@@ -351,7 +228,7 @@ class Bench:
             raise RuntimeError("the cache is empty: the model read past its memory")
 
     def recovers(self) -> bool:
-        """Whether the device still works. After an illegal access to its memory it does not, in this process."""
+        """Whether the device still works in this process. After an illegal memory access it does not."""
         import torch
 
         try:
@@ -364,8 +241,8 @@ class Bench:
         return True
 
     def run(self) -> bool:
-        """Measure the table; False if it had to end early."""
-        self.save()  # what the device says of itself is asked for while it works
+        """Measure the table. False if an error of the device ended it early."""
+        self.save()  # the device is described in the file, and only a working one can be asked
         cells, spent = cells_of_table(self.options), {"": 0.0}
         for number, cell in enumerate(cells):
             if self.left() < spent.get(cell.what, max(spent.values())):
@@ -374,13 +251,13 @@ class Bench:
             start, row, works = time.monotonic(), dict(cell._asdict()), True
             try:
                 self.measure(row)
-            except Exception as error:  # one that does not fit, or breaks, must not cost the others
+            except Exception as error:  # a cell that does not fit, or breaks, must not cost the others
                 if self.options.raises:
                     raise
                 row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
                 print(traceback.format_exc(limit=-4)[-3000:], file=sys.stderr)
             if "error" in row:
-                self.model, self.loaded = None, ""  # who knows in what state it is
+                self.model, self.loaded = None, ""  # its state is unknown after an error
                 works = self.recovers()
             spent[cell.what] = max(spent.get(cell.what, 0), time.monotonic() - start)
             self.note(row)
@@ -423,12 +300,17 @@ class Bench:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     words = "only cells with all of these words: shape, cell, what, batch, length"
-    parser.add_argument("--seconds", type=float, default=540, help="begin no cell that may not fit (%(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=540,
+        help="begin no cell that may take longer than is left of these (%(default)s)",
+    )
     parser.add_argument("--only", nargs="+", metavar="WORD:WORD", help=words)
     parser.add_argument("--base", help="real weights: a name, folder or GGUF file that `ahn read --base` takes")
     parser.add_argument("--cell", default="gated_deltanet", help="with --base (%(default)s)")
     parser.add_argument("--lossless", type=int, default=LOSSLESS, help="sinks and window (%(default)s tokens)")
-    parser.add_argument("--authors", metavar="SCRIPT", help="prints a row of theirs, as JSON, for a number of tokens")
+    parser.add_argument("--authors", metavar="SCRIPT", help="script that measures the authors' code")
     parser.add_argument("--profile", action="store_true", help="print the 25 kernels that take the most time")
     parser.add_argument("--raises", action="store_true", help="stop at the first error instead of noting it")
 
@@ -445,4 +327,4 @@ def run(options: argparse.Namespace) -> None:
     print("\n".join(f"skipped {line}" for line in bench.skipped))
     print(bench.save(), flush=True)
     if not whole:
-        os._exit(1)  # destructors would ask the broken device, and abort
+        os._exit(1)  # destructors would call the broken device, and abort

@@ -13,7 +13,7 @@ import argparse
 import ahn
 from common import SINKS, write
 from speeds._measures import fill, load
-from speeds.gpu import line
+from speeds._table import line
 
 NAME = "load-cpu"
 TINY = "--base {base} --lossless 80 96 --repeats 1"
