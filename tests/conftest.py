@@ -146,7 +146,7 @@ def soft_inputs(device="cpu", dtype=torch.float32, size=8, tokens=96):
     q = torch.randn(2, 4, tokens, size).to(device, dtype)
     k, v = torch.randn(2, 2, 2, tokens, size).to(device, dtype)
     scores = torch.randn(2, 2, tokens, device=device)
-    return q, k, v, scores, gates.least_kept(scores, 10, 4, 16, 1e-5)
+    return q, k, v, scores, gates.least_kept(scores, 10, gates.Lossless(4, 16), 1e-5)
 
 
 @pytest.fixture(params=ahn.cells.names())

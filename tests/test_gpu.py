@@ -550,7 +550,7 @@ def test_soft_places(tokens, size, monkeypatch):
         monkeypatch.setenv("AHN_KERNEL", kernel)
         leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
         gate = scores.clone().requires_grad_()
-        out = gates.attend(*leaves, gate, least, 0.4, 4, 16, size**-0.5)
+        out = gates.attend(*leaves, gates.log_weights(gate, least, 0.4), gates.Lossless(4, 16), size**-0.5)
         (out.float() * torch.arange(1, size + 1, device="cuda")).sum().backward()
         outs.append(out)
         gradients.append([t.grad for t in (*leaves, gate)])

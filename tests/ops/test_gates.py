@@ -29,12 +29,12 @@ def test_attention_and_gradients(monkeypatch, tokens, size, sinks, window, heads
     q = torch.randn(2, tokens, heads, size, device=DEVICE).transpose(1, 2)
     k, v = torch.randn(2, 2, kv_heads, tokens, size, device=DEVICE).unbind()
     scores, wanted = torch.randn(2, kv_heads, tokens, device=DEVICE), torch.randn(2, tokens, heads, size, device=DEVICE)
-    found = []
+    lossless, found = gates.Lossless(sinks, window), []
     for kernel in ("triton", "torch"):
         monkeypatch.setenv("AHN_KERNEL", kernel)
         leaves = [t.clone().requires_grad_() for t in (q, k, v, scores)]
-        least = gates.least_kept(scores, 10, sinks, window, 1.0)
-        out = gates.attend(*leaves, least, 0.4, sinks, window, 0.3)
+        least = gates.least_kept(scores, 10, lossless, 1.0)
+        out = gates.attend(*leaves[:3], gates.log_weights(leaves[3], least, 0.4), lossless, 0.3)
         (out * wanted).sum().backward()
         found.append([out, *(t.grad for t in leaves)])
     for fast, plain in zip(*found, strict=True):
@@ -47,8 +47,9 @@ def test_the_weights_add_up_to_the_places(monkeypatch, tokens, sinks, window, wa
     monkeypatch.setenv("AHN_KERNEL", "triton")
     torch.manual_seed(0)
     scores = torch.randn(2, 2, tokens, device=DEVICE)
-    least = gates.least_kept(scores, 10, sinks, window, warmth)
-    behind = gates._behind(scores, sinks, window)
+    lossless = gates.Lossless(sinks, window)
+    least = gates.least_kept(scores, 10, lossless, warmth)
+    behind = gates._behind(scores, lossless)
     few = (behind.sum(-1) <= 10).expand_as(least)
     assert (least[few] == gates.ALWAYS).all()
     total = gates._weights(scores, least, warmth, behind).sum(-1)[~few]
@@ -59,10 +60,10 @@ def test_a_machine_is_checked(monkeypatch):
     """Their kernel is compared before a run starts, and a wrong one is named."""
     from ahn.errors import AHNError
     from ahn.ops.kernels import soft_retention
-    from ahn.train.check import check
+    from ahn.train.check import Heads, check
 
     monkeypatch.setattr("ahn.train.check.TOKENS", 70)
-    machine = "deltanet", 2, 16, torch.device(DEVICE), torch.float32
+    machine = "deltanet", Heads(2, 16, torch.device(DEVICE), torch.float32)
     names = [row.name for row in check(*machine, gates=True)]
     assert "gates, gradient of weights" in names
     assert not any(row.name.startswith("gates") for row in check(*machine))

@@ -313,16 +313,16 @@ def test_bad_recipes(settings, changes, message):
 
 
 def test_gradients_are_checked(cell, monkeypatch):
-    from ahn.train.check import check
+    from ahn.train.check import Heads, check
 
-    found = check(cell, 2, 8, torch.device("cpu"), torch.float32)
+    found = check(cell, Heads(2, 8, torch.device("cpu"), torch.float32))
     assert all(row.value <= row.allowed for row in found) and len(found) > 6
     kind = ahn.cells.get(cell)
     monkeypatch.setattr(
         kind, "chunk", lambda self, q, k, v, gates, state: kind.naive(self, q, k * 1.01, v, gates, state)
     )
     with pytest.raises(ahn.errors.AHNError, match="output is off by"):
-        check(cell, 2, 8, torch.device("cpu"), torch.float32)
+        check(cell, Heads(2, 8, torch.device("cpu"), torch.float32))
 
 
 def test_a_recipe_with_old_names_of_keys(caplog):

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 
 ATTENTION = "ahn"  # the name our attention goes by in transformers' registry and in `config._attn_implementation`
-Observer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
-Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Observer = Callable[[Any, LayerBatch, Tensor], None]
+Attend = Callable[[Any, LayerBatch], Tensor]
 
 
 @contextmanager
@@ -45,9 +45,9 @@ def full_attention(
 ) -> Iterator[None]:
     """Within, an augmented model without a cache and without padding is its base: the teacher of the distillation.
 
-    `observe` is called in each layer with its attention module, q [B, N, T, H], k, v [B, M, T, H], x [B, T, D], the
-    scale of the scores, and what full attention gives, [B, T, N, H]. `attend` gives that, from the same arguments,
-    in place of full attention, in layers that do not keep everything.
+    `observe` is called in each layer with its attention module, the tokens of the sequences, and the output of full
+    attention [B, T, N, H]. `attend` returns such an output from the same module and tokens; it replaces full attention
+    in layers that do not keep everything.
     """
     full, thread = handle_of(model).full, threading.get_ident()
     before = full.get(thread)
@@ -110,14 +110,15 @@ def attention_function(
         return out, None
     instead = _full(layer)
     if instead is not None:
+        tokens = LayerBatch(ForwardBatch.of([0], query.shape[2], None), query, key, value, x, scale)
         if instead.attend is not None and layer.window is not None:
-            full = instead.attend(module, query, key, value, x, scale)
+            full = instead.attend(module, tokens)
         else:
             groups = query.shape[1] != key.shape[1]
             full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
             full = full.transpose(1, 2)
         if instead.observe is not None:
-            instead.observe(module, query, key, value, x, scale, full)
+            instead.observe(module, tokens, full)
         return full, None
     real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool().cpu()
     with torch.autocast(query.device.type, enabled=False):

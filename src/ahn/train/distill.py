@@ -1,4 +1,4 @@
-"""The loss of self-distillation, and the two forwards it compares.
+"""The loss of self-distillation, and the two forwards that it compares.
 
 Letters: B batch, T tokens, D hidden size, V vocabulary, C tokens at once.
 """
@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ahn.hf.hooks import full_attention
-from ahn.memory.batch import ForwardBatch, LayerBatch
+from ahn.memory.batch import LayerBatch
 
-CROSS_ENTROPY = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # its share in the loss
+CROSS_ENTROPY = {"kl": 0.0, "ce": 1.0, "kl+ce": 0.5}  # share of the cross-entropy in each loss
 
-TOKENS_AT_ONCE = 2048  # logits of so many tokens exist at a time
+TOKENS_AT_ONCE = 2048  # only the logits of so many tokens exist at a time
 
 
 def loss(model: Any, ids_BT: Tensor, counts_BT: Tensor, kind: str = "kl") -> Tensor:
-    """Mean loss over the tokens that count and lie behind the lossless ones.
+    """Mean loss over the tokens that count and come after the lossless ones.
 
     Args:
-        model: augmented; the window and sinks it has now are those of this batch.
-        ids_BT: whole sequences, no padding in front.
-        counts_BT: bool, whether the token that FOLLOWS is to be predicted (false: a prompt, or padding).
+        model: an augmented model; its present window and sinks are used.
+        ids_BT: whole sequences, without padding in front.
+        counts_BT: bool, whether the token that FOLLOWS is to be predicted. False in a prompt and in padding.
         kind: "kl", KL(teacher || student) of the next token (paper); "ce", cross-entropy with the text itself;
             "kl+ce", the mean of the two; "attention", see `transfer`.
     """
@@ -51,31 +51,35 @@ def head_loss(
     head_VD: Tensor,
     share: float = 0.0,
 ) -> Tensor:
-    """(1 - share) KL(teacher || student) + share CE of the next tokens, the mean over those that count.
+    """Mean of (1 - share) KL(teacher || student) + share CE of the next token, over the tokens that count.
 
     Args:
-        student_CD, teacher_CD: last hidden states of the C tokens that count; no teacher with share 1.
+        student_CD, teacher_CD: last hidden states of the C tokens that count. Without a teacher the share must be 1.
+        head_VD: weight of the output embeddings.
     """
     following = F.pad(ids_BT[:, 1:], (0, 1))[counts_BT]
     return _HeadLoss.apply(student_CD, teacher_CD, following, head_VD, share)
 
 
 def transfer(model: Any, ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
-    """How far each layer's attention and memory are from full attention, given the teacher's own input to that layer
-    (attention transfer; Hedgehog, arXiv 2402.04347): squared error behind o_proj over the square of what is wanted,
-    the mean over layers. Arguments as of `loss`, which leaves out the lossless tokens.
+    """Attention transfer (Hedgehog, arXiv 2402.04347): how far each layer with a memory is from full attention, given
+    the teacher's own input to that layer.
 
-    Every layer learns by itself, so the base runs forward once and never backward.
+    The error of a layer is the squared difference of both outputs of o_proj over the square of the teacher's. The loss
+    is the mean over layers. Every layer learns by itself, so the base runs forward once and never backward.
+
+    Args:
+        ids_BT, counts_BT: as of `loss`, which has excluded the lossless tokens.
     """
-    weights, span = counts_BT.float(), ForwardBatch.of([0], ids_BT.shape[1], None)
+    weights = counts_BT.float()
     errors: list[Tensor] = []
 
-    def observe(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float, full: Tensor) -> None:
+    def observe(attention: Any, tokens: LayerBatch, full: Tensor) -> None:
         if attention.ahn.cell is None:
             return
         wanted = attention.o_proj(full.flatten(2)).float()
         with torch.enable_grad():
-            given = attention.o_proj(attention.ahn(LayerBatch(span, q, k, v, x, scale), None).flatten(2)).float()
+            given = attention.o_proj(attention.ahn(tokens, None).flatten(2)).float()
             missed, whole = ((y.square().sum(-1) * weights).sum() for y in (given - wanted, wanted))
             errors.append(missed / whole.clamp(min=1e-9))
 
@@ -85,8 +89,8 @@ def transfer(model: Any, ids_BT: Tensor, counts_BT: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Mean loss of `student @ head.T`, chunk by chunk: the gradient by `student` is made on the way forward, the logits
-    are gone at once. The head is frozen."""
+    """Mean loss of `student @ head.T`, chunk by chunk. The forward pass computes the gradient by `student` too, so the
+    logits of a chunk need not be kept. The head is frozen."""
 
     @staticmethod
     def forward(
@@ -116,7 +120,8 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Sum of (1 - share) KL(teacher || student) + share CE over the tokens, and its gradient by the student, [C, D].
 
-    The gradient by the logits is the student's probabilities less the wanted ones, mixed alike.
+    The gradient by the logits is the student's probabilities minus the targets: the teacher's probabilities and the
+    one-hot labels, mixed by the same share.
     """
     log = F.log_softmax((student_CD @ head_VD.T).float(), -1)
     right = -log.gather(1, following_C[:, None]).sum()

@@ -18,7 +18,7 @@ from ahn.hub import cache_folder
 from ahn.memory.handle import layers_of
 from ahn.registry import did_you_mean
 from ahn.train import data, windows
-from ahn.train.check import Difference, check
+from ahn.train.check import Difference, Heads, check
 from ahn.train.recipe import Recipe
 from ahn.train.rows import Rows
 from ahn.train.trainer import MemoryTrainer
@@ -90,8 +90,8 @@ def check_machine(recipe: Recipe) -> list[Difference]:
     cuda = torch.cuda.is_available()
     device = PartialState(cpu=not cuda).device
     dtype = torch.bfloat16 if cuda else torch.float32
-    heads, gates_too = min(base["num_heads"], 4), recipe.gate_steps > 0
-    return check(recipe.cell, heads, base["head_dim"], device, dtype, recipe.feature_maps, gates_too)
+    heads = Heads(min(base["num_heads"], 4), base["head_dim"], device, dtype)
+    return check(recipe.cell, heads, recipe.feature_maps, gates=recipe.gate_steps > 0)
 
 
 def _check_loggers(recipe: Recipe) -> None:
