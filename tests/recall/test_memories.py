@@ -7,6 +7,7 @@ import pytest
 
 import ahn
 from ahn import cli
+from ahn.memory import segments
 from ahn.memory.archive import KEY_BYTES, PLACE_BYTES, TOKEN_BYTES
 from conftest import retrieval, tiny, token_ids, with_memory
 
@@ -18,11 +19,51 @@ def test_lists_what_files_hold(tmp_path, capsys):
     cache.archive.begin("letters/one.txt")
     ahn.read(model, token_ids(1234), cache).save(tmp_path / "letters.ahn")
     (tmp_path / "broken.ahn").write_bytes(b"junk")
-    assert cli.main(["memories", str(tmp_path)]) == 0
+    assert cli.main(["memories", str(tmp_path)]) == cli.BAD_INPUT
     out, err = capsys.readouterr()
     rows = {line.split()[0].rpartition("/")[2]: line for line in out.splitlines() if ".ahn" in line}
     assert "1,234" in out and "one.txt" in out and "text" in rows["letters.ahn"] and "none" in rows["plain.ahn"]
-    assert "broken.ahn" in err and "broken.ahn" not in out
+    assert "damaged: not a memory file" in rows["broken.ahn"] and "damaged" not in rows["letters.ahn"]
+    assert err == "ahn memories: error: 1 of 3 memory files is damaged\n"
+
+
+def _cut(data, start):
+    return data[:-9]
+
+
+def _header(data, start):
+    return data.replace(b'\\"batch\\": 1', b'\\"batch\\": x', 1)
+
+
+def _sizes(data, start):
+    return data.replace(b'"dtype":"I32"', b'"dtype":"I64"', 1)
+
+
+def _parts(data, start):
+    return data.replace(b'\\"parts\\": [[0', b'\\"parts\\": [[8', 1)
+
+
+def _flipped(data, start):
+    return data[: start + 9] + bytes([data[start + 9] ^ 1]) + data[start + 10 :]
+
+
+@pytest.mark.parametrize("harm", [_cut, _header, _sizes, _parts, _flipped])
+@pytest.mark.parametrize("part", [0, -1])
+def test_damage_is_listed(tmp_path, capsys, harm, part):
+    """Of the archive and of the memory. Bytes within a tensor are compared with --checksums only."""
+    path = tmp_path / "m.ahn"
+    ahn.read(with_memory(tiny()), token_ids(60), archive="text").save(path)
+    assert cli.main(["memories", "--checksums", str(path)]) == 0
+    data, start = path.read_bytes(), segments.walk(path)[part].data
+    path.write_bytes(harm(data, start))
+    assert path.read_bytes() != data
+    capsys.readouterr()
+    options = ["--checksums"] if harm is _flipped else []
+    assert cli.main(["memories", str(path)]) == (0 if options else cli.BAD_INPUT)
+    assert ("damaged" in capsys.readouterr().out) == (not options)
+    assert cli.main(["memories", *options, str(path)]) == cli.BAD_INPUT
+    out, err = capsys.readouterr()
+    assert "damaged: " in out and err.endswith("1 of 1 memory file is damaged\n")
 
 
 def test_nothing_there(tmp_path, capsys):

@@ -1,7 +1,10 @@
-"""List the memory files of folders, with what they hold.
+"""List the memory files of folders, with what they hold, and say which are damaged.
 
-ahn memories            those of this folder
-ahn memories books/ notes.ahn
+  ahn memories                     those of this folder
+  ahn memories books/ notes.ahn
+  ahn memories --checksums books/
+
+Headers and sizes are always checked. The exit code is 2 if a file is damaged.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("place", nargs="*", default=["."], metavar="PLACE", help="folders or files (default: this one)")
+    parser.add_argument("--checksums", action="store_true", help="read the files whole and compare their checksums too")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,10 +25,9 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ahn.cli._console import console, size
+    from ahn.cli._console import console, counted, size
     from ahn.errors import MemoryFileError
-    from ahn.memory.file_contents import archive_bytes
-    from ahn.memory.file_format import peek
+    from ahn.memory.file_contents import archive_bytes, check
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("file", "base", "adapter", "archive"):
@@ -32,11 +35,14 @@ def run(args: argparse.Namespace) -> None:
     for name in ("tokens", "bytes"):
         table.add_column(name, justify="right")
     table.add_column("documents", overflow="fold")
-    for path in _files(args.place):
+    files, damaged = _files(args.place), 0
+    for path in files:
         try:
-            header = peek(path)
+            header = check(path, args.checksums)
         except MemoryFileError as error:
-            console.print(str(error))
+            reason = str(error).removeprefix(f"{path}: ").removeprefix("damaged memory file: ")
+            table.add_row(str(path), "", "", "", "", size(path.stat().st_size), f"damaged: {reason}")
+            damaged += 1
             continue
         archive = header.get("archive") or {}
         kind = "none" if not archive else "text" if archive.get("heads") is None else "keys"
@@ -54,6 +60,10 @@ def run(args: argparse.Namespace) -> None:
         Console(width=width, highlight=False, markup=False, emoji=False).print(table)
     else:
         console.print(f"no memory file in {', '.join(args.place)}; ahn read DOCUMENT -o NAME.ahn makes one")
+    if damaged:
+        raise MemoryFileError(
+            f"{damaged:,} of {counted(len(files), 'memory file')} {'is' if damaged == 1 else 'are'} damaged"
+        )
 
 
 def _files(places: list[str]) -> list[Path]:

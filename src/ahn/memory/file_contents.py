@@ -47,6 +47,23 @@ class Held:
     documents: list[tuple[str, int, int]] = field(default_factory=list)
 
 
+def check(path: str | Path, checksums: bool = False) -> dict[str, Any]:
+    """The header of a memory file, if header, tensors and archive are there in full and agree in their sizes. No
+    tensors are read. `checksums`: read all of the file and compare its checksums too. Raises MemoryFileError."""
+    path = Path(path)
+    header, memory = last_memory(path)
+    tensors = read_tensors(path, memory)
+    if header.get("archive") is not None:
+        with archive_damage(path):
+            chain = {segment.start: segment for segment in segments.walk(path)}
+            Archive.restored(header["archive"], archive_parts(path, header["archive"], chain, checksums), None)
+    if checksums:
+        check_digest(path, header, checksum(header, tensors))
+    if path.stat().st_size > memory.end:
+        raise MemoryFileError(f"{path}: the end is damaged; loading it gives the memory before what was appended last")
+    return header
+
+
 def archive_bytes(header: dict[str, Any]) -> int:
     """Of the archive in a memory file, by the header of `peek`."""
     about = header.get("archive") or {"parts": []}
