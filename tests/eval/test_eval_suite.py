@@ -65,7 +65,12 @@ runs:
 def test_a_suite_from_its_file_to_its_summary(folder, tmp_path, capsys, monkeypatch):
     path = suite_of(folder, tmp_path / "tiny.yaml")
     assert cli.main(["eval", "--suite", str(path)]) == 0
-    said = capsys.readouterr().out
+    said, noted = capsys.readouterr()
+    lines = [f"policies=[window,recall] lossless={WINDOW + SINKS}", "policies=[window,recall] lossless=64"]
+    lines += ["policies=rag lossless=137"]
+    assert [line for line in (said + noted).splitlines() if line.startswith("run ")] == [
+        f"run {n} of 3: {line}" for n, line in enumerate(lines, 1)
+    ]
     assert f"{WINDOW + SINKS} lossless tokens" in said and "64 lossless tokens" in said
     found = results.find([tmp_path / "results"])
     assert sorted((r.config["policy"], r.config["window"]) for r in found) == [
@@ -105,7 +110,7 @@ def test_a_run_that_fails_costs_no_other(folder, tmp_path, capsys, monkeypatch):
     prepare = cls.prepare
 
     def broken(self):
-        if self.window == WINDOW:
+        if self.kept.window == WINDOW:
             raise RuntimeError("no memory\nof it")
         prepare(self)
 

@@ -4,11 +4,11 @@
   ahn eval --suite comparison.yaml data=FOLDER
   ahn eval --list
 
-Every combination of task, length and policy is run on the same prompts. What is done already is not done again, so an
-interrupted run goes on where it was. --together 8 shares the work among 8 processes, on as many GPUs as there are.
+Every combination of task, length and policy is run on the same prompts. Finished examples are not done again, so an
+interrupted run continues where it was. --together 8 shares the work among 8 processes, on as many GPUs as there are.
 `ahn report` makes tables and plots of the results.
 
-A suite is a YAML file whose keys are these options, and `runs`, a list of what differs from run to run.
+A suite is a YAML file. Its keys are these options, and `runs`, a list with the keys that differ from run to run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Planned(NamedTuple):
-    """Policies, the prompts they read, and how."""
+    """The prompts of one run, its policies and its options."""
 
     works: list[Work]
     policies: list[str]
@@ -117,7 +117,10 @@ def run(args: argparse.Namespace) -> int | None:
     end = time.monotonic() + (float("inf") if args.seconds is None else args.seconds)
     control = runner.Control(console.print, lambda: time.monotonic() > end)
     folders, failed = [], []
+    titles = plan.titles()
     for number, (works, names, options) in enumerate(planned, 1):
+        if len(planned) > 1 and first_process():
+            console.print(titles[number - 1])
         try:
             folders += runner.run_prepared(works, names, options, output, control)
         except Exception as error:  # one run that fails must not cost the others
@@ -135,17 +138,17 @@ def run(args: argparse.Namespace) -> int | None:
             print(f"{group.title}\n{report.brief(every).text()}")
         if not groups:
             print(report.brief(found).text())
-        console.print(f"differences, costs, and what other runs left in {output}: ahn report {output}")
+        console.print(f"ahn report {output} shows differences, costs, and all results in this folder")
     if failed:
         raise AHNError(f"{len(failed)} of {len(planned)} runs failed: {'; '.join(failed)}")
     if time.monotonic() > end:
-        console.print("time is over: the same command goes on from here")
+        console.print("time is over: the same command continues from here")
         return UNFINISHED
     return None
 
 
 def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]]) -> Planned:
-    """What one run does, checked before a model is loaded. `prompts`: those of the runs before."""
+    """The plan of one run, checked before a model is loaded. `prompts` holds those of earlier runs; more are added."""
     from ahn.eval import policies, tasks
 
     if not args.tasks:
@@ -202,7 +205,7 @@ def _known() -> _KeyParser:
 
 
 def _check_alone(args: argparse.Namespace) -> None:
-    """Raises ConfigError for an option that the suite would not hear of."""
+    """Raises ConfigError for an option that would be ignored because a suite is given."""
     for key, default in vars(_known().parse_args([])).items():
         value = getattr(args, key)
         if key not in ("suite", "changes", *OF_ALL) and value != default:

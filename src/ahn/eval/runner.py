@@ -164,7 +164,7 @@ def _run_policy(run: _Run, cls: type[Policy], work: Sequence[Work]) -> Iterator[
     if mine and not run.control.stop():
         model = run.control.plain.take(of)
         count = sum(len(part.jobs) for part in parts)
-        run.say(f"{cls.name}: {'loading' if model is None else 'on'} {run.model['base']}, {count} examples")
+        run.say(f"{cls.name}: {'loading' if model is None else 'on'} {run.model['base']}, {counted(count)}")
         policy = cls(of[0], options.kept, dtype=of[1], device=of[2], model=model)
     try:
         if team.first:
@@ -211,7 +211,7 @@ def _announce(run: _Run, part: _Part) -> None:
     held[name] = cost["cache_bytes"]
     check_budgets(held)
     run.say(
-        f"{name}: {task}: {len(part.work.examples)} examples, {len(part.jobs)} to do, "
+        f"{name}: {task}: {counted(len(part.work.examples))}, {len(part.jobs)} to do, "
         f"cache {cost['cache_bytes']:,} bytes after {cost['tokens']:,} tokens"
     )
 
@@ -226,3 +226,7 @@ def _do(run: _Run, policy: Policy, jobs: list[Job]) -> None:
             for job, row in zip(batch, rows_of(policy, batch), strict=True):
                 results.append(job.folder, team.rank, row)
             bar.update(len(batch))
+
+
+def counted(examples: int) -> str:
+    return f"{examples} example{'s' * (examples != 1)}"

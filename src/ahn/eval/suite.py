@@ -1,14 +1,15 @@
 """A comparison as a YAML file: `ahn eval --suite FILE.yaml`.
 
-The keys are the options of `ahn eval`, and some of the suite's own:
+The keys are the options of `ahn eval`, and four of the suite's own:
 
 output    folder of the results
 summary   a JSON file with a row for each result, written after each run
 note      kept in the summary
 runs      a list of keys that differ from those above, one entry a run (default: one run with the keys above)
 
-`tasks`, `policies` and `length` take lists, as the options do. A list for any other key stands for a run with each of
-its values. `lossless: 1/8` keeps an eighth of each length.
+`tasks`, `policies` and `length` take lists, as the options do. A list for any other key stands for one run with each of
+its values. `lossless: 1/8` keeps an eighth of each length. A key on the command line replaces the
+file's, in all runs.
 """
 
 from __future__ import annotations
@@ -34,12 +35,22 @@ DEPTHS = 5
 
 @dataclass(frozen=True)
 class Suite:
-    """`runs`: the keys of each, none of which has a list but those of `LISTS`."""
+    """A suite that was read.
+
+    Args:
+        runs: keys and values of each run. Only the keys in `LISTS` have lists.
+    """
 
     runs: list[dict[str, Any]]
     output: Path | None
     summary: Path | None
     note: str | None
+
+    def titles(self) -> list[str]:
+        """A line for each run: its number, and the keys that are not the same in all runs."""
+        words = [{f"{key}={_shown(value)}": None for key, value in run.items() if key != "share"} for run in self.runs]
+        differ = [" ".join(word for word in one if not all(word in other for other in words)) for one in words]
+        return [f"run {n} of {len(words)}{text and ': '}{text}" for n, text in enumerate(differ, 1)]
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Suite:
@@ -62,6 +73,14 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Suite:
     return Suite([one for run in whole for one in _expanded(run, path)], folder, summary, own["note"])
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        if len(value) == 1:
+            return str(value[0])
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value)
+
+
 def _expanded(run: dict[str, Any], path: str | Path) -> Iterator[dict[str, Any]]:
     several = [key for key, value in run.items() if isinstance(value, list) and key not in LISTS]
     for chosen in product(*(run[key] for key in several)):
@@ -78,8 +97,8 @@ def _expanded(run: dict[str, Any], path: str | Path) -> Iterator[dict[str, Any]]
 
 
 def write_summary(suite: Suite, found: Sequence[Result]) -> None:
-    """Write the suite's file with a row for each result that has examples; what all rows have in common stands above
-    them. Nothing without such a file."""
+    """Write the summary, with a row for each result that has examples. Values that all rows share stand above the rows.
+    A suite without `summary` writes none."""
     if suite.summary is None:
         return
     rows = [row_of(result) for result in found if result.rows]
@@ -94,8 +113,8 @@ def write_summary(suite: Suite, found: Sequence[Result]) -> None:
 
 
 def row_of(result: Result) -> dict[str, Any]:
-    """Mean score as it is (losses in nats, the others 0 to 1) with its 95% interval, in all and by fifths of the text
-    that the evidence is in."""
+    """A result as a row: the mean score with its 95% interval, and the mean score by the fifth of the text that holds
+    the evidence. Losses are in nats, other scores 0 to 1."""
     config, rows = result.config, list(result.rows.values())
     mean = interval([row["score"] for row in rows])
     by_depth: list[list[float]] = [[] for _ in range(DEPTHS)]
