@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int | None:
             print(f"{group.title}\n{report.brief(every).text()}")
         if not groups:
             print(report.brief(found).text())
-        console.print(f"ahn report {output} shows differences, costs, and all results in this folder")
+        console.print(f"differences, costs and all results of this folder: ahn report {output}")
     if failed:
         raise AHNError(f"{len(failed)} of {len(planned)} runs failed: {'; '.join(failed)}")
     if time.monotonic() > end:
