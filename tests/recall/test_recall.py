@@ -11,7 +11,7 @@ import ahn
 from ahn.errors import ConfigError
 from ahn.memory.archive import Archive
 from ahn.memory.head_keys import UNKNOWN
-from ahn.recall import find, finders, search
+from ahn.recall import Recall, find, finders, search
 from ahn.recall.ask import best
 from ahn.recall.finders.base import Finder
 from ahn.recall.finders.fused import ranks
@@ -303,7 +303,7 @@ class TestFind:
             (100, dialogue.question, False),
             (280, dialogue.question, True),
         ):
-            sources = search(model, tokenizer, memory, question, recall, finder="bm25", prompt=prompt).sources
+            sources = search(model, tokenizer, memory, question, Recall(recall, "bm25"), prompt=prompt).sources
             assert any("compass" in source.text for source in sources) == found
             if prompt is not None:
                 held = len(memory.archive) + recall + length - memory.config.window

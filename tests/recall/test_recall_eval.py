@@ -9,11 +9,12 @@ from ahn.dialogue import NOT_FOUND, Dialogue
 from ahn.errors import ConfigError, EvalError
 from ahn.eval import policies
 from ahn.eval.batches import read_apart
-from ahn.eval.kept import Kept, Recalled
+from ahn.eval.kept import Kept
 from ahn.eval.prompts import encode
 from ahn.eval.tasks import get
 from ahn.eval.tasks.base import Example
 from ahn.eval.work import Job
+from ahn.recall import Recall
 from ahn.recall.passages import Passages
 from made_articles import FILLER, NAMES, article
 from tiny_base import SINKS, WINDOW, write_base
@@ -136,7 +137,7 @@ def make(folder):
     base, adapter = folder
 
     def made(name, **changes):
-        kept = Kept(WINDOW, SINKS, **({"adapter": adapter, "recall": Recalled(120)} | changes))
+        kept = Kept(WINDOW, SINKS, **({"adapter": adapter, "recall": Recall(120)} | changes))
         return policies.get(name)(base, kept, device="cpu")
 
     return made
@@ -197,13 +198,13 @@ def test_settings_tell_policies_apart(folder):
     kept = Kept(WINDOW, SINKS, folder[1])
     settings = [
         policies.get("recall").settings(replace(kept, recall=recall))
-        for recall in (Recalled(), Recalled(256), Recalled(finder="bm25"), Recalled(rounds=2))
+        for recall in (Recall(), Recall(256), Recall(finder="bm25"), Recall(rounds=2))
     ]
     assert len({json.dumps(one, default=str) for one in settings}) == 4
     assert policies.get("rag").settings(kept) == policies.get("rag").settings(replace(kept, adapter=None))
 
 
-@pytest.mark.parametrize("recall", [Recalled(0), Recalled(finder="embeddings")])
+@pytest.mark.parametrize("recall", [Recall(0), Recall(finder="embeddings")])
 def test_refused(folder, recall):
     with pytest.raises(ConfigError):
         policies.get("recall")(folder[0], Kept(WINDOW, SINKS, recall=recall), device="cpu")

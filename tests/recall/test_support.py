@@ -15,7 +15,7 @@ from ahn import cli
 from ahn.adapter_files import read_adapter, write_adapter
 from ahn.errors import AdapterError, ConfigError
 from ahn.memory.calibration import Calibration
-from ahn.recall import as_text, search, support
+from ahn.recall import Recall, as_text, search, support
 from ahn.recall.passages import Passages
 from ahn.recall.question import Question
 from conftest import retrieval, tiny, with_memory
@@ -216,7 +216,7 @@ class TestAsk:
         """Of the passages alone; in a chat, of the memory and the passages."""
         calibrated(Calibration(("said",), (2.0,), 0.5))
         question, dialogue = "Where did the captain hide the compass?", ahn.Dialogue(tokenizer)
-        found = search(model, tokenizer, memory, question, 200, prompt=dialogue.question if chat else None)
+        found = search(model, tokenizer, memory, question, Recall(200), prompt=dialogue.question if chat else None)
         text, passages = support.check(question), as_text(found.sources)
         assert passages.startswith("Passages from the text:") and "compass" in passages
         if chat:
@@ -236,7 +236,7 @@ class TestAsk:
         dialogue = ahn.Dialogue(tokenizer)
         memory = ahn.read(short, dialogue.open(f"{FILLER}{SECRET} {FILLER}"), archive="keys")
         found = [
-            search(short, tokenizer, memory, question, 200, prompt=dialogue.question if chat else None)
+            search(short, tokenizer, memory, question, Recall(200), prompt=dialogue.question if chat else None)
             for question in ("the captain hid the compass", "the sextant of the zyxw")
         ]
         assert [one.supported for one in found] == [True, False]

@@ -69,7 +69,7 @@ def check_asked(args: argparse.Namespace, header: dict[str, Any], tokenizer: Any
     """Raises ConfigError if the memory of this header, or one made with `args` where it is empty, cannot be asked this.
     Where the window is not known yet, its limits are not checked."""
     from ahn.memory.archive import Archive
-    from ahn.recall import check
+    from ahn.recall import Recall, check
 
     config = AHNConfig.from_dict(header["config"]) if header else AHNConfig(None, window=args.window or sys.maxsize)
     has_archive = header.get("archive") is not None if header else args.archive != "none"
@@ -77,7 +77,7 @@ def check_asked(args: argparse.Namespace, header: dict[str, Any], tokenizer: Any
     if header and archive is not None:
         archive.tokenizer = header["archive"].get("tokenizer")
     memory: Any = Expected(archive, config)
-    check(tokenizer, memory, question, args.recall, finder=args.finder, rounds=args.rounds)
+    check(tokenizer, memory, question, Recall(args.recall, args.finder, args.rounds))
 
 
 def _check_store(args: argparse.Namespace, base: str, own: AHNConfig) -> None:

@@ -172,9 +172,9 @@ class Session:
 
     def check(self, question: str, args: argparse.Namespace) -> None:
         """Raises ConfigError if `find` cannot be asked this, before anything is read."""
-        from ahn.recall import check
+        from ahn.recall import Recall, check
 
-        check(self.tokenizer, self.cache, question, args.recall, finder=args.finder, rounds=args.rounds)
+        check(self.tokenizer, self.cache, question, Recall(args.recall, args.finder, args.rounds))
 
     def find(
         self,
@@ -188,7 +188,7 @@ class Session:
         Args:
             args: with the options of `add_recall`. prompt, judge: as of `ahn.recall.search`.
         """
-        from ahn.recall import search
+        from ahn.recall import Recall, search
 
         began = time.monotonic()
         found = search(
@@ -196,9 +196,7 @@ class Session:
             self.tokenizer,
             self.cache,
             question,
-            args.recall,
-            finder=args.finder,
-            rounds=args.rounds,
+            Recall(args.recall, args.finder, args.rounds),
             judge=judge,
             prompt=prompt and (lambda text, passages: self._with_unread(prompt(text, passages))),
         )

@@ -28,6 +28,7 @@ from ahn.registry import nearest
 if TYPE_CHECKING:
     from ahn.eval.options import Options
     from ahn.eval.work import Work
+    from ahn.recall import Recall
 
 UNFINISHED = 75  # exit code where --seconds ended a run: the same command goes on
 OUTPUT = Path("results")
@@ -162,7 +163,7 @@ def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]
     from ahn.adapter import chosen
     from ahn.bases import base_config
     from ahn.eval import runner, work
-    from ahn.eval.kept import Recalled, exact_sizes
+    from ahn.eval.kept import exact_sizes
     from ahn.eval.options import Options
 
     adapter = None if (found := chosen(args.base, args.adapter)) is None else str(found)
@@ -177,7 +178,7 @@ def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]
         dtype=args.dtype,
         device=args.device,
         yarn=args.yarn,
-        recall=Recalled(args.recall, args.finder, args.rounds),
+        recall=Recall(args.recall, args.finder, args.rounds),
         data=args.data,
         seed=args.seed,
         limit=args.limit,

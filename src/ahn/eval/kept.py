@@ -13,7 +13,7 @@ from ahn.adapter import default_config
 from ahn.adapter_files import Adapter, read_adapter
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
-from ahn.recall.ask import FINDER, RECALL
+from ahn.recall import Recall
 
 
 class Stored(NamedTuple):
@@ -31,19 +31,7 @@ class Stored(NamedTuple):
         return config.replace(window=window, store=self.name, store_size=self.size, store_span=self.span)
 
 
-class Recalled(NamedTuple):
-    """How `recall` and `rag` read passages again.
-
-    Args:
-        tokens: of the passages, at most. finder: name of the way to find them. rounds: of finding (`ahn.recall.find`).
-    """
-
-    tokens: int = RECALL
-    finder: str = FINDER
-    rounds: int = 1
-
-
-RECALLED = Recalled()
+RECALLED = Recall()
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class Kept:
     adapter: str | None = None
     yarn: float | None = None
     store: Stored | None = None
-    recall: Recalled = RECALLED
+    recall: Recall = RECALLED
 
 
 @lru_cache

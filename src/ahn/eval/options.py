@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ahn.eval.kept import RECALLED, Kept, Recalled, Stored
+from ahn.eval.kept import RECALLED, Kept, Stored
+from ahn.recall import Recall
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Options:
     sinks: int
     adapter: str | None = None
     store: Stored | None = None
-    recall: Recalled = RECALLED
+    recall: Recall = RECALLED
     dtype: str | None = None
     device: str | None = None
     yarn: float | None = None

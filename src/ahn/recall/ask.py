@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,20 @@ RECALL = 512  # tokens that are read again
 FINDER = "fused"
 UNSUPPORTED = ("say", "answer")  # where the text supports no answer
 INTRODUCTION = "Passages from the text:" + SEPARATOR
+
+
+class Recall(NamedTuple):
+    """How passages are found, and how much of the text is read again.
+
+    Attributes:
+        tokens: to read again at most, 0 for none; None: RECALL if the memory has keys of retrieval heads, else none.
+        finder: a name in `ahn.recall.finders.names()`.
+        rounds: 1, or 2 to look for the second half of the passages with the first half in mind.
+    """
+
+    tokens: int | None = RECALL
+    finder: str = FINDER
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ def ask(
         raise ConfigError(f"unsupported={unsupported!r}: expected one of {', '.join(UNSUPPORTED)}")
     if not memory.tokens_seen:
         raise ConfigError("the memory is empty: expected one that has read a document")
-    found = search(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds)
+    found = search(model, tokenizer, memory, question, Recall(recall, finder, rounds))
     if not found.supported and unsupported == "say":
         return Answer(NOT_FOUND, not_found(tokenizer), found.sources, found.support)
     if found.sources:
@@ -171,8 +185,7 @@ def find(
     rounds: int = 1,
 ) -> tuple[Source, ...]:
     """The passages that a question asks for, in the order of the text; arguments and errors as of `ask`."""
-    found = search(model, tokenizer, memory, question, recall, finder=finder, rounds=rounds, judge=False)
-    return found.sources
+    return search(model, tokenizer, memory, question, Recall(recall, finder, rounds), judge=False).sources
 
 
 def search(
@@ -180,10 +193,8 @@ def search(
     tokenizer: Any,
     memory: AHNCache,
     question: str,
-    recall: int | None = None,
+    how: Recall,
     *,
-    finder: str = FINDER,
-    rounds: int = 1,
     judge: bool = True,
     prompt: Callable[[str, str], Tensor] | None = None,
 ) -> Found:
@@ -195,16 +206,15 @@ def search(
             they follow the memory. Passages that the memory still holds exactly are then not read again. None: the
             answer comes from the passages alone (`alone`).
     """
-    check(tokenizer, memory, question, recall, finder=finder, rounds=rounds)
-    if memory.archive is None:
-        return Found()
-    if recall is None:  # a base for which nobody has chosen heads may answer worse with passages than without
-        recall = 0 if memory.archive.keys is None else RECALL
-    if not recall:
+    check(tokenizer, memory, question, how)
+    tokens = how.tokens
+    if tokens is None:  # a base for which nobody has chosen heads may answer worse with passages than without
+        tokens = RECALL if memory.archive is not None and memory.archive.keys is not None else 0
+    if memory.archive is None or not tokens:
         return Found()
     passages, asked = Passages.of(memory.archive, tokenizer), Question(question, model, tokenizer, memory)
-    gone = None if prompt is None else forgotten(passages, memory, recall + _length(tokenizer, question))
-    taken = rank(passages, asked, recall, finder, rounds, gone)
+    gone = None if prompt is None else forgotten(passages, memory, tokens + _length(tokenizer, question))
+    taken = rank(passages, asked, how._replace(tokens=tokens), gone)
     taken = _fitting(tokenizer, memory, question, passages, taken)
     found = sources(passages, taken)
     calibration = None if model.ahn_retrieval is None else model.ahn_retrieval.calibration
@@ -224,11 +234,10 @@ def search(
     return Found(found, calibration.margin(signals))
 
 
-def check(
-    tokenizer: Any, memory: AHNCache, question: str, recall: int | None = None, *, finder: str = FINDER, rounds: int = 1
-) -> None:
-    """Raises ConfigError if `find` cannot be asked this, which is known before anything is read."""
-    finders.check_name(finder)
+def check(tokenizer: Any, memory: AHNCache, question: str, how: Recall) -> None:
+    """Raises ConfigError if `search` cannot be asked this, which is known before anything is read."""
+    recall, rounds = how.tokens, how.rounds
+    finders.check_name(how.finder)
     if isinstance(recall, bool) or not (recall is None or (isinstance(recall, int) and recall >= 0)):
         raise ConfigError("{recall}: expected a number of tokens, 0 for none", recall=recall)
     if isinstance(rounds, bool) or rounds not in (1, 2):
@@ -278,24 +287,25 @@ def _fitting(tokenizer: Any, memory: AHNCache, question: str, passages: Passages
     return taken[:count]
 
 
-def rank(
-    passages: Passages, question: Question, recall: int, finder: str, rounds: int, allowed: np.ndarray | None = None
-) -> list[int]:
-    """Passages for a question by their numbers, of `recall` tokens at most, those of the first round first. `allowed`:
-    bool [P]; None: all of them."""
+def rank(passages: Passages, question: Question, how: Recall, allowed: np.ndarray | None = None) -> list[int]:
+    """Passages for a question by their numbers, of `how.tokens` at most, those of the first round first.
+
+    `allowed`: bool [P], the passages to choose from; None: all.
+    """
+    assert how.tokens is not None
     if allowed is None:
         allowed = np.ones(len(passages), bool)
     taken: list[int] = []
-    for part in range(1, rounds + 1):
+    for part in range(1, how.rounds + 1):
         if not allowed.any():
             break
         before = SEPARATOR.join(passages.texts[i].strip() for i in sorted(taken))
-        scores = finders.get(finder)().scores(passages, question.after(before) if before else question)
+        scores = finders.get(how.finder)().scores(passages, question.after(before) if before else question)
         scores = np.where(allowed, scores, -np.inf)
         scores[taken] = -np.inf
-        taken += best(scores, passages.lengths, recall * part // rounds - int(passages.lengths[taken].sum()))
+        taken += best(scores, passages.lengths, how.tokens * part // how.rounds - int(passages.lengths[taken].sum()))
     if not taken and allowed.any():
-        logger.warning("nothing is read again: the best passage has more than %s tokens", f"{recall:,}")
+        logger.warning("nothing is read again: the best passage has more than %s tokens", f"{how.tokens:,}")
     return taken
 
 

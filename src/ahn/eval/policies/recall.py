@@ -42,7 +42,7 @@ class Recall(Policy):
     def check(cls, base: Any, longest: int, kept: Kept) -> None:
         super().check(base, longest, kept)
         finders.check_name(kept.recall.finder)
-        if kept.recall.tokens < 1:
+        if not kept.recall.tokens or kept.recall.tokens < 1:
             raise ConfigError(f"recall={kept.recall.tokens}: expected at least 1 token to read again")
 
     @classmethod
@@ -93,11 +93,10 @@ class Recall(Policy):
         allowed = passages.bounds[1:] > prompt.begins  # instructions are no passage
         scores = np.where(allowed, scores, -np.inf)
         by_budget = {str(n): evidence(passages, best(scores, passages.lengths, n), prompt) for n in BUDGETS}
-        taken = (
-            rank(passages, question, *self.kept.recall, allowed)
-            if self.kept.recall.rounds > 1
-            else best(scores, passages.lengths, self.kept.recall.tokens)
-        )
+        if self.kept.recall.rounds == 1:
+            taken = best(scores, passages.lengths, self.kept.recall.tokens or 0)
+        else:
+            taken = rank(passages, question, self.kept.recall, allowed)
         note: dict[str, Any] = {
             "recalled": int(passages.lengths[taken].sum()),
             "overlap": overlap(passages, prompt, example),
