@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import ahn
-from ahn import adapter, bases, gguf_files, hub, named_bases
+from ahn import adapter, bases, gguf_files, hub, named_bases, room
 from ahn.errors import BaseModelError, ConfigError, UnsupportedModelError
 from ahn.named_bases import NAMED, NamedBase
 from conftest import tiny
@@ -235,7 +235,8 @@ class TestGguf:
         (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("ahn")]
         assert line.startswith(f"converting {tiny_gguf} once into {cache}")
         written = sum(weight.nbytes for weight in tiny_model.parameters())
-        assert line.endswith(f": {tiny_gguf.stat().st_size / 1e6:,.1f} MB become {written / 1e6:,.1f} MB")
+        sizes = f"{tiny_gguf.stat().st_size / 1e6:,.1f} MB become {written / 1e6:,.1f} MB"
+        assert line.endswith(f": {sizes}, of disk and, meanwhile, of memory")
         assert torch.allclose(logits(model), logits(tiny_model), atol=1e-6)
         assert not hasattr(model.config, "quantization_config")
 
@@ -327,6 +328,13 @@ class TestGguf:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         monkeypatch.setattr(gguf_files, "_convert", lambda *_: pytest.fail("converted"))
         with pytest.raises(BaseModelError, match=r"cannot write .* 0\.0 MB free; AHN_CACHE"):
+            bases.load_base(tiny_gguf)
+        assert not any(cache.iterdir())
+
+    def test_memory_too_small(self, tiny_gguf, cache, monkeypatch):
+        monkeypatch.setattr(room, "free_memory", lambda: 1000)
+        monkeypatch.setattr(gguf_files, "_convert", lambda *_: pytest.fail("converted"))
+        with pytest.raises(BaseModelError, match=r"converting .*: needs 0\.\d\d GB of memory, 0\.00 GB are free"):
             bases.load_base(tiny_gguf)
         assert not any(cache.iterdir())
 
@@ -591,6 +599,36 @@ class TestNamed:
             model = bases.load_base("tiny", device="cpu")
         assert self.asked[0] == ("owner/tiny", "tiny-named.gguf", False)
         assert model.config.num_hidden_layers and "GB to fetch" in caplog.text and "bfloat16" in caplog.text
+
+    @pytest.mark.parametrize("lacking", ["disk", "memory"])
+    def test_it_is_not_fetched_without_room(self, monkeypatch, caplog, lacking):
+        if lacking == "disk":
+            usage = shutil.disk_usage("/")._replace(free=1000)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        else:
+            monkeypatch.setattr(room, "free_memory", lambda: 1000)
+        with (
+            caplog.at_level("INFO", logger="ahn"),
+            pytest.raises(BaseModelError, match=rf"^tiny: needs .* of {lacking}.* free; expected a smaller base"),
+        ):
+            named_bases.fetched("tiny")
+        assert not self.asked and "GB to fetch" in caplog.text
+
+    def test_a_file_that_the_hub_cache_has_needs_no_room(self, monkeypatch, caplog):
+        import huggingface_hub
+
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(self.hub))
+        monkeypatch.setattr(room, "free_memory", lambda: 1000)
+        with caplog.at_level("INFO", logger="ahn"):
+            assert named_bases.fetched("tiny") == self.hub
+        assert "to fetch" not in caplog.text
+
+    def test_a_copy_is_converted_with_the_same_words(self, tiny_gguf, caplog, tmp_path, monkeypatch):
+        monkeypatch.setenv("AHN_CACHE", str(tmp_path / "new"))
+        Path("tiny-named.gguf").write_bytes(tiny_gguf.read_bytes())
+        with caplog.at_level("INFO", logger="ahn"):
+            bases.load_tokenizer("tiny")
+        assert "of disk and, meanwhile, of memory" in caplog.text
 
     def test_a_copy_in_the_folder_is_taken(self, tiny_gguf):
         Path("tiny-named.gguf").write_bytes(tiny_gguf.read_bytes())

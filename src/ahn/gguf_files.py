@@ -15,6 +15,7 @@ from ahn.errors import BaseModelError
 from ahn.files import scratch
 from ahn.hub import cache_folder
 from ahn.quiet import quiet
+from ahn.room import shortage
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,12 @@ def converted(gguf: Path) -> Path:
             free = shutil.disk_usage(folder.parent).free
             if free < needed:
                 raise OSError(f"{_mb(needed)} needed, {_mb(free)} free")
-            logger.info("converting %s once into %s: %s become %s", gguf, folder, _mb(size), _mb(needed))
+            if lack := shortage(memory=needed):
+                raise BaseModelError(f"converting {gguf}: {lack}; expected more memory, or a smaller base")
+            logger.info(
+                "converting %s once into %s: %s become %s, of disk and, meanwhile, of memory",
+                gguf, folder, _mb(size), _mb(needed),
+            )  # fmt: skip
             _convert(gguf, unfinished / "base")
             _move(unfinished / "base", folder)
     except OSError as error:

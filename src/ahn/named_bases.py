@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ahn.errors import BaseModelError
+from ahn.room import shortage
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +25,16 @@ class NamedBase:
     parameters: int
 
     @property
+    def unpacked(self) -> int:
+        """Bytes of the weights in float32, on disk and in memory."""
+        return self.parameters * 4
+
+    @property
     def needs(self) -> str:
-        unpacked = self.parameters * 4 / 1e9
+        unpacked = f"{self.unpacked / 1e9:.1f} GB"
         return (
-            f"{self.size / 1e9:.2f} GB to fetch unless the hub cache has it, {unpacked:.1f} GB of disk once it is "
-            f"unpacked, {unpacked:.1f} GB of memory in float32 and half of that in bfloat16"
+            f"{self.size / 1e9:.2f} GB to fetch, {unpacked} of disk and of memory to unpack it once, then {unpacked} "
+            "of memory in float32 and half of that in bfloat16"
         )
 
 
@@ -52,12 +58,13 @@ NAMED = {
 
 def fetched(name: str) -> Path:
     """The file of a named base: one of that name in the current folder or in that of `AHN_CACHE`, else that of the
-    hub, fetched if need be and gone on with if it was interrupted. What it needs is said before.
+    hub, fetched if need be and gone on with if it was interrupted. What it needs is said before it is fetched.
 
     Raises:
-        BaseModelError: it is not there and the hub cannot be asked, or it is another file than the one expected.
+        BaseModelError: it is not there and the hub cannot be asked, there is too little disk or memory to fetch and
+            unpack it, or it is another file than the one expected.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     from ahn.hub import cache_folder, hub_unreachable
@@ -67,8 +74,14 @@ def fetched(name: str) -> Path:
         if beside.is_file():
             return _checked(name, beside)
     unreachable = hub_unreachable(base.repository)
-    if unreachable is None:
+    if unreachable is None and not isinstance(try_to_load_from_cache(base.repository, base.file), str):
         logger.info("%s: %s/%s; %s", name, base.repository, base.file, base.needs)
+        hub_cache = Path(constants.HF_HUB_CACHE)
+        disk = [(hub_cache, base.size - _begun(base, hub_cache)), (cache_folder() / "bases", base.unpacked)]
+        if lack := shortage(disk, base.unpacked):
+            raise BaseModelError(
+                f"{name}: {lack}; expected a smaller base, or other folders in HF_HUB_CACHE and AHN_CACHE"
+            )
     try:
         path = hf_hub_download(base.repository, base.file, local_files_only=unreachable is not None)
     except (OSError, ValueError, HTTPError, LocalEntryNotFoundError) as error:  # a cut connection is no OSError
@@ -78,6 +91,12 @@ def fetched(name: str) -> Path:
             f"a copy of the file in the current folder or in {cache_folder()} will do, or --base FILE.gguf"
         ) from error
     return _checked(name, Path(path))
+
+
+def _begun(base: NamedBase, hub_cache: Path) -> int:
+    """Bytes that an interrupted download has left."""
+    blobs = hub_cache / f"models--{base.repository.replace('/', '--')}" / "blobs"
+    return sum(part.stat().st_size for part in blobs.glob(f"{base.sha256}*.incomplete"))
 
 
 def _checked(name: str, path: Path) -> Path:
