@@ -47,7 +47,7 @@ def flops(shape: Any, recipe: Any, window: int, sinks: int) -> int:
     terms = {term.name: term for term in (*table.mixing.terms, *table.rest.terms)}
     linear = terms["projections"].full + terms["MLP"].full
     attention = terms["attention"]
-    cells = sum(term.memory for name, term in terms.items() if name.startswith("memory"))
+    cells = sum(term.memory for name, term in terms.items() if name.startswith(("memory", "window gate")))
     products = 2 if recipe.loss == "ce" else 3
     head = products * 2 * shape.V * shape.D * table.written
     teacher = linear + attention.full if recipe.loss != "ce" else 0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NONE = "none"
-PAPER_LOSSLESS = 32768  # tokens kept exactly in the paper: 128 sinks + 32,640 window
+PAPER_LOSSLESS = 32768  # tokens that the paper keeps exactly: 128 sinks + a window of 32,640
 
 
 def from_pretrained(
@@ -45,20 +45,21 @@ def from_pretrained(
 
     Args:
         base: hub id, local folder, GGUF file, or "smollm2-135m".
-        adapter: a shipped one's name (`ahn.zoo.names()`), a folder or a hub id, ours or the authors'; "none" for sinks
-            and window alone. Default: the one in the base's own folder; else, if no `cell` is named, the shipped one
-            for this base; else none.
-        window, sinks: tokens kept exactly. Default: the adapter's; without one the paper's 32,640 + 128 where the
-            base has that many positions, else a quarter of them.
-        cell: an untrained cell by name, to be trained; with an adapter, must be the adapter's.
-        store, store_size, store_span: which of the tokens that leave the window are kept exactly, how many, judged in
-            spans of how many (AHNConfig, docs/store.md). None: each as in the adapter, so without one no store; "none":
-            no store, whatever the adapter has.
-        lossless: in place of `window`: sinks, store and window in all (`AHNConfig.with_lossless`).
-        dtype: default float32 on a CPU, bfloat16 on CUDA. device: default CUDA if there is one.
+        adapter: name of a shipped adapter (`ahn.zoo.names()`), a folder or a hub id, in our format or the authors'.
+            "none": sinks and window alone. Default: the adapter in the base's own folder; else, if no `cell` is named,
+            the shipped one for this base; else none.
+        window, sinks: tokens kept exactly. Default: the adapter's sizes. Without an adapter the paper's 32,640 + 128,
+            or a quarter of the base's positions if it has fewer than these.
+        cell: name of an untrained cell, to be trained. With an adapter it must be the adapter's.
+        store, store_size, store_span: the store (AHNConfig, docs/store.md). None: each as in the adapter, so without an
+            adapter there is no store. store="none": no store, even if the adapter has one.
+        lossless: tokens kept exactly in all (sinks, store and window), instead of `window`
+            (`AHNConfig.with_lossless`).
+        dtype: default float32 on a CPU, bfloat16 on CUDA.
+        device: default CUDA if there is one.
 
     Returns:
-        the frozen model in eval mode; `model.ahn_config` says what it got.
+        the frozen model in eval mode. `model.ahn_config` holds its settings.
 
     Raises:
         BaseModelError, UnsupportedModelError, AdapterError, ConfigError.
@@ -76,7 +77,7 @@ def from_pretrained(
         raise ConfigError("{lossless} with {window}: expected one of them", lossless=lossless, window=window)
     if store == NONE:
         changes = {"store_size": 0, "store_span": 1} | changes | {"store": None}
-    # what is wrong is said before gigabytes are loaded
+    # errors are raised before gigabytes are loaded
     wanted = _sized(trained.config if trained else AHNConfig(cell=None), changes, lossless)
     check_gates(wanted.store, trained)
     model = bases.load_base(base, dtype=dtype, device=device)
@@ -103,7 +104,7 @@ def chosen(
 
 
 def _on_hub(base: str | os.PathLike[str]) -> str | None:
-    """The base's own repository, if `save_pretrained` of an augmented model put a memory there."""
+    """The base's own hub repository, if it holds a memory, as `save_pretrained` of an augmented model writes one."""
     name = os.fspath(base)
     if isinstance(base, os.PathLike) or not bases.is_hub_id(name):
         return None
@@ -120,7 +121,7 @@ def _on_hub(base: str | os.PathLike[str]) -> str | None:
 
 
 def _recognised(base: str | os.PathLike[str]) -> str | None:
-    """The default adapter of the base that a local file or folder holds under whatever name."""
+    """The default adapter of a local base, recognised by its weights, whatever its name is. None: not recognised."""
     path = hub.expanded(base)
     if not (path.suffix == ".gguf" and path.is_file()) and not (path / "config.json").is_file():
         return None
@@ -147,14 +148,18 @@ def _sized(config: AHNConfig, changes: dict[str, Any], lossless: int | None) -> 
 
 
 def check_gates(store: str | None, adapter: Adapter | None) -> None:
-    """Raises AdapterError if this store is one that is trained, and the adapter is not for it; ConfigError if there is
-    none of this name."""
+    """Check that a trained store gets its gates from the adapter.
+
+    Raises:
+        AdapterError: the store is a trained one, and the adapter is not for it.
+        ConfigError: there is no store of this name.
+    """
     if store is None or not stores.get(store).trained or (adapter is not None and adapter.config.store == store):
         return
-    what = "no adapter is given" if adapter is None else f"{adapter.source} has none"
+    reason = "no adapter is given" if adapter is None else f"{adapter.source} has none"
     shipped = ", ".join(name for name in zoo.names() if zoo.store(name) == store)
     raise AdapterError(
-        f"{{store}}: its gates are part of an adapter, and {what}: expected one that has them"
+        f"{{store}}: its gates are part of an adapter, and {reason}: expected one that has them"
         f"{f', as {shipped}' if shipped else ''}, or another store",
         store=store,
     )
@@ -169,7 +174,7 @@ def default_config(base: Any, cell: str | None) -> AHNConfig:
 
 
 def _fitting(config: AHNConfig, base: Any) -> AHNConfig:
-    """Another base's default sizes where this one has fewer positions than the adapter suggests to keep."""
+    """An adapter's settings, with the default sizes of a base that has fewer positions than the adapter would keep."""
     context = getattr(base, "max_position_embeddings", None) or config.lossless
     if config.lossless <= context:
         return config
@@ -180,7 +185,7 @@ def _fitting(config: AHNConfig, base: Any) -> AHNConfig:
 def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Write the trained weights and settings of an augmented model's memory to `folder`.
 
-    An adapter that is already there is replaced at once, or stays if the disk refuses.
+    An earlier adapter in this folder is replaced as a whole, or stays untouched if the disk refuses.
 
     Raises:
         AdapterError: the model has no cells, or the folder cannot be written.
@@ -189,14 +194,17 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Load an adapter (ours, the authors', a shipped one's name) into a model; augments it first if need be.
+    """Load an adapter into a model. A model without a memory is augmented first.
+
+    Args:
+        folder: a folder or a hub id, in our format or the authors', or the name of a shipped adapter.
 
     Returns:
         the same model.
 
     Raises:
-        AdapterError: of another base, or another form than the model's memory has (`FORM`), missing or extra tensors,
-            NaN, unknown version. The model is then as before.
+        AdapterError: it is of another base, or of other settings than the model's memory (`ahn.hf.weights.FORM`); it
+            has missing or extra tensors, NaN, or an unknown version. The model is then as before.
     """
     trained = read_adapter(folder)
     if hasattr(model, "ahn_config"):
@@ -215,10 +223,12 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreT
 def convert(
     source: str | os.PathLike[str], destination: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Write an adapter in our format: the authors' checkpoint, or one of ours.
+    """Write an adapter in our format.
 
-    With `base`, the folder also gets the base's weights and tokenizer: `ahn.from_pretrained(destination)` needs
-    nothing else, and plain transformers can load the base from it.
+    Args:
+        source: the authors' checkpoint, or an adapter of ours.
+        base: if given, the folder also gets this base's weights and tokenizer. Then `ahn.from_pretrained(destination)`
+            needs nothing else, and plain transformers can load the base from it.
 
     Returns:
         the destination folder.
@@ -228,7 +238,7 @@ def convert(
         model = bases.load_base(base, dtype="auto", device="cpu")
         check_shape(trained, base_shape(model.config))
         trained.base = os.fspath(base)
-    write_adapter(trained, destination)  # first: a base alone would be loaded without its memory
+    write_adapter(trained, destination)  # first: an interrupted run must not leave a base that loads without its memory
     if base is not None:
         try:
             with quiet.quiet():

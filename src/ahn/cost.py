@@ -1,10 +1,12 @@
-"""What a memory saves: parameters, cache and FLOPs of full attention against the lossless tokens + cell, term by term.
+"""The cost of full attention and of a memory, term by term: parameters, cache and FLOPs.
 
-The formulas are the paper's (arXiv 2510.07318, Table 1): matrix products only, a multiply-add is 2 FLOPs, biases and
-norms of the base are left out. Letters: D hidden size, N query heads, M key/value heads, H head size, K key size of the
-state (H, or more with key maps), F width of the gated MLP, V vocabulary, L length, W window, S sinks, P places of the
-store, W' = S + P + W lossless tokens. Everything here is plain Python integers; torch is
-loaded only for the class of a cell or a store, which says how large it is.
+The formulas are the paper's (arXiv 2510.07318, Table 1): matrix products only, a multiply-add is 2 FLOPs, and biases
+and norms of the base are left out. Everything is a plain Python integer. Torch is loaded only with the class of a cell
+or a store, which says how large it is.
+
+Letters: D hidden size, N query heads, M key/value heads, H head size, K key size of the state (H, or more with feature
+maps), F width of the gated MLP, V vocabulary, L length, W window, S sinks, P size of the store, W' = S + P + W lossless
+tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama-shaped decoder: `layers` blocks of attention and a gated MLP between two D x V matrices."""
+    """Sizes of a Llama-shaped decoder: `layers` blocks of attention and a gated MLP, between two D x V matrices.
+
+    tied: whether the two matrices are one.
+    """
 
     layers: int
     D: int
@@ -78,7 +83,7 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Term:
-    """A line of a table, summed over all layers. `formula`: that of one layer, `full -> memory` where they differ."""
+    """A line of a table, summed over all layers. `formula` is that of one layer: `full -> memory` if they differ."""
 
     name: str
     formula: str
@@ -119,7 +124,7 @@ class Cost:
     Attributes:
         parameters: parameters of the whole model.
         cache: elements held for one sequence, as the paper counts them; times `bytes_per_element` for bytes.
-        ours: elements this library's cache holds besides: the write gates of the lossless tokens.
+        ours: further elements in this library's cache: the write gates of the lossless tokens.
         mixing: FLOPs of token mixing (attention and memory) for reading `length` tokens.
         rest: FLOPs of the MLPs and of the two D x V matrices, the same on both sides. The paper counts both matrices
             for every token; `ahn.read` computes logits for the last token only.
@@ -147,31 +152,30 @@ class Cost:
 
     @property
     def held_bytes(self) -> int:
-        """What `AHNCache.nbytes` is after reading: `ours` too, and a state that is float32 whatever the rest is."""
+        """`AHNCache.nbytes` after reading: `ours` is included, and the state is always float32."""
         return held_bytes(self.shape, self.config, self.length, self.bytes_per_element)
 
     @property
     def store_bytes(self) -> int:
-        """Of these, what the store holds besides keys, values and gates."""
+        """The part of `held_bytes` that a store adds to its keys, values and gates."""
         return self.shape.layers * store_bytes(self.shape, self.config, self.length)
 
     @property
     def written(self) -> int:
-        """Tokens that are kept nowhere else than in the memory."""
+        """Tokens that only the cell's state holds."""
         return max(0, self.length - self.config.lossless)
 
 
 def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_element: int = 4) -> Cost:
     """Cost of reading `length` tokens of one sequence with full attention, and with a memory in every layer.
 
-    Up to `sinks + store_size + window` tokens nothing is written into the memory and the two sides differ in
-    parameters only.
+    Up to `sinks + store_size + window` tokens the cell absorbs nothing, and the two sides differ in parameters only.
 
     Args:
         shape: the base model, see `shape_of`.
         length: tokens read, at least 1.
-        config: the memory, by default the paper's; its `layers` are not looked at. Parameters and FLOPs of a trained
-            store's gates and of finding out who stays are not counted; they are below one percent.
+        config: the memory, by default the paper's. Its `layers` are ignored. The gates of a trained store and the work
+            of eviction are not counted; they are below one percent.
         bytes_per_element: of the cache, 4 for float32 as in the paper.
 
     Raises:
@@ -208,8 +212,8 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
                 term("memory gates", f"{size.gates}DN", 0, size.gates * D * N),
                 term("memory output", "H²N", 0, output),
                 term("memory vectors", size.small_formula, 0, size.small),
-                *((term("memory key maps", f"2{square}", 0, maps),) if feature_maps else ()),
-                *((term("memory room", "DN + 3N", 0, D * N + 3 * N),) if window_gate else ()),
+                *((term("memory features", f"2{square}", 0, maps),) if feature_maps else ()),
+                *((term("window gate", "DN + 3N", 0, D * N + 3 * N),) if window_gate else ()),
             ),
         )
     )
@@ -228,8 +232,8 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
                 term("memory state", f"2(L-W'){square}", 0, 2 * written * state),
                 term("memory gates", f"2(L-W'){size.gates}DN", 0, 2 * written * size.gates * D * N),
                 term("memory output", "2(L-W')H²N", 0, 2 * written * output),
-                *((term("memory key maps", f"4(L-W'){square}", 0, 2 * written * maps),) if feature_maps else ()),
-                *((term("memory room", "2(L-W')DN", 0, 2 * written * D * N),) if window_gate else ()),
+                *((term("memory features", f"4(L-W'){square}", 0, 2 * written * maps),) if feature_maps else ()),
+                *((term("window gate", "2(L-W')DN", 0, 2 * written * D * N),) if window_gate else ()),
             ),
         )
     )
@@ -244,13 +248,13 @@ def cost(shape: Shape, length: int, config: AHNConfig | None = None, bytes_per_e
 
 
 def key_size(shape: Shape, feature_maps: int) -> int:
-    """K: of each head the state has K x H numbers."""
+    """K: the state has K x H numbers a head."""
     return max(1, feature_maps) * shape.H
 
 
 def cell_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: int) -> int:
-    """What one layer holds after `tokens` tokens besides keys and values, for the cell: the state, which is float32,
-    and the write gates of the lossless tokens."""
+    """Bytes that the cell needs in one layer after `tokens` tokens: its float32 state, and the write gates of the
+    lossless tokens."""
     if config.cell is None:
         return 0
     gates = _cell_size(config.cell, shape).kept
@@ -258,8 +262,11 @@ def cell_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: 
 
 
 def store_bytes(shape: Shape, config: AHNConfig, tokens: int) -> int:
-    """And for the store: a rank of each place from the first token on that leaves the window, a score of each token
-    that may still be asked for it, and a copy of the state where the store reads it."""
+    """Bytes that the store needs in one layer after `tokens` tokens, besides keys, values and write gates.
+
+    These are a rank for each slot, once a token has left the window; a score for each token in the window and
+    in a span before it; and a copy of the state if the store reads it.
+    """
     if config.store is None:
         return 0
     from ahn import stores
@@ -271,7 +278,7 @@ def store_bytes(shape: Shape, config: AHNConfig, tokens: int) -> int:
 
 
 def held_bytes(shape: Shape, config: AHNConfig, tokens: int, bytes_per_element: int) -> int:
-    """What `AHNCache.nbytes` is after reading `tokens` tokens of one sequence at once."""
+    """`AHNCache.nbytes` after reading `tokens` tokens of one sequence in one call."""
     forgetting = shape.layers if config.layers is None else len(config.layers)
     token = 2 * shape.M * shape.H * bytes_per_element  # in one layer
     kept = forgetting * min(tokens, config.lossless) + (shape.layers - forgetting) * tokens
@@ -291,7 +298,7 @@ def _state_bytes(shape: Shape, config: AHNConfig) -> int:
 
 
 def shape_of(base: Any) -> Shape:
-    """Shape of a base: a key of `PAPER`, what `Shape.from_config` takes, or any base `ahn.from_pretrained` takes.
+    """Shape of a base: a key of `PAPER`, an argument of `Shape.from_config`, or any base of `ahn.from_pretrained`.
 
     Only the config is read, never the weights.
     """

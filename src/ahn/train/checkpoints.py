@@ -1,5 +1,8 @@
-"""Which checkpoint of a run to go on from. A checkpoint is whole when a list of its files, written last, says so: a
-process that was killed, or a disk that lost power, leaves one without it, or with other bytes than it says."""
+"""Finds the checkpoint to resume a run from.
+
+The last file that is written into a checkpoint lists the others with their SHA-256. A checkpoint without that list, or
+with other bytes, was cut short: the process was killed, or the disk lost power.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from ahn.adapter_files import WEIGHTS
 from ahn.files import atomic
 
 SEAL = "complete.json"
-KEPT = 2  # checkpoints of a run
+KEPT = 2  # whole checkpoints that a run keeps
 
 logger = logging.getLogger(__name__)
 
 
 def seal(folder: Path) -> None:
-    """Bring a checkpoint's files to the disk, and list them with their SHA-256. Raises OSError."""
+    """Flush a checkpoint's files to the disk and write the list of them. Raises OSError."""
     digests = {}
     unseal(folder)
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
@@ -38,15 +41,15 @@ def seal(folder: Path) -> None:
 
 
 def unseal(folder: Path) -> None:
-    """A checkpoint that is about to be written again is not whole."""
+    """Remove the list: the checkpoint is about to change, so it is not whole."""
     (folder / SEAL).unlink(missing_ok=True)
 
 
 def rotate(output: Path) -> None:
-    """Keep the newest whole checkpoints only."""
+    """Delete all whole checkpoints but the newest ones."""
     whole = [folder for folder in found(output) if (folder / SEAL).is_file()]
     for folder in whole[:-KEPT]:
-        unseal(folder)  # first, so that a deletion that stops halfway leaves none that looks whole
+        unseal(folder)  # first: a checkpoint whose deletion stops halfway must not look whole
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -58,7 +61,7 @@ def sweep(output: Path) -> None:
 
 
 def latest(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run; says which newer ones it passes over."""
+    """The newest whole checkpoint of a run, or None. Warns of each newer one that it passes over, and says why."""
     for folder in reversed(found(output)):
         defect = _defect(folder)
         if defect is None:
@@ -68,7 +71,7 @@ def latest(output: Path) -> Path | None:
 
 
 def found(output: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first, whole or not."""
+    """All checkpoints of a run, whole or not, the oldest first."""
     folders = [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"\d+", _step(folder))]
     return sorted(folders, key=lambda folder: int(_step(folder)))
 
@@ -78,6 +81,7 @@ def _step(folder: Path) -> str:
 
 
 def _defect(folder: Path) -> str | None:
+    """Why a checkpoint is not whole, in words. None if it is."""
     try:
         digests = json.loads((folder / SEAL).read_text())
         for name, digest in digests.items():
@@ -94,7 +98,7 @@ def _defect(folder: Path) -> str | None:
 
 
 def _finite(file: Path) -> bool:
-    """Whether the weights, or the optimiser's state, are numbers that can be gone on from."""
+    """Whether all numbers of a file of weights, or of the optimiser's state, are finite. True for other files."""
     if file.name == WEIGHTS:
         tensors: list[Any] = list(load_file(file).values())
     elif file.name == OPTIMIZER_NAME:

@@ -1,4 +1,4 @@
-"""Chooses the retrieval heads of a base: those that look at the passage which answers a question.
+"""Chooses the retrieval heads of a base: the heads that look at the passage which answers a question.
 
 As QRHead (arXiv 2506.09944) does, heads are ranked on questions whose evidence is known, by the share of their
 attention that falls on it. Here keys and queries have no positions (`ahn.memory.head_keys`), so a head must find the
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from ahn.eval.tasks.base import Example
 
 DISTANCE = 512
-EACH = 16  # questions on a text
-LEAST = 0.3  # of the best head's score: others are not chosen
+EACH = 16  # questions about a text
+LEAST = 0.3  # of the best head's score: heads below it are not chosen
 MOST = 24  # query heads
 
 Work = tuple["Prompt", "Example"]
@@ -54,8 +54,8 @@ def choose_heads(
     """The best heads whose keys take at most `budget` bytes a token.
 
     Args:
-        model: from `ahn.augment`; texts are read through its window, as they will be.
-        questions: prompts with `asks` and `needs`; those on one text follow each other.
+        model: from `ahn.augment`. It reads the texts through its window, as it will later.
+        questions: prompts with `asks` and `needs`. Questions about one text must follow each other.
         progress: called with (questions done, questions in all).
 
     Raises:
@@ -99,7 +99,7 @@ def choose_heads(
 
 
 def best_heads(share: Tensor, groups: int, most: int) -> list[tuple[int, int]]:
-    """Query heads by their share [layers, N], best first, of at most `most` key/value heads."""
+    """The query heads with the largest share [layers, N], best first. They use at most `most` key/value heads."""
     kept: set[tuple[int, int]] = set()
     chosen: list[tuple[int, int]] = []
     for index in share.flatten().argsort(descending=True).tolist():
@@ -114,7 +114,7 @@ def best_heads(share: Tensor, groups: int, most: int) -> list[tuple[int, int]]:
 
 
 def few_texts(examples: Iterable[Example], count: int, each: int, seed: int) -> list[Example]:
-    """At most `count` questions, `each` of a text, drawn from the first texts: a text takes longer than a question."""
+    """At most `count` questions, `each` about one text, from as few texts as suffice: reading them takes longest."""
     chance = random.Random(seed)
     found: list[Example] = []
     for _, of_text in groupby(examples, key=lambda example: example.prompt[: example.asks]):
@@ -127,7 +127,7 @@ def few_texts(examples: Iterable[Example], count: int, each: int, seed: int) -> 
 
 
 class _Spread:
-    """Mean and largest deviation of each channel of all keys, over texts."""
+    """Mean and largest deviation of each channel of the keys, over all texts."""
 
     def __init__(self) -> None:
         self.sums: list[Tensor] = []
@@ -151,7 +151,7 @@ class _Spread:
 
 
 def _read(model: PreTrainedModel, text: Any) -> tuple[list[Tensor], AHNCache]:
-    """Keys [M, T, H] of each layer, without positions, and the memory of the text."""
+    """Read a text. Returns the keys [M, T, H] of each layer, without positions, and the memory."""
     cache = AHNCache(model)
     pieces: list[list[Tensor]] = [[] for _ in layers_of(model)]
 
@@ -166,11 +166,15 @@ def _read(model: PreTrainedModel, text: Any) -> tuple[list[Tensor], AHNCache]:
 
 
 def _share(queries: Sequence[dict[int, Tensor]], keys: list[Tensor], passages: Any, gold: Any, groups: int) -> Tensor:
-    """The share of each head's attention to passages that falls on those with evidence, less that of a question about
-    nothing, [layers, N]."""
+    """How much of each head's attention to passages falls on those with evidence, [layers, N].
+
+    The share for a question about nothing is subtracted.
+    """
     device, end = keys[0].device, int(passages[-1])
     places = passages[:-1, None] + np.arange(np.diff(passages).max())
-    places = torch.as_tensor(np.where(places < passages[1:, None], places, end), device=device)  # `end`: of no key
+    places = torch.as_tensor(
+        np.where(places < passages[1:, None], places, end), device=device
+    )  # `end`: a place without a key
     wanted = torch.as_tensor(gold, device=device)
     found = []
     for layer, k in enumerate(keys):

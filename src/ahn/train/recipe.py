@@ -1,4 +1,4 @@
-"""A training run as a YAML file, every key checked; `key=value` on the command line goes before the file."""
+"""A training run as a YAML file. Every key is checked; `key=value` on the command line overrides the file."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ logger = logging.getLogger("ahn")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to train on what, for how long.
+    """A training run: the base, the data, the memory and how it is trained.
 
     Args:
         base: base model (`ahn.from_pretrained`). cell: name of the cell. output: folder of checkpoints and adapter.
         data: sources (`ahn.train.sources`). limit: tokens of each source, at most; None: all.
         length: tokens of a row. batch: rows a step and device. steps: optimiser steps.
-        lr, warmup, weight_decay, clip: AdamW's rate, the share of steps it rises over before it falls as a cosine,
-            decay (none on the cells' decay parameters), largest norm of the gradient.
-        loss: "kl" (paper), "ce", "kl+ce", the mean of both, or "attention": each layer learns what full attention gives
-            (`ahn.train.distill.transfer`), which is fast and a good start for "kl".
-        start: an adapter to start from, of the same form; with gate_steps it may be one without gates. None: a new
-            memory.
-        lossless, sinks: sizes drawn from, one of each for fixed ones.
-        window, kept_sinks: what the finished adapter suggests to use.
+        lr, warmup, weight_decay, clip: AdamW's learning rate; the share of the steps over which it rises, before it
+            falls as a cosine; its weight decay (none on the cells' decay parameters); the largest norm of the gradient.
+        loss: "kl" (paper); "ce"; "kl+ce", the mean of both; or "attention": each layer learns the output of full
+            attention (`ahn.train.distill.transfer`), which is fast and meant as a start for "kl".
+        start: an adapter to start from, with the same settings of the memory; with gate_steps it need not have gates.
+            None: a new memory.
+        lossless, sinks: sizes to draw from for each batch. One of each makes them fixed.
+        window, kept_sinks: the sizes that the finished adapter suggests.
         sink_positions, memory_positions, feature_maps, window_gate, store, store_size, store_span: see AHNConfig. In
-            training the store has the share of each lossless size, sinks apart, that it has of window + store_size.
-        gate_steps, gate_lr: steps in which the gates of a store are trained (`ahn.train.gates`), before the cells are,
-            with its window and kept_sinks; with steps: 0 that is all.
-        checkpointing: recompute activations. compile: compile the frozen layers.
+            training the store takes the same share of each drawn window as store_size of window + store_size.
+        gate_steps, gate_lr: steps that train the gates of a store (`ahn.train.gates`), and their learning rate. They
+            come before the steps of the cells and use window and kept_sinks. With steps: 0 only gates are trained.
+        checkpointing: recompute activations instead of keeping them. compile: compile the frozen layers.
         fsdp: shard the base over the GPUs of `torchrun`'s processes (FSDP2), for bases that do not fit one.
-        save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything drawn.
+        save_every: steps between checkpoints. log_every: steps between log lines. seed: of everything
+            that is drawn.
         report_to: loggers of the Trainer, used where they are installed.
     """
 
@@ -121,14 +122,14 @@ class Recipe:
         self.memory()
 
     def of_gates(self) -> Recipe:
-        """Their part of the run, in a folder of its own."""
+        """The recipe of the stage that trains the gates, in a folder of its own."""
         return dataclasses.replace(
             self, output=str(Path(self.output) / "gates"), steps=self.gate_steps, lr=self.gate_lr, loss="kl",
             weight_decay=0.0, gate_steps=0,
         )  # fmt: skip
 
     def memory(self) -> AHNConfig:
-        """What is put on the base. Raises ConfigError."""
+        """The settings of the memory. Raises ConfigError."""
         return AHNConfig(
             self.cell,
             self.window,
@@ -188,7 +189,7 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
-    """A recipe of keys and values; old names of keys are read with a warning. Raises ConfigError."""
+    """A recipe from keys and values. Old names of keys are read with a warning. Raises ConfigError."""
     for old in RENAMED.keys() & values:
         if (new := RENAMED[old]) in values:
             raise ConfigError(f"the recipe has {old!r} and {new!r}, its name now: expected {new!r} alone")
@@ -206,6 +207,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 
 
 def _typed(field: Any, value: Any) -> Any:
+    """A value from YAML in the type of its field."""
     if field.type.startswith("tuple"):
         return tuple(_at_home(item) for item in (value if isinstance(value, list) else [value]))
     if field.type == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Sinks and windows drawn anew for each batch (paper, section 3.1), so that a memory serves any of them."""
+"""Draws sinks and a window for each batch (paper, section 3.1), so that the memory works with any of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SINKS = (0, 32, 64, 128, 512, 2048, 4096)
 
 
 def allowed(length: int, lossless: tuple[int, ...] = LOSSLESS) -> list[int]:
-    """The lossless sizes that fit a sequence of `length` tokens. Raises ConfigError if none does."""
+    """The lossless sizes from 1/8 of a sequence of `length` tokens to all but one. Raises ConfigError if none is."""
     fitting = [size for size in lossless if length / 8 <= size < length]
     if not fitting:
         raise ConfigError(
@@ -23,17 +23,21 @@ def allowed(length: int, lossless: tuple[int, ...] = LOSSLESS) -> list[int]:
 
 
 def pairs(length: int, lossless: tuple[int, ...] = LOSSLESS, sinks: tuple[int, ...] = SINKS) -> list[tuple[int, int]]:
-    """All lossless sizes and sinks that can be drawn. Raises ConfigError: no size fits, or no sinks fit one."""
+    """All pairs (lossless size, sinks) that can be drawn.
+
+    Raises:
+        ConfigError: no size fits, or no number of sinks fits one of the sizes.
+    """
     return [(size, kept) for size in allowed(length, lossless) for kept in _at_most_half(size, sinks)]
 
 
 def draw(
     seed: int, step: int, length: int, lossless: tuple[int, ...] = LOSSLESS, sinks: tuple[int, ...] = SINKS
 ) -> tuple[int, int]:
-    """Window and sinks of one batch: the same for the same seed and step, whatever was drawn before.
+    """Window and sinks of one batch. They depend on the seed and the step alone, so a resumed run draws the same.
 
-    The lossless size is at least 1/8 of the sequence of `length` tokens and shorter than it; the sinks are at most
-    half of it; the window is the rest.
+    The lossless size is drawn first: at least 1/8 of the sequence of `length` tokens, and shorter than it. At most half
+    of it are sinks. The rest is the window.
     """
     chance = random.Random(f"{seed}/{step}")
     size = chance.choice(allowed(length, lossless))
