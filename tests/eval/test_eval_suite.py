@@ -141,7 +141,7 @@ def test_runs_differ_in_what_they_say(tmp_path):
     assert [(run["lossless"], run["length"], run["share"]) for run in plan.runs[4:]] == [(16, 64, 4), (32, 128, 4)]
     assert all(run["limit"] == 5 and run["tasks"] == ["ruler"] for run in plan.runs)
     plan = suite.load(written(tmp_path / "s.yaml", text), ["lossless=32"])
-    assert [run["lossless"] for run in plan.runs] == [32] * 3, "a change goes before what a run says"
+    assert [(run["lossless"], run.get("seed")) for run in plan.runs] == [(32, 1), (32, 2), (32, None)], "each run once"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Choose the signals and the threshold by which an adapter refuses questions (`ahn.recall.support`), from results.
 
-The results are of tasks and of their "-absent" counterparts, whose questions the text does not answer.
+The results are those of tasks and of their "-absent" counterparts, whose questions the text does not answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Rows = dict[str, list[dict[str, Any]]]  # by task
 
 
 class Wanted(NamedTuple):
-    """Which results count: of this policy, finder and length; `of`: the adapter's name, None for any."""
+    """The results that count: those of this policy, finder and length. `of`: name of the adapter, None for any."""
 
     policy: str
     finder: str
@@ -31,7 +31,7 @@ def rows(folders: Sequence[str | Path], wanted: Wanted, signals: Sequence[str] |
     """Rows with signals of support, by task.
 
     Args:
-        signals: keep these alone; None: all.
+        signals: names of the signals to keep; None: all.
 
     Raises:
         ConfigError: no results are like that, or two are of one task.
@@ -59,7 +59,7 @@ def rows(folders: Sequence[str | Path], wanted: Wanted, signals: Sequence[str] |
 
 
 def calibrate(part: Rows, rest: Rows) -> tuple[Calibration, list[dict[str, Any]]]:
-    """The calibration chosen on `part`, and a row for each candidate: what it does to the questions of both.
+    """The calibration chosen on `part`, and for each candidate a row with its effect on the questions of both parts.
 
     Raises:
         ConfigError: `part` lacks questions of either kind, or a signal that all of them have.
@@ -86,12 +86,12 @@ def _answered(task: str) -> bool:
 
 
 def _signals(kept: Rows, answerable: bool) -> list[list[dict[str, float]]]:
-    """Of each task of this kind that has rows."""
+    """The signals of each task of this kind that has rows."""
     return [[row["support"] for row in one] for task, one in kept.items() if one and _answered(task) == answerable]
 
 
 def _errors(calibration: Calibration, task: str, kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many questions of a task are refused or answered; scores are percentages."""
+    """The numbers of questions of a task that are refused and answered, and scores in percent."""
     margins = [calibration.margin(row["support"]) for row in kept]
     refused = [margin is not None and margin < 0 for margin in margins]
     pairs = list(zip(kept, refused, strict=True))

@@ -1,4 +1,4 @@
-"""Which results can be compared, and with what: grouped by base, settings and what is lossless."""
+"""Groups results that can be compared, by base, settings and lossless tokens, and names their policies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Exact = tuple[int, int]
 class Group:
     """Results that can be compared: `results[length][task][label]`.
 
-    share: 1/share of each length is lossless; None: always as much. exact: window and sinks, by length.
+    share: 1/share of each length is lossless; None: the same number of tokens at all lengths.
+    exact: window and sinks, by length.
     """
 
     base: str
@@ -36,7 +37,7 @@ class Group:
         return f"{self.base}, {window + sinks:,} lossless tokens ({sinks} sinks + {window:,} window)"
 
     def place(self, label: str) -> tuple[float, int, str]:
-        """To sort labels by: as the paper orders its rows."""
+        """The key to sort labels by. It gives the order of rows in the paper."""
         tasks = (found for by_task in self.results.values() for found in by_task.values())
         result = next(found[label] for found in tasks if label in found)
         return (0, *place_of(result)[1:])
@@ -50,14 +51,14 @@ class Group:
 
 
 def grouped(results: Sequence[Result]) -> list[Group]:
-    """By base and what is lossless: so many tokens, or such a share of each length. Results that keep everything, as
-    `full` does, are in all groups that have something to compare with them."""
+    """Groups by base and by the number of lossless tokens, or their share of each length. A result that keeps all, as
+    `full` does, is in every group with a result of the same base, task and length."""
 
     def base(result: Result) -> tuple[object, ...]:
         return tuple(result.config[key] for key in ("base", "base_config", "dtype", "seed"))
 
     def kept(result: Result) -> tuple[int | None, Exact | None] | None:
-        """Share, or window and sinks; None for everything."""
+        """The share, or window and sinks. None if everything is lossless."""
         if result.config["window"] is None:
             return None
         share = result.config.get("share")
@@ -88,8 +89,8 @@ def in_order(found: dict[str, Result]) -> dict[str, Result]:
 
 
 def policy_labels(results: Sequence[Result]) -> dict[int, str]:
-    """Names of policies, by the identity of the result: with its store, and with what differs where one policy is there
-    with several settings, which for a memory is its adapter. Window and sinks are the group's."""
+    """A label for each result, by `id` of the result: the policy with its store. Where one policy is there with several
+    settings, the label names the settings that differ, for a memory its adapter. Window and sinks are the group's."""
     names: dict[int, str] = {}
     for result in results:
         config = result.config
@@ -111,7 +112,7 @@ def policy_labels(results: Sequence[Result]) -> dict[int, str]:
 
 
 def _words(key: str, value: Any) -> str:
-    """A setting for people: of recall's, the values that are not understood."""
+    """A setting as text for people. Of recall, only the values that differ from the defaults."""
     if key != "recall" or not isinstance(value, dict):
         return f"{key} {value}"
     rounds = f", {value['rounds']} rounds" if value.get("rounds", 1) > 1 else ""
@@ -119,8 +120,8 @@ def _words(key: str, value: Any) -> str:
 
 
 def baseline(found: dict[str, Result], label: str) -> Result | None:
-    """Sinks and window alone, of the results of one task: the one that sees the sinks as `label` does, if there are
-    several. None: there is none, or it is `label` itself."""
+    """The result of `window` among the results of one task. Of several, the one with the sink positions of `label`.
+    None if there is no such result, or if it is the one of `label`."""
     windows = [result for result in found.values() if result.config["policy"] == BASELINE]
     if label not in found or not windows or found[label] in windows:
         return None

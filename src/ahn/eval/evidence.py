@@ -1,4 +1,4 @@
-"""Recall apart from answers: how much of the evidence was found, and scores by where it was and how it was worded."""
+"""Measures finding apart from answering: the share of evidence found, and scores by its place and its wording."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ahn.eval.statistics import place
 
 
 def measured(found: Mapping[str, Result], exact: tuple[int, int] | None) -> list[dict[str, Any]]:
-    """By policy what was found for one task; nothing if no policy has read passages again.
+    """The evidence that each policy found for one task. Empty if no policy has read passages again.
 
     Args:
-        found: results by the name of the policy. exact: window and sinks; None: where evidence was is unknown.
+        found: results by the name of the policy.
+        exact: window and sinks; None: the place of the evidence is unknown.
 
     Returns:
         for each policy `policy`, `n` and `score`; the same of examples whose evidence is `behind` the window when the
@@ -50,7 +51,7 @@ def measured(found: Mapping[str, Result], exact: tuple[int, int] | None) -> list
 
 
 def _lowest_third(rows: Iterable[Row]) -> set[str]:
-    """Ids of the examples, whichever policy noted the overlap: all are asked the same."""
+    """Ids of the examples. All policies answer the same questions, so any policy's overlap will do."""
     overlaps = {row["id"]: row["overlap"] for row in rows if row.get("overlap") is not None}
     return set(sorted(overlaps, key=lambda id: (overlaps[id], id))[: len(overlaps) // 3])
 

@@ -1,4 +1,4 @@
-"""How good an answer is, 0 to 1: the metrics of LV-Eval, LongBench, InfiniteBench, RULER and SQuAD.
+"""Scores of an answer, 0 to 1: the metrics of LV-Eval, LongBench, InfiniteBench, RULER and SQuAD.
 
 `score` is the way in. A metric takes a prediction and one answer, as the benchmarks' own do; how the scores over
 several right answers become one is the suite's. Sources:
@@ -40,7 +40,7 @@ _KEYWORD_RECALL_EN, _KEYWORD_RECALL_ZH = 0.2, 0.4  # LV-Eval: an answer with few
 
 @cache
 def _stop_words(language: str) -> frozenset[str]:
-    """LV-Eval's words that say nothing: they do not count as an answer's keywords, and ROUGE leaves them out."""
+    """LV-Eval's stop words. They do not count as keywords of an answer, and ROUGE leaves them out."""
     return frozenset(benchmark("lveval")["_stop_words"][language])
 
 
@@ -81,7 +81,7 @@ def qa_f1_zh_score(prediction: str, answer: str) -> float:
 
 
 def qa_f1_zh_score_with_gold_ans(prediction: str, answer: str, gold_ans: str | None) -> float:
-    """As in English; an answer without keywords is its own."""
+    """The score for English answers with Chinese words. An answer without keywords is its own keyword."""
     said = _words_zh(prediction)
     if _recall(said, _words_zh(gold_ans or answer), _stop_words("zh")) < _KEYWORD_RECALL_ZH:
         return 0.0
@@ -94,7 +94,7 @@ def qa_f1_characters(prediction: str, answer: str) -> float:
 
 
 def _recall(said: Iterable[str], keywords: Sequence[str], stop: frozenset[str]) -> float:
-    """Stop words are never found, yet they count among the keywords: so LV-Eval has it."""
+    """Stop words count as keywords although they are never found, as in LV-Eval."""
     common = Counter(said) & Counter(keywords)
     return sum(n for word, n in common.items() if word not in stop) / len(keywords) if keywords else 0.0
 
@@ -150,7 +150,7 @@ def classification_score(prediction: str, answer: str, all_classes: Sequence[str
 
 
 def count_score(prediction: str, answer: str) -> float:
-    """Share of the numbers said that are the answer's."""
+    """The share of the numbers in the prediction that are the answer."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
@@ -183,13 +183,13 @@ def code_sim_score(prediction: str, answer: str) -> float:
 
 
 def first_number_score(prediction: str, answer: str) -> float:
-    """Whether the first number said is the answer (InfiniteBench's pass key and number string)."""
+    """Whether the first number in the prediction is the answer (InfiniteBench's pass key and number string)."""
     found = re.search(r"[0-9]+", prediction)
     return float(found is not None and found[0] == answer)
 
 
 def word_score(prediction: str, answer: str) -> float:
-    """Whether the answer stands alone among the words said (InfiniteBench's KV retrieval)."""
+    """Whether the answer is one of the prediction's words (InfiniteBench's KV retrieval)."""
     return float(answer in re.sub(r"[\n:\"'.,?!{}]", " ", prediction).split())
 
 
@@ -301,7 +301,7 @@ def score(
     gold_ans: str | None = None,
     all_classes: Sequence[str] | None = None,
 ) -> float:
-    """How good `prediction` is, 0 to 1.
+    """The score of `prediction`, 0 to 1.
 
     Args:
         suite, metric: see `METRICS`.

@@ -18,7 +18,7 @@ def on_a_text(
         template: of the prompt, with {context} and the names in `fields`.
         context: the text.
         evidence: characters of `context`.
-        question: about the context; empty if nothing is asked about it.
+        question: about the context; empty if there is none.
     """
     before, after = (part.format(**fields) for part in template.split("{context}"))
     start, end = len(before), len(before + context)

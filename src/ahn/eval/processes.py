@@ -1,8 +1,8 @@
 """Several processes, on one machine or many: `torchrun --nproc-per-node 8 -m ahn eval ...`.
 
-Texts do not depend on each other, so all that is needed of an engine is a number for each process, a device, and a
-barrier. torchrun starts the processes on any number of machines and takes the rest down if one fails. Ray would add a
-scheduler, a service to run and a large dependency, for tasks that are dealt out once; the results are files either way.
+Texts do not depend on each other, so a process only needs a number, a device, and a barrier. torchrun starts the
+processes on any number of machines and takes the rest down if one fails. Ray would add a scheduler, a service and a
+large dependency, for tasks that are dealt out once. The results are files either way.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import os
 from datetime import timedelta
 from typing import Any
 
-WAIT = timedelta(days=7)  # the first process to finish waits for the slowest one's last example
+WAIT = timedelta(days=7)  # the fastest process waits for the last example of the slowest one
 
 
 class Team:
-    """The processes that share the work; alone where none were started. Several may share a GPU.
+    """The processes that share the work: this one alone unless several were started. Several may share a GPU.
 
     Attributes:
-        rank: of this process, 0 to size - 1. device: this process's, None for the default.
+        rank: number of this process, 0 to size - 1.
+        size: number of processes.
+        device: of this process; None: the default.
     """
 
     def __init__(self) -> None:
@@ -39,14 +41,14 @@ class Team:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             from torch import distributed
 
             distributed.barrier()
 
     def mine(self, items: list[Any]) -> list[Any]:
-        """This process's share: every size-th, so that texts of a kind that come together are spread."""
+        """This process's share: every size-th item, so that similar neighbours go to different processes."""
         return items[self.rank :: self.size]
 
 
@@ -56,5 +58,5 @@ def several() -> bool:
 
 
 def first_process() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process prints for all."""
     return int(os.environ.get("RANK", 0)) == 0

@@ -1,4 +1,4 @@
-"""From an example to token ids, and where among them the evidence is."""
+"""Turns an example into token ids, and finds the tokens of its evidence."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class Prompt:
 
     @property
     def text(self) -> array[int]:
-        """Everything in front of the question."""
+        """The tokens in front of the question."""
         return self.ids[: self.asks]
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the ids, so that no answer is taken for that of another prompt."""
+        """A digest of the ids. With it an answer to another prompt is recognised."""
         return hashlib.sha256(self.ids.tobytes()).hexdigest()[:12]
 
 
 def exact_tokens(evidence: tuple[int, int], tokens: int, window: int, sinks: int) -> int:
-    """How many tokens of the evidence are sinks or in the window when the answer begins: when the last of the
-    prompt's `tokens`, which is the newest in the window, is the query."""
+    """The number of tokens of the evidence that are sinks or in the window when the answer begins. The query is then
+    the last of the prompt's `tokens`, and it is the newest in the window."""
     return sum(at < sinks or at >= tokens - window for at in range(*evidence))
 
 
@@ -66,7 +66,7 @@ def encode(tokenizer: Any, example: Example, dialogue: Dialogue | None = None) -
     shift, end = 0, len(prompt)
     if example.chat and dialogue.has_template:
         pieces = dialogue.render([{"role": "user", "content": prompt}], ask=True)
-        core = prompt.strip()  # many templates trim what they wrap
+        core = prompt.strip()  # many templates trim the text that they wrap
         shift = "".join(pieces).find(core) - prompt.find(core)
         end = prompt.find(core) + len(core)
         pieces[-1] += example.answer_prefix
@@ -80,13 +80,13 @@ def encode(tokenizer: Any, example: Example, dialogue: Dialogue | None = None) -
     starts, ends = _characters(encoded, pieces)
 
     def tokens(span: Span) -> Span | None:
-        """The tokens that have characters of a span of the prompt."""
+        """The tokens that cover a span of the prompt's characters."""
         inside = np.flatnonzero((starts < span[1] + shift) & (ends > span[0] + shift) & (ends > starts))
         return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else None
 
     def token(place: int) -> int:
-        """The first token that has a character from `place` of the prompt on; if none has, the last one, so that there
-        always is one to answer behind."""
+        """The first token that reaches beyond character `place` of the prompt. If there is none, the last token, so
+        that an answer always has a token to follow."""
         later = ends > min(place, end) + shift
         return int(np.argmax(later)) if later.any() else len(ids) - 1
 
@@ -98,7 +98,7 @@ def encode(tokenizer: Any, example: Example, dialogue: Dialogue | None = None) -
 
 
 def _characters(encoded: Sequence[Any], pieces: Sequence[str]) -> tuple[Any, Any]:
-    """Of each token of pieces that are encoded one by one, its first character in all of them, and its end."""
+    """First character and end of each token, counted over all pieces. Each piece is encoded by itself."""
     offsets = [np.array(part.offset_mapping, dtype=np.int64).reshape(-1, 2) for part in encoded]
     before = np.cumsum([0, *map(len, pieces)])[:-1]
     both = np.concatenate([part + at for part, at in zip(offsets, before, strict=True)])
@@ -113,7 +113,7 @@ def _on_a_document(dialogue: Dialogue, example: Example) -> Prompt:
     question = dialogue.question(readable(asked).removeprefix(LABEL))[0].tolist()
 
     def tokens(span: Span) -> tuple[int, int]:
-        """The tokens that have characters of a span of the prompt."""
+        """The tokens that cover a span of the prompt's characters."""
         return int(np.searchsorted(starts, span[0], side="right")) - 1, int(np.searchsorted(starts, span[1]))
 
     return Prompt(
@@ -127,7 +127,7 @@ def _on_a_document(dialogue: Dialogue, example: Example) -> Prompt:
 
 @lru_cache(maxsize=1)
 def _opened(dialogue: Dialogue, document: str) -> tuple[array[int], Any]:
-    """Ids of an open document, and the character that each begins at; below 0 for those of the template."""
+    """Ids of an open document, and the first character of each. It is negative for tokens of the template."""
     blocks = list(dialogue.stream([document]))
     starts = np.maximum.accumulate(np.concatenate([block.starts for block in blocks]))
     return array("i", np.concatenate([block.ids for block in blocks]).tolist()), starts

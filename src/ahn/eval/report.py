@@ -1,7 +1,7 @@
-"""Tables like the paper's (2, 3, 5 and 6) and plots of what `ahn eval` wrote.
+"""Tables like the paper's (2, 3, 5 and 6) and plots of the results of `ahn eval`.
 
-Results are compared where everything but the policy is equal: base, dtype, seed, window and sinks. What is worse than
-the window is said in the same place and the same words as what is better.
+Results are compared where everything but the policy is equal: base, dtype, seed, window and sinks. Losses against the
+window are shown in the same place and the same words as wins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ahn.eval.compare import Exact, Group, all_labels, baseline, grouped, in_ord
 from ahn.eval.results import Result
 from ahn.eval.statistics import Interval
 
-WIDE = 8  # tasks; more are rows, as in the paper's table 6
+WIDE = 8  # tasks that are columns; if there are more, they are rows as in the paper's table 6
 UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
 
 
@@ -38,11 +38,11 @@ class Table:
         return "\n".join(lines)
 
     def text(self) -> str:
-        """Aligned, for a terminal: the first column to the left."""
+        """The table for a terminal, with aligned columns. The first column is flush left."""
         return "\n".join([self.title, *map("  ".join, self._aligned())])
 
     def _aligned(self) -> list[list[str]]:
-        """Head and rows, their cells as wide as their columns."""
+        """Head and rows, with cells padded to the width of their columns."""
         columns = []
         for i, column in enumerate(zip(self.head, *self.rows, strict=True)):
             width = max(map(len, column))
@@ -62,7 +62,7 @@ class Table:
 
 
 def brief(results: Sequence[Result]) -> Table:
-    """What one run measured: a row for each task and length, a column for each policy."""
+    """The scores of one run: a row for each task and length, a column for each policy."""
     labels = policy_labels(results)
     found: dict[tuple[str, int | None], dict[str, Result]] = {}
     for result in results:
@@ -78,7 +78,7 @@ def brief(results: Sequence[Result]) -> Table:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """All tables."""
+    """All tables, as markdown."""
     parts = []
     for group in grouped(results):
         parts.append(f"## {group.title}\n\n{_made_with(group)}\n")
@@ -87,7 +87,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def as_json(results: Sequence[Result]) -> str:
-    """All tables as they are shown, and as numbers what was found by policies that read passages again."""
+    """All tables as they are shown, and as numbers the evidence that was found by policies that read passages again."""
     groups = []
     for group in grouped(results):
         recall = [
@@ -102,7 +102,7 @@ def as_json(results: Sequence[Result]) -> str:
 
 
 def page(results: Sequence[Result]) -> str:
-    """One HTML page with all tables and plots, that needs no other file. Raises ConfigError without matplotlib."""
+    """One HTML page with all tables and plots. It needs no other file. Raises ConfigError without matplotlib."""
     from ahn.eval import plots
 
     parts = []
@@ -130,7 +130,7 @@ def tables(group: Group) -> Iterator[Table]:
 
 
 def _summary(group: Group) -> Table | None:
-    """Wins and losses of everything in the group in one table, and those where only a memory can help."""
+    """Wins and losses of all policies of a group: over all examples, and over those where only a memory can help."""
     blocks = [(length, by_task) for _, length, by_task in group.blocks()]
     labels = sorted({label for _, by_task in blocks for label in all_labels(by_task)}, key=group.place)
     rows = []
@@ -200,7 +200,7 @@ def _against(at: str, by_task: dict[str, dict[str, Result]]) -> Table | None:
 
 
 def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) -> Table | None:
-    """By where the evidence is when the question is asked, all examples of all tasks together."""
+    """Scores by the place of the evidence when the question is asked, over all examples of all tasks."""
     if exact is None or is_loss(by_task):
         return None
     places = [
@@ -231,7 +231,7 @@ def _split(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
 
 
 def _found(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) -> Table | None:
-    """How much of the evidence was found, and the scores that depend on it."""
+    """The share of the evidence that was found, and the scores that depend on it."""
     measured = [(task, row) for task, f in by_task.items() for row in evidence.measured(in_order(f), exact)]
     if not measured:
         return None
@@ -256,7 +256,7 @@ def _found(at: str, by_task: dict[str, dict[str, Result]], exact: Exact | None) 
 
 
 def _number(value: float | None) -> str:
-    """A count as it is, a share in percent."""
+    """A count unchanged, a share in percent."""
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}"
 
 
@@ -282,14 +282,14 @@ def _column(found: dict[str, Result], loss: bool, count: int) -> Callable[[str],
 
 
 def _mean(by_task: dict[str, dict[str, Result]], label: str) -> Interval | None:
-    """Over tasks; None where one is missing, as the average of others is no comparison."""
+    """The mean over tasks. None if one is missing, because the mean of fewer tasks cannot be compared."""
     if not all(label in found for found in by_task.values()):
         return None
     return statistics.interval(*(statistics.scores(found[label]) for found in by_task.values()))
 
 
 def _difference(by_task: Sequence[dict[str, Result]], label: str) -> Interval | None:
-    """To the window, as the mean over tasks; None where one is missing."""
+    """The difference to the window, as the mean over tasks. None if one is missing."""
     gains = [
         statistics.differences(found[label], window) if (window := baseline(found, label)) else [] for found in by_task
     ]
@@ -311,7 +311,7 @@ def _judged(value: Interval | None, loss: bool) -> str:
 
 
 def _verdict(value: Interval, loss: bool) -> int:
-    """1 better, -1 worse, 0 unclear."""
+    """1 for better, -1 for worse, 0 for unclear."""
     return -value.sign if loss else value.sign
 
 
@@ -335,14 +335,14 @@ def _cost(result: Result) -> list[str]:
 
 
 def quantity(value: float) -> str:
-    """Three figures with a decimal prefix."""
+    """A number with three digits and a decimal prefix."""
     prefix, scale = next(((p, s) for p, s in UNITS if value >= s), ("", 1))
     number = value / scale
     return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} {prefix}" if prefix else f"{value:g} "
 
 
 def _made_with(group: Group) -> str:
-    """Versions, commits and devices behind the numbers, each once."""
+    """The versions, commits and devices that the numbers were made with, each once."""
     found = [r for tasks in group.results.values() for labels in tasks.values() for r in labels.values()]
     made = [m for result in found for m in result.config["made_with"]]
     packages = sorted({f"ahn {m['package']}" + (f" at {m['commit'][:12]}" if m["commit"] else "") for m in made})

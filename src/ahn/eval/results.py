@@ -1,7 +1,7 @@
 """A folder of results: `config.json`, and `predictions.jsonl` with a line for each example.
 
-Lines are appended to a part file of each process, so that nothing is lost when one is killed, and merged in the order
-of the examples at the end. What a kill leaves half-written is dropped.
+Each process appends lines to a part file of its own, so that nothing is lost when it is killed. At the end the parts
+are merged in the order of the examples. A line that was half written when a process was killed is dropped.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ CONFIG, PREDICTIONS = "config.json", "predictions.jsonl"
 VERSION = 1
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "numpy")
 KEYS = {"task": str, "suite": str, "kind": str, "policy": str, "base": str, "settings": dict, "cost": dict}
-"""What every config has, beside what may be null."""
+"""The keys that every config has and that are never null."""
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one policy did on one task at one length."""
+    """The results of one policy on one task at one length."""
 
     folder: Path
     config: dict[str, Any]
-    rows: dict[str, Row]  # by example, in their order
+    rows: dict[str, Row]  # by id of the example, in the order of the examples
 
 
 def identity(identifying: dict[str, Any]) -> str:
-    """Of a config, by what its numbers depend on."""
+    """A digest of the keys that the numbers depend on."""
     return hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -51,7 +51,7 @@ def folder_of(output: Path, identifying: dict[str, Any]) -> Path:
 
 
 def load(folder: Path) -> Result:
-    """Raises ConfigError: no results there, of another version, or damaged."""
+    """The results in a folder. Raises ConfigError if there are none, or if they are damaged or of another version."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -90,7 +90,7 @@ def read_rows(folder: Path) -> dict[str, Row]:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from error
-        for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was being written
+        for number, line in enumerate(lines[:-1], 1):  # the text behind the last line end is a line half written
             try:
                 row = json.loads(line)
                 rows[row["id"]] = row
@@ -109,7 +109,7 @@ def append(folder: Path, rank: int, row: Row) -> None:
 
 
 def merge(folder: Path, order: Iterable[str]) -> None:
-    """Put all lines into one file, in the order of these ids; others, of runs with other limits, come behind."""
+    """Put all lines into one file, in the order of these ids. Other lines, from runs with other limits, follow."""
     rows = read_rows(folder)
     if not rows:
         return
@@ -127,7 +127,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 @cache
 def environment() -> dict[str, Any]:
-    """What produced the numbers: versions, commit, machine."""
+    """The versions, the commit and the machine that produce the numbers."""
     import torch
 
     return {
@@ -162,7 +162,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the package's own repository, "+changes" where files differ from it; None if it was installed."""
+    """The commit of the package's own repository, with "+changes" if files differ from it. None if it was installed."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -173,5 +173,5 @@ def _commit() -> str | None:
         return (
             (git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "..") else "")) if tracked else None
         )
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return None

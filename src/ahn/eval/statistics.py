@@ -1,4 +1,4 @@
-"""How sure a mean is, and a difference of two: bootstrap over examples.
+"""Confidence intervals of means and of differences, by bootstrap over examples.
 
 Examples are drawn with replacement, as many as there are, many times over; the interval holds the middle 95% of the
 means (percentile bootstrap). It says nothing about what no example shows: 0 right of 30 gives the interval [0, 0],
@@ -22,12 +22,12 @@ ENOUGH = 10
 two policies that are alike differ by it in half of all trials with 2 examples, in 14% with 6, 10% with 10 and 7% with
 20, instead of 5%; less often where many scores are equal. Of a mean over tasks the examples of all count."""
 BLOCK = 4_000_000  # numbers drawn at once
-WHERE = ("outside", "inside", "partly", "cut", "unknown")  # the first is what memory is for
+WHERE = ("outside", "inside", "partly", "cut", "unknown")  # a memory is meant for the first
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `count` examples, and the 95% interval `low` to `high`; NaN where one example tells nothing."""
+    """A mean over `count` examples, and the 95% interval `low` to `high`; NaN for a single example."""
 
     mean: float
     low: float
@@ -36,15 +36,15 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval is above or below zero, and of `ENOUGH` examples; else 0."""
+        """1 or -1 if the whole interval is above or below zero and there are `ENOUGH` examples, else 0."""
         if self.count < ENOUGH:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
 def interval(*groups: Sequence[float], seed: int = 0) -> Interval:
-    """Of the mean of the groups' means; each group, a task, is resampled by itself. The same interval for the same
-    values and seed.
+    """The interval of the mean of the groups' means. Each group, a task, is resampled by itself. The same values and
+    seed give the same interval.
 
     Raises:
         ValueError: no group, or one without values.
@@ -68,14 +68,14 @@ def _means(values: Any, chance: np.random.Generator) -> Any:
 
 
 def scores(result: Result, where: str | None = None, exact: tuple[int, int] | None = None) -> list[float]:
-    """Of all examples, or of those whose evidence is `where`, given the window and sinks `exact`."""
+    """Scores of all examples, or of those whose evidence is `where`. `exact`: window and sinks."""
     return [row["score"] for row in result.rows.values() if where is None or place(row, exact) == where]
 
 
 def differences(
     result: Result, baseline: Result, where: str | None = None, exact: tuple[int, int] | None = None
 ) -> list[float]:
-    """Scores of `result` less those of `baseline`, on the prompts both have."""
+    """Scores of `result` minus those of `baseline`, on the prompts that both have."""
     both = ((row, baseline.rows[id]) for id, row in result.rows.items() if id in baseline.rows)
     return [
         ours["score"] - theirs["score"]
@@ -85,8 +85,8 @@ def differences(
 
 
 def place(row: Row, exact: tuple[int, int] | None) -> str:
-    """Where the evidence of an example is when the answer begins: inside or outside of the window (sinks count as
-    inside), partly, cut away when the prompt was truncated, or unknown.
+    """The place of an example's evidence when the answer begins: "inside" the window or among the sinks, "outside" of
+    both, "partly", "cut" when the prompt was truncated, or "unknown".
 
     A fact that stands in several places is inside if one of them is. Several facts are inside or outside if all are.
 

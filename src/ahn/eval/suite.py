@@ -70,7 +70,9 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Suite:
         raise ConfigError(f"{path}: runs: {runs!r}: expected a list of runs, each with keys and values")
     folder, summary = (own[key] and Path(own[key]).expanduser() for key in ("output", "summary"))
     whole = [values | {key: value for key, value in run.items() if key not in changed} for run in runs]
-    return Suite([one for run in whole for one in _expanded(run, path)], folder, summary, own["note"])
+    expanded = [one for run in whole for one in _expanded(run, path)]
+    different = [run for number, run in enumerate(expanded) if run not in expanded[:number]]
+    return Suite(different, folder, summary, own["note"])
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The trained memory with every read set to zero: what differs from `ahn` is what the memory itself adds."""
+"""The trained memory with every read set to zero. The difference to `ahn` is the effect of the memory's reads."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from ahn.memory.handle import layers_of
 class AhnZeroed(Ahn):
     """The trained memory with every read set to zero.
 
-    It is written as always and costs the same. In the paper's form this is the window alone, computed the long way
-    round, and must score the same; with `window_gate` the window still gives way to a read of nothing, and what that
-    changes stays.
+    The memory is written as always and costs the same. In the paper's form this equals the window alone, and must score
+    the same. With `window_gate` the window's output is still reduced in favour of the read, although that is zero.
     """
 
     name = "ahn-zeroed"
@@ -22,4 +21,4 @@ class AhnZeroed(Ahn):
         super().prepare()
         for layer in layers_of(self.model):
             if layer.cell is not None:
-                nn.init.zeros_(layer.cell.o_proj.weight)  # however a read is computed, it goes through this
+                nn.init.zeros_(layer.cell.o_proj.weight)  # every read goes through this layer

@@ -1,7 +1,7 @@
-"""What a policy is: a base model that reads a prompt of any length in its own way, and answers greedily.
+"""The base of all policies. A policy is a base model that reads a prompt in its own way and answers greedily.
 
 A policy is one file of this folder with one class, found under the file's name (`ahn_zeroed.py` is `ahn-zeroed`).
-All are read in chunks through a cache, so that memory use is the cache's, and all that is compared is the cache.
+All policies read in chunks through a cache. So memory use is that of the cache, and caches alone are compared.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Policy:
     needs_adapter: ClassVar[bool] = False
     uses_window: ClassVar[bool] = True
     uses_store: ClassVar[bool] = False
-    recalls: ClassVar[bool] = False  # reads the text apart from the question, wherever that is known
-    keeps_padding: ClassVar[bool] = False  # in its cache, so that it must be masked for ever
+    recalls: ClassVar[bool] = False  # reads the text before the question, wherever the two are known
+    keeps_padding: ClassVar[bool] = False  # padding stays in the cache and must be masked in every call
 
     def __init__(
         self, base: str, kept: Kept, *, dtype: Any = None, device: Any = None, model: PreTrainedModel | None = None
@@ -83,7 +83,7 @@ class Policy:
 
     @classmethod
     def check(cls, base: Any, longest: int, kept: Kept) -> None:
-        """Whether a base of this transformers config can take `longest` tokens, prompt and answer; no weights needed.
+        """Check that a base of this transformers config can take `longest` tokens, prompt and answer. Needs no weights.
 
         Raises:
             ConfigError: it cannot, or `kept.adapter` is missing.
@@ -116,11 +116,11 @@ class Policy:
         }
 
     def prepare(self) -> None:
-        """Make of the plain `self.model` what this policy needs."""
+        """Change the plain `self.model` as this policy needs it."""
         raise NotImplementedError
 
     def release(self) -> PreTrainedModel:
-        """The plain base again, for the next policy; this one is of no more use."""
+        """The plain base again, for the next policy. This policy cannot be used any more."""
         return detach(self.model)
 
     def cache(self) -> Any:
@@ -144,8 +144,8 @@ class Policy:
         limits: Sequence[int],
         stop: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """The likeliest tokens after each prompt, at most as many as its limit, without the one that ends them: plain
-        argmax, whatever sampling, penalties or temperature the base's own generation settings ask for.
+        """Greedy answers, each at most as long as its limit and without the token that ends it. Sampling, penalties and
+        temperature in the base's generation settings are ignored.
 
         Args:
             stop: given an answer so far after each token; true ends it.
@@ -170,8 +170,8 @@ class Policy:
             hidden = self._next(tokens[:, None], cache, padding)
 
     def asked(self, questions: Sequence[tuple[Prompt, Example]]) -> list[tuple[list[int], dict[str, Any]]]:
-        """Answers to questions on one text, which is read once, as of `answers`; and what else is to be noted of
-        each."""
+        """Answers to questions on one text, as from `answers`, each with further entries for its row. The text is read
+        once."""
         prompts = [prompt for prompt, _ in questions]
         rows = [prompt.ids[prompt.asks :] for prompt in prompts]
         limits = [example.max_new_tokens for _, example in questions]
@@ -181,19 +181,19 @@ class Policy:
         """A cache that has read the text of a prompt and nothing of the question. It must not be changed."""
         ids = prompt.text
         if self._read is None or self._read[0] != ids:
-            self._read = None  # its memory is free before another text is read
+            self._read = None  # frees its memory before another text is read
             self._read = ids, self.read(ids, self.text_cache())
         return self._read[1]
 
     @torch.no_grad()
     def after(self, cache: Any, rows: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
-        """`answers` to questions, each a row, that follow what `cache` has read, which is one text. It is changed."""
+        """`answers` to questions on the text that `cache` has read, one question a row. The cache is changed."""
         hidden, read = self._follow(cache, rows)
         ended = torch.tensor(sorted(self.ends), device=self.model.device)
         tokens: list[Tensor] = []
         while True:
             tokens.append(self.model.get_output_embeddings()(hidden).argmax(-1, keepdim=True))
-            # whether all have ended is asked now and then: it makes a GPU wait
+            # asked only every eighth token, because it makes a GPU wait
             done = len(tokens) % 8 == 0 and bool(torch.isin(torch.cat(tokens, 1), ended).any(1).all())
             if done or len(tokens) == max(limits):
                 break
@@ -211,7 +211,8 @@ class Policy:
         return found
 
     def _follow(self, cache: Any, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The last hidden state [B, D] of each row behind one text, and that of a further token [B, 1] of each."""
+        """The last hidden state [B, D] of each row behind one text, and a function that reads a further token [B, 1] of
+        each row and returns the next state."""
         past, device = cache.get_seq_length(), self.model.device
         if past and len(rows) > 1:
             cache.batch_repeat_interleave(len(rows))
@@ -235,20 +236,20 @@ class Policy:
         return read(ids, positions, real if padding else None), further
 
     def losses(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Of each text, the next-token loss in nats at each position but the last, float32 [T - 1] on the CPU."""
+        """The next-token losses of each text in nats, at each position but the last, float32 [T - 1] on the CPU."""
         return [losses for losses, _ in self.scored(texts, self.cache())]
 
     @torch.no_grad()
     def scored(self, texts: Sequence[Sequence[int]], cache: Any) -> list[tuple[Tensor, Tensor]]:
-        """`losses` after what `cache` has seen, which is changed, and whether each token was the likeliest, bool
-        [T - 1]. The last token is not read."""
+        """`losses` behind the text that `cache` has read, and whether each token was the likeliest, bool [T - 1]. The
+        cache is changed. The last token is not read."""
         head = self.model.get_output_embeddings()
         ids, padding = self._rows(texts)
         parts: list[list[tuple[Tensor, Tensor]]] = [[(torch.zeros(0), torch.zeros(0, dtype=torch.bool))] for _ in texts]
         wanted = ids[:, 1:].split(CHUNK, 1) if ids.shape[1] > 1 else ()
         for piece, targets in zip(ids[:, :-1].split(CHUNK, 1), wanted, strict=False):
             for row, hidden in enumerate(self._next(piece, cache, padding)):
-                logits = head(hidden).float()  # row by row: those of a batch may be larger than the model
+                logits = head(hidden).float()  # row by row, because logits of a batch may be larger than the model
                 losses = cross_entropy(logits, targets[row], reduction="none")
                 parts[row].append((losses.cpu(), (logits.argmax(-1) == targets[row]).cpu()))
         whole = [tuple(torch.cat(column) for column in zip(*row, strict=True)) for row in parts]
@@ -261,7 +262,7 @@ class Policy:
 
     @torch.no_grad()
     def read(self, ids: Sequence[int], cache: Any = None) -> Any:
-        """A cache, a new one if none is given, that has seen `ids`, which may be none."""
+        """A cache that has read `ids`, which may be empty. A new one is made if none is given."""
         cache = self.cache() if cache is None else cache
         chunk = CHUNK if self.model.device.type == "cpu" else GPU_CHUNK
         for piece in self._rows([ids])[0].split(chunk, 1) if ids else ():
@@ -269,7 +270,7 @@ class Policy:
         return cache
 
     def _rows(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
-        """Ids [B, T], and how many of a row's first are padding: None where none are."""
+        """Ids [B, T], and the number of padding tokens at the front of each row. None if there is no padding."""
         if not texts or not all(texts):
             raise ConfigError("no tokens: expected at least one")
         longest = max(map(len, texts))

@@ -5,7 +5,7 @@ C slots of the buffer; R rows of positions: 1 where all of the batch are at the 
 
 Tokens that leave the window are pooled four at a time, keys and values alike and after their rotary positions, into a
 first-in-first-out buffer that is attended like the rest. Evicted token e belongs to group e // 4, which lies in slot
-(e // 4) mod C; a group that is not complete yet is the pool of what it has, so that nothing vanishes and a prompt read
+(e // 4) mod C; an incomplete group is the pool of its tokens so far, so that nothing vanishes and a prompt read
 in pieces of any size is read alike. C is as many slots as fit into the bytes of the cell under comparison: its state
 and the gates of the lossless tokens (the paper: "size matched to the state").
 """
@@ -34,7 +34,7 @@ RATE = 4  # tokens in one slot, as in the paper
 
 
 class Compressive(Policy):
-    """Sinks, window, and a buffer of pooled keys and values. Subclasses say how four become one."""
+    """Sinks, window, and a buffer of pooled keys and values. Subclasses choose how four tokens are pooled."""
 
     needs_adapter = True
     maximum: ClassVar[bool]

@@ -1,4 +1,4 @@
-"""The bare base, given passages at random: what any text in front of a question gives."""
+"""The base alone with random passages. It shows the effect of any text in front of a question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bare base, given the passages that hold the evidence: what no finder can beat."""
+"""The base alone with the passages that hold the evidence. No finder can be better."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passages of what the memory has read, found for each question and read again in front of it."""
+"""Passages of the text, found for each question and read again in front of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ahn.eval.prompts import Prompt
     from ahn.eval.tasks.base import Example
 
-BUDGETS = (256, 512, 1024)  # tokens re-read, for which it is noted how much of the evidence is among them
+BUDGETS = (256, 512, 1024)  # tokens of passages; the share of evidence among them is noted for each
 
 
 class Recall(Policy):
@@ -85,8 +85,8 @@ class Recall(Policy):
         return list(zip(self.after(AHNCache(self.model), rows, limits), notes, strict=True))
 
     def found(self, memory: Any, prompt: Prompt, example: Example) -> tuple[Passages, list[int], dict[str, Any]]:
-        """All passages, those for a question, how much of its evidence is among them, and how far they support an
-        answer."""
+        """All passages, the ones that are read again for a question, and entries for its row: the share of its evidence
+        among them, and the signals of support."""
         passages = Passages.of(memory.archive, self.tokenizer)
         question = Question(example.question, self.model, self.tokenizer, memory)
         scores = self.scores(passages, question, prompt, example)
@@ -107,7 +107,7 @@ class Recall(Policy):
         return passages, taken, note
 
     def scores(self, passages: Passages, question: Question, prompt: Prompt, example: Example) -> np.ndarray:
-        """Of each passage."""
+        """A score for each passage."""
         return finders.get(self.kept.recall.finder)().scores(passages, question)
 
     def _ids(self, text: str) -> list[int]:
@@ -115,7 +115,7 @@ class Recall(Policy):
 
 
 def evidence(passages: Passages, taken: Sequence[int], prompt: Prompt) -> float:
-    """Share of the needed facts of which some place begins in a passage taken."""
+    """The share of the needed facts that have a place in the passages taken."""
     read = [(int(passages.bounds[i]), int(passages.bounds[i + 1])) for i in taken]
     there = [
         any(low <= start < high or start < low < end for start, end in one for low, high in read)
@@ -125,7 +125,7 @@ def evidence(passages: Passages, taken: Sequence[int], prompt: Prompt) -> float:
 
 
 def overlap(passages: Passages, prompt: Prompt, example: Example) -> float | None:
-    """Share of the question's words that occur in a passage with evidence."""
+    """The share of the question's words that occur in a passage with evidence."""
     starts = [start for one in prompt.needs for start, _ in one]
     where = {int(np.searchsorted(passages.bounds, start, side="right")) - 1 for start in starts}
     known = {word for i in where if 0 <= i < len(passages) for word in words(passages.texts[i])}

@@ -1,4 +1,4 @@
-"""Sinks and window: what has left the window is gone."""
+"""Sinks and window. Tokens that left the window are lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ahn.hf.augment import augment
 class Window(Policy):
     """Sinks and window alone: the baseline of all differences.
 
-    It keeps the lossless tokens that the memory keeps, and so holds fewer bytes, by the cell's state and gates.
+    It keeps as many lossless tokens as the memory does. So it holds fewer bytes, without the cell's state and gates.
     """
 
     name = "window"

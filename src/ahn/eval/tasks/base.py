@@ -31,13 +31,13 @@ class Example:
         max_new_tokens: of the answer.
         evidence: characters start to end - 1 of `prompt` that hold all that the answer needs; None: unknown.
         depth: 0 to 1, where in the text the evidence is, if that is known.
-        answer_prefix: what the answer begins with, after the chat template; it is not part of the prediction.
-        extra: what scoring needs besides: all_classes, gold_ans. `evidence_cut`: truncation took the evidence.
+        answer_prefix: the beginning of the answer, after the chat template. It is not part of the prediction.
+        extra: further values for scoring: all_classes, gold_ans. `evidence_cut`: truncation took the evidence.
         begins: character of `prompt` where the text begins, behind instructions.
         asks: character where the text ends and the question about it begins, the end of `prompt` if the question stands
             in front; None: nothing is asked about a text.
         question: the question alone, without instructions: finders look for it in the text.
-        needs: where each fact that the answer takes stands; any of a fact's places will do. Empty: unknown.
+        needs: the places of each fact that the answer needs. Any place of a fact suffices. Empty: unknown.
         apart: text and question are encoded apart, as `ahn ask` does, so that a text with many questions is read once.
     """
 
@@ -64,7 +64,7 @@ class Task:
         set: one of `sets`.
 
     Class attributes:
-        suite: the file's name. sets: what it measures, in the benchmark's own names.
+        suite: the file's name. sets: names of its parts, as in the benchmark.
         groups: names of several sets that are asked for together, beside all of them.
         kind: "generate", or "loss" for texts whose loss is measured by position.
         scored_as: the suite of `metrics.METRICS` whose metrics it uses; default: its own. A suite with a metric of its
@@ -99,11 +99,11 @@ class Task:
 
         Args:
             tokenizer: a fast one, with which lengths are counted.
-            length: tokens that generated texts fill, and that prompts of fixed texts are truncated to by the suite's
-                own rule; None: whatever the benchmark has.
+            length: tokens of a prompt. Generated texts fill it. Prompts of fixed texts are truncated to it by the
+                suite's own rule. None: the benchmark's own length.
             data: a file, or a folder, in the benchmark's own format; None: the hub, or nothing for generated texts.
             seed: of everything that is drawn, and of which examples `limit` keeps.
-            limit: at most so many; fewer are a part of more.
+            limit: examples at most. Those of a smaller limit are among those of a larger one.
 
         Raises:
             EvalError: data or a field that is missing, or a length that is too small for the template.
@@ -111,18 +111,18 @@ class Task:
         raise NotImplementedError
 
     def score(self, example: Example, prediction: str) -> float:
-        """How good an answer is, 0 to 1."""
+        """The score of an answer, 0 to 1."""
         extra = {key: example.extra.get(key) for key in ("gold_ans", "all_classes")}
         return metrics.score(
             self.scored_as or self.suite, self.metric, self.clean(prediction), example.answers, **extra
         )
 
     def clean(self, prediction: str) -> str:
-        """The part of what was said that counts."""
+        """The part of a prediction that is scored."""
         return prediction
 
     def truncate(self, ids: list[int], limit: int) -> list[int]:
-        """At most `limit` of the ids: the middle goes, as the ends hold the instructions (LongBench)."""
+        """At most `limit` of the ids. The middle is cut out, because the ends hold the instructions (LongBench)."""
         if len(ids) <= limit:
             return ids
         half = limit // 2
@@ -164,11 +164,11 @@ class Task:
         )
 
     def random(self, seed: int, *more: object) -> random.Random:
-        """Numbers of this task, seed, and whatever else they should depend on."""
+        """Random numbers that depend on the task, the seed, and the further arguments."""
         return random.Random("/".join(map(str, (self.name, seed, *more))))
 
     def chosen(self, count: int, seed: int, limit: int | None) -> list[int]:
-        """Which of `count` examples to take, in order; those of a smaller limit are among those of a larger."""
+        """Indices of the examples to take, of `count`, in order. A larger limit adds to those of a smaller one."""
         if limit is None or limit >= count:
             return list(range(count))
         order = list(range(count))
@@ -194,7 +194,8 @@ class FixedTask(Task):
         return [self.set, f"{self.suite}-{self.set}", *([f"{self.suite}-{self.set}-{length}"] if length else [])]
 
     def hub(self, length: int | None) -> str:
-        """Where on the hub the lines of JSON are: OWNER/NAME/FILE, or OWNER/NAME/ARCHIVE.zip::FILE, anywhere in it."""
+        """The address of the lines of JSON on the hub: OWNER/NAME/FILE, or OWNER/NAME/ARCHIVE.zip::FILE, where FILE may
+        be in any folder of the archive."""
         raise NotImplementedError
 
 

@@ -30,7 +30,7 @@ FILES = {
 ABSENT = "-absent"  # behind the name of a set: questions of other texts
 FILLER = ("squad-train",)  # articles that make texts longer than the questions' own
 Text = tuple[str, dict[int, list[Span]]]
-"""A text, and for each of its groups where the pieces stand."""
+"""A text, and the places of the pieces of each of its groups."""
 _PASSAGE = re.compile(r"^Passage \d+:\n", re.MULTILINE)
 
 
@@ -46,7 +46,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Group:
-    """Pieces of text that stay in one context, and what is asked about them. `origin`: article or story, by number."""
+    """Pieces of text that stay in one context, and the questions about them. `origin`: number of article or story."""
 
     pieces: tuple[str, ...]
     asked: tuple[Asked, ...]
@@ -90,7 +90,7 @@ class QA(Task):
         if not contexts:
             raise EvalError(f"{self.name}: length {length}: the texts are too short, or none fits")
         order = list(every)
-        self.random(seed, "questions").shuffle(order)  # of all, so that other lengths ask the same
+        self.random(seed, "questions").shuffle(order)  # shuffles all questions, so that other lengths ask the same ones
         texts = [self._joined(members, [groups[at] for at in members], filler, seed) for members, filler in contexts]
         wanted = sorted(islice(self._placed(order, groups, texts, seed), limit))
         if not wanted:
@@ -102,7 +102,7 @@ class QA(Task):
     def _placed(
         self, order: Sequence[tuple[int, int]], groups: Sequence[Group], texts: Sequence[Text], seed: int
     ) -> Iterator[tuple[int, int, int]]:
-        """Questions that can be asked, in this order, behind the number of the text they are asked of."""
+        """Pairs of the number of a text and a question that can be asked about it, in this order."""
         if not self.absent:
             home = {at: place for place, (_, places) in enumerate(texts) for at in places}
             yield from ((home[at], at, number) for at, number in order if at in home)
@@ -119,8 +119,8 @@ class QA(Task):
     def _contexts(
         self, groups: Sequence[Group], tokenizer: Any, room: int, data: Path
     ) -> list[tuple[list[int], list[str]]]:
-        """Members of each text, by their place in `groups`, and what fills it up. The last, shorter text is left out
-        if there is another."""
+        """The groups of each text, by their index in `groups`, and the pieces that fill it up. The last, shorter text
+        is left out if there is another."""
         sizes = [sum(tokens(tokenizer, piece + SEPARATOR) for piece in group.pieces) for group in groups]
         if self.set == "qmsum":
             return [([at], []) for at, size in enumerate(sizes) if size <= room]
@@ -223,7 +223,7 @@ def _story(record: Record, origin: int) -> Group:
 
 
 def _on(text: str, question: str, answers: tuple[str, ...]) -> Asked:
-    """A question whose evidence is wherever an answer occurs in the text; unknown if none does."""
+    """A question whose evidence is every place of an answer in the text. It is unknown if no answer occurs."""
     return Asked(question, answers, tuple(tuple((0, *span) for span in fact) for fact in places(text, answers)))
 
 

@@ -97,7 +97,7 @@ class Ruler(Task):
             )
 
     def _ready(self, data: Path, length: int | None) -> Path | None:
-        """RULER's own file of this set, if that is what `data` is or holds."""
+        """RULER's own file of this set, if `data` is that file or a folder with it."""
         names = [
             f"{self.set}/validation",
             self.set,

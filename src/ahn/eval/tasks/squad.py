@@ -18,7 +18,7 @@ DEFAULT_LENGTH = 8192
 INSTRUCTION = "Give a short answer (1 to 5 words)."
 SPREAD = 21  # depths of `spread`, from 0 to 1
 ANSWER_TOKENS = 32
-COMMON = 0.9  # a question is not asked whose answer occurs in more than a tenth of the paragraphs
+COMMON = 0.9  # share of the paragraphs that must not contain a question's answer
 
 
 class Squad(Task):
@@ -66,7 +66,7 @@ class Squad(Task):
             if room < 0:
                 raise EvalError(f"{self.name}: length {length}: expected at least {length - room} for {question!r}")
             chosen: list[int] = []
-            for i in sorted(others, key=lambda i: (i < at, i)):  # those behind it, then from the beginning
+            for i in sorted(others, key=lambda i: (i < at, i)):  # first those behind it, then those from the beginning
                 room -= sizes[i] + between
                 if room < 0:
                     break
@@ -93,12 +93,12 @@ class Squad(Task):
             )
 
     def random(self, seed: int, *more: object) -> random.Random:
-        """The same for every depth, so that the same questions are asked."""
+        """Random numbers that are the same for every depth, so that the same questions are asked."""
         return random.Random("/".join(map(str, (self.suite, seed, *more))))
 
     @staticmethod
     def _around(texts: list[str], sizes: list[int], chosen: list[int], depth: float) -> tuple[str, str]:
-        """What comes before the evidence, so much that it is at `depth`, and what comes after."""
+        """The paragraphs in front of the evidence, as many as put it at `depth`, and those behind it."""
         total, before, place = sum(sizes[i] for i in chosen), 0, 0
         while place < len(chosen) and before + sizes[chosen[place]] / 2 <= depth * total:
             before += sizes[chosen[place]]
