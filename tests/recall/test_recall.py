@@ -229,14 +229,15 @@ class TestFinders:
         assert torch.allclose(exact, naive(q, keys, bounds), atol=1e-6)
         assert (rounded - exact).abs().max() < 0.05 * exact.max()
 
-    def test_blocks_do_not_matter(self, monkeypatch):
+    @pytest.mark.parametrize(("limit", "size"), [("BLOCK", 37), ("SCORES", 74), ("SCORES", 1)])
+    def test_blocks_do_not_matter(self, monkeypatch, limit, size):
         from ahn.recall.finders import heads
 
         q, keys = torch.randn(2, 8), torch.randint(-127, 128, (500, 8), dtype=torch.int8)
         keys[9:40, 0] = -128
         bounds = torch.tensor([*range(0, 500, 9), 500])
         whole = by_passage(q / 30, keys, bounds)
-        monkeypatch.setattr(heads, "BLOCK", 37)
+        monkeypatch.setattr(heads, limit, size)
         assert torch.allclose(by_passage(q / 30, keys, bounds), whole, atol=1e-6)
 
     def test_passages_are_gathered_where_they_are_not_reduced(self):

@@ -48,10 +48,10 @@ class _Mark:
 class Archive:
     """Ids, places and, if `heads` are given, keys of one text, in the order of reading.
 
-    A copy shares what was read so far; what is added to one is not seen by the other.
+    A copy shares the text read so far. Text added to one is not seen by the other.
 
     Attributes:
-        documents: names of what was read. keys: of the retrieval heads, or None.
+        documents: names of the documents read. keys: of the retrieval heads, or None.
         tokenizer: `ahn.tokens.digest` of the one that made the ids, None where it is not known.
     """
 
@@ -161,7 +161,7 @@ class Archive:
         ]
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Whatever is derived from the archive as it is now, made once: passages, an index."""
+        """A value derived from the archive as it is now, such as passages or an index, made once."""
         length, found = self._made.get(key, (None, None))
         if length != len(self):
             found = make()

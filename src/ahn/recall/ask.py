@@ -95,12 +95,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to answer a question from.
+    """The passages that an answer can be taken from, and whether they support one.
 
     Attributes:
         sources: passages to read again, in the order of the text.
-        support: how far passages and memory together support an answer, in the unit of the adapter's calibration: below
-            0 they do not. None: not known.
+        support: how well passages and memory together support an answer, in the unit of the adapter's calibration.
+            Below 0 they do not support one. None: not known.
     """
 
     sources: tuple[Source, ...] = ()
@@ -124,20 +124,21 @@ def ask(
     max_new_tokens: int = 256,
     **options: Any,
 ) -> Answer:
-    """Answer a question about the document that `memory` has read, from passages of it that are read again, or from the
-    memory where none is.
+    """Answer a question about the text that `memory` has read.
+
+    The answer comes from passages that are read again. Where none is, it comes from the memory.
 
     Where the adapter has a calibration (`ahn.recall.support`) and the text supports no answer, the answer is NOT_FOUND,
     and nothing is generated.
 
     Args:
         model, tokenizer: of the memory.
-        memory: what `ahn.read` returned, or a loaded one. It is not changed.
+        memory: returned by `ahn.read`, or loaded from a file. It is not changed.
         question: at least one word.
         recall: tokens to read again at most; 0: none. Default: 512 if the memory has keys of retrieval heads, else 0.
         finder: how passages are found (`ahn.recall.finders.names()`).
-        rounds: 2 looks for the second half of the passages with the first half in mind, for questions whose answer is
-            spread over several passages.
+        rounds: 2 reads the first half of the passages, then looks for the second half. This is meant for questions
+            whose answer is spread over several passages.
         unsupported: "answer" generates an answer although the text supports none; "say" does not.
         max_new_tokens, options: as `ahn.generate`.
 

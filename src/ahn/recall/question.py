@@ -1,4 +1,4 @@
-"""A question to a memory, as finders see it: its text, and what the model's heads ask for."""
+"""A question to a memory, as finders see it: its text, and the queries of the model's heads."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ahn.memory.cache import AHNCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NOTHING = "N/A"  # a question about nothing: what heads look at whatever is asked
+NOTHING = "N/A"  # a question about nothing: shows the tokens that heads look at whatever is asked
 
 
 class _AllSeenError(Exception):
-    """Ends a forward call whose further layers nobody looks at. Heads of layer 8 of 28 need a third of them."""
+    """Ends a forward call behind the last layer with retrieval heads. Heads of layer 8 need 9 of 28 layers."""
 
 
 class Question:
-    """A question, and what is computed for it once.
+    """A question, and values that are computed for it once.
 
     Args:
         text: the question. model, tokenizer: of the memory.

@@ -33,7 +33,7 @@ from ahn.recall.words import words
 
 KINDS = ("heads", "heads_less"), ("words", "words_all"), ("said",)
 REFUSED = 0.05  # of the questions with an answer, at most
-AS_GOOD = 0.01  # of the area under the curve: what several signals must gain over one
+AS_GOOD = 0.01  # of the area under the curve, which several signals must gain over one
 CHECK = "Does the text above contain the answer to this question: {question} Answer yes or no."
 _FLOOR = 1e-6  # of attention, below which its logarithm says nothing
 _STEPS, _RIDGE = 20, 1.0  # of the logistic fit
@@ -61,7 +61,7 @@ def of_passages(passages: Passages, read: Sequence[int], question: Question) -> 
 
 
 def check(question: str) -> str:
-    """What the model is asked, in place of the question, for the signal `said`."""
+    """The text that the model is asked in place of the question, for the signal `said`."""
     return CHECK.format(question=question.strip())
 
 

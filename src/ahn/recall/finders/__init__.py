@@ -1,4 +1,4 @@
-"""Ways to find the passages a question asks for. One file each; `base.py` says what a finder is."""
+"""Ways to find the passages a question asks for. One file each; `base.py` has the interface."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What a finder is: it scores the passages of an archive for a question."""
+"""The interface of a finder, which scores the passages of an archive for a question."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Finder:
     name: ClassVar[str]
 
     def scores(self, passages: Passages, question: Question) -> np.ndarray:
-        """float32 [P], by passage, higher for those that answer. Only their order counts.
+        """Scores float32 [P], higher for passages that answer. Only their order counts.
 
-        Whatever depends on the text alone is kept by `passages.archive.memo`.
+        `passages.archive.memo` keeps a value that depends on the text alone.
 
         Raises:
-            ConfigError: the archive lacks what this finder needs; says what.
+            ConfigError: the archive lacks something that this finder needs. The message names it.
         """
         raise NotImplementedError

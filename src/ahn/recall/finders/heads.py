@@ -20,11 +20,12 @@ from ahn.recall.passages import Passages
 from ahn.recall.question import Question
 
 BLOCK = 1 << 15  # groups of keys that are on the device at once
+SCORES = 1 << 22  # products with them, at once: fewer keys where a question has many tokens
 LOWEST = -1e30  # in place of -inf where a difference is taken
 
 
 class Heads(Finder):
-    """How closely heads look at a passage for the question's tokens, less what they do for one about nothing ("N/A").
+    """Attention of retrieval heads from the question to a passage, less that from a question about nothing ("N/A").
 
     The attention of a head is a softmax over all keys of the archive. A passage gets that of its most attended key,
     averaged over the tokens of the question and added up over heads.
@@ -79,7 +80,8 @@ def by_passage(q: Tensor, keys: Tensor, bounds: Tensor) -> Tensor:
         bounds: on the host; passage i has the keys bounds[i] to bounds[i + 1] - 1.
     """
     largest, norm, products = [], torch.full((len(q),), -torch.inf, device=q.device), products_with(q)
-    step = max(1, BLOCK // max(int(bounds.diff().max()), 1))
+    groups = min(BLOCK, SCORES // len(q))
+    step = max(1, groups // max(int(bounds.diff().max()), 1))
     parts = [bounds[low : low + step + 1] for low in range(0, len(bounds) - 1, step)]
     blocks = on_device([keys[int(part[0]) : int(part[-1])] for part in parts], q.device)
     for part, k in zip(parts, blocks, strict=True):
@@ -140,7 +142,7 @@ def largest_of(scores: Tensor, bounds: Tensor) -> Tensor:
 
 
 def gathered(scores: Tensor, bounds: Tensor) -> Tensor:
-    """`largest_of` for a GPU: passages as long as the longest, what is too much left out."""
+    """`largest_of` for a GPU: every passage is read as if it were as long as the longest, and the excess is masked."""
     width = int(bounds.diff().max())
     ends = bounds.to(scores.device, non_blocking=True)
     places = ends[:-1, None] + torch.arange(width, device=scores.device)
