@@ -1,8 +1,8 @@
 """Read text longer than a language model's context in constant memory.
 
-A frozen Transformer keeps the first tokens (sinks) and the last ones (window) exactly; what leaves the window is
-compressed by a small trained recurrent cell into a state of fixed size (Artificial Hippocampus Networks,
-arXiv 2510.07318). Importing this package loads neither torch nor transformers and patches nothing. It asks OpenMP to
+A frozen Transformer keeps the first tokens (sinks) and the last ones (window) exactly. A small trained recurrent
+cell compresses the tokens that leave the window into a state of fixed size (Artificial Hippocampus Networks, arXiv
+2510.07318). Importing this package loads neither torch nor transformers and patches nothing. It asks OpenMP to
 let idle threads sleep (`OMP_WAIT_POLICY=passive`), unless torch is loaded already or the environment says otherwise.
 """
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ahn.version import __version__ as __version__
 
-# Threads that spin while they wait keep the cores from those they wait for when a machine has other work. OpenMP reads
-# this once, when torch loads it; the other two are its older names in GNU's and Intel's library.
+# On a busy machine, threads that spin while they wait take the cores from the threads that they wait for. OpenMP reads
+# this variable once, when torch loads it. The other two are its older names in GNU's and Intel's library.
 if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "passive"
 

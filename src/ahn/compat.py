@@ -1,10 +1,10 @@
-"""What differs between the versions of transformers that are supported."""
+"""Differences between the supported versions of transformers."""
 
 import inspect
 
 from transformers.masking_utils import create_causal_mask
 
-# what a cache is called among the arguments and results of a model: transformers 5.24 renamed it
+# name of the cache among the arguments and results of a model; transformers 5.24 renamed it
 PAST, OTHER_PAST = "cache", "past_key_values"
 if PAST not in inspect.signature(create_causal_mask).parameters:
     PAST, OTHER_PAST = OTHER_PAST, PAST

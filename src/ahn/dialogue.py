@@ -1,8 +1,8 @@
 """Documents, questions and answers as token ids, in pieces that can be read before the next piece is known.
 
-The pieces put together are the ids of the whole conversation in the tokenizer's own chat template, so a document can
-be read today and asked about tomorrow. Nothing here knows a model family: the template is rendered once around
-placeholders, and the text between them is all that is needed.
+Joined, the pieces are the ids of the whole conversation in the tokenizer's own chat template. So a document can be read
+today and asked about tomorrow. Nothing here knows a model family: the template is rendered once around placeholders,
+and the text between them is used.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEPARATOR, LABEL = "\n\n", "Question: "
-"""Between a document and the question about it, in the same user turn. How the separator is cut into tokens may depend
-on what follows it, so what follows is fixed."""
+"""Both stand between a document and the question about it, in one user turn. The tokens of the separator may depend on
+the text after it, so that text is fixed."""
 
 NOT_FOUND = "not found in the text"
 """The answer to a question that the text does not answer."""
 
 _FIRST, _ANSWER, _SECOND = "ahnfirst", "ahnanswer", "ahnsecond"
-_CUT = "\ufdd0"  # no character: it marks where a rendered conversation is cut
-_RENDERING_S = 5  # a template that takes longer is taken for one that never ends
-_CONTEXT = "a"  # stands for whatever text came before, where a piece does not begin with a special token
+_CUT = "\ufdd0"  # a code point that no text has; it marks the cuts in a rendered conversation
+_RENDERING_S = 5  # a template that takes longer is assumed never to end
+_CONTEXT = "a"  # stands for the text before a piece that does not begin with a special token
 
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def readable(text: str) -> str:
-    """`text` without lone surrogates, which no tokenizer can read. Bytes that Python kept in an argument are decoded as
-    UTF-8; the rest becomes U+FFFD."""
+    """`text` without lone surrogates, which no tokenizer can read.
+
+    Python keeps undecodable bytes of a command line as surrogates: these are decoded as UTF-8. Others become U+FFFD.
+    """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except UnicodeEncodeError:
@@ -53,8 +55,11 @@ def readable(text: str) -> str:
 
 
 def from_json(text: str) -> Any:
-    """The value of a JSON text, with texts that are `readable`: half a surrogate pair can be escaped in it. Raises
-    ValueError, RecursionError."""
+    """The value of a JSON text. Strings in it are made `readable`, because JSON can escape half a surrogate pair.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON, or nested too deeply.
+    """
     value = json.loads(text)
     if _ESCAPED_SURROGATE.search(text):
         value = json.loads(readable(json.dumps(value, ensure_ascii=False)))
@@ -62,10 +67,11 @@ def from_json(text: str) -> Any:
 
 
 def plain(tokenizer: Any, text: str | list[str], special: bool = False, **options: Any) -> Any:
-    """`tokenizer(text)`, where a string such as `<|im_end|>` is the characters that it has, never the special token.
+    """`tokenizer(text)`, but a string such as `<|im_end|>` is read as its characters, never as the special token.
 
     Args:
-        special: add the tokens that the tokenizer puts around a text. options: further ones of the tokenizer.
+        special: whether to add the tokens that the tokenizer puts around a text.
+        options: further arguments of the tokenizer.
     """
     text = readable(text) if isinstance(text, str) else [readable(one) for one in text]
     return tokenizer(text, add_special_tokens=special, split_special_tokens=True, verbose=False, **options)
@@ -97,7 +103,7 @@ class Dialogue:
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         words = [re.escape(str(token)) for token in special]
         self._special = re.compile(f"(?={'|'.join(words)})") if special else None  # lookahead: overlaps count too
-        space = {True: r"\s*", False: ""}  # that some take from the text around them
+        space = {True: r"\s*", False: ""}  # some special tokens absorb the spaces around them
         words = [f"{space[token.lstrip]}{re.escape(str(token))}{space[token.rstrip]}" for token in special]
         self._control = re.compile("|".join(sorted(words, key=len, reverse=True)) or "(?!)")
         template = _template_pieces(tokenizer)
@@ -110,12 +116,16 @@ class Dialogue:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Dialogue:
-        """The dialogue of a tokenizer with its present template, made once: it takes a copy of the tokenizer."""
+        """The dialogue of a tokenizer with its present template, kept because making one copies the tokenizer."""
         return _dialogue_of(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
     def render(self, messages: Sequence[dict[str, str]], ask: bool = False) -> list[str]:
-        """The chat template's text of a whole conversation, in pieces to be tokenised one by one: cut inside whatever
-        a message has that would be read as a special token. `ask`: up to where the next answer begins.
+        """A whole conversation as text by the chat template, in pieces to be tokenised one by one.
+
+        The cuts lie inside those strings of the messages that would be read as special tokens.
+
+        Args:
+            ask: whether the text ends where the next answer begins.
 
         Raises:
             ConfigError: the template cannot be used for these messages.
@@ -123,7 +133,7 @@ class Dialogue:
         marked = [message | {"content": _CUT.join(self.inert(message["content"]))} for message in messages]
         try:
             return _rendered(self.tokenizer, marked, ask).split(_CUT)
-        except Exception as error:  # whatever a template stumbles over
+        except Exception as error:  # a template can raise anything
             raise ConfigError(f"the chat template cannot be used for these messages: {_named(error)}") from error
 
     def open(self, document: str) -> Tensor:
@@ -134,12 +144,12 @@ class Dialogue:
         """`open` of a document that comes in pieces, in constant memory.
 
         Yields:
-            tokens, whose starts count from the first character of the document. Those of the template are below 0.
+            tokens. Their starts count from the document's first character; those of the template are negative.
         """
         yield from self._document(self._prefix, pieces)
 
     def stream_more(self, pieces: Iterable[str], separated: bool = True) -> Iterator[Encoded]:
-        """A further document behind an open one, in constant memory.
+        """A further document after an open one, in constant memory.
 
         Args:
             separated: whether the document before was read to its end.
@@ -148,29 +158,30 @@ class Dialogue:
         yield from self._document(before, pieces, context=before if separated else _CONTEXT)
 
     def question(self, text: str, passages: str = "") -> Tensor:
-        """The question about an open document, to the point where the answer begins.
+        """The question about an open document, up to where the answer begins.
 
         Args:
-            passages: text that is read again in front of the question.
+            passages: text to read again before the question.
         """
         before = _CONTEXT + SEPARATOR
         return self._ids(before, _asked(text, LABEL, passages), self._suffix, context=before)
 
     def start(self, text: str) -> Tensor:
-        """The first question of a conversation without a document, to the point where the answer begins."""
+        """The first question of a conversation without a document, up to where the answer begins."""
         return self._ids(self._prefix, _asked(text, self._label), self._suffix)
 
     @property
     def closing(self) -> int:
-        """Tokens behind a question, up to where its answer begins."""
+        """Number of tokens between a question and its answer."""
         return len(self._template(self._suffix).ids)
 
     def turn(self, text: str, answer: Sequence[int] | Tensor = (), passages: str = "") -> Tensor:
-        """A further question, to the point where its answer begins.
+        """A further question, up to where its answer begins.
 
         Args:
-            text: the question. passages: text that is read again in front of it.
-            answer: ids generated last. Where they end with the token that closes the turn, it is not repeated.
+            text: the question.
+            answer: ids generated last. If they end with the token that closes the turn, it is not repeated.
+            passages: text to read again before the question.
         """
         asked = _asked(text, LABEL if passages else self._label, passages)
         ids = self._ids(_CONTEXT + self._between, asked, self._suffix, context=_CONTEXT)
@@ -188,17 +199,17 @@ class Dialogue:
     def _parts(
         self, before: str, text: Iterable[str], after: str, context: str = "", upto: str = ""
     ) -> Iterator[Encoded]:
-        """Tokens of `before + text + after`, less those of `context` in front and of `upto` behind.
+        """Tokens of `before + text + after + upto`, without those of `context` at the start and of `upto` at the end.
 
-        `before` and `after` are the template's, where special tokens count; in `text` they do not. So what is between
-        the last special token before the text and the first one behind it is encoded without any.
+        Special tokens count in `before` and `after`, which are the template's, but not in `text`. So the stretch from
+        the last special token before the text to the first one after it is encoded without any.
         """
         *_, low = 0, *(match.end() for match in self._control.finditer(before))
         high = match.start() if (match := self._control.search(after)) else len(after)
         skip = len(context)
         if low:
             yield self._template(before[:low], skip)
-        if not self._encoder.places:  # the pieces are tokenised as if nothing stood around them
+        if not self._encoder.places:  # pieces are then tokenised without their surroundings
             before, upto, skip = before[:low] + before[max(low, skip) :], "", 0
         end: int | None = None
 
@@ -214,20 +225,20 @@ class Dialogue:
             tokens = tokens.moved(low)
             # Only the ends are compared: a tokenizer may trim spaces off the starts.
             inside = tokens.ends > skip
-            if end is not None:  # so these are the last ones
+            if end is not None:  # the text has ended: these are the last tokens
                 inside &= tokens.ends <= end
             yield tokens[inside]
         if high < len(after):
             yield self._template(after[high:])
 
     def inert(self, text: str) -> list[str]:
-        """`text`, cut inside each string that would be read as a special token. Ordinary text stays in one piece."""
+        """`text`, cut inside each string that would be read as a special token. Ordinary text stays one piece."""
         text = readable(text).replace(_CUT, "\ufffd")
         cuts = [m.start() + 1 for m in self._special.finditer(text)] if self._special else []
         return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
     def _template(self, text: str, skip: int = 0) -> Encoded:
-        """Tokens of the template's own text, with special tokens, less those of its first `skip` characters."""
+        """Tokens of the template's own text after its first `skip` characters. Special tokens count in it."""
         options = {"add_special_tokens": False, "verbose": False}
         if not self.tokenizer.is_fast:
             ids = np.array(self.tokenizer(text[skip:], **options).input_ids, dtype=np.int32)
@@ -248,7 +259,7 @@ def _dialogue_of(tokenizer: Any, template: str) -> Dialogue:
 
 
 class Stripped:
-    """The pieces of a text without the space around all of it; `skipped` counts the characters left out in front."""
+    """The pieces of a text without the spaces around the whole. `skipped`: characters left out at the start."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
         self._pieces = pieces
@@ -270,7 +281,7 @@ class Stripped:
 
 
 def _tensor(parts: Iterable[Encoded]) -> Tensor:
-    """Their ids, int64 [1, T]."""
+    """The ids of all parts, int64 [1, T]."""
     import torch
 
     return torch.from_numpy(np.concatenate([part.ids for part in parts]).astype(np.int64))[None]
@@ -293,7 +304,7 @@ def _template_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
     ]
     try:
         text = _rendered(tokenizer, messages, ask=True)
-    except Exception as error:  # jinja's own, and whatever an expression of the template raises
+    except Exception as error:  # an expression of the template can raise anything
         _warn(_named(error))
         return None
     pieces = re.split(f"{_FIRST}|{_ANSWER}|{_SECOND}", text)
@@ -305,7 +316,7 @@ def _template_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
 
 @cache
 def _warn(reason: str) -> None:
-    """Once for each reason."""
+    """Log a warning, once for each reason."""
     logger.warning("the chat template cannot be used (%s): texts are read as Question: ... Answer:", reason)
 
 
@@ -314,7 +325,7 @@ def _named(error: Exception) -> str:
 
 
 def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool) -> str:
-    """Raises whatever the template raises, TimeoutError for one without an end."""
+    """The template's text of a conversation. Raises the template's own errors, and TimeoutError if it does not end."""
     with _within(_RENDERING_S):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     return readable(text)
@@ -322,7 +333,7 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool) -> 
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in a template that takes more of the processor's time, in any thread and on any system."""
+    """Raises TimeoutError in a template that uses more processor time. Works in any thread and on any system."""
     end, before = time.thread_time() + seconds, sys.gettrace()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:

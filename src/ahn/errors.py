@@ -6,7 +6,7 @@ from typing import Any
 
 
 class AHNError(Exception):
-    """Base of all errors of this package. Its text is one line, whatever a library or a file put into it.
+    """Base of all errors of this package. Its text is always one line, even if it quotes several.
 
     Args:
         message: may name a setting as `{recall}`. Python then reads `recall=512`, the command line `--recall 512`.
@@ -21,7 +21,7 @@ class AHNError(Exception):
         return self.told(lambda name, value: f"{name}={value!r}")
 
     def told(self, named: Callable[[str, Any], str]) -> str:
-        """The text, in which `named` says a setting by its name and value."""
+        """The text, with each setting written by `named(name, value)`."""
         text = " ".join(self.message.splitlines())
         if not self.settings:
             return text
@@ -33,7 +33,7 @@ class ConfigError(AHNError, ValueError):
 
 
 class UnsupportedModelError(AHNError, ValueError):
-    """A base model whose attention cannot be split into sinks, window and memory; the message says what is missing."""
+    """A base model whose attention cannot be split into sinks, window and memory. Says which part is missing."""
 
 
 class UnsupportedOperationError(AHNError, NotImplementedError):
@@ -49,7 +49,7 @@ class AdapterError(AHNError, ValueError):
 
 
 class TrainingError(AHNError, RuntimeError):
-    """A training run that cannot go on: a full disk, a lost GPU, too little memory. Says what to resume from."""
+    """A training run that cannot go on: a full disk, a lost GPU, too little memory. Names a checkpoint to resume from."""
 
 
 class MemoryFileError(AHNError, ValueError):

@@ -1,7 +1,7 @@
 """Files are written whole or not at all, and only where a regular file is or can be.
 
-Unfinished files and folders are named after the machine and the process that write them. What a killed process left is
-removed when the next one writes into the same folder.
+Unfinished files and folders are named after the machine and the process that write them. The next process that writes
+into the same folder removes those of a killed one.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _KINDS = [(stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "so
 
 
 def checked(path: str | os.PathLike[str], option: str = "") -> Path:
-    """The regular file behind `path`, links followed, that exists or can be made.
+    """The regular file that `path` names, with links followed. It exists, or it can be made.
 
     Args:
-        option: of the command line, for messages.
+        option: the command line's option that gave the path, for messages.
 
     Raises:
-        OutputError: its name has line ends or other control characters, it exists and is no regular file or cannot be
-            written, or there is no such folder.
+        OutputError: the name has line ends or other control characters; the file exists and is not regular, or is
+            read-only; or its folder is missing.
     """
     name = f"{option} {path}".strip()
     if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in os.path.basename(os.fsdecode(path))):
@@ -48,7 +48,7 @@ def checked(path: str | os.PathLike[str], option: str = "") -> Path:
         file = Path(os.path.realpath(path))
         kind = file.lstat() if os.path.lexists(file) else None
         with suppress(FileNotFoundError):
-            kind = os.stat(path)  # of an open pipe, as /dev/stdout can be, the real path does not exist
+            kind = os.stat(path)  # the real path of an open pipe, such as /dev/stdout, does not exist
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise OutputError(f"{name}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     if kind is not None and not stat.S_ISREG(kind.st_mode):
@@ -62,7 +62,7 @@ def checked(path: str | os.PathLike[str], option: str = "") -> Path:
 
 
 def check_writable(path: str | os.PathLike[str] | None, option: str = "-o") -> None:
-    """Raises OutputError if no file can be written to `path`: said before hours of work, not after them."""
+    """Raises OutputError if `path` cannot be written: users learn it before hours of work, not after."""
     if path is None:
         return
     file = checked(path, option)
@@ -75,10 +75,10 @@ def check_writable(path: str | os.PathLike[str] | None, option: str = "-o") -> N
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path that replaces the file behind `path` if all went well and is removed if not.
+    """A temporary path. It replaces the file at `path` if all goes well, and is removed if not.
 
     Raises:
-        OutputError: `path` is no regular file, or the disk refused (full, read-only, no such folder); the earlier file
+        OutputError: `path` is no regular file, or the disk refused (full, read-only, no such folder). The earlier file
             is untouched.
     """
     file = checked(path)
@@ -104,8 +104,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def appending(path: Path, end: int, inode: int) -> Iterator[BinaryIO | None]:
-    """An unbuffered file to append to behind its first `end` bytes, which is as it was before if anything goes wrong.
-    None if it is not the file that it was, or if another process is appending to it.
+    """Open a file of `end` bytes to append to it, unbuffered. If anything goes wrong, what was appended is cut off.
+
+    Yields:
+        the file; None if it changed (another inode or size), or if another process is appending to it.
 
     Raises:
         OutputError: the disk refused.
@@ -127,7 +129,7 @@ def appending(path: Path, end: int, inode: int) -> Iterator[BinaryIO | None]:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether no other process has locked the file; this one has, until it is closed."""
+    """Lock the file until it is closed. False if another process has locked it."""
     try:
         import fcntl
     except ImportError:  # not on every system
@@ -135,17 +137,16 @@ def _lock(file: BinaryIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else there are no locks here
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # any other error: this file system has no locks
     return True
 
 
 @contextmanager
 def claimed(path: str | os.PathLike[str], option: str = "-o") -> Iterator[None]:
-    """Within, no other process of this machine claims the same path: of two that read an old file and write a new one,
-    one would lose its work.
+    """Claim a path among the processes of this machine: of two that rewrite one file, one would lose its work.
 
     Raises:
-        OutputError: another one does.
+        OutputError: another process has claimed the path.
     """
     from filelock import FileLock, Timeout
 
@@ -156,7 +157,7 @@ def claimed(path: str | os.PathLike[str], option: str = "-o") -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(f"{option} {path}: another process is writing to it; expected another name") from None
-    except OSError:  # no place for locks
+    except OSError:  # locks cannot be made here
         yield
         return
     try:
@@ -167,7 +168,7 @@ def claimed(path: str | os.PathLike[str], option: str = "-o") -> Iterator[None]:
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder`, which is made if it is missing; removed at the end. Raises OSError."""
+    """A new folder inside `folder`, removed at the end. `folder` is made if it is missing. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     temporary = folder / _name()
@@ -183,7 +184,7 @@ def _name() -> str:
 
 
 def _new(folder: Path) -> Path:
-    """An empty file, with the permissions of any new one."""
+    """Make an empty file with default permissions."""
     path = folder / _name()
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return path
@@ -198,7 +199,7 @@ def _to_disk(path: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes of this machine that no longer exist left unfinished."""
+    """Remove the unfinished files and folders of processes of this machine that have ended."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             match = _UNFINISHED.fullmatch(entry.name)
@@ -212,7 +213,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _lives(process: int) -> bool:
-    if os.name != "posix":  # where signal 0 would end it
+    if os.name != "posix":  # on Windows signal 0 would end it
         return True
     try:
         os.kill(process, 0)

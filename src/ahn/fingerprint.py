@@ -1,4 +1,4 @@
-"""The fingerprint of a model: a short text that two models share only if they compute the same.
+"""The fingerprint of a model: a short text that two models share only if they compute the same results.
 
 It covers every weight and persistent buffer, those of the memories included, and the settings of the base that change
 its logits. A memory file carries the fingerprint of the model that read it.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WORDS = 1 << 15  # of a piece
 AT_ONCE = 1 << 20  # words, a multiple of those of a piece
 SAMPLES = 1024  # numbers of each base tensor in `sampled`
-# Settings of a transformers config that leave the logits alone, beside names with an underscore in front.
+# Settings of a transformers config that do not change the logits. Names with a leading underscore do not either.
 IDLE = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "quantization_config", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id", "tokenizer_class"),
@@ -38,10 +38,12 @@ IDLE = {
 
 
 def fingerprint(model: PreTrainedModel, adapters: bool = True) -> str:
-    """The fingerprint of a model's weights and settings as they are now; nothing is remembered.
+    """The fingerprint of a model's present weights and settings. It is computed anew each time.
 
-    Any single number that changes is noticed; of other changes all but one in 2**32. The same on every device.
-    `adapters`: whether it tells how peft's adapters are set, which it did not at first.
+    It notices any change of a single number, and all but one in 2**32 of other changes. All devices give the same.
+
+    Args:
+        adapters: whether the setting of peft's adapters is part of it. The first versions left it out.
 
     Raises:
         ConfigError: weights are offloaded, so they cannot be read here.
@@ -56,8 +58,10 @@ def fingerprint(model: PreTrainedModel, adapters: bool = True) -> str:
 
 
 def sampled(model: PreTrainedModel) -> str:
-    """The fingerprint as ahn first wrote it, to check files that carry it: every number of the cells, 1,024 spread
-    over each tensor of the base, and no settings."""
+    """The first form of the fingerprint, to check files that carry it.
+
+    It covers every number of the cells and 1,024 spread over each tensor of the base, but no settings.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         values = _plain(name, parameter).flatten()
@@ -71,13 +75,13 @@ def sampled(model: PreTrainedModel) -> str:
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All parameters and the buffers that are saved with them; a tied one once."""
+    """All parameters, a tied one once, and the buffers that are saved with them."""
     saved = model.state_dict().keys()
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
-    """Numbers as they are in memory; of a quantised tensor those that it stands for."""
+    """The numbers of a tensor as they are in memory, or the dequantised numbers of a quantised one."""
     values = tensor.detach()
     if values.is_meta:
         raise ConfigError(f"{name} is offloaded: expected all weights in memory, on the CPU or an accelerator")
@@ -87,7 +91,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
 
 
 def _settings(model: PreTrainedModel, adapters: bool) -> dict[str, Any]:
-    """Those that are no defaults, because later versions of transformers add more of these."""
+    """The settings that differ from their defaults: later versions of transformers add more defaults."""
     config = model.config.get_text_config()
     given, usual = config.to_dict(), type(config)().to_dict()
     rope = {key: value for key, value in (given.pop("rope_parameters", None) or {}).items() if value is not None}
@@ -102,7 +106,7 @@ def _settings(model: PreTrainedModel, adapters: bool) -> dict[str, Any]:
 
 
 def _scales(model: PreTrainedModel) -> dict[str, float]:
-    """The scale of the scores in each attention module where it is not that of its family."""
+    """The scale of the scores in each attention module whose scale is not its family's."""
     found = {}
     for name, module in model.named_modules():
         scale, size = vars(module).get("scaling"), vars(module).get("head_dim")
@@ -117,11 +121,11 @@ def _scales(model: PreTrainedModel) -> dict[str, float]:
 
 
 def _sums(tensor: Tensor, factors_W: Tensor) -> Tensor:
-    """A weighted sum of the words of each piece, modulo 2**64 [P].
+    """A weighted sum of the words of each piece, modulo 2**64, [P].
 
-    The factors are odd, so no change of one word is lost. The upper bits of a word are folded into the lower ones
-    first: otherwise two flipped signs could cancel, since twice the highest bit is nothing. Folding by 33 places keeps
-    the signs of two floats in a word apart.
+    The factors are odd, so a change of one word always changes the sum. The upper bits of a word are first folded into
+    its lower ones: without that, two flipped signs could cancel, because twice the highest bit is 0 modulo 2**64.
+    Folding by 33 bits keeps the signs of the two floats in a word apart.
     """
     raw = tensor.contiguous().flatten().view(torch.uint8)
     if len(raw) % 8 or raw.storage_offset() % 8:

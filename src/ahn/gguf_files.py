@@ -1,4 +1,4 @@
-"""GGUF files as model folders that transformers loads: converted once, kept in the cache folder."""
+"""Converts GGUF files to model folders that transformers loads, once each, and keeps these in the cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ahn.room import shortage
 
 logger = logging.getLogger(__name__)
 
-_CONVERSION = b"1"  # part of the name of each converted folder; raise it when conversion writes something else
+_CONVERSION = b"1"  # part of each converted folder's name; raise it when the conversion changes
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -27,12 +27,16 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def check_complete(base: str | os.PathLike[str], missing: set[str]) -> None:
+    """Raises BaseModelError if weights are missing."""
     if missing:
         raise BaseModelError(f"{os.fspath(base)} lacks {len(missing)} weights, such as {min(missing)}")
 
 
 def converted_folder(gguf: Path) -> Path:
-    """Named after the file's size and samples of its content: hashing gigabytes would slow down every later load."""
+    """The folder of a converted file, named after the file's size and samples of its content.
+
+    A hash of all its gigabytes would slow down every later load.
+    """
     digest = hashlib.sha256(_CONVERSION)
     samples, block = 16, 1 << 16
     with gguf.open("rb") as file:
@@ -45,7 +49,7 @@ def converted_folder(gguf: Path) -> Path:
 
 
 def converted(gguf: Path) -> Path:
-    """The transformers folder of a GGUF file, made now if it was never made before."""
+    """The transformers folder of a GGUF file, converted now if it is not in the cache. Raises BaseModelError."""
     folder = converted_folder(gguf)
     if is_model_folder(folder):
         return folder
@@ -74,7 +78,7 @@ def _move(source: Path, folder: Path) -> None:
     try:
         source.rename(folder)
     except OSError:
-        if not is_model_folder(folder):  # else another process was faster, with the same result
+        if not is_model_folder(folder):  # if it is one, another process was faster, with the same result
             raise
 
 
@@ -94,7 +98,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         if not weight.isfinite().all():
             raise BaseModelError(f"{gguf} is damaged: {name} holds numbers that are not finite")
     tokenizer = from_gguf(AutoTokenizer, gguf)
-    for role in ("bos", "eos", "pad", "unk"):  # which transformers 5.17 gets wrong, though its config is right
+    for role in ("bos", "eos", "pad", "unk"):  # transformers 5.17 gets these wrong, though its config is right
         if (token_id := getattr(model.config, f"{role}_token_id", None)) is not None:
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
     _split_digits(tokenizer)
@@ -108,8 +112,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def from_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
+    """`auto.from_pretrained` of a GGUF file. Raises BaseModelError."""
     _check_gguf(gguf)
-    # alone in a folder: transformers would prefer a tokenizer.json or config.json that happens to lie beside the file
+    # linked into an empty folder: transformers would prefer a tokenizer.json or config.json beside the file
     with tempfile.TemporaryDirectory() as alone, quiet():
         link = Path(alone) / "model.gguf"
         try:
@@ -118,7 +123,7 @@ def from_gguf(auto: Any, gguf: Path, **options: Any) -> Any:
             link = gguf
         try:
             return auto.from_pretrained(link.parent, gguf_file=link.name, **options)
-        except Exception as error:  # the parsers index straight into the file's bytes, so anything can come out
+        except Exception as error:  # the parsers index straight into the file's bytes and can raise anything
             raise BaseModelError(_gguf_defect(gguf) or f"cannot read {gguf}: {error}") from error
 
 
@@ -129,7 +134,7 @@ def _check_gguf(gguf: Path) -> None:
 
 
 def _gguf_defect(gguf: Path) -> str | None:
-    """What is wrong with the file itself; None if it can be parsed to its end, as when the architecture is unknown."""
+    """The defect of the file itself, in words. None if it can be parsed to its end; its architecture may be unknown."""
     try:
         _converted_size(gguf)
     except BaseModelError as error:
@@ -138,7 +143,7 @@ def _gguf_defect(gguf: Path) -> str | None:
 
 
 def _converted_size(gguf: Path) -> int:
-    """Bytes of its weights in float32. Raises BaseModelError if the file cannot be parsed to its end."""
+    """Bytes of the file's weights in float32. Raises BaseModelError if the file cannot be parsed to its end."""
     from gguf import GGUFReader
 
     _check_gguf(gguf)
@@ -158,10 +163,10 @@ def _mb(size: int) -> str:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Restore the digit-by-digit pre-tokenizer that transformers does not take over from a GGUF (SmolLM2 has it).
+    """Restore the pre-tokenizer that splits digits (SmolLM2 has it), which transformers does not read from a GGUF.
 
-    It shows in the vocabulary: no token joins a digit to anything else. Without it, spaces before a digit are cut
-    differently than in training.
+    A vocabulary in which no token joins a digit to another character shows that it is needed. Without it, spaces before
+    a digit would be cut differently than in training.
     """
     from tokenizers import pre_tokenizers
 

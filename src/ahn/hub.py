@@ -1,4 +1,4 @@
-"""The hub, whether it answers, and the folder in which what comes from it is kept converted."""
+"""Asks whether the hub answers, and knows the folder of converted bases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HUB_TIMEOUT_S = 5
 
 
 def cache_folder() -> Path:
-    """Where converted bases are kept: `$AHN_CACHE`, else `$XDG_CACHE_HOME/ahn`, else `~/.cache/ahn`."""
+    """The folder of converted bases: `$AHN_CACHE`, else `$XDG_CACHE_HOME/ahn`, else `~/.cache/ahn`."""
     own = os.environ.get("AHN_CACHE")
     path = expanded(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ahn"))
     if path.parts[:1] and path.parts[0].startswith("~"):
@@ -20,16 +20,20 @@ def cache_folder() -> Path:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """`path` with `~` as the home folder, unchanged where there is none."""
+    """`path` with `~` replaced by the home folder, if there is one."""
     return Path(os.path.expanduser(path))
 
 
 def hub_unreachable(repo: str, kind: str = "model") -> str | None:
-    """Why the hub cannot be asked for the "model" or "dataset" `repo`, so that only its local cache is left; None if it
-    answers.
+    """Why the hub cannot be asked for a repository, so that only its local cache is left. None if it answers.
 
-    One quick question: the loaders themselves would retry for half a minute. Raises BaseModelError if the hub says
-    that there is no such repository.
+    This asks once and quickly; the loaders would retry for half a minute.
+
+    Args:
+        kind: "model" or "dataset".
+
+    Raises:
+        BaseModelError: the hub says that there is no such repository.
     """
     from huggingface_hub import constants, dataset_info, model_info
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -46,8 +50,10 @@ def hub_unreachable(repo: str, kind: str = "model") -> str | None:
 
 
 def check_dataset(repo: str) -> None:
-    """Raises ConnectionError or BaseModelError at once where the hub has no answer about a dataset. With HF_HUB_OFFLINE
-    nothing is asked: the datasets library then looks for a copy in its cache, without retries."""
+    """Raises ConnectionError or BaseModelError at once if the hub does not have a dataset or does not answer.
+
+    With HF_HUB_OFFLINE the hub is not asked: the datasets library then looks in its cache, without retries.
+    """
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE and (reason := hub_unreachable(repo, "dataset")):

@@ -1,4 +1,4 @@
-"""Token ids as users have them, checked in one place."""
+"""Checks token ids and masks in the forms that users have them in."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ahn.errors import ConfigError
 
 
 def rows_of(ids: Any, vocabulary: int) -> tuple[Tensor, Tensor | None]:
-    """Token ids as int64 [B, T], and the attention mask that came with them, if one did.
+    """Token ids as int64 [B, T], and the attention mask that comes with them, or None.
 
     Args:
-        ids: integers [T] or [B, T] as a tensor, an array or lists, at least one; or all that a tokenizer returns, as a
-            mapping with `input_ids`.
-        vocabulary: how many tokens there are.
+        ids: at least one integer, [T] or [B, T], as a tensor, an array or lists; or the mapping that a tokenizer
+            returns, with `input_ids`.
+        vocabulary: number of tokens in the vocabulary.
 
     Raises:
         ConfigError: text, rows of different lengths, no tokens, no integers, an id that does not exist, or a tensor on
@@ -46,7 +46,7 @@ def rows_of(ids: Any, vocabulary: int) -> tuple[Tensor, Tensor | None]:
 
 
 def checked(ids: Tensor, vocabulary: int) -> Tensor:
-    """Token ids as int64. Raises ConfigError if they are none, or not in the vocabulary."""
+    """Token ids as int64. Raises ConfigError if they are no integers, or not in the vocabulary."""
     _check_plain(ids, "ids")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ConfigError(f"ids of {ids.dtype}: expected at least one token id, an integer")
@@ -71,7 +71,7 @@ def mask_of(mask: Any) -> Tensor:
 
 
 def _check_plain(tensor: Tensor, name: str) -> None:
-    """Raises ConfigError unless the numbers of `tensor` are there, one behind the other."""
+    """Raises ConfigError unless `tensor` is an ordinary dense one that holds its numbers."""
     form = (
         "on the meta device" if tensor.is_meta
         else "nested" if tensor.is_nested

@@ -1,4 +1,4 @@
-"""Ctrl-C while a memory is being written: it waits until the memory is whole again."""
+"""Delays Ctrl-C while a memory is being written, until the memory is whole again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 class _Waiting:
-    """Ctrl-C as the main thread has it: signals reach no other."""
+    """The state of Ctrl-C in the main thread, the only one that gets signals."""
 
     def __init__(self) -> None:
-        self.users = 0  # of the handler
-        self.depth = 0  # of what it waits for
-        self.previous: Any = None  # the handler that was there
+        self.users = 0  # nested blocks that use the handler
+        self.depth = 0  # nested blocks that delay the signal
+        self.previous: Any = None  # the handler before
         self.noted: list[tuple[int, Any]] = []
 
     def note(self, number: int, frame: Any) -> None:
@@ -35,8 +35,11 @@ _waiting = _Waiting()
 
 
 class deferred:  # noqa: N801 - used as a function
-    """Within, Ctrl-C is only noted, and takes its effect at the end; a second one takes it at once. `ready`: it still
-    takes its effect at once, but to enter this again inside is cheap, because setting a handler takes a while."""
+    """A context in which Ctrl-C takes effect only at the end. A second Ctrl-C takes effect at once.
+
+    Args:
+        ready: do not delay Ctrl-C yet, but set the handler, so that contexts inside this one are cheap to enter.
+    """
 
     def __init__(self, ready: bool = False) -> None:
         self.waits = not ready
@@ -47,7 +50,7 @@ class deferred:  # noqa: N801 - used as a function
             return
         if not _waiting.users:
             previous = signal.getsignal(signal.SIGINT)
-            self.mine = callable(previous)  # else it is ignored, or left to the system
+            self.mine = callable(previous)  # otherwise the signal is ignored, or left to the system
             if not self.mine:
                 return
             _waiting.previous = previous
@@ -70,7 +73,7 @@ class deferred:  # noqa: N801 - used as a function
 
 @contextmanager
 def finish_before_interrupt() -> Iterator[threading.Event]:
-    """Within, Ctrl-C sets the event instead of breaking a chunk half-way; a second one breaks at once."""
+    """A context in which Ctrl-C sets an event instead of breaking off a chunk. A second Ctrl-C breaks off at once."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted

@@ -1,4 +1,4 @@
-"""Base models by a short name: official GGUF files of the hub, fetched once and checked."""
+"""Base models with a short name: official GGUF files of the hub, fetched once and checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A file of the hub. `size`: its bytes. `parameters`: of the model, 4 bytes each once it is converted."""
+    """A file of the hub. `size`: its bytes. `parameters`: those of the model, 4 bytes each once it is converted."""
 
     repository: str
     file: str
@@ -57,12 +57,14 @@ NAMED = {
 
 
 def fetched(name: str) -> Path:
-    """The file of a named base: one of that name in the current folder or in that of `AHN_CACHE`, else that of the
-    hub, fetched if need be and gone on with if it was interrupted. What it needs is said before it is fetched.
+    """The file of a named base.
+
+    A file of its name in the current folder or in `AHN_CACHE` is taken first, then that in the hub's local cache. Else
+    it is fetched, after a log entry that says how much disk and memory it needs. An interrupted download is resumed.
 
     Raises:
-        BaseModelError: it is not there and the hub cannot be asked, there is too little disk or memory to fetch and
-            unpack it, or it is another file than the one expected.
+        BaseModelError: the file is not here and the hub cannot be asked; there is too little disk or memory to fetch
+            and unpack it; or it is not the official file.
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
@@ -84,7 +86,7 @@ def fetched(name: str) -> Path:
             )
     try:
         path = hf_hub_download(base.repository, base.file, local_files_only=unreachable is not None)
-    except (OSError, ValueError, HTTPError, LocalEntryNotFoundError) as error:  # a cut connection is no OSError
+    except (OSError, ValueError, HTTPError, LocalEntryNotFoundError) as error:  # a lost connection raises HTTPError
         reason = unreachable or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(
             f"{name}: {base.repository}/{base.file} is not in the local hub cache and cannot be fetched ({reason}); "
@@ -100,7 +102,7 @@ def _begun(base: NamedBase, hub_cache: Path) -> int:
 
 
 def _checked(name: str, path: Path) -> Path:
-    """Raises BaseModelError if the file is another one. A mark beside the cache says which files were compared."""
+    """Raises BaseModelError unless this is the official file. A mark in the cache folder saves hashing it again."""
     from ahn.hub import cache_folder
 
     base, found = NAMED[name], path.resolve()
@@ -117,6 +119,6 @@ def _checked(name: str, path: Path) -> Path:
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-    except OSError:  # compared again next time
+    except OSError:  # it is hashed again next time
         logger.debug("no mark in %s", os.fspath(mark.parent))
     return path

@@ -1,4 +1,4 @@
-"""Loading without the chatter and the progress bars of the libraries that do it."""
+"""Hides progress bars and log chatter of the libraries that load models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partialmethod
 
 
 class _Shared:
-    """A change of something that all threads see, made by the first that asks for it and undone by the last."""
+    """A change that all threads see. The first thread that asks makes it, and the last one undoes it."""
 
     def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         self.change, self.lock, self.users = change, threading.Lock(), 0
@@ -50,7 +50,7 @@ def _without_bars() -> Iterator[None]:
         if hf_logging.is_progress_bar_enabled():
             undo.callback(hf_logging.enable_progress_bar)
             hf_logging.disable_progress_bar()
-            # the GGUF loader draws its own bar, without asking hf_logging
+            # the GGUF loader draws its own bar and does not ask hf_logging
             undo.callback(setattr, tqdm, "__init__", tqdm.__init__)
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
         yield
@@ -61,7 +61,9 @@ _chatter, _bars = _Shared(_without_chatter), _Shared(_without_bars)
 
 @contextlib.contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
-    """Hides the loaders' progress bars, unless `bars`, and the chatter of torchao's import; warnings about the base
-    still show."""
+    """Hide the loaders' progress bars, unless `bars`, and the chatter of torchao's import.
+
+    Warnings about the base still show.
+    """
     with _chatter.made(), contextlib.nullcontext() if bars else _bars.made():
         yield

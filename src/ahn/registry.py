@@ -1,4 +1,4 @@
-"""Finds variants (cells, and whatever else comes one file each) in a folder of this package and in entry points."""
+"""Finds variants (cells, stores, tasks and others, one file each) in a folder of this package and in entry points."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ T = TypeVar("T", bound=type)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What was expected where `name` is not among the `known`, and the nearest of them."""
+    """The end of a message about an unknown name: all that are known, and the nearest of them."""
     names = sorted(known)
     return f"expected one of {', '.join(names)}{nearest(name, names)}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message: which of the `known` can be meant, the first ones first. Those that `name` is but for its
-    case, or without their suite; else those it is a part of; else the most similar one, if one is similar."""
+    """The end of a message: the first of the `known` names that can be meant, or "".
+
+    These are the names that differ in case alone or have `name` as one of their parts between slashes; else those that
+    contain it; else the most similar one, if one is similar enough.
+    """
     wanted, names = str(name).lower(), {one.lower(): one for one in known if one != name}
     found = (
         [one for one in names if one == wanted]
@@ -42,9 +45,11 @@ class Registry(Generic[T]):
     (`my_cell = "my_package:MyCell"`), or after `register`. Nothing is imported before it is asked for.
 
     Args:
-        kind: what messages call it. hidden: files that define none.
-        attribute: of the class, which has the file's name as its value.
-        joint: stands in names where files have an underscore.
+        kind: the word for a variant in messages.
+        package: the folder, as a dotted name.
+        hidden: files that define no variant.
+        attribute: the attribute of a class that holds its name.
+        joint: replaces the underscores of a file's name.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class Registry(Generic[T]):
         return self._found()[name]()
 
     def _found(self) -> dict[str, Callable[[], Any]]:
-        # below the top package, which is imported already: a folder's own imports may need torch
+        # found by path, not imported: a folder's own imports may need torch
         top, *rest = self.package.split(".")
         folders = [str(Path(folder, *rest)) for folder in importlib.import_module(top).__path__]
         files = [m.name for m in pkgutil.iter_modules(folders)]
@@ -97,7 +102,7 @@ def points(group: str) -> tuple[Any, ...]:
 
 @cache
 def _points(look_up: Callable[..., Any], group: str) -> tuple[Any, ...]:
-    """Entry points, looked up once: every layer asks for its cell, and all installed packages are gone through."""
+    """Entry points, looked up once: the search reads all installed packages, and every layer asks for its cell."""
     return tuple(look_up(group=group))
 
 

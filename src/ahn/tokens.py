@@ -26,13 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 1 << 15  # characters encoded at once
-LONGEST = 1 << 19  # the same where no shorter block can be joined
-RUN = 24  # tokens that two blocks must share where they are joined
+LONGEST = 1 << 19  # characters encoded at once if no shorter block can be joined
+RUN = 24  # equal tokens that two blocks must share around a join
 
 Ints: TypeAlias = npt.NDArray[Any]
 Place = Literal["start", "segment", "inside"]
-"""Where a text stands: first of all, behind a special token, or behind other text. Some tokenizers put a space in front
-of the first two, or of the first alone."""
+"""The place of a text: at the very start, after a special token, or after other text. Some tokenizers put a space
+before text at the first two places, or at the first alone."""
 
 _FIELDS = "ids", "starts", "ends", "free"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -44,7 +44,7 @@ class Encoded:
 
     Attributes:
         ids: int32 [n].
-        starts: int64 [n], where the first character of each token stands in the whole text.
+        starts: int64 [n], the place of each token's first character in the whole text.
     """
 
     ids: Ints
@@ -53,11 +53,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Tokens(Encoded):
-    """Tokens with two more facts.
+    """Tokens with their ends, and with where text may be cut.
 
     Attributes:
         ends: int64 [n], the place behind the last character of each token.
-        free: bool [n], whether what is before a token cannot change it: always for BPE, else where a word begins.
+        free: bool [n], whether the text before a token cannot change it: always for BPE, else where a word begins.
     """
 
     ends: Ints
@@ -74,17 +74,17 @@ class Tokens(Encoded):
 
     @cached_property
     def boundaries(self) -> Ints:
-        """Bool [n]: whether a token begins with a character of its own, not within that of the token before."""
+        """Bool [n]: whether a token begins with a character of its own, not inside one of the token before."""
         return self.starts >= np.concatenate([[-1], np.maximum.accumulate(self.ends)[:-1]])
 
     def index(self, at: int) -> int:
-        """The first token that begins at `at` or behind it."""
+        """The first token that begins at place `at` or later."""
         return int(np.searchsorted(np.maximum.accumulate(self.starts), at))
 
 
 @lru_cache(maxsize=4)
 def digest(tokenizer: Any) -> str:
-    """Of the words of a tokenizer and their ids: those of one say nothing about a text of another."""
+    """A hash of a tokenizer's words and their ids. Ids of one tokenizer mean nothing to another."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -97,8 +97,8 @@ def stream(tokenizer: Any, pieces: Iterable[str]) -> Iterator[Encoded]:
         pieces: the text, cut anywhere. Lone surrogates are read as U+FFFD.
 
     Yields:
-        the tokens in order, some thousand at a time. A tokenizer without offsets (`is_fast` false) gives each token the
-        start of its paragraph.
+        the tokens in order, some thousands at a time. Without offsets (`is_fast` false) each token has the start of its
+        paragraph.
     """
     for tokens in Encoder(tokenizer).stream(pieces):
         yield Encoded(tokens.ids, tokens.starts)
@@ -113,7 +113,7 @@ class Encoder:
         tokenizer: a transformers tokenizer.
 
     Attributes:
-        places: whether it says where each token stands in the text; else all of a part stand in all of it.
+        places: whether it knows the place of each token. If not, every token of a part spans the whole part.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -123,14 +123,14 @@ class Encoder:
         self._backends = None if state is None else _backends(state)
         self.places = state is not None
         self._by_word = state is not None and state["model"]["type"] != "BPE"
-        unknown = None if state is None else _unknown(state)  # any text may become this one
+        unknown = None if state is None else _unknown(state)  # ordinary text may become this token
         self._special = np.array(sorted(special - {unknown}), dtype=np.int32)
 
     def encode(self, text: str, place: Place = "start") -> Tokens:
         """Tokens of `text`, encoded as a whole."""
         text = _SURROGATE.sub("\ufffd", text)
         tokens = self._encode(text, place)
-        # A model can hold its special tokens as words, as Unigram does; those are cut behind their first character.
+        # A model can hold its special tokens as words, as Unigram does. These are cut after their first character.
         for i in np.isin(tokens.ids, self._special).nonzero()[0][::-1]:
             start, end = int(tokens.starts[i]), int(tokens.ends[i])
             if end - start > 1:
@@ -139,7 +139,7 @@ class Encoder:
         return tokens
 
     def stream(self, pieces: Iterable[str], place: Place = "start") -> Iterator[Tokens]:
-        """`encode` of a text that comes in pieces, part by part."""
+        """`encode` of a text that comes in pieces. Yields its tokens part by part."""
         text = _Text(pieces)
         if self._backends is None:
             yield from self._paragraphs(text)
@@ -157,12 +157,12 @@ class Encoder:
         yield block[block.index(done) :]
 
     def _block(self, text: _Text, start: int, end: int, place: Place) -> tuple[Tokens, int]:
-        """Tokens of a part of the text, and where it ends: earlier than `end` where the text does."""
+        """Tokens of the text from `start` to `end`, and the place where they end: that of the text if it is shorter."""
         part = text[start:end]
         return self.encode(part, place).moved(start), start + len(part)
 
     def _join(self, text: _Text, block: Tokens, base: int, done: int, end: int) -> _Join | None:
-        """How to go on from `block`, the tokens from `base` to `end`, of which those before `done` are used."""
+        """The join after `block`, the tokens from `base` to `end`, or None. Those before `done` were yielded."""
         overlap, last_try = (end - base) // 8, end - base >= LONGEST
         possible = block.boundaries & (block.starts > done) & (block.starts <= end - overlap)
         changes = filter(text.changes, block.starts[possible & block.free][::-1].tolist())
@@ -177,7 +177,7 @@ class Encoder:
                 return _Join(start, best, following, reached)
         if not last_try:
             return None
-        start = bounds[-1] if bounds else end  # one token longer than LONGEST, or no two encodes alike
+        start = bounds[-1] if bounds else end  # one token is longer than LONGEST, or no two encodes agree
         return _Join(start, start, *self._block(text, start, start + BLOCK, "inside"))
 
     def _encode(self, text: str, place: Place) -> Tokens:
@@ -193,7 +193,7 @@ class Encoder:
         return Tokens(np.array(ids, dtype=np.int32), spans[:, 0], spans[:, 1], free)
 
     def _paragraphs(self, text: _Text) -> Iterator[Tokens]:
-        """Without offsets: cut behind a line end where that changes no token."""
+        """Tokens of a text whose tokenizer has no offsets: cut after line ends at which a cut changes no token."""
         base, size = 0, BLOCK
         while text.reaches(base + 1):
             part = text[base : base + size]
@@ -212,7 +212,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Join:
-    """The next block, its first and last place, and from which place on its tokens are used."""
+    """The next block, from place `start` to `end`. Its tokens are used from `cut` on."""
 
     start: int
     cut: int
@@ -221,7 +221,7 @@ class _Join:
 
 
 class _Text:
-    """A text that comes in pieces. Places count from its beginning; what is forgotten is freed."""
+    """A text that comes in pieces. Places count from its beginning. `forget` frees the text before a place."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
         self._pieces = iter(pieces)
@@ -243,7 +243,7 @@ class _Text:
         return self._text[part.start - self._base : part.stop - self._base]
 
     def changes(self, at: int) -> bool:
-        """Whether the characters before and at this place are of two kinds."""
+        """Whether the characters before and at this place are of different kinds."""
         at -= self._base
         return _kind(self._text[at - 1]) != _kind(self._text[at])
 
@@ -257,8 +257,10 @@ def _kind(character: str) -> int:
 
 
 def _shared(block: Tokens, following: Tokens, start: int, end: int) -> dict[int, bool]:
-    """Where two encodes can be joined: boundaries between `start` and `end` with a run of equal tokens around them,
-    and whether the tokens there are free in both."""
+    """Places where two encodes can be joined, each with whether the tokens there are free in both.
+
+    These are boundaries between `start` and `end` with a run of equal tokens around them.
+    """
     _, left, right = np.intersect1d(block.starts, following.starts, return_indices=True)
     done = block.index(start)
     for i, j in zip(left.tolist(), right.tolist(), strict=True):
@@ -282,18 +284,18 @@ def _joined(parts: list[Tokens]) -> Tokens:
 
 
 def _state(tokenizer: Any) -> dict[str, Any] | None:
-    """The tokenizer's backend as data, None where it has none that can be copied."""
+    """The tokenizer's backend as data. None if it has no backend that can be copied."""
     if not tokenizer.is_fast:
         return None
     try:
         state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception:  # a part of it is written in Python; tokenizers raises Exception itself
         return None
-    return state | {"truncation": None, "padding": None, "post_processor": None}  # the last trims offsets
+    return state | {"truncation": None, "padding": None, "post_processor": None}  # a post-processor trims offsets
 
 
 def _backends(state: dict[str, Any]) -> dict[Place, Any]:
-    """A backend for each place; places that need no other share one."""
+    """A backend for each place. Places with equal settings share one."""
     from tokenizers import Tokenizer
 
     made: list[tuple[Any, Any]] = []
@@ -311,7 +313,7 @@ def _backends(state: dict[str, Any]) -> dict[Place, Any]:
 
 
 def _without_prefix(part: Any, place: Place) -> Any:
-    """A normalizer or pre-tokenizer that puts no space in front of text at this place."""
+    """The same normalizer or pre-tokenizer, but without the space that it puts before text at this place."""
     if isinstance(part, list):
         kept = [p for p in part if not (place == "inside" and isinstance(p, dict) and p.get("type") == "Prepend")]
         return [_without_prefix(p, place) for p in kept]

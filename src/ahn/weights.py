@@ -1,7 +1,7 @@
-"""Whether a model still computes with the weights that a cache was made with, without reading them all.
+"""Tells whether a model still has the weights that a cache was made with, without reading them all.
 
-Torch counts the changes of each tensor, so a comparison of counters notices what is done to the weights in place. It
-misses what is done through `.data`; there a few numbers of each tensor are compared, when a memory is saved.
+Torch counts the changes of each tensor, so comparing the counters finds changes in place. It misses changes made
+through `.data`. To find those, a few numbers of each tensor are compared when a memory is saved.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-NUMBERS = 8  # of each parameter, spread over it
-Sample = list[tuple[list[int], Tensor]]  # by dtype and device: which parameters, and their numbers one by one
+NUMBERS = 8  # numbers of each parameter, spread over it
+Sample = list[tuple[list[int], Tensor]]  # for each dtype and device: indices of parameters, and their numbers in a row
 
 
 class State(NamedTuple):
-    """What a model computes with, as far as it can be known in a millisecond."""
+    """The weights and settings of a model, as far as they can be told in a millisecond."""
 
-    counts: list[tuple[int, int]]  # which parameters there are, and how often each was changed
+    counts: list[tuple[int, int]]  # identity of each parameter, and how often it was changed
     switches: list[Any]  # scales of attention, and how peft's adapters are set
-    places: list[int]  # where the parameters lie; another device is another place
+    places: list[int]  # addresses of the parameters, which differ between devices
 
 
 def state(model: nn.Module) -> State:
-    """Another one once a parameter was replaced, changed in place or moved, the scale of an attention was changed, or
-    adapters of peft were switched."""
+    """The state of a model. It differs after a parameter was replaced, changed in place or moved, a scale of attention
+    was changed, or adapters of peft were switched."""
     counts: list[tuple[int, int]] = []
     switches: list[Any] = []
     places: list[int] = []
@@ -34,7 +34,7 @@ def state(model: nn.Module) -> State:
         for parameter in module._parameters.values():
             if parameter is not None:
                 counts.append((id(parameter), 0 if parameter.is_inference() else parameter._version))
-                if type(parameter) is nn.Parameter:  # others need not have a place
+                if type(parameter) is nn.Parameter:  # subclasses may have no address
                     places.append(parameter.data_ptr())
         if isinstance(scaling := vars(module).get("scaling"), int | float):
             switches.append(scaling)
@@ -44,14 +44,14 @@ def state(model: nn.Module) -> State:
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """How the adapters of peft are set, by layer; empty if there are none."""
+    """The setting of peft's adapters by layer. Empty without adapters."""
     return {name: found for name, module in model.named_modules() if (found := _adapters(module)) is not None}
 
 
 def _adapters(module: nn.Module) -> list[Any] | None:
-    """Of a layer of peft: the active adapters with their scales, and those that are merged. None: it is no such layer.
+    """The active adapters of a peft layer with their scales, and the merged ones. None for any other module.
 
-    While adapters are disabled it does not matter which ones would be active.
+    For disabled adapters it is always ["disabled"].
     """
     children = module._modules
     if "base_layer" not in children and "original_module" not in children:
@@ -66,7 +66,7 @@ def _adapters(module: nn.Module) -> list[Any] | None:
 @torch.compiler.disable
 @torch.no_grad()
 def sample(model: nn.Module) -> Sample:
-    """Eight numbers of each parameter that has as many, spread over it. Nothing waits for the device."""
+    """Eight numbers of each parameter that has at least eight, spread over it. Does not wait for the device."""
     groups: dict[Any, tuple[list[int], list[Tensor]]] = {}
     parameters = [p for module in _modules(model) for p in module._parameters.values() if p is not None]
     for index, p in enumerate(parameters):
@@ -78,7 +78,7 @@ def sample(model: nn.Module) -> Sample:
 
 
 def same(one: Sample, other: Sample) -> bool:
-    """Whether two samples of a model are equal, wherever its parameters were."""
+    """Whether two samples of a model are equal, even if they are from different devices."""
     return _bytes(one) == _bytes(other)
 
 
@@ -91,7 +91,7 @@ def _bytes(found: Sample) -> dict[int, bytes]:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, a shared one as often as it is found: several times as fast as `modules`."""
+    """All modules, a shared one several times. Several times as fast as `modules`."""
     waiting: list[nn.Module | None] = [model]
     while waiting:
         if (module := waiting.pop()) is not None:

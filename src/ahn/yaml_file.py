@@ -1,4 +1,4 @@
-"""Keys and values of a YAML file: recipes of training, suites of evaluation."""
+"""Reads YAML files of keys and values: recipes of training, suites of evaluation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def read(path: str | Path, kind: str, changes: Sequence[str] = ()) -> dict[str, 
     """The keys of a file and their values.
 
     Args:
-        kind: what the file is expected to be, for messages: "recipe".
-        changes: "key=value", each in place of the file's own value.
+        kind: the word for such a file in messages, for example "recipe".
+        changes: "key=value" each, overriding the file's value.
 
     Raises:
         ConfigError: the file cannot be read, or a change has no "=".
@@ -42,8 +42,11 @@ def read(path: str | Path, kind: str, changes: Sequence[str] = ()) -> dict[str, 
 
 
 def _parsed(text: str, source: str) -> Any:
-    """The value of a text. Raises ConfigError, also for aliases, which can make a few lines any size, and for a key
-    that is there twice."""
+    """The value of a YAML text.
+
+    Raises:
+        ConfigError: no YAML, a key that is there twice, or an alias: aliases could expand a few lines without limit.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -73,5 +76,5 @@ def _parsed(text: str, source: str) -> Any:
         raise ConfigError(f"{source}, {place}: the character {sign!r}, which YAML does not allow") from error
     except RecursionError as error:
         raise ConfigError(f"{source}: nested too deeply: expected a key and a value on each line") from error
-    except Exception as error:  # whatever the conversion of a value to its type raises
+    except Exception as error:  # the conversion of a value to its type can raise anything
         raise ConfigError(f"{source}: a value that cannot be read: {' '.join(str(error).split())}") from error
