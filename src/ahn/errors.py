@@ -64,6 +64,10 @@ class DocumentError(AHNError, ValueError):
     """A document that is missing, empty or not text."""
 
 
+class EngineError(AHNError, RuntimeError):
+    """A batch engine that is closed, was not started, or has failed."""
+
+
 class EvalError(AHNError, ValueError):
     """A measurement that cannot be made: an unknown task or metric, missing data, a library that is not installed."""
 

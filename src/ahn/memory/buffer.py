@@ -10,8 +10,9 @@ is not full yet is simply shorter.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +53,13 @@ class LayerMemory(CacheLayerMixin):
     def tensors(self) -> dict[str, Tensor]:
         held = {"keys": self.keys, "values": self.values, "inputs": self.inputs, "state": self.state}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """A copy whose tensors are changed by a function."""
+        twin = copy.copy(self)
+        for name, tensor in self.tensors.items():
+            setattr(twin, name, change(tensor))
+        return twin
 
     @property
     def kept(self) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,9 @@ Letters: B batch, M key/value heads, T tokens. Each layer has a buffer (`ahn.mem
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,18 +122,24 @@ class AHNCache(Cache):
         Raises:
             UnsupportedOperationError: another thread is using the cache.
         """
+        return self.twin(lambda layers: [layer.map(torch.Tensor.clone) for layer in layers])
+
+    def twin(self, copied: Callable[[list[Any]], list[Any]], archive: bool = True) -> AHNCache:
+        """A fork whose layers `copied` makes of those of this cache.
+
+        Args:
+            archive: go on with the archive; else the twin keeps none.
+
+        Raises:
+            UnsupportedOperationError: another thread is using the cache.
+        """
         with self._at_rest():
             twin = self.shell()
             twin._use, twin._forward_batch = _Use(), None
-            twin.layers = []
-            for layer in self.layers:
-                layer_twin = copy.copy(layer)
-                for name, tensor in layer.tensors.items():
-                    setattr(layer_twin, name, tensor.clone())
-                twin.layers.append(layer_twin)
+            twin.layers = copied(self.layers)
             twin.transcript = None if self.transcript is None else self.transcript.copy()
             twin._seen, twin.texts = list(self._seen), list(self.texts)
-            twin.archive = None if self.archive is None else self.archive.copy()
+            twin.archive = self.archive.copy() if archive and self.archive is not None else None
             twin._observe()
         return twin
 

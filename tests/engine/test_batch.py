@@ -1,0 +1,416 @@
+"""The batch engine gives every request what it would get alone."""
+
+import asyncio
+import random
+import threading
+
+import pytest
+import torch
+
+import ahn
+from ahn.compat import PAST
+from ahn.engine import graph
+from ahn.engine.batch import Engine
+from ahn.engine.sequence import Finish, Request, Text, Token, Usage
+from ahn.errors import ConfigError, EngineError
+from ahn.memory.batch import ForwardBatch
+from ahn.ops import dispatch
+from ahn.ops.dispatch import Kernel
+from conftest import FORMS, retrieval, storing, tiny, with_memory
+from tiny_tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+SIZE = len(TOKENIZER)
+
+
+def ids_of(length, seed):
+    return torch.randint(3, SIZE, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def small(**changes):
+    return with_memory(tiny(vocab_size=SIZE), **changes)
+
+
+def alone(model, ids, count, memory=None):
+    """Greedy ids, and the logits behind each, without a batch."""
+    cache = ahn.AHNCache(model) if memory is None else memory.fork()
+    found, logits = [], []
+    with torch.no_grad():
+        for _ in range(count):
+            out = model(ids, **{PAST: cache}).logits[:, -1]
+            logits.append(out[0])
+            found.append(int(out.argmax()))
+            ids = torch.tensor([found[-1:]])
+    return found, torch.stack(logits)
+
+
+@pytest.fixture
+def engine():
+    engines = []
+
+    def make(model, **options):
+        engines.append(Engine(model, TOKENIZER, **options))
+        engines[-1].start()
+        return engines[-1]
+
+    yield make
+    for one in engines:
+        one.close()
+
+
+def request(ids, count=12, **options):
+    return Request(ids=ids, max_new_tokens=count, ends=False, **options)
+
+
+def test_an_answer_is_that_of_the_request_alone(engine, cell):
+    model = small(cell=cell)
+    served = engine(model)
+    lengths = (1, 2, 9, 20, 33)
+    streams = [served.submit(request(ids_of(n, n))) for n in lengths]
+    for n, stream in zip(lengths, streams, strict=True):
+        result = stream.result()
+        assert result.ids == alone(model, ids_of(n, n), 12)[0]
+        assert result.finish.reason == "length" and result.finish.usage.prompt_tokens == n
+
+
+class ByHand(Engine):
+    """An engine whose turns the test takes, with pieces of random lengths, and which notes all logits."""
+
+    alive = True
+
+    def __init__(self, model, seed, **options):
+        super().__init__(model, TOKENIZER, **options)
+        self.allocate()
+        self.random, self.logits = random.Random(seed), {}
+
+    def turn(self):
+        self._piece = self.random.choice((1, 2, 5, 16, 40))
+        with torch.no_grad():
+            self._turn()
+
+    @property
+    def busy(self):
+        load = self.load
+        return load.decoding + load.reading + load.waiting
+
+    def _adapt(self, count, seconds):
+        pass
+
+    def allocate(self):
+        super().allocate()
+        self.step, self.memories.step = self.memories.step, self.noted_step
+
+    def noted_step(self, tokens, positions):
+        found = self.step(tokens, positions)
+        for chat, row in zip(self._decoding, found, strict=True):
+            if chat.reason is None:
+                self.logits.setdefault(chat.stream, []).append(row.clone())
+        return found
+
+
+def schedule(model, seed):
+    """Random requests, each with what it gets alone, after random joins, leaves and cancellations."""
+    draw = random.Random(seed)
+    memories = [None, *(ahn.read(model, ids_of(n, 50 + n)) for n in (1, 7, 19, 23, 31, 60))]
+    served, left, running = ByHand(model, seed, slots=draw.choice((1, 2, 3, 5))), 14, []
+    while left or served.busy:
+        if left and draw.random() < 0.4:
+            ids, memory, count = (
+                ids_of(draw.choice((1, 2, 3, 8, 30)), left),
+                draw.choice(memories),
+                draw.choice((1, 6, 25)),
+            )
+            running.append(
+                (served.submit(request(ids, count, memory=memory, keep=draw.random() < 0.4)), ids, count, memory)
+            )
+            left -= 1
+        if running and draw.random() < 0.05:
+            draw.choice(running)[0].cancel()
+        served.turn()
+    return served, running
+
+
+def check_schedule(model, seed):
+    served, running = schedule(model, seed)
+    ended = 0
+    for stream, ids, count, memory in running:
+        result = stream.result()
+        tokens, logits = alone(model, ids, count, memory)
+        done = len(result.ids)
+        assert result.finish.reason == ("cancelled" if done < count else result.finish.reason)
+        if result.finish.reason == "cancelled":
+            count = done
+        assert result.ids == tokens[:done] and done == count
+        if done:
+            torch.testing.assert_close(torch.stack(served.logits[stream][:done]), logits[:done], atol=1e-4, rtol=0)
+        if (kept := result.finish.memory) is not None:
+            ended += 1
+            after, one = (None if memory is None else memory.fork()), ids_of(5, 9)
+            after = ahn.read(model, torch.cat([ids, torch.tensor([tokens])], 1), after)
+            assert kept.tokens_seen == after.tokens_seen and kept.tokens_per_row == after.tokens_per_row
+            torch.testing.assert_close(
+                ahn.read(model, one, kept).last_logits, ahn.read(model, one, after).last_logits, atol=1e-4, rtol=0
+            )
+    assert ended
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_schedule(cell, seed):
+    check_schedule(small(cell=cell), seed)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_random_schedule_of_other_forms(form):
+    check_schedule(small(**form), 5)
+
+
+@pytest.mark.parametrize("span", [1, 3])
+def test_a_random_schedule_with_a_store(store, span, small_grids):
+    check_schedule(storing(store, base=tiny(vocab_size=SIZE), store_span=span), 7)
+
+
+def test_a_random_schedule_without_a_cell():
+    check_schedule(small(cell=None), 3)
+    check_schedule(storing("recency", cell=None, base=tiny(vocab_size=SIZE)), 4)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Steps as on CUDA, but for the capture."""
+    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("graph", "as on CUDA"))
+    made = []
+
+    def counted(self, handle, cache, rows, make=graph.Graph.__init__):
+        made.append(rows)
+        make(self, handle, cache, rows)
+
+    monkeypatch.setattr(graph.Graph, "__init__", counted)
+    return made
+
+
+def test_a_random_schedule_with_graphs(replays):
+    model = small()
+    schedule(model, 11)
+    assert len(replays) == len(set(replays)) and {1, 2} < set(replays)
+    assert model._ahn.graph is None  # that of single caches is another
+    check_schedule(model, 11)
+
+
+def test_what_a_request_asks_for_does_not_change_its_neighbours(engine):
+    model, ids = small(), ids_of(9, 1)
+    served = engine(model)
+    drawn = {"temperature": 1.5, "top_p": 0.9, "seed": 7}
+    first = served.submit(request(ids, 40, **drawn)).result().ids
+    streams = [served.submit(request(ids, 40, **({"seed": seed} | drawn))) for seed in range(3)]
+    streams.append(served.submit(request(ids, 40, temperature=1.5, seed=8)))
+    assert [stream.result().ids for stream in streams[:3]] == [first] * 3
+    assert streams[3].result().ids != first
+
+
+def test_logprobs_and_the_likeliest_tokens(engine):
+    model, ids = small(), ids_of(9, 1)
+    tokens, logits = alone(model, ids, 5)
+    events = list(engine(model).submit(request(ids, 5, logprobs=3)))
+    for event, token, row in zip(events[:-1], tokens, logits.log_softmax(-1), strict=True):
+        assert isinstance(event, Token) and event.id == token == event.top[0][0]
+        assert event.logprob == pytest.approx(float(row[token]), abs=1e-4) == event.top[0][1]
+        assert [other for other, _ in event.top] == row.topk(3).indices.tolist()
+    assert isinstance(events[-1], Finish)
+
+
+def test_a_stop_ends_the_text_in_front_of_it(engine):
+    model, ids = small(), ids_of(9, 1)
+    served = engine(model)
+    whole = served.submit(request(ids, 30)).result()
+    assert whole.text == TOKENIZER.decode(whole.ids, skip_special_tokens=True)
+    stop = whole.text[10:13]
+    cut = served.submit(request(ids, 30, stop=("\0", stop))).result()
+    assert cut.text == whole.text[: whole.text.find(stop)] and cut.finish.reason == "stop"
+    assert cut.ids == whole.ids[: len(cut.ids)] and len(cut.ids) < 30
+
+
+def test_text_waits_for_whole_characters_and_stops():
+    ids = TOKENIZER("ä € cat", add_special_tokens=False).input_ids
+    text = Text(TOKENIZER)
+    pieces = [text.add(token) for token in ids]
+    assert "".join(pieces) == "ä € cat" and not any("\ufffd" in piece for piece in pieces)
+    text = Text(TOKENIZER, ["cats", "a mouse"])
+    assert "".join(map(text.add, ids)) == "ä € " and text.rest() == "cat" and not text.stopped
+
+
+def test_a_stopping_token_ends_the_answer(engine):
+    model, ids = small(), ids_of(9, 1)
+    tokens, _ = alone(model, ids, 12)
+    model.generation_config.eos_token_id = tokens[4]
+    result = engine(model).submit(Request(ids=ids, max_new_tokens=12)).result()
+    assert result.ids == tokens[: tokens.index(tokens[4]) + 1] and result.finish.reason == "stop"
+
+
+def test_a_conversation_goes_on_from_the_memory_it_gave_back(engine):
+    model = small()
+    served = engine(model)
+    memory = served.read(ids_of(50, 1)).result()
+    layer = memory.layers[-1]
+    before = layer.map(torch.Tensor.clone).tensors
+    first = served.submit(request(ids_of(4, 2), memory=memory, keep=True)).result()
+    second = served.submit(request(ids_of(4, 3), memory=first.finish.memory)).result()
+    whole = torch.cat([ids_of(50, 1), ids_of(4, 2), torch.tensor([first.ids]), ids_of(4, 3)], 1)
+    assert second.ids == alone(model, whole, 12)[0]
+    assert second.finish.usage == Usage(50 + 4 + 12 + 4, 50 + 4 + 12, 12)
+    assert all(
+        torch.equal(before[name], tensor) for layer in memory.layers[-1:] for name, tensor in layer.tensors.items()
+    )
+
+
+@pytest.mark.parametrize("archive", ["none", "text", "keys"])
+def test_reading_gives_the_memory_of_ahn_read(engine, archive):
+    model, seen = small(), []
+    model.ahn_retrieval = retrieval()
+    served, ids = engine(model, chunk=16), ids_of(80, 1)
+    found = served.read(ids, archive=archive, progress=lambda done, total: seen.append((done, total))).result()
+    plain = ahn.read(model, ids, archive=archive)
+    torch.testing.assert_close(found.last_logits, plain.last_logits, atol=1e-4, rtol=0)
+    assert seen[-1] == (80, 80) and len(seen) > 3 and found.tokens_seen == 80
+    assert (found.archive is None) == (archive == "none")
+    if found.archive is not None:
+        assert found.archive.ids.tolist() == ids[0].tolist()
+    more = served.read(ids_of(7, 2), memory=found).result()
+    assert more.tokens_seen == 87 and found.tokens_seen == 80
+    torch.testing.assert_close(more.last_logits, ahn.read(model, ids_of(7, 2), plain).last_logits, atol=1e-4, rtol=0)
+
+
+def test_a_memory_is_saved_and_loaded(engine, store, tmp_path):
+    model = storing(store, base=tiny(vocab_size=SIZE))
+    served = engine(model)
+    for length in (3, 20, 60):
+        found = served.read(ids_of(length, 1)).result()
+        found.save(tmp_path / "memory")
+        loaded = ahn.AHNCache.load(tmp_path / "memory", model)
+        result = served.submit(request(ids_of(5, 2), memory=loaded)).result()
+        assert result.ids == alone(model, torch.cat([ids_of(length, 1), ids_of(5, 2)], 1), 12)[0]
+
+
+def test_short_prompts_pass_long_texts():
+    served = ByHand(small(), 1, slots=2)
+    long = [served.read(ids_of(4000, n)) for n in range(3)]
+    served.turn()
+    stream = served.submit(request(ids_of(30, 1), 3))
+    for _ in range(60):
+        served.turn()
+    assert isinstance([*stream][-1], Finish) and not any(future.done() for future in long)
+    assert served.load.reading == 1 and served.load.waiting == 2
+
+
+def test_cancelled_at_any_time():
+    served = ByHand(small(), 1, slots=1)
+    futures, streams = (
+        [served.read(ids_of(500, n)) for n in range(2)],
+        [served.submit(request(ids_of(9, 1), 100)) for _ in range(2)],
+    )
+    for _ in range(30):
+        served.turn()
+    assert served.load.decoding == 1 and served.load.waiting == 2
+    for one in futures + streams:
+        one.cancel()
+    served.turn()
+    assert not served.busy and sorted(served._free) == [1, 2]
+    assert [stream.result().finish.reason for stream in streams] == ["cancelled"] * 2
+    result = served.submit(request(ids_of(9, 1)))
+    while served.busy:
+        served.turn()
+    assert result.result().ids == alone(served.model, ids_of(9, 1), 12)[0]
+
+
+def test_one_that_fails_leaves_the_others(engine, monkeypatch):
+    model = small()
+    served = engine(model)
+    bad = ahn.read(model, ids_of(9, 1))
+    bad._forward_batch = ForwardBatch(torch.tensor([9]), 1, [1], written=True)
+    good, worse = served.submit(request(ids_of(9, 1))), served.submit(request(ids_of(9, 1), memory=bad))
+    finish = worse.result().finish
+    assert finish.reason == "error" and "half-written" in str(finish.error)
+    assert good.result().ids == alone(model, ids_of(9, 1), 12)[0] and served.alive
+
+
+def test_a_failed_step_ends_the_engine(engine, monkeypatch):
+    served = engine(small())
+    monkeypatch.setattr(served.memories, "step", lambda *args: 1 / 0)
+    stream, future = served.submit(request(ids_of(9, 1))), served.read(ids_of(4000, 1))
+    finish = stream.result().finish
+    assert finish.reason == "error" and isinstance(finish.error, ZeroDivisionError)
+    assert isinstance(future.exception(), ZeroDivisionError)
+    assert not served.alive and served.error is finish.error
+    with pytest.raises(EngineError, match="has failed: division"):
+        served.submit(request(ids_of(9, 1)))
+
+
+def test_closing_cancels(engine):
+    served = engine(small())
+    stream, future = served.submit(request(ids_of(9, 1), 10**6)), served.read(ids_of(10**5, 1))
+    next(iter(stream))
+    served.close()
+    assert stream.result().finish.reason == "cancelled"
+    with pytest.raises(EngineError, match="closed"):
+        future.result()
+    with pytest.raises(EngineError, match="not running"):
+        served.read(ids_of(9, 1))
+
+
+def test_an_event_loop_reads_a_stream(engine):
+    served = engine(small())
+
+    async def read():
+        stream = served.submit(request(ids_of(9, 1)))
+        return [event async for event in stream]
+
+    events = asyncio.run(read())
+    assert [event.id for event in events[:-1]] == alone(served.model, ids_of(9, 1), 12)[0]
+    assert events[-1].reason == "length"
+
+
+def test_functions_run_between_tokens(engine):
+    served = engine(small())
+    assert served.run(threading.get_ident).result() == served._thread.ident
+    assert isinstance(served.run(lambda: 1 / 0).exception(), ZeroDivisionError) and served.alive
+
+
+def test_bytes_are_known_before(store):
+    for model in (small(), small(cell=None), storing(store, base=tiny(vocab_size=SIZE))):
+        served = Engine(model, TOKENIZER, slots=3)
+        served.allocate()
+        assert sum(layer.nbytes for layer in served.memories.layers) == 5 * served.bytes_of_slot
+        assert served.bytes_needed(4) - served.bytes_needed(3) == served.bytes_of_slot + 8 * SIZE
+        assert ahn.read(model, ids_of(90, 1)).nbytes == served.bytes_of_slot
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected an integer of at least 1"),
+        ({"temperature": -1}, "temperature=-1: expected a number of at least 0"),
+        ({"top_p": 0}, "top_p=0: expected a number above 0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"stop": "text"}, "stop='text': expected texts"),
+        ({"logprobs": 21}, "logprobs=21: expected an integer of at least 0, at most 20"),
+    ],
+)
+def test_bad_requests(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Request(ids=[3], **options)
+
+
+def test_bad_settings(engine):
+    model = small()
+    for options in ({"slots": 0}, {"readers": 1}, {"chunk": 1}, {"slice_seconds": 0}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            Engine(model, TOKENIZER, **options)
+    with pytest.raises(ConfigError, match="layer 1 keeps everything"):
+        Engine(small(layers=(0,)), TOKENIZER)
+    served = engine(model)
+    for bad, message in (([], "at least one"), ([SIZE], "token id"), ([[3], [4]], "of 2 rows")):
+        with pytest.raises(ConfigError, match=message):
+            served.read(bad)
+    with pytest.raises(ConfigError, match="another model"):
+        served.read([3], memory=ahn.read(small(), ids_of(5, 1)))
+    with pytest.raises(ConfigError, match="a memory of 2 rows"):
+        served.read([3], memory=ahn.read(model, ids_of(5, 1).repeat(2, 1)))
