@@ -125,14 +125,7 @@ class AHNCache(Cache):
         return self.twin(lambda layers: [layer.map(torch.Tensor.clone) for layer in layers])
 
     def twin(self, copied: Callable[[list[Any]], list[Any]], archive: bool = True) -> AHNCache:
-        """A fork whose layers `copied` makes of those of this cache.
-
-        Args:
-            archive: go on with the archive; else the twin keeps none.
-
-        Raises:
-            UnsupportedOperationError: another thread is using the cache.
-        """
+        """A fork whose layers `copied` makes of those of this cache; without `archive` it keeps none."""
         with self._at_rest():
             twin = self.shell()
             twin._use, twin._forward_batch = _Use(), None
