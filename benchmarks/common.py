@@ -26,7 +26,7 @@ BOOK = HERE.parent / "src" / "ahn" / "data" / "arsene-lupin.txt"
 def main(folder: str, about: str, argv: Sequence[str] | None = None) -> None:
     """Run one of the files of a folder.
 
-    Each has a docstring, NAME (of its result file), TINY (a command line that takes seconds on any device),
+    A file has a docstring, NAME of its result file, TINY, a command line that takes seconds on any device,
     `arguments(parser)`, and `run(options)`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -37,12 +37,12 @@ def main(folder: str, about: str, argv: Sequence[str] | None = None) -> None:
             doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             raw = argparse.RawDescriptionHelpFormatter
             command = commands.add_parser(path.stem, help=doc.partition("\n")[0], description=doc, formatter_class=raw)
-            if words[:1] != [path.stem]:  # only one is imported: each needs something else
+            if words[:1] != [path.stem]:  # only the chosen file is imported, because each needs other libraries
                 continue
             module = import_module(f"{folder}.{path.stem}")
             module.arguments(command)
-            command.add_argument("--tiny", action="store_true", help="a tiny model and text: does it run at all?")
-            command.add_argument("--name", default=module.NAME, help="of the file in results/ (%(default)s)")
+            command.add_argument("--tiny", action="store_true", help="try it with a tiny model and text")
+            command.add_argument("--name", default=module.NAME, help="name of the file in results/ (%(default)s)")
             command.set_defaults(run=module.run)
             if "--tiny" in words:
                 inputs = tiny_inputs(Path(scratch)) if "{" in module.TINY else {}
@@ -53,7 +53,7 @@ def main(folder: str, about: str, argv: Sequence[str] | None = None) -> None:
 
 @cache
 def environment() -> dict[str, Any]:
-    """What produced the numbers, for a result file."""
+    """The environment that produces the numbers of a result file."""
     from ahn.eval.results import stamp
 
     made = stamp()
@@ -69,7 +69,7 @@ def write(name: str, **content: Any) -> Path:
 
 
 def now(device: Any) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds, after the device has finished its work."""
     import torch
 
     if device.type == "cuda":
@@ -78,7 +78,7 @@ def now(device: Any) -> float:
 
 
 def peak_bytes() -> int:
-    """Of the GPU's memory since its statistics were last reset, or resident since the process began."""
+    """Peak bytes of the GPU's memory since its statistics were reset, or without a GPU of resident memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -154,7 +154,7 @@ def put_on(model: Any, adapter: str | None, sink_positions: str = "clipped") -> 
 
 
 def set_lossless(model: Any, size: int, sinks: int) -> None:
-    """As many lossless tokens in all: sinks, and of the rest the store has the share that it has now."""
+    """Set the number of lossless tokens. `sinks` of them are sinks; the store keeps its share of the others."""
     from ahn.hf.augment import set_window
 
     config = model.ahn_config.with_lossless(size, sinks)
@@ -162,7 +162,7 @@ def set_lossless(model: Any, size: int, sinks: int) -> None:
 
 
 def records(path: str | Path) -> list[dict[str, Any]]:
-    """Of a JSON-lines file, xz-compressed or not; ends the program if it cannot be read."""
+    """The records of a JSON-lines file, which may be xz-compressed. Ends the program if it cannot be read."""
     try:
         with lzma.open(path, "rt", encoding="utf-8") if is_xz(path) else open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
@@ -172,7 +172,7 @@ def records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_records(path: str | Path, made: Iterable[dict[str, Any]]) -> None:
-    """As `records` reads them."""
+    """Write a file that `records` reads."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in made]
     with lzma.open(path, "wt", encoding="utf-8") if is_xz(path) else open(path, "w", encoding="utf-8") as file:
         file.writelines(lines)

@@ -6,16 +6,16 @@
     python benchmarks/data.py join CELLS OUTPUT [--gates ADAPTER] [--heads ADAPTER]
 
 facts: passages of books with statements hidden between their sentences, and questions on all of them in another order.
-The wording has nothing of the benchmarks' (RULER's magic numbers, pass keys), so that these still measure what they
-should. Names and values are drawn anew for every document.
+The wording differs from that of the benchmarks (RULER's magic numbers, pass keys), so that training does not spoil
+them. Names and values are drawn anew for every document.
 
 far: paragraphs of several of SQuAD's articles as one document, and questions on any of them at its end, in random
 order, so that an answer lies far back. No paragraph is in two documents until all have been used.
 
-articles: the last articles of a file: few enough that a text gets several questions, and not those that retrieval heads
-are chosen on.
+articles: the last articles of a file. There are few of them, so that a text gets several questions. Retrieval heads are
+chosen on other articles.
 
-join: an adapter from parts that were trained apart, each of which depends on the base alone: CELLS gives the cells,
+join: an adapter from parts that were trained apart. Each part depends on the base alone. CELLS gives the cells,
 `--gates` the weights and sizes of a store, `--heads` the retrieval heads.
 
 A record of facts and far is a chat as `ahn train` reads it. `--tiny` tries facts, far and articles on a few records.
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from common import BOOK, records, write_records
 
-SIZES = "window", "sinks", "store", "store_size", "store_span"  # that come with the gates
+SIZES = "window", "sinks", "store", "store_size", "store_span"  # settings that come with the gates
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ MONTHS = _words("January February March April May June July August September Oct
 
 
 class Fact(NamedTuple):
-    """A sentence to hide, what is asked about it, and the answer."""
+    """A sentence to hide, the question about it, and the answer."""
 
     told: str
     question: str
@@ -66,7 +66,7 @@ class Fact(NamedTuple):
 
 
 def name(chance: random.Random) -> str:
-    """Of a person or a place that no text has."""
+    """A name of a person or a place that occurs in no text."""
     syllables = (chance.choice(SYLLABLES) for _ in range(chance.choice((2, 2, 3))))
     return "".join(syllables).capitalize() + chance.choice(ENDINGS)
 
@@ -182,7 +182,7 @@ def hidden(options: argparse.Namespace, chance: random.Random) -> Iterator[dict[
 
 
 def paragraphs(found: list[dict[str, Any]], chance: random.Random) -> Iterator[dict[str, Any]]:
-    """Of articles in random order, for ever."""
+    """Articles in random order, without end."""
     while True:
         chance.shuffle(found)
         for article in found:

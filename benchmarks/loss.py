@@ -1,4 +1,4 @@
-"""Measures what a memory changes in the predictions: `python benchmarks/loss.py WHAT`, a file of benchmarks/losses."""
+"""Measures the loss of predictions: `python benchmarks/loss.py WHAT`, where WHAT is a file of benchmarks/losses."""
 
 from common import main
 

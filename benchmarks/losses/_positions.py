@@ -36,7 +36,7 @@ def position_losses(model: Any, ids: Tensor, chunk: int = 512, whole: bool = Fal
 
 
 def mean_loss(model: Any, books: Tensor) -> float:
-    """Over the second half of whole sequences [books, T + 1]."""
+    """The loss over the second half of whole sequences [books, T + 1]."""
     half = (books.shape[1] - 1) // 2
     parts = books.tensor_split(-(-len(books) // ROWS))  # near-equal parts: none is a single row
     return torch.cat([position_losses(model, part, whole=True)[:, half:] for part in parts]).mean().item()

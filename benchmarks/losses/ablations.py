@@ -1,13 +1,12 @@
-"""Which form of the memory closes most of the gap at equal cost: short runs that differ in one thing.
+"""Finds the form of the memory that closes most of the gap at equal cost, in short runs that differ in one thing.
 
     python benchmarks/loss.py ablations RUNS.json BOOKS.jsonl[.xz] --valid BOOKS.jsonl[.xz] [--name ablations]
 
-RUNS is a list like benchmarks/losses/ablations.json: a `name` and whatever differs from the defaults, the keys of a
-recipe (cell, memory_positions, feature_maps, window_gate, lr, loss, lossless, sinks, batch, steps). Measured after
-each, at positions `--length` / 2 onwards of held-out books: the share of the gap between the window alone and full
-attention that is closed, and the share with the memory of another book in place of its own (see gap.py). With `--far`,
-also how much lower than with the window alone the loss is over the second half of so many tokens, several training
-lengths.
+RUNS is a list like benchmarks/losses/ablations.json. An entry has a `name` and the keys of a recipe that differ from
+the defaults (cell, memory_positions, feature_maps, window_gate, lr, loss, lossless, sinks, batch, steps). Each run is
+measured on held-out books, from position `--length` / 2 on: the share of the gap between the window alone and full
+attention that is closed, and that share with the memory of another book (see gap.py). With `--far N`, also the gain
+over the window alone in the second half of N tokens, several times the length of training.
 """
 
 from __future__ import annotations
@@ -154,6 +153,6 @@ def train(model: Any, recipe: Any, rows: Any) -> float:
     seconds = time.monotonic() - start
     adapter = adapter_of(model)
     detach(model)
-    ahn.augment(model, config)  # without what was compiled for the shapes of training
+    ahn.augment(model, config)  # drops code that was compiled for the shapes of training
     apply(adapter, model)
     return (recipe.steps - 1 - recipe.steps // 2) * recipe.batch * recipe.length / seconds

@@ -1,16 +1,17 @@
-"""How much of the gap between the window alone and full attention a memory closes, on books it has not seen.
+"""The share of the gap between the window alone and full attention that a memory closes, on held-out books.
 
     python benchmarks/loss.py gap BOOKS.jsonl[.xz] [--adapter FOLDER ...] [--base smollm2-135m] [--tokens 8192]
 
 Mean next-token loss (nats) over the second half of the first `--tokens` tokens of each book that is long enough, for
 full attention, sinks and window, and each adapter, at several lossless sizes.
 
-Each adapter is measured twice: with its own memory and, as the control, with the memory of another of the books. What
-is gained over the control comes from what is remembered; what the control itself gains is only a better-fitted model.
-The last row is the window alone, longer by as many tokens as the state of the largest of the memories has bytes for.
+Each adapter is measured twice: with its own memory and, as the control, with the memory of another book. The gain over
+the control is due to the content of the memory. The gain of the control itself is only that of a better-fitted model.
+The last row is a longer window without a memory. It holds as many bytes as the window and the state of the largest
+memory.
 
-Two windows without a memory: with the sinks at their true distance, as in the paper, and at the clipped one that is
-the default here (see docs/decisions.md). Shares are given of the gap from either to full attention.
+The window without a memory is measured with sinks at their true distance, as in the paper, and at the clipped distance
+that is the default here (docs/decisions.md). Shares are given of the gap between each of the two and full attention.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def state_in_tokens(model: Any) -> int:
-    """How many tokens of keys and values a layer could hold in the bytes of its float32 state."""
+    """The number of tokens whose keys and values fit into the bytes of a layer's float32 state."""
     from ahn.memory.handle import layers_of
 
     base, (layer, *_) = model.config, layers_of(model)

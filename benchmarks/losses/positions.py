@@ -2,11 +2,11 @@
 
     python benchmarks/loss.py positions BOOKS.jsonl[.xz] [--adapter FOLDER ...] [--base smollm2-135m] [--tokens 65536]
 
-Mean next-token loss (nats) in bins of positions for full attention, sinks and window, and each adapter, how much lower
-it is than that of sinks and window, and the standard errors of both over texts. Every text is `--tokens` tokens of a
-book; long books give several. All are read in chunks through a cache, as rows of a batch, so that memory is bounded
-(for full attention, by its cache). `--full N` ends full attention at N tokens: behind its context it only breaks, and
-on a CPU it takes hours.
+Mean next-token loss (nats) in bins of positions, for full attention, sinks and window, and each adapter. Also the gain
+over sinks and window, and the standard errors of both over texts. A text is `--tokens` tokens of a book; long books
+give several. Texts are read in chunks through a cache, as rows of a batch, so that memory is bounded (for full
+attention, by its cache). `--full N` ends full attention at N tokens: beyond its context it fails, and on a CPU it takes
+hours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TINY = "{books} --base {base} --adapter {adapter} --tokens 256 --lossless 72 --b
 
 
 def texts(books: list[dict[str, Any]], tokenizer: Any, tokens: int, count: int) -> Tensor:
-    """[B, tokens + 1]: at most `count` pieces of books, first those that begin one."""
+    """At most `count` pieces of books, [B, tokens + 1]. Pieces that begin a book come first."""
     length = tokens + 1
     whole = [tokenizer(book["text"], verbose=False).input_ids for book in books]
     starts = [(low, book) for book in whole for low in range(0, len(book) - length + 1, length)]
@@ -37,7 +37,7 @@ def texts(books: list[dict[str, Any]], tokenizer: Any, tokens: int, count: int) 
 
 
 def mean_and_error(name: str, values: Tensor) -> dict[str, list[float]]:
-    """Of each column of [B, bins]."""
+    """The standard error of each column of [B, bins]."""
     error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else torch.zeros(values.shape[1])
     return {
         key: [round(x, 4) for x in column.tolist()] for key, column in ((name, values.mean(0)), (f"{name}_se", error))
@@ -49,11 +49,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", nargs="*", default=ahn.zoo.names())
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=65536)
-    parser.add_argument("--full", type=int, help="tokens of full attention, if not all: a multiple of --bin")
+    parser.add_argument("--full", type=int, help="tokens that full attention reads, a multiple of --bin (default: all)")
     parser.add_argument("--lossless", type=int, nargs="+", default=[1024])
     parser.add_argument("--bin", type=int, default=1024)
-    parser.add_argument("--texts", type=int, default=12, help="at most")
-    parser.add_argument("--rows", type=int, default=12, help="of a batch")
+    parser.add_argument("--texts", type=int, default=12, help="texts at most")
+    parser.add_argument("--rows", type=int, default=12, help="texts in a batch")
     parser.add_argument("--chunk", type=int, default=512)
 
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     model = load_base(options.base)
     context = model.config.max_position_embeddings
     bins = options.tokens // options.bin
-    ends = [1 << i for i in range(bins.bit_length())]  # shown are means over the later half of so many bins
+    ends = [1 << i for i in range(bins.bit_length())]  # each column shows the mean over the later half of so many bins
     print(f"{len(ids)} texts, loss up to position")
     print(f"{'':<44}{'lossless':>9}" + "".join(f"{end * options.bin:>9,}" for end in ends) + f"{'s':>7}")
     rows = []

@@ -1,12 +1,11 @@
-"""How much of the predictions is lost with each store, at equal budgets: no text is generated, so it is quick.
+"""The loss of predictions with each store, at equal budgets. No text is generated, so it is quick.
 
     python benchmarks/loss.py stores facts.jsonl.xz squad.jsonl.xz [--adapter GATES] [--length 512] [--window 24]
         [--places 32] [--sinks 8] [--stores random attention attention:4 learned learned:4] [--rows 12]
 
-KL(full attention || window and store) in nats a token, on the tokens that are to be predicted (answers) in the last
-`--rows` rows of each source, which must not be among those that gates were trained on. Without a memory: what loses
-its place is gone. The window alone has as many tokens as window and store together. `learned` needs an adapter with
-gates; its cell, if it has one, is left out.
+KL(full attention || window and store) in nats a token, over the answers in the last `--rows` rows of each source. The
+gates must not have been trained on these rows. There is no cell, so a token that loses its slot is lost. The window
+alone has as many tokens as window and store together. `learned` needs an adapter with gates; its cell is left out.
 """
 
 from __future__ import annotations

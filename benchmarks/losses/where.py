@@ -1,13 +1,13 @@
-"""Where the gap between the window alone and full attention is lost, and what would close it.
+"""Divides the gap between the window alone and full attention by kinds of tokens, and measures which oracles close it.
 
     python benchmarks/loss.py where BOOKS.jsonl[.xz] [--base smollm2-135m] [--tokens 4096] [--lossless 512] [--books 8]
 
 1. By the token to be predicted: is it common, in the window, only further back, further back after the same token?
-2. By oracle: attention in which what has left the window is replaced. "mass": its weight is known and its content is
-   zero; "mean": the weight and the plain mean of its values; "smooth": the weight and its values averaged at twice the
-   temperature; "top K": only the K keys of the highest scores are kept, for each query and head, beside the window.
+2. By oracle: attention in which the evicted tokens are replaced. "mass": by their exact weight with a value of zero;
+   "mean": by that weight and the plain mean of their values; "smooth": by that weight and their values averaged at
+   twice the temperature; "top K": by the K keys with the highest scores, for each query and head.
 
-Plain attention with all scores in memory: for short texts and small models.
+Attention is plain and holds all scores in memory, so texts must be short and models small.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     attention = Oracle(model, options.lossless - SINKS)
 
     def losses(kind: str) -> Any:
-        """[books, tokens / 2], over the second half."""
+        """Losses over the second half of each book, [books, tokens / 2]."""
         attention.kind = kind
         found = [position_losses(model, torch.tensor([ids]), whole=True)[0] for ids in books]
         return torch.stack(found)[:, options.tokens // 2 :]

@@ -1,4 +1,4 @@
-"""Writes the model cards of the shipped adapters from what is beside them and from the results.
+"""Writes the model cards of the shipped adapters from the files beside them and from the results.
 
 Reads `ahn.json`, `log.json` and `gates.json` of src/ahn/zoo/NAME, recipes/NAME.yaml, and the results in which the
 adapter or its base has rows (gap, qa, recall); writes the README.md beside the adapter.
@@ -85,7 +85,7 @@ def settled(config: dict[str, Any]) -> str:
 
 
 def store(folder: Path, base: str) -> list[str]:
-    """How its gates were trained, and what they find."""
+    """The training of its gates, and the facts that they find."""
     name = f"{folder.name.rpartition('-')[0]}-store"
     recipe = load(ROOT / "recipes" / f"{name}.yaml")
     log = [entry for entry in json.loads((folder / "gates.json").read_text()) if "loss" in entry]

@@ -16,7 +16,7 @@ SET_GOALS = {"SQuAD": (1.15, 5), "FairytaleQA": (1.15, 0), "MuSiQue": (1, 0), "H
 
 @table
 def goals_recall() -> str:
-    """Goals of recall, of questions whose evidence is behind the window where there are any."""
+    """The goals of recall. They count questions whose evidence is behind the window, where there are any."""
     name = ASKED
     found = {(row["task"], row["policy"]): row for row in reversed(rows(name)) if row["length"] == 16_384}
 
@@ -125,8 +125,8 @@ def goals_memory() -> str:
 
 
 def ratio(files: Sequence[str], what: str, key: str, **wanted: Any) -> float:
-    """How much longer the newest row with a store took than the newest row without one, of the same commit if
-    there is one."""
+    """The time of the newest row with a store over that of the newest row without one, of the same commit if there is
+    one."""
     stored = newest(files, cell=STORE, what=what, **wanted)
     assert stored
     plain = newest(files, cell="gated_deltanet", what=what, commit=stored.get("commit"), **wanted)

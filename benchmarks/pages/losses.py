@@ -13,8 +13,8 @@ SIZES = (256, 512, 1024, 2048)
 
 
 def gap(name: str, memories: dict[str, tuple[str, str]], sizes: Sequence[int], form: str) -> list[list[str]]:
-    """A line for each label: (memory, key) at these numbers of lossless tokens. A longer window is counted as the
-    window that it is compared with."""
+    """A line for each label, with the value of (memory, key) at each number of lossless tokens. A longer window stands
+    in the column of the window that it is compared with."""
     longer = {448: 256, 704: 512, 1216: 1024, 2240: 2048, 2496: 2048}
     body = []
     for label, (memory, key) in memories.items():
@@ -53,7 +53,7 @@ def gap_closed() -> str:
 
 @table
 def limit_of_cells() -> str:
-    """An item of a list: by how much the cells fall short."""
+    """An item of the README's list of limits: by how much the cells miss their goals."""
     found = [row for row in rows("gap-smollm2-135m") if row["memory"].startswith("smollm2")]
     closed = [row["closed"] for row in found]
     fit = [row["control_closed"] / row["closed"] for row in found]
@@ -212,7 +212,7 @@ def labels_or_loss() -> str:
 
 @table
 def ablations() -> str:
-    """The short runs with the control: each form of the memory, its own memory and another book's."""
+    """The short runs: each form of the memory, with its own memory and with the control, the memory of another book."""
     name = "ablations-smollm2-135m-control"
     sizes = ("256", "512", "1024")
     body = []

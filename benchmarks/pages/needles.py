@@ -72,7 +72,7 @@ def facts_by_depth() -> str:
 
 @table
 def gates() -> str:
-    """One row of facts and the loss on books, for each way to train gates and each share of the store."""
+    """Facts found and the loss on books, for each way to train gates and each share of the store."""
     books = "gap-store-qwen2.5-coder-0.5b"
     lines = [
         (
@@ -111,7 +111,7 @@ BUDGETS = {
 
 
 def by_budget(base: str, sizes: Sequence[int], about: str) -> str:
-    """Share found of three tasks, by rule and number of lossless tokens; of several rows the one with most examples."""
+    """The share found of three tasks, by rule and number of lossless tokens. The row with most examples counts."""
     found: dict[tuple[str, str, int], Row] = {}
     for name in BUDGETS[base]:
         for row in result(name)["rows"]:

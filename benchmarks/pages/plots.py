@@ -49,7 +49,8 @@ def colours(names: list[str]) -> dict[str, str]:
 
 
 def name_lines(axes: Any, labels: list[Label]) -> None:
-    """The names of lines to the right of the axes, at the height of their ends, pushed up where they would touch."""
+    """Write the names of lines to the right of the axes, at the height of the lines' ends. Names that would touch are
+    pushed up."""
     lines = 72 * axes.get_window_extent().height / axes.figure.dpi / 12
     least = -1.0
     for y, text, colour in sorted(labels):
@@ -67,7 +68,7 @@ def number(value: float, _: Any = None) -> str:
 
 
 def loss_by_position(results: dict[str, Any]) -> Any:
-    """Above the losses, below how much the memories gain over sinks and window, with standard errors."""
+    """The losses above; below, the gain of the memories over sinks and window with standard errors."""
     size = next(row["lossless"] for row in results["rows"] if row["lossless"])
     rows = [row for row in results["rows"] if row["lossless"] in (None, size)]
     colour = colours([row["memory"] for row in rows])
@@ -166,7 +167,7 @@ def cost_by_length(results: dict[str, Any]) -> Any:
 
 
 def facts_found(results: dict[str, Any]) -> Any:
-    """Of each task a group of bars, with 95% intervals; a line through it where full attention is."""
+    """A group of bars for each task, with 95% intervals, and a line at the score of full attention."""
     rows = recalled(results)
     series = {  # name, policy, span of the store
         "window": ("window", 0, "#b5b5b5"),
@@ -203,7 +204,7 @@ def facts_found(results: dict[str, Any]) -> Any:
 
 
 def facts_by_depth(results: dict[str, Any]) -> Any:
-    """A panel a way to read: the share found, a row a task, a column a fifth of the text in which the fact lies."""
+    """A panel for each way to read, with the share found: a row for each task, a column for each fifth of the text."""
     by = recalled(results)
     ways = {"window": ("window", 0), "learned store": ("ahn", 4), "full attention": ("full", 0)}
     tasks = [
@@ -230,8 +231,8 @@ def facts_by_depth(results: dict[str, Any]) -> Any:
 
 
 def facts_by_budget(results: dict[str, Any]) -> Any:
-    """A panel a task: the share found by lossless tokens, a line a store, of the most examples there are; where fewer
-    than `ENOUGH` were done there is no point."""
+    """A panel for each task: the share found by lossless tokens, a line for each store. Of several results, the
+    one with most examples is shown. Results with fewer than `ENOUGH` examples are left out."""
     rows = sorted((r for r in results["rows"] if r.get("seed", 1) == 1 and r["n"] >= ENOUGH), key=lambda r: r["n"])
     sizes = sorted({r["lossless"] for r in rows if (r["store"] or {}).get("name") == "learned"})
     tasks = [task for task in dict.fromkeys(r["task"] for r in rows) if sum(r["task"] == task for r in rows) > 12]
@@ -261,8 +262,8 @@ def facts_by_budget(results: dict[str, Any]) -> Any:
 
 
 def answers(results: dict[str, Any]) -> Any:
-    """What is gained: ordinary questions answered and needles found, by each way to read. Ways differ in lightness and
-    pattern, so that the plot can be read in grey."""
+    """Ordinary questions answered and needles found, by each way to read. Ways differ in lightness and pattern, so that
+    the plot can be read in grey."""
     styles: dict[str, dict[str, Any]] = {
         "window": {"facecolor": "#dcdcdc"},
         "memory": {"facecolor": "#9cc3e6"},
@@ -315,7 +316,7 @@ NEEDLES = {
 
 
 def draw_all(into: Path, form: str = "svg") -> None:
-    """Every plot there is data for, into a folder of files of that form."""
+    """Draw every plot that has data, into a folder, as files of that form."""
     with plt.rc_context(STYLE):
         for name, (draw, sources) in PLOTS.items():
             paths = [RESULTS / f"{source}.json" for source in sources]

@@ -8,7 +8,7 @@ from pages.tables import block, one, recalled, result, table, wrapped
 
 @table
 def choose() -> str:
-    """Facts found and bytes kept by each way to read, of the one result file that has them all."""
+    """Facts found and bytes kept by each way to read. One result file has them all."""
     name = "recall-qwen2.5-coder-0.5b-default"
     by = recalled(result(name))
     needles = [task for task, policy, span in by if (policy, span) == ("ahn", 4) and task != "squad/spread"]
@@ -33,7 +33,7 @@ def choose() -> str:
 
 @table
 def speed() -> str:
-    """What reading costs, in sentences."""
+    """The cost of reading, in sentences."""
     cell, full = (one("cpu", kind=kind, length=16384) for kind in ("deltanet", "full"))
     base = "qwen2.5-3b"
     gpu = {

@@ -28,7 +28,8 @@ TITLES = {name.lower(): name for name in (*SETS, "QMSum")}
 
 
 def question_scores() -> dict[str, dict[str, Row]]:
-    """Of each set of ordinary questions that recall was asked, a row by way of answering, in texts of 16,384 tokens."""
+    """Rows by set of ordinary questions and by way of answering, in texts of 16,384 tokens. Sets without recall are
+    left out."""
     sets: dict[str, dict[str, Row]] = {}
     for row in rows(ASKED):
         if row["policy"] in WAYS and row["length"] == 16_384 and "of" not in row:
@@ -53,7 +54,7 @@ def picture() -> str:
 
 @table
 def recall_behind() -> str:
-    """By way of answering: F1 of questions whose evidence is behind the window."""
+    """F1 of questions whose evidence is behind the window, by way of answering."""
     found = {(row["task"], row["policy"]): row for row in reversed(rows(ASKED)) if row["length"] == 16_384}
     body = []
     for policy, label in BEHIND.items():
@@ -71,7 +72,7 @@ def recall_behind() -> str:
 
 @table
 def recall_evidence() -> str:
-    """How much of the evidence behind the window is found."""
+    """The share of the evidence behind the window that is found."""
     every = [row for row in rows(ASKED) if row["length"] == 16_384 and "found" in row and "question" not in row]
     body = []
     for task in SETS:
@@ -93,7 +94,7 @@ def recall_evidence() -> str:
 
 @table
 def recall_forms() -> str:
-    """What stands in front of the question."""
+    """F1 by the parts of the prompt in front of the question."""
     body = []
     for label, wanted in FORMS.items():
         cells = []
@@ -114,7 +115,7 @@ def recall_forms() -> str:
 
 @table
 def support_errors() -> str:
-    """What a calibration refuses and what it lets pass."""
+    """The questions that a calibration refuses and that it lets pass."""
     name = "support-qwen2.5-coder-1.5b"
     (chosen,) = (one for one in result(name)["candidates"] if one["chosen"])
     body = []

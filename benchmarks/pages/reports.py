@@ -10,7 +10,7 @@ from pages.tables import markdown, numbers, table, wrapped
 
 
 def printed(name: str, base: str, suite: str, length: str) -> dict[str, dict[str, tuple[float, int]]]:
-    """Of a report as markdown, the table of scores of a suite: score and examples by policy and task."""
+    """The table of a suite's scores in a report as markdown: score and examples, by policy and task."""
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     text = text[text.index(f"## {base}") :]
     part = re.search(rf"### {suite}, {length}: (?:scores|losses)\n(.*?)(?:\n###|\Z)", text, re.DOTALL)

@@ -63,12 +63,12 @@ def lengths() -> str:
 
 
 def newest(files: Sequence[str], **wanted: Any) -> Row | None:
-    """The last row of the first of these files that has one."""
+    """The last row with these values, in the first file that has one."""
     return next((found[-1] for name in files if (found := rows(name, **wanted))), None)
 
 
 class Line(NamedTuple):
-    """A line of a table of GPU times: the row of each device, and the key that is shown."""
+    """A line of a table of GPU times: its label, the values that select a row, and the key that is shown."""
 
     label: str
     wanted: Row

@@ -37,7 +37,7 @@ def result(name: str) -> Row:
 
 
 def rows(name: str, **wanted: Any) -> list[Row]:
-    """The rows of a result file that agree with all that is wanted."""
+    """The rows of a result file that have these values."""
     return [row for row in result(name)["rows"] if all(row.get(key) == value for key, value in wanted.items())]
 
 
@@ -47,7 +47,7 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def block(head: Sequence[str], body: Iterable[Sequence[str]], about: str, *names: str) -> str:
-    """A table, and below it what was measured, on which device, on which day, and the files."""
+    """A table with its caption: `about`, the device, the day, and the result files."""
     return f"{markdown(head, body)}\n\n{wrapped(f'{about} {source(*names)}')}"
 
 
@@ -69,7 +69,7 @@ def device_of(name: str) -> str:
 
 
 def numbers(values: Iterable[float | None], form: str = "{:,.0f}") -> list[str]:
-    """Each in that form; None stands for what was not run."""
+    """Each value in that form. None, for a run that was not done, is an empty cell."""
     return ["" if value is None else form.format(value) for value in values]
 
 
@@ -78,7 +78,7 @@ def percent(values: Iterable[float | None]) -> list[str]:
 
 
 def one(name: str, **wanted: Any) -> Row:
-    """The last row of a result file that agrees with all that is wanted: files grow at their end."""
+    """The newest row of a result file that has these values. Files grow at their end."""
     return rows(name, **wanted)[-1]
 
 
@@ -95,7 +95,7 @@ def goal(label: str, limit: str, value: str, device: str, met: bool) -> list[str
 
 
 def recalled(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Rows to report of a result on needles by (task, policy, span of the learned store, or 0), at its main size."""
+    """The rows of a result on needles at its main size, by task, policy, and span of the learned store or 0."""
     return {
         (row["task"], row["policy"], (row["store"] or {"span": 0})["span"]): row
         for row in results["rows"]

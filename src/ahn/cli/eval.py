@@ -28,7 +28,6 @@ from ahn.registry import nearest
 if TYPE_CHECKING:
     from ahn.eval.options import Options
     from ahn.eval.work import Work
-    from ahn.recall import Recall
 
 UNFINISHED = 75  # exit code where --seconds ended a run: the same command goes on
 OUTPUT = Path("results")
@@ -165,6 +164,7 @@ def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]
     from ahn.eval import runner, work
     from ahn.eval.kept import exact_sizes
     from ahn.eval.options import Options
+    from ahn.recall import Recall
 
     adapter = None if (found := chosen(args.base, args.adapter)) is None else str(found)
     names = args.policies or ["window", *(["ahn"] if adapter else [])]
