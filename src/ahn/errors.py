@@ -49,7 +49,7 @@ class AdapterError(AHNError, ValueError):
 
 
 class TrainingError(AHNError, RuntimeError):
-    """A training run that cannot go on: a full disk, a lost GPU, too little memory. Names a checkpoint to resume from."""
+    """A training run that cannot go on: a full disk, a lost GPU, too little memory. Says where to resume."""
 
 
 class MemoryFileError(AHNError, ValueError):
