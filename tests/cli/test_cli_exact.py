@@ -84,7 +84,7 @@ def test_what_is_appended_stays_exact_while_there_is_room(
         (tmp_path / "more.txt").write_text(more)
         code, _, err = run("read", str(tmp_path / "more.txt"), "--memory", str(memory))
         assert code == 0 and ("kept exactly: all" in err) == exact
-        assert bool(re.search(r"exact   no longer all: [\d,]+ tokens, and room for 512", err)) != exact
+        assert bool(re.search(r"exact   no longer all: [\d,]+ tokens are more than the room for 512", err)) != exact
         assert settings(memory)["window"] == window
     code, _, err = run("ask", "--memory", str(memory), "--exact", "1GB", "Who?")
     assert code == cli.BAD_INPUT and err.count("\n") == 1 and "--exact" in err and "leave the option out" in err

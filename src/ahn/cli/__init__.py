@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
         print(f"{after_echo}{str(interrupt) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has what it wanted (`ahn info | head`)
+    except BrokenPipeError:  # the reader of the pipe has closed it (`ahn info | head`)
         return 0
-    except SystemExit:  # of argparse, which has said why
+    except SystemExit:  # from argparse, which has printed the reason
         raise
     except BaseException as error:  # each library has its own types; those of Rust's panics are no Exception
         if os.environ.get(_guard.DEBUG, "0") != "0":
@@ -64,7 +64,7 @@ def names() -> list[str]:
 
 
 def _modules() -> dict[str, Callable[[], Any]]:
-    """What imports each subcommand. No other package replaces one of this folder."""
+    """A function for each subcommand that imports it. Other packages cannot replace those of this folder."""
     here = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
     own = {name: partial(import_module, f"{__name__}.{name}") for name in here}
     return {point.name: point.load for point in points(__name__)} | own
@@ -104,7 +104,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 class _Overview(argparse.HelpFormatter):
     def add_argument(self, action: argparse.Action) -> None:
-        super().add_argument(action)  # it forgets that commands are indented, and puts long ones on lines of their own
+        super().add_argument(
+            action
+        )  # argparse ignores the indent of commands and would put long names on lines of their own
         self._action_max_length = max(self._action_max_length, 4 + max(map(len, names())))
 
 
@@ -113,14 +115,14 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        (file or sys.stderr).write(message)  # argparse says nothing where that fails
+        (file or sys.stderr).write(message)  # argparse hides errors of this write
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: error: {_guard.shortened(message)}\n")
 
 
 class _Plain(str):
-    """A word behind `--`, which is no option."""
+    """A word after `--`, which is never an option."""
 
 
 class _CommandParser(_Parser):
@@ -131,7 +133,7 @@ class _CommandParser(_Parser):
             return super().parse_known_args(args, namespace)
         words = list(args or ())
         end = words.index("--") if "--" in words else len(words)
-        # before argparse looks: it would first complain about whatever the mistyped option was to provide
+        # checked first, because argparse would complain about the argument that the mistyped option should provide
         for word in words[:end]:
             option = word.partition("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:

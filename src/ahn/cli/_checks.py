@@ -1,4 +1,4 @@
-"""Checks of options that need no model: they are made before one is loaded."""
+"""Checks of options that need no model, made before one is loaded."""
 
 from __future__ import annotations
 

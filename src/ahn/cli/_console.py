@@ -1,4 +1,4 @@
-"""What the commands say on standard error, and how they write numbers."""
+"""Standard error of the commands, and the forms of numbers there."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def show(sources: tuple[Source, ...]) -> None:
 
 
 def show_log() -> None:
-    """What the package has to say of itself, such as that a base is being converted, as lines on standard error."""
+    """Print the package's log, such as the conversion of a base, as lines on standard error."""
     log = logging.getLogger("ahn")
     if not log.handlers:
         log.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""The edge between a command and the machine: standard streams, and one line for each error."""
+"""Standard streams that are safe to use, and errors as one line each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LONGEST = 600  # characters of an error
 
 
 def open_streams() -> None:
-    """Make the standard streams usable: bytes that are no text become U+FFFD, characters that the encoding lacks become
-    `\\u....`. Raises ConfigError if standard output is closed."""
+    """Make the standard streams usable. Bytes that are not text become U+FFFD; characters that the encoding lacks
+    become `\\u....`. Raises ConfigError if standard output is closed."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # else the next file opened would take its number, and get what is printed
+        except OSError:  # otherwise the next opened file would get its number, and all that is printed
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8")
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
@@ -35,10 +35,10 @@ def open_streams() -> None:
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output that says so where it cannot be written: the system's errors name no file."""
+    """Standard output whose errors name it. Those of the system name no file."""
 
     def __init__(self, plain: io.TextIOWrapper) -> None:
-        self.plain = plain  # which would close the buffer that both share
+        self.plain = plain  # kept, because it would close the shared buffer when it is freed
         super().__init__(
             plain.buffer, plain.encoding, "backslashreplace", None, plain.line_buffering, plain.write_through
         )
@@ -57,7 +57,7 @@ class _Output(io.TextIOWrapper):
             yield
         except OSError as error:
             error.filename = "standard output"
-            with suppress(OSError):  # what is left cannot be written at the end of the process either
+            with suppress(OSError):  # the rest could not be written at the end of the process either
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             raise
 

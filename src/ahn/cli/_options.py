@@ -48,7 +48,7 @@ def namer(parser: argparse.ArgumentParser) -> Callable[[str, Any], str]:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model reads, and with what memory."""
+    """Add the options of the model and its memory."""
     group = parser.add_argument_group("model and memory")
     group.add_argument(
         "--base",
@@ -62,14 +62,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     either = group.add_mutually_exclusive_group()
     either.add_argument("--window", type=at_least(1), metavar="N", help="last tokens kept exactly")
     either.add_argument(
-        "--lossless", type=at_least(1), metavar="N", help="sinks, store and window in all; the store keeps its share"
+        "--lossless",
+        type=at_least(1),
+        metavar="N",
+        help="tokens kept exactly in all: sinks, store and window; the store keeps its share",
     )
     either.add_argument(
         "--exact",
         type=byte_count,
         metavar="SIZE",
-        help="keep all of a text exactly while it fits the base's positions and a cache of SIZE bytes, where no sizes "
-        "of the memory are given (default: 512MB; 0: never)",
+        help="keep a whole text exactly if it fits the base's positions and a cache of SIZE bytes; only without "
+        "options for the sizes of the memory (default: 512MB; 0: never)",
     )
     group.add_argument("--sinks", type=at_least(0), metavar="N", help="first tokens kept exactly")
     add_store(group, "the adapter's", "the adapter's, else 1")
@@ -82,15 +85,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_store(group: Any, size: str = "none", span: str = "1") -> None:
-    """What of the text behind the window is kept exactly. `size` and `span` say the defaults."""
+    """Add the options of the store. `size` and `span` are the defaults that the help shows."""
     group.add_argument(
         "--store", metavar="S", help="keep some of what leaves the window exactly (ahn info lists them), or none"
     )
     group.add_argument(
-        "--store-size", type=at_least(1), metavar="N", help=f"how many tokens of it, by head (default: {size})"
+        "--store-size",
+        type=at_least(1),
+        metavar="N",
+        help=f"tokens that the store keeps, for each head (default: {size})",
     )
     group.add_argument(
-        "--store-span", type=at_least(1), metavar="N", help=f"judge so many neighbours together (default: {span})"
+        "--store-span",
+        type=at_least(1),
+        metavar="N",
+        help=f"neighbouring tokens that are kept or dropped together (default: {span})",
     )
 
 
@@ -131,17 +140,17 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def add_archive(parser: argparse.ArgumentParser) -> None:
-    """What is kept of a text besides the memory."""
+    """Add the option of the archive."""
     parser.add_argument(
         "--archive",
         choices=("none", "text", "keys"),
-        help="keep the text in the memory file, so that passages can be read again: none; text, 4 bytes a token; or "
-        "keys, with up to 128 bytes more to find them by (default: keys if the adapter has retrieval heads, else text)",
+        help="keep the text in the memory file, for --recall. text: 4 bytes a token. keys: up to 128 bytes more, "
+        "which find passages better (default: keys if the adapter has retrieval heads, else text)",
     )
 
 
 def add_recall(parser: argparse.ArgumentParser) -> None:
-    """How passages are found and read again."""
+    """Add the options of recall."""
     group = parser.add_argument_group("recall")
     group.add_argument(
         "--recall",
@@ -151,12 +160,16 @@ def add_recall(parser: argparse.ArgumentParser) -> None:
     )
     add_finder(group, "how they are found")
     group.add_argument(
-        "--rounds", type=int, choices=(1, 2), default=1, help="2 looks again with the first passages in mind"
+        "--rounds",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2: search a second time, with the passages of the first (default: 1)",
     )
     group.add_argument(
         "--guess",
         action="store_true",
-        help="answer although the text supports no answer, where the adapter can tell (default: say so)",
+        help="answer even if the adapter finds no support in the text (default: say that it is not there)",
     )
     group.add_argument("--sources", action="store_true", help="show the passages after the answer")
 
@@ -170,7 +183,7 @@ def add_finder(group: Any, how: str) -> None:
 
 
 def add_answer(parser: argparse.ArgumentParser) -> None:
-    """How answers are generated."""
+    """Add the options of generation."""
     group = parser.add_argument_group("answer")
     group.add_argument(
         "--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""What `ahn inspect` shows: the words a store keeps, in their context, as text for a terminal or as an HTML page."""
+"""The words that a store keeps, in their context, as text for a terminal or as an HTML page (`ahn inspect`)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ b {{ font-weight: normal; color: var(--ink); border-radius: 2px; padding: .08em 
 
 @dataclass
 class Piece:
-    """A token, and how many heads keep it; or a gap of so many tokens, whose `text` is None."""
+    """A token and the number of heads that keep it, or a gap: its `text` is None, and `tokens` is its length."""
 
     text: str | None
     heads: int
@@ -71,7 +71,7 @@ def pieces(tokenizer: Any, positions: list[int], ids: list[int], heads: dict[int
             if at > before + 1:
                 found.append(Piece(None, 0, before + 1, at - before - 1))
         run = [*run[-7:], known[at]]
-        # as it reads behind what is before it: some tokens are parts of a letter, some hide a space at the start
+        # decoded together with the tokens before it: some tokens are parts of a letter, some hide a space at the start
         whole, head = (tokenizer.decode(part).strip("\ufffd") if part else "" for part in (run, run[:-1]))
         found.append(Piece(whole[len(head) :] if whole.startswith(head) else "", heads.get(at, 0), at))
         before = at
@@ -79,13 +79,13 @@ def pieces(tokenizer: Any, positions: list[int], ids: list[int], heads: dict[int
 
 
 def passages(shown: list[Piece]) -> list[list[Piece]]:
-    """What stands between two gaps, first that of which the most heads keep a token."""
+    """The runs of tokens between gaps. Those whose tokens most heads keep come first."""
     whole = [list(run) for gap, run in groupby(shown, lambda piece: piece.text is None) if not gap]
     return sorted(whole, key=lambda run: -_best(run).heads)
 
 
 def terminal(passage: list[Piece], total: int) -> Any:
-    """A line as a rich Text: the most heads that keep a token, where that is, and the words; those kept in ⟦ ⟧."""
+    """A line as a rich Text: the most heads that keep one token, its position, and the words, kept ones in ⟦ ⟧."""
     from rich.text import Text
 
     best = _best(passage)

@@ -1,4 +1,4 @@
-"""Documents that a command reads into a memory: with progress, kept when stopped, gone on with later."""
+"""Reads documents into a memory, with progress. A reading that was stopped is saved and can be continued."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ahn.dialogue import Dialogue
     from ahn.tokens import Encoded
 
-TRIED = 32  # documents that are opened before the model is loaded: enough for those named one by one
-LARGE = 1_000_000  # bytes of documents that are announced before the model is loaded
+TRIED = 32  # documents opened before the model is loaded; covers those that were named one by one
+LARGE = 1_000_000  # from so many bytes on, documents are announced before the model is loaded
 
 
 def read_document_into(
@@ -31,7 +31,7 @@ def read_document_into(
 ) -> tuple[Session, str]:
     """Read the documents `args.document`, and save the memory as `args.output` if that is given.
 
-    Where the output already holds the beginning of the same text, reading goes on from there.
+    If the output already holds the beginning of the same text, reading continues behind it.
 
     Args:
         args: with `document` (a list), `output`, `force` and the options of `add_model`.
@@ -43,10 +43,10 @@ def read_document_into(
 
     Raises:
         ConfigError: the output exists and holds something else.
-        DocumentError: a document cannot be read; said before the model is loaded where its first piece shows it.
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, with a message. What was read is saved first, if it has a
-            place.
-        MemoryFileError: the memory could not be saved as `args.output`; says where it is.
+        DocumentError: a document cannot be read. Raised before the model is loaded if the first piece shows it.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, with a message. The part that was read is saved first, if
+            there is an output.
+        MemoryFileError: the memory could not be saved as `args.output`; the message says where it is instead.
     """
     from ahn.documents import check as check_document
     from ahn.documents import expand
@@ -124,8 +124,8 @@ def _texts(memory: str) -> list[dict[str, Any]]:
 def _resumed(
     args: argparse.Namespace, memory: str | None, earlier: list[dict[str, Any]], sources: Sources
 ) -> Text | None:
-    """The rest of the text, if the output holds the beginning of it behind `earlier` texts; None if there is none yet.
-    Of `earlier` the last one is removed where it is that beginning.
+    """The rest of the text, if the output holds its beginning after the `earlier` texts; None if there is no output
+    yet. If that beginning is the last of the `earlier` texts, it is removed from them.
 
     Raises:
         ConfigError: the output holds something else.
@@ -175,10 +175,10 @@ def _same_beginning(
 
 
 def _save(session: Session, output: str, texts: list[dict[str, Any]]) -> Path:
-    """Save the memory. Ctrl-C waits for it; a second one does not.
+    """Save the memory. The first Ctrl-C waits until it is saved, the second does not.
 
     Raises:
-        MemoryFileError: the disk refused; says where the memory was saved instead.
+        MemoryFileError: the file could not be written; the message says where the memory was saved instead.
     """
     from ahn.hub import cache_folder
     from ahn.interrupts import finish_before_interrupt
@@ -200,14 +200,14 @@ def _save(session: Session, output: str, texts: list[dict[str, Any]]) -> Path:
             else:
                 raise
             raise MemoryFileError(f"{error}; the memory is in {rescued}") from error
-    if interrupted.is_set():  # for the one who waits for the end of the command
+    if interrupted.is_set():  # the caller handles it once the command is done
         signal.raise_signal(signal.SIGINT)
     return Path(output)
 
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """Within, the first SIGTERM or SIGHUP is a Ctrl-C, and further ones do nothing."""
+    """Within, the first SIGTERM or SIGHUP acts as Ctrl-C, and later ones are ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A model with one memory, as the commands use it: open, read with progress, answer while streaming.
+"""A model with one memory, for the commands: load it, read with progress, stream answers.
 
 Answers go to standard output, everything else to standard error.
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from ahn.memory.cache import AHNCache
     from ahn.recall import Found
 
-QUIET_S = 10  # between two progress lines where there is no terminal to draw a bar on
-SIZES = "window", "lossless", "sinks", "store", "store_size"  # options that leave no choice of the window
-EXACT = 512_000_000  # bytes of cache in which all of a text is kept if it fits
-ASKING = 16  # a share of 1 / 16 of what may be kept stays free behind a text: for questions and answers
+QUIET_S = 10  # seconds between two progress lines, if there is no terminal for a bar
+SIZES = "window", "lossless", "sinks", "store", "store_size"  # with any of these the window is not widened
+EXACT = 512_000_000  # bytes: a text whose cache fits into them is kept whole
+ASKING = 16  # 1/16 of the tokens that may be kept stays free after a text, for questions and answers
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Session:
     Args:
         args: with the options of `add_model`.
         memory: a memory file to go on from; it names base and adapter. None: an empty memory.
-        question: one that will be asked, so that errors that it leads to come before the model is loaded.
+        question: one that will be asked. It is checked before the model is loaded.
     """
 
     def __init__(self, args: argparse.Namespace, memory: str | None = None, question: str | None = None) -> None:
@@ -113,13 +113,16 @@ class Session:
         return cache
 
     def introduce(self, text: Text | None = None) -> None:
-        """Say what this memory is. Where all of `text` fits what may be kept exactly, the window is widened for it."""
+        """Print a description of this memory. If all of `text` fits into the tokens that may be kept exactly, the
+        window is widened for it first."""
         total = self._fitted(text) if text is not None and not self.cache.tokens_seen else None
         console.print(self._kind(total))
 
     def _fitted(self, text: Text) -> int | None:
-        """The tokens of a text that fits the positions of the base and the bytes allowed, None of any other. The
-        window is then as wide as both let it be, so that more can be appended; buffers grow with the text."""
+        """The number of tokens of the text, if it fits the positions of the base and the bytes allowed; else None.
+
+        The window becomes as wide as both allow, so that more can be appended. Buffers grow with the text.
+        """
         from ahn.hf.architecture import most_lossless
         from ahn.hf.augment import set_window
 
@@ -136,7 +139,7 @@ class Session:
         return total
 
     def _kind(self, total: int | None) -> str:
-        """What this memory is, for people. `total`: tokens of a text that it keeps exactly."""
+        """A line that describes this memory. `total`: tokens of a text that it keeps whole."""
         from ahn import zoo
         from ahn.adapter_files import base_shape
 
@@ -183,7 +186,7 @@ class Session:
         prompt: Callable[[str, str], Tensor] | None = None,
         judge: bool = True,
     ) -> Found:
-        """The passages that a question asks for, and whether an answer is supported; says so.
+        """Find the passages for a question, judge whether the text supports an answer, and print both.
 
         Args:
             args: with the options of `add_recall`. prompt, judge: as of `ahn.recall.search`.
@@ -210,8 +213,12 @@ class Session:
         return found
 
     def say(self, ids: Tensor | None = None) -> Answer:
-        """Say that the text supports no answer. `ids` [1, T]: the prompt, after which the memory goes on as if this
-        had been generated; None: it does not go on."""
+        """Print that the text supports no answer.
+
+        Args:
+            ids: [1, T], the prompt. The memory then continues as if the model had generated this answer. None: the
+                memory stays as it is.
+        """
         import torch
 
         from ahn.engine.prefill import read
@@ -225,7 +232,7 @@ class Session:
         return Answer(new, max(time.monotonic() - began, 1e-3), stopped=False, cut=False)
 
     def _with_unread(self, ids: Tensor) -> Tensor:
-        """`ids` [1, T] behind what was generated and is not in the cache yet."""
+        """`ids` [1, T] after the generated tokens that are not in the cache yet."""
         import torch
 
         return ids if self._unread is None else torch.cat([self._unread, ids], 1)
@@ -245,12 +252,14 @@ class Session:
                 read(self.model, text, self.cache, chunk, note)
         if exact and not self.exact:
             room = self.cache.config.sinks + self.cache.config.window
-            console.print(f"exact   no longer all: {self.cache.tokens_seen:,} tokens, and room for {room:,}")
+            console.print(
+                f"exact   no longer all: {self.cache.tokens_seen:,} tokens are more than the room for {room:,}"
+            )
         seconds, tokens = max(time.monotonic() - began, 1e-3), self.cache.tokens_seen - before
         return f"{counted(tokens, 'token')} in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s); {self.held}"
 
     def answer(self, ids: Tensor, limit: int) -> Answer:
-        """Stream the answer to the prompt `ids` [1, T] to standard output. Ctrl-C ends it after the running token."""
+        """Stream the answer to the prompt `ids` [1, T] to standard output. Ctrl-C stops it after the current token."""
         import torch
         from transformers import StoppingCriteriaList, TextStreamer
 
@@ -294,8 +303,10 @@ class Session:
             self.cache, self._unread = memory, None
 
     def turn(self, ids: Tensor, recalled: Tensor | None, limit: int) -> Answer:
-        """`answer` to the prompt `ids`, or to `recalled`, which is `ids` with passages in front of the question. The
-        memory goes on without the passages, so that those of earlier turns do not pile up."""
+        """`answer` to the prompt `ids`, or to `recalled`: the same prompt with passages in front of the question.
+
+        The memory continues without the passages, so those of earlier turns do not pile up.
+        """
         if recalled is None:
             return self.answer(ids, limit)
         import torch

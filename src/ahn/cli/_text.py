@@ -1,4 +1,4 @@
-"""Documents as the text that a command reads: one stream of token ids, which knows how far the model has come."""
+"""Documents as one stream of token ids. It counts how many of them the model has read."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ if TYPE_CHECKING:
     from ahn.memory.cache import AHNCache
     from ahn.tokens import Encoded
 
-SHORT = 512  # tokens of blocks that are not worth counting
+SHORT = 512  # blocks of at most so many tokens do not count as read ahead
 
 
 @dataclass
 class Origin:
-    """A document of several: its name, the character of the whole text that it begins at, and those of its own
-    characters that pages begin at."""
+    """The place of one document in the whole text.
+
+    Attributes:
+        name: of the document. start: its first character in the whole text.
+        pages: (first character in the document, page) of each page.
+    """
 
     name: str
     start: int
     pages: list[tuple[int, int | None]] = field(default_factory=list)
 
     def texts(self, pieces: Iterable[Piece]) -> Iterator[str]:
-        """Texts of the pieces, noting where pages begin."""
+        """The texts of `pieces`, one by one. Notes where each page begins."""
         offset = 0
         for piece in pieces:
             if not self.pages or self.pages[-1][1] != piece.page:
@@ -48,20 +52,20 @@ class Origin:
 
 
 class Sources:
-    """Documents as one text, in pieces. A single one stands for itself; each of several follows its name."""
+    """Documents as one text, in pieces. With several documents, each follows a heading with its name."""
 
     def __init__(self, sources: list[Path | str]) -> None:
         self.sources = sources
-        self.characters = 0  # of the pieces so far
+        self.characters = 0  # in the pieces so far
         self.documents: list[Origin] = []  # begun so far
-        self.done = 0  # bytes they came from, about
+        self.done = 0  # approximate bytes of the documents that the pieces so far came from
 
     def __str__(self) -> str:
         return str(self.sources[0]) if len(self.sources) == 1 else f"{len(self.sources):,} documents"
 
     @property
     def bytes(self) -> int | None:
-        """Of all documents, None if one is no file."""
+        """Bytes of all documents together; None if one of them is not a file."""
         sizes = [_size(source) for source in self.sources]
         return None if None in sizes else sum(filter(None, sizes))
 
@@ -94,25 +98,25 @@ class Sources:
 
 
 class Text(Iterator["Tensor"]):
-    """Token ids of the documents, in pieces [T] for `ahn.read`, and how much of them the model has read."""
+    """Token ids of the documents, in pieces [T] for `ahn.read`. Counts how many of them the model has read."""
 
     def __init__(self, blocks: Iterator[Encoded], sources: Sources) -> None:
         self.sources = sources
-        self.skipped = 0  # tokens that a memory held before
-        self.read = 0  # by the model, and those skipped
+        self.skipped = 0  # tokens that the memory already holds
+        self.read = 0  # tokens that the model has read or that were skipped
         self._blocks = blocks
         self._ahead: deque[Encoded] = deque()
         self._given = 0  # tokens
-        self._unread: deque[Encoded] = deque()  # of those given
+        self._unread: deque[Encoded] = deque()  # given out and not read yet
         self._digest = hashlib.sha256()
         self._character = 0  # up to which the model has read
         self._archive: Archive | None = None
-        self._ended = False  # whether all blocks are there
-        self._error: AHNError | None = None  # that the next block ends with
+        self._ended = False  # whether the last block is known
+        self._error: AHNError | None = None  # raised in place of the next block
         self._look()
 
     def keep_places(self, cache: AHNCache) -> None:
-        """Note in the archive of the cache where the tokens that are given stand in their documents."""
+        """From now on, record in the cache's archive the place of each token in its document."""
         self._archive, self._origin = cache.archive, -1
         self._noted = self._character if self.skipped else -1  # documents that begin up to here are in the archive
         self._first = cache.tokens_seen - self.skipped  # where the text begins in all that was read
@@ -139,7 +143,7 @@ class Text(Iterator["Tensor"]):
                 archive.locate(first + int(here[low]), offsets[low:high], page)
 
     def _look(self) -> None:
-        """Two blocks ahead, so that the end of a short text is known at once."""
+        """Read two blocks ahead, so that the length of a short text is known before the model reads it."""
         while sum(len(block.ids) > SHORT for block in self._ahead) < 2 and self._look_further():
             pass
 
@@ -154,7 +158,7 @@ class Text(Iterator["Tensor"]):
         return True
 
     def within(self, most: int) -> int | None:
-        """Tokens in all, if they are at most so many. Of files the end is looked for as far ahead as that."""
+        """The number of tokens in all if it is at most `most`, else None. Files are read that far ahead."""
         try:
             while self.sources.bytes is not None and self._in_sight <= most and self._look_further():
                 pass
@@ -180,12 +184,12 @@ class Text(Iterator["Tensor"]):
 
     @property
     def total(self) -> int | None:
-        """Tokens in all, if the end of the text is in sight."""
+        """The number of tokens in all; None while the end of the text is not known."""
         return self._in_sight if self._ended else None
 
     @property
     def fraction(self) -> float | None:
-        """Of the text that was read, about; None if that cannot be known."""
+        """The approximate part of the text that was read, 0 to 1; None if it is unknown."""
         if self.total is not None:
             return self.read / max(self.total, 1)
         if not self.sources.bytes:
@@ -194,7 +198,7 @@ class Text(Iterator["Tensor"]):
         return min(1.0, share * self.sources.done / self.sources.bytes)
 
     def progress(self, before: int, of: str = "/") -> str:
-        """Tokens read, and of how many where that is known. `before`: tokens of earlier texts."""
+        """The number of tokens read, and the total where it is known. `before`: tokens of earlier texts."""
         between = of if of == "/" else f" {of} "
         if self.total is not None:
             return f"{before + self.read:,}{between}{counted(before + self.total, 'token')}"
@@ -202,7 +206,7 @@ class Text(Iterator["Tensor"]):
         return f"{counted(before + self.read, 'token')}{share}"
 
     def note(self, tokens: int) -> None:
-        """That the model has read so many tokens of this text, those skipped included."""
+        """Record that the model has read so many tokens of this text, including those skipped."""
         from ahn.tokens import Encoded
 
         while self.read < tokens:
@@ -216,7 +220,7 @@ class Text(Iterator["Tensor"]):
                 self._unread.appendleft(Encoded(block.ids[count:], block.starts[count:]))
 
     def skip(self, tokens: int, digest: str) -> bool:
-        """Leave out the first tokens, if there are so many and they have this digest."""
+        """Skip the first `tokens` tokens. False if there are fewer, or if their digest is another one."""
         while self._given < tokens and self._ahead:
             next(self)
             self.note(min(tokens, self._given))
@@ -228,7 +232,7 @@ class Text(Iterator["Tensor"]):
         return True
 
     def described(self, complete: bool) -> dict[str, Any]:
-        """For a memory file: how to know the text again."""
+        """A note in the memory file by which the same text is recognised later."""
         return {"tokens": self.read, "sha256": self._digest.hexdigest(), "complete": complete}
 
 

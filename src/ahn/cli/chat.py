@@ -2,8 +2,8 @@
 
   ahn chat --memory book.ahn
 
-Ctrl-C stops an answer, or clears the line; /quit, /exit or Ctrl-D leaves. Several lines that are pasted are one
-message; of a pipe, each line is one.
+Ctrl-C stops an answer, or clears the line; /quit, /exit or Ctrl-D leaves. Pasted lines are
+one message. From a pipe, each line is a message.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         return dialogue.question(text, passages) if opened else dialogue.start(text)
 
     while (text := _next(line)) is not None:
-        # only a document can be expected to hold an answer
+        # support is judged only if there is a document to answer from
         try:
             found = session.find(text, args, partial(turn, answer), judge=opened) if opened or answer else Found()
         except ConfigError as error:  # too long a question
@@ -121,7 +121,7 @@ def _next(line: Callable[[], str]) -> str | None:
                 raise
             continue
         found = re.fullmatch(r"(/\w*)([ \t].*)?", text)
-        command = found[1] if found else ""  # what stands behind it on the line is passed over
+        command = found[1] if found else ""  # the rest of the line is ignored
         if text in ("exit", "quit") or command in ("/exit", "/quit"):
             return None
         if command == "/help":

@@ -4,11 +4,11 @@
   ahn inspect book.ahn
   ahn inspect book.ahn --html book.html
 
-The bytes of the memory stay as many whatever is read; those of the archive grow with the text.
+The memory has the same size however much was read. The archive grows with the text.
 
-Each layer's heads keep tokens of their own. What most heads keep comes first, a line for each passage: how many heads
-keep a token of it, where that is, and the words kept, in ⟦ ⟧, coloured by how many heads keep them, with those around
-them. A page has them in the order of the text. No model is loaded.
+Each head keeps its own tokens. Every line shows a passage: the most heads that keep one of its tokens, the position of
+that token, and the text. Kept words are in ⟦ ⟧, coloured by the number of heads that keep them. The passages that most
+heads keep come first; the page of --html has them in the order of the text. No model is loaded.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _held(path: str, header: dict[str, Any]) -> Iterator[str]:
-    """The memory and its archive, a line each, and one for each document."""
+    """A line each for the memory, its archive, and every document."""
     from ahn.cli._console import counted, size
     from ahn.memory.file_contents import held
 

@@ -1,4 +1,4 @@
-"""Zip archives that hold a document, under limits of what they unpack to."""
+"""Zip archives that hold a document, with limits on the size that they unpack to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOCX through mammoth, which makes HTML of it, and the text of that."""
+"""DOCX: mammoth converts it to HTML, whose text is taken."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ahn.documents.html import html_text
 from ahn.documents.source import shown
 from ahn.errors import DocumentError
 
-MAX_NESTING = 1_000  # XML elements in each other; a table is three
+MAX_NESTING = 1_000  # levels of XML elements; a table has three
 
-_FRAMES = 20  # of Python for each of them, at most: mammoth, which is recursive, needs up to 7
+_FRAMES = 20  # Python frames allowed for each level; mammoth, which is recursive, needs up to 7
 
 
 class DOCX(Format):
@@ -41,7 +41,7 @@ class DOCX(Format):
 
 
 def _check_nesting(archive: ZipFile, name: str) -> None:
-    """Raises DocumentError if elements of any part of `archive` are too many in each other."""
+    """Raises DocumentError if the elements of any part of `archive` are nested too deeply."""
     from defusedxml import DefusedXmlException
     from defusedxml.ElementTree import ParseError, iterparse
 
@@ -49,7 +49,7 @@ def _check_nesting(archive: ZipFile, name: str) -> None:
         if not member.lower().endswith((".xml", ".rels")):
             continue
         depth = 0
-        # mammoth says so, if it reads the member
+        # mammoth reports it, if it reads the member
         with archive.open(member) as file, suppress(ParseError, DefusedXmlException):
             for event, element in iterparse(file, ("start", "end")):
                 depth += 1 if event == "start" else -1

@@ -1,4 +1,4 @@
-"""Which encoding bytes are in, where nothing says so."""
+"""Guesses the encoding of bytes that do not name it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def marked(data: bytes) -> str | None:
 
 
 def wide(data: bytes) -> str | None:
-    """UTF-16 or UTF-32 without a mark, of which `data` is the beginning; None for anything else."""
+    """The codec, if `data` begins a text in UTF-16 or UTF-32 without a mark; else None."""
     data = data[:_SAMPLE]
     plain = len(data) - len(data.translate(None, delete=_ASCII_TEXT))
     if not binary(data) or plain > 0.8 * len(data):  # more would be ASCII with a few NULs in it
@@ -42,7 +42,7 @@ def wide(data: bytes) -> str | None:
             continue
         if all(letter.isprintable() or letter.isspace() for letter in text):
             blocks[encoding] = len({ord(letter) >> 8 for letter in text})
-    # In the wrong order of bytes letters of one script are scattered over all of Unicode
+    # with the wrong byte order, letters of one script are scattered over all of Unicode
     return min(blocks, key=lambda encoding: blocks[encoding], default=None)
 
 
@@ -68,7 +68,7 @@ def guess(data: bytes, whole: bool = True) -> str:
 
 
 def binary(data: bytes) -> str:
-    """Why `data`, the beginning of something in a single-byte or UTF-8 encoding, is no text; "" if it can be text."""
+    """Why `data`, the beginning of something in a single-byte or UTF-8 encoding, is not text; "" if it can be text."""
     if b"\0" in data:
         return f"NUL at byte {data.index(0):,}"
     controls = len(data) - len(data.translate(None, delete=_CONTROLS))

@@ -12,7 +12,7 @@ from ahn.documents.base import Format, Piece, clean
 from ahn.documents.encoding import guess, marked, wide
 from ahn.errors import DocumentError
 
-MAX_NESTING = 10_000  # elements of one kind in each other; the parser's time grows with the square
+MAX_NESTING = 10_000  # levels of elements of one kind; the parser's time grows with the square
 
 
 def _names(names: str) -> frozenset[str]:
@@ -158,7 +158,7 @@ class _Page:
             node = following
 
     def open(self, node: Any) -> bool:
-        """Whether to go through what is in `node`; then `close` is called behind it."""
+        """Whether to visit the children of `node`; if so, `close` is called after them."""
         if node.is_text_node:
             self.write(node.text_content or "")
             return False

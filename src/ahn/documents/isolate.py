@@ -1,4 +1,4 @@
-"""Runs a parser in a process of its own, which can be ended from any thread and whose memory is bounded."""
+"""Runs a parser in a process of its own, with bounded memory, which any thread can end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ahn.documents.source import Stream
 from ahn.errors import DocumentError
 
 MAX_SECONDS = 120  # from one piece to the next
-MAX_CPU_SECONDS = 3600  # of a parser whose reader is gone
+MAX_CPU_SECONDS = 3600  # in case the reader of a parser is gone
 MAX_CHARACTERS = 2**27  # of all pieces together
 MAX_MEMORY = 4 * 2**30  # bytes of a parser
 
@@ -32,8 +32,8 @@ def read_isolated(kind: Format, stream: Stream) -> Iterator[Piece]:
     """The pieces of `kind.read`, which runs in a child process.
 
     Raises:
-        DocumentError: that of the format, or the limit that was met: bytes or characters of the document, seconds, or
-            memory.
+        DocumentError: from the format, or because a limit was reached: bytes or characters of the document, seconds,
+            or memory.
     """
     name, characters = stream.name, 0
     try:
@@ -102,7 +102,9 @@ def child(kind: str, name: str, memory: str) -> None:
     """Parses standard input as `kind` and writes a line of JSON for each piece, an error, or the end."""
     out = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # a library that prints must not be taken for a piece
-    with contextlib.suppress(ImportError, OSError, ValueError):  # no such limits, or smaller ones already
+    with contextlib.suppress(
+        ImportError, OSError, ValueError
+    ):  # the system has no such limits, or has smaller ones set
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,4 +1,4 @@
-"""PDF through pypdf, its wrapped lines joined to paragraphs again."""
+"""PDF: pypdf extracts the text, and wrapped lines are joined to paragraphs again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ahn.documents.base import Format, Piece, clean
 from ahn.errors import DocumentError
 
 MAX_PAGES = 20_000
-MAX_UNREADABLE = 0.3  # of the characters; more means that the fonts do not say which letters they show
+MAX_UNREADABLE = 0.3  # share of the characters; beyond it the fonts do not say which letters they show
 
 _WORD = re.compile(r"[^\W\d_]+")
 _BROKEN = re.compile(r"(?<![^\W\d_])[^\W\d_]+[-\u2010]\s*\n\s*[^\W\d_]+")  # a word, at a line end

@@ -1,4 +1,4 @@
-"""Opens files, pipes and standard input as one kind of stream, unpacked, counted and with errors that name it."""
+"""Opens files, pipes and standard input as one kind of stream. It is unpacked, and its errors name the document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 from ahn.documents.base import ALLOWED
 from ahn.errors import DocumentError
 
-MAX_LAYERS = 3  # of compression around each other
+MAX_LAYERS = 3  # of nested compression
 
 _PACKED: tuple[tuple[re.Pattern[bytes], str, str, Callable[[Any], Any]], ...] = (
     (re.compile(rb"\x1f\x8b\x08"), ".gz", "gzip", lambda file: gzip.GzipFile(fileobj=file)),
@@ -27,7 +27,7 @@ _PACKED: tuple[tuple[re.Pattern[bytes], str, str, Callable[[Any], Any]], ...] = 
     (re.compile(rb"\xfd7zXZ\x00"), ".xz", "xz", lzma.LZMAFile),
 )
 _KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"), (stat.S_ISSOCK, "socket"))
-_DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)  # of something that is unpacked
+_DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)  # raised while unpacking
 
 
 def shown(source: str | Path) -> str:
@@ -91,7 +91,7 @@ class Stream(io.RawIOBase):
                 reason = getattr(error, "strerror", None) or error
                 said = f"damaged {self.packing}" if self.packing else "cannot be read"
                 raise DocumentError(f"{self.name}: {said} ({reason}); {ALLOWED}") from error
-            except DocumentError:  # of what is unpacked
+            except DocumentError:  # raised by an inner stream
                 raise
             except ValueError as error:
                 raise DocumentError(f"{self.name}: is closed; {ALLOWED}") from error

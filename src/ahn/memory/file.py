@@ -43,7 +43,7 @@ SIZES = "window", "sinks", "store_size"  # of a memory, which a model takes from
 
 
 class Home(NamedTuple):
-    """Where an archive lies: its parts, and the end of the file, which is where more is appended."""
+    """The place of an archive in its file: its parts, and the end of the file, where more is appended."""
 
     path: Path
     inode: int
@@ -54,13 +54,13 @@ class Home(NamedTuple):
 
 
 def save(cache: AHNCache, path: str | Path) -> None:
-    """Write `cache` to `path`: whole or not at all, an earlier file survives a failure.
+    """Write `cache` to `path`, whole or not at all: if it fails, an earlier file is still there.
 
-    A memory that was loaded from `path` or saved there, and has read more since, is appended, unless most of the file
-    would be memories that do not count any more.
+    If the memory was loaded from `path` or saved there before, it is appended, unless outdated memories would then take
+    most of the file.
 
     Raises:
-        MemoryFileError: nothing was read yet, or the file cannot be written; says why.
+        MemoryFileError: nothing was read yet, or the file cannot be written. The message says why.
     """
     from safetensors.torch import save_file
 
@@ -134,7 +134,7 @@ def _loaded(path: str | Path, model: PreTrainedModel, empty: Callable[[PreTraine
     header, memory = last_memory(Path(path))
     if (size := Path(path).stat().st_size) > memory.end:
         logger.warning(
-            "%s: its last %s bytes are of a memory that was not written to its end; the one before is used",
+            "%s: its last %s bytes are an unfinished memory; the one before it is used",
             path,
             f"{size - memory.end:,}",
         )
@@ -167,7 +167,7 @@ def _loaded(path: str | Path, model: PreTrainedModel, empty: Callable[[PreTraine
 
 
 def _earlier_fingerprints(model: PreTrainedModel) -> list[str]:
-    """Those that earlier versions would have written."""
+    """Fingerprints of this model as earlier versions computed them."""
     found = [fingerprint.sampled(model)]
     return [*found, fingerprint.fingerprint(model, adapters=False)] if weights.adapters(model) else found
 
@@ -221,7 +221,7 @@ def _check_tensors(
 
 
 def _is_like(tensor: Tensor, shape: list[int | None]) -> bool:
-    """Whether it holds floating-point numbers in this shape; None: any size of at least 1."""
+    """Whether the tensor holds floating-point numbers in this shape. None in the shape: any size of at least 1."""
     if tensor.dim() != len(shape) or not tensor.is_floating_point():
         return False
     return all(n == size or (size is None and n) for n, size in zip(tensor.shape, shape, strict=True))

@@ -1,4 +1,4 @@
-"""What a memory file holds, told without a model."""
+"""Reads the contents of a memory file without a model: sizes, documents, stored words, damage."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Held:
-    """What a memory file holds, in bytes.
+    """The contents of a memory file, sizes in bytes.
 
     Attributes:
-        memory: of the memory that counts, which stay as many whatever is read.
-        archive: of its parts, which grow with the text. ids, places, keys: what they are of, in the main.
-        heads: key/value heads whose keys are kept, by layer.
+        memory: of the current memory, the same however much is read.
+        archive: of the archive, which grows with the text. ids, places, keys: its three kinds of tensors.
+        heads: number of key/value heads whose keys are kept, by layer.
         documents: (name, tokens, pages) of each, in order; pages is 0 where a document has none.
     """
 
@@ -65,13 +65,13 @@ def check(path: str | Path, checksums: bool = False) -> dict[str, Any]:
 
 
 def archive_bytes(header: dict[str, Any]) -> int:
-    """Of the archive in a memory file, by the header of `peek`."""
+    """Bytes of the archive in a memory file. `header`: of `peek`."""
     about = header.get("archive") or {"parts": []}
     return sum(end - start for start, end, _ in about["parts"])
 
 
 def held(path: str | Path) -> Held:
-    """What a memory file holds, without a model. Every checksum is compared. Raises MemoryFileError."""
+    """Measure a memory file. Compares every checksum. Raises MemoryFileError."""
     path = Path(path)
     header, memory = last_memory(path)
     tensors = read_tensors(path, memory)
@@ -96,16 +96,15 @@ def held(path: str | Path) -> Held:
 
 
 def retained(path: str | Path, base: PreTrainedConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """What the store of a memory file keeps of its first text, without a model: `base` is the config of one that has
-    the tokenizer.
+    """The tokens that the store of a memory file keeps, of its first row. `base`: config of the base that it is of.
 
     Returns:
         positions [n] and token ids [n] of the words that are known, ascending, and the ranks [L, M, P] of the store in
         each layer that has one (`ahn.ops.ranks`).
 
     Raises:
-        MemoryFileError: no memory file, a damaged one, one without a store or of another base, of so short a text that
-            nothing has left the window, or of embeddings.
+        MemoryFileError: not a memory file, damaged, without a store, of another base, of a text so short that nothing
+            has left the window, or of embeddings.
     """
     header, memory = last_memory(Path(path))
     if not header["config"].get("store"):

@@ -1,14 +1,13 @@
 """Memory files: one safetensors file with every layer's tensors, and a header that says whose memory it is.
 
-With an archive (`ahn.memory.archive`) there are several such files one behind the other in one (`ahn.memory.segments`):
-parts of the archive, and behind them the memory, of which the last one counts. So more text can be appended without
-rewriting what was there.
+With an archive (`ahn.memory.archive`) the file is a row of such files (`ahn.memory.segments`): parts of the archive and
+memories. The last memory counts. So more text can be appended without rewriting the rest.
 
 Header keys: `ahn` (file version), `package` (version that wrote it), `config`, `fingerprint` (`ahn.fingerprint`),
 `dtype`, `tokens_seen`, `seen` (real tokens by row), `batch`, `texts` (`AHNCache.texts`), `base` and `adapter` (names,
-for people and the command line), `sha256` over all of these and over every tensor: since version 2 over the checksums
-of its pieces, which are computed side by side. With an archive also `archive`: what it
-holds, and its parts as [first byte, end, checksum].
+for people and the command line), `sha256` over all of these and over every tensor. Since version 2 it is over the
+checksums of the tensors' pieces, which threads compute in parallel. With an archive also `archive`: its description,
+and its parts as [first byte, end, checksum].
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 VERSION = 2  # 1: one checksum over all bytes in a row
 WITH_ARCHIVE = 3
-MOST = 1 << 32  # tokens: positions have so many values in a rank (`ahn.ops.ranks`)
+MOST = 1 << 32  # tokens: positions in a rank are smaller (`ahn.ops.ranks`)
 PIECE = 1 << 24  # bytes of a tensor that are checked at once
 
 
@@ -122,7 +121,7 @@ def whose(header: dict[str, Any]) -> str:
 
 @contextmanager
 def archive_damage(path: Path) -> Iterator[None]:
-    """Within, what goes wrong is the fault of the archive of a file."""
+    """Within, errors become MemoryFileError: damaged archive."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
