@@ -150,7 +150,6 @@ def run(args: argparse.Namespace) -> int | None:
 def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]]) -> Planned:
     """The plan of one run, checked before a model is loaded. `prompts` holds those of earlier runs; more are added."""
     from ahn.eval import policies, tasks
-    from ahn.recall import Recall
 
     if not args.tasks:
         raise ConfigError("--tasks: expected at least one; `ahn eval --list` shows them")
