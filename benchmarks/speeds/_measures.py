@@ -60,8 +60,12 @@ def fill(model: Any, cell: str, batch: int, length: int) -> Any:
 
 
 def decode(model: Any, cache: Any, batch: int, steps: int, device: Any) -> dict[str, float]:
-    """Greedy, the model called token by token, nothing waited for: milliseconds a step, median of runs of `steps`,
-    and the seconds of the first two steps, in which kernels are built and graphs captured."""
+    """Greedy decoding by calling the model token by token, without waiting for the device in between.
+
+    Returns:
+        milliseconds a step, the median over runs of `steps`; and the seconds of the first two steps, which build
+        kernels and capture graphs.
+    """
     import torch
 
     ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -79,15 +83,17 @@ def decode(model: Any, cache: Any, batch: int, steps: int, device: Any) -> dict[
 
 
 def generate(model: Any, cache: Any, steps: int) -> dict[str, float]:
-    """The same through `ahn.generate`: milliseconds a token, and those of an answer of four, that is until it goes on:
-    what is read before it, and what transformers' `generate` looks at once."""
+    """Decoding through `ahn.generate`: milliseconds a token, and milliseconds of an answer of four tokens.
+
+    The latter shows the time before decoding runs evenly: reading the question, and the setup of `generate`.
+    """
     import torch
 
     import ahn
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     seconds = []
-    for count in (4, 4, 4 + steps):  # the first also captures
+    for count in (4, 4, 4 + steps):  # the first run also captures the graph
         start = now(model.device)
         ahn.generate(model, ids, cache, max_new_tokens=count, do_sample=False, pad_token_id=0)
         seconds.append(now(model.device) - start)
@@ -142,8 +148,7 @@ def load(model: Any, cache: Any, repeats: int = 3) -> dict[str, float]:
 
 
 def ask(model: Any, tokenizer: Any, ids: Any) -> dict[str, float]:
-    """What `ahn read` and `ahn ask` do with a text `ids` [1, T], the answer being as long as it may: seconds and tokens
-    a second."""
+    """Seconds and tokens a second of `ahn read` and `ahn ask` with a text `ids` [1, T] and an answer of full length."""
     from transformers import TextStreamer
 
     import ahn

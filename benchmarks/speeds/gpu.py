@@ -1,7 +1,7 @@
 """Reading and decoding on a GPU, each number beside its floor; transformers' full attention as the baseline.
 
     python benchmarks/speed.py gpu [--seconds 540] [--only decode:1 qwen2.5-3b:full ...] [--authors SCRIPT] [--profile]
-    python benchmarks/speed.py gpu --base FILE.gguf    # real weights: what `ahn read` and `ahn ask` take
+    python benchmarks/speed.py gpu --base FILE.gguf    # real weights: the time of `ahn read` and `ahn ask`
 
 The base has the shape of a real one and random weights in bfloat16. The cells of the table are measured in order of
 importance until `--seconds` have passed. The file in results/ is written after each cell. A cell that fails is noted

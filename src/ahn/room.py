@@ -1,4 +1,4 @@
-"""The disk and the memory that this machine has left, compared with what is needed, before anything is begun."""
+"""Compares the free disk and memory of this machine with the need of a task, before the task begins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def shortage(disk: Iterable[tuple[Path, int]] = (), memory: int = 0) -> str | None:
-    """What there is too little of, as the end of a message; None if there is enough.
+    """The lack of disk or memory, as the end of a message. None if there is enough.
 
     Args:
         disk: folders, which may not exist yet, with the bytes that will be written to each.
@@ -33,7 +33,7 @@ def shortage(disk: Iterable[tuple[Path, int]] = (), memory: int = 0) -> str | No
 
 
 def free_memory() -> int:
-    """Bytes of memory and swap that are not in use; on macOS, where swap grows as needed, of all memory."""
+    """Bytes of free memory and swap. On macOS, where swap grows as needed, bytes of the whole memory."""
     import psutil
 
     memory = psutil.virtual_memory()
