@@ -171,7 +171,7 @@ class Engine:
             ConfigError, EngineError: as `submit`.
         """
         if memory is not None and archive != "none":
-            raise ConfigError(f"archive={archive!r} with a memory: it keeps its own")
+            raise ConfigError("{archive} with a memory: it keeps its own", archive=archive)
         empty = AHNCache(self.model, archive) if memory is None else memory
         job = Reading(self._checked(ids, memory), empty, archive, progress)
         self._add(job)
