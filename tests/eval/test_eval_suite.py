@@ -201,6 +201,20 @@ def test_processes_share_the_texts_of_a_suite(folder, tmp_path):
     assert one == two and len(one) == 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "code", "said"), [(["--seconds", "0"], 75, "time is over"), (["limt=3"], 2, "'limt'")]
+)
+def test_processes_end_with_the_exit_code_of_one(folder, tmp_path, more, code, said):
+    path = suite_of(folder, tmp_path / "tiny.yaml")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    argv = ["eval", "--suite", str(path), *more, "--together", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ahn", *argv], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_batch_that_does_not_fit_is_split(folder, tmp_path, monkeypatch):
     sizes, after = [], Policy.after
 

@@ -14,7 +14,6 @@ A suite is a YAML file. Its keys are these options, and `runs`, a list with the 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -87,11 +86,10 @@ def run(args: argparse.Namespace) -> int | None:
     if args.list:
         print("\n".join(_listing()))
         return None
-    from ahn.eval.processes import first_process, several
+    from ahn.eval.processes import first_process, several, start
 
     if args.together > 1 and not several():
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.together)]
-        return subprocess.run([*start, "-m", "ahn", *sys.argv[1:]], check=False).returncode
+        return start(args.together, ["-m", "ahn", *sys.argv[1:]])
 
     import transformers
 

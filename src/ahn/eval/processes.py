@@ -7,9 +7,12 @@ large dependency, for tasks that are dealt out once. The results are files eithe
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 WAIT = timedelta(days=7)  # the fastest process waits for the last example of the slowest one
 
@@ -60,3 +63,30 @@ def several() -> bool:
 def first_process() -> bool:
     """Whether this process prints for all."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def start(count: int, arguments: list[str]) -> int:
+    """Run Python with these arguments in `count` processes of this machine, as torchrun does.
+
+    Returns:
+        0, or the exit code of the process that failed first. It has said why; torchrun's own report is left out.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the processes share the cores
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        return int(error.get_first_failure()[1].exitcode)
+    return 0
