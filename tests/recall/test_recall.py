@@ -314,6 +314,24 @@ class TestFind:
         cache = ahn.read(model, torch.tensor([[5, 6, 7]]), archive="text")
         assert find(model, tokenizer, cache, "Where?") == ()
 
+    def test_the_second_round_has_the_best_passage_in_mind(self, model, memory, tokenizer):
+        asked = []
+
+        class Last(Finder):
+            name = "last"
+
+            def scores(self, passages, question):
+                asked.append(question.text)
+                return np.arange(len(passages), dtype=np.float32)
+
+        finders.register("last", Last)
+        try:
+            find(model, tokenizer, memory, "Where?", 300, finder="last", rounds=2)
+        finally:
+            finders._registry._loaders.pop("last")
+        best_text = Passages.of(memory.archive, tokenizer).texts[-1].strip()
+        assert asked == ["Where?", f"{best_text}\nWhere?"]
+
     def test_two_rounds_take_no_passage_twice(self, model, memory, tokenizer):
         found = find(model, tokenizer, memory, "Where did the captain hide the compass?", 300, rounds=2)
         assert len({source.start for source in found}) == len(found)

@@ -164,7 +164,7 @@ def add_recall(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(1, 2),
         default=1,
-        help="2: search a second time, with the passages of the first (default: 1)",
+        help="2: search a second time, with the best passage of the first (default: 1)",
     )
     group.add_argument(
         "--guess",

@@ -42,7 +42,7 @@ class Recall(NamedTuple):
     Attributes:
         tokens: to read again at most, 0 for none; None: RECALL if the memory has keys of retrieval heads, else none.
         finder: a name in `ahn.recall.finders.names()`.
-        rounds: 1, or 2 to look for the second half of the passages with the first half in mind.
+        rounds: 1, or 2 to look for the second half of the passages with the best of the first in mind.
     """
 
     tokens: int | None = RECALL
@@ -137,8 +137,8 @@ def ask(
         question: at least one word.
         recall: tokens to read again at most; 0: none. Default: 512 if the memory has keys of retrieval heads, else 0.
         finder: how passages are found (`ahn.recall.finders.names()`).
-        rounds: 2 reads the first half of the passages, then looks for the second half. This is meant for questions
-            whose answer is spread over several passages.
+        rounds: 2 reads the first half of the passages, then looks for the second half with the best of
+            them in mind. This is meant for questions whose answer is spread over several passages.
         unsupported: "answer" generates an answer although the text supports none; "say" does not.
         max_new_tokens, options: as `ahn.generate`.
 
@@ -300,8 +300,9 @@ def rank(passages: Passages, question: Question, how: Recall, allowed: np.ndarra
     for part in range(1, how.rounds + 1):
         if not allowed.any():
             break
-        before = SEPARATOR.join(passages.texts[i].strip() for i in sorted(taken))
-        scores = finders.get(how.finder)().scores(passages, question.after(before) if before else question)
+        if taken:  # words of more passages would outweigh those of the question
+            question = question.after(passages.texts[taken[0]].strip())
+        scores = finders.get(how.finder)().scores(passages, question)
         scores = np.where(allowed, scores, -np.inf)
         scores[taken] = -np.inf
         taken += best(scores, passages.lengths, how.tokens * part // how.rounds - int(passages.lengths[taken].sum()))
