@@ -19,8 +19,8 @@ _PARAGRAPH = re.compile(r"^(?:Paragraph |段落)(\d+)[:：]", re.MULTILINE)
 class LongBench(FixedTask):
     """Prompts, lengths of answers and metrics: `data/longbench.json`.
 
-    The few-shot and code sets are continued as they are, the others asked as chats. Of a few-shot answer the first line
-    counts. The best over the right answers is the score.
+    Prompts of the few-shot and code sets are continued as they are, the others are asked as chats. Only the first line
+    of a few-shot answer counts. The score is the best over the right answers.
 
     The evidence is known for the paragraph to be retrieved, and for multifieldqa where the answer occurs once. Nothing
     is asked about the text of code, summaries, duplicates to count, and solved examples.

@@ -27,7 +27,8 @@ class LVEval(FixedTask):
     """Prompts, lengths of answers, metrics and stop words: `data/lveval.json`. Only the first answer counts.
 
     `length` chooses the level (16, 32, 64, 128 or 256 thousand, or times 1,024; None: 128k, the paper's) and is the
-    number of tokens that prompts are truncated to. As levels count words, not tokens, that cuts some; None cuts none.
+    number of tokens that prompts are truncated to. Levels count words, not tokens, so some prompts are
+    cut; None cuts none.
 
     The evidence is known where a single passage holds the answer and the answer occurs once.
     """

@@ -19,10 +19,10 @@ TEXT_SUFFIXES = (".txt", ".md", ".txt.xz", ".md.xz")
 
 
 class Perplexity(Task):
-    """The first `length` tokens of each text that has so many, so that every position is a mean over the same texts.
+    """The first `length` tokens of each text that has as many, so that every position is a mean over the same texts.
 
     `pg19` is the test split of the hub unless `data` says otherwise; `text` is `data`: a text file, JSON lines with
-    `text`, or a folder of both. Other JSON in a folder is skipped, and so is what begins with a dot.
+    `text`, or a folder of both. Other JSON in a folder is skipped, and so are names that begin with a dot.
     """
 
     suite = "perplexity"

@@ -88,7 +88,7 @@ class QA(Task):
         every = [(at, number) for at, group in enumerate(groups) for number in range(len(group.asked))]
         contexts = self._contexts(groups, tokenizer, room, data)
         if not contexts:
-            raise EvalError(f"{self.name}: length {length}: the texts are too short, or none fits")
+            raise EvalError(f"{self.name}: length {length}: expected texts that fit and together fill it")
         order = list(every)
         self.random(seed, "questions").shuffle(order)  # shuffles all questions, so that other lengths ask the same ones
         texts = [self._joined(members, [groups[at] for at in members], filler, seed) for members, filler in contexts]

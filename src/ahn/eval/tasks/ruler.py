@@ -178,7 +178,7 @@ def _filling(size: Callable[[int], int], length: int, guess: int, task: str) -> 
     """The most units of filling with which a text has at most `length` tokens, to within 1% of it."""
     least = size(1)
     if least > length:
-        raise EvalError(f"{task}: length {length}: expected at least {least}, so much is the text without filling")
+        raise EvalError(f"{task}: length {length}: expected at least {least}, the length of the text without filling")
     low, high, units = 1, None, max(guess, 2)
     while high is None or high - low > 1:
         filled = size(units)

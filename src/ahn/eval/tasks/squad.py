@@ -24,9 +24,9 @@ COMMON = 0.9  # share of the paragraphs that must not contain a question's answe
 class Squad(Task):
     """`squad/30` has the evidence behind 30% of the other paragraphs; `squad/spread` goes through all depths in turn.
 
-    A context is written as `ahn ask` writes a document and its question. Prompt, chat template
-    and the room for the answer together have at most `length` tokens (None: 8,192), and few less. One question a
-    paragraph; paragraphs in which an answer occurs are left out of its context.
+    A context is written as `ahn ask` writes a document and its question. Prompt, chat template and the room for the
+    answer together have at most `length` tokens (None: 8,192), and few less. There is one question a paragraph. Other
+    paragraphs in which its answer occurs are left out of the context.
     """
 
     suite = "squad"
