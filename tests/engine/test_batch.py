@@ -5,6 +5,7 @@ import random
 import threading
 
 import pytest
+import test_decoding
 import torch
 
 import ahn
@@ -14,11 +15,10 @@ from ahn.engine.batch import Engine
 from ahn.engine.sequence import Finish, Request, Text, Token, Usage
 from ahn.errors import ConfigError, EngineError
 from ahn.memory.batch import ForwardBatch
-from ahn.ops import dispatch
-from ahn.ops.dispatch import Kernel
 from conftest import FORMS, retrieval, storing, tiny, with_memory
 from tiny_tokenizer import tiny_tokenizer
 
+replays = test_decoding.replays
 TOKENIZER = tiny_tokenizer()
 SIZE = len(TOKENIZER)
 
@@ -100,7 +100,11 @@ class ByHand(Engine):
         super().allocate()
         self.step, self.memories.step = self.memories.step, self.noted_step
 
+    def stepped(self, positions):
+        pass
+
     def noted_step(self, tokens, positions):
+        self.stepped(positions)
         found = self.step(tokens, positions)
         for chat, row in zip(self._decoding, found, strict=True):
             if chat.reason is None:
@@ -108,11 +112,13 @@ class ByHand(Engine):
         return found
 
 
-def schedule(model, seed):
-    """Random requests, each with what it gets alone, after random joins, leaves and cancellations."""
+def schedule(model, seed, stepped=None):
+    """Random requests, each with what it gets alone, after random joins, leaves and cancellations. `stepped`: called
+    before each step."""
     draw = random.Random(seed)
     memories = [None, *(ahn.read(model, ids_of(n, 50 + n)) for n in (1, 7, 19, 23, 31, 60))]
     served, left, running = ByHand(model, seed, slots=draw.choice((1, 2, 3, 5))), 14, []
+    served.stepped = stepped or served.stepped
     while left or served.busy:
         if left and draw.random() < 0.4:
             ids, memory, count = (
@@ -175,12 +181,11 @@ def test_a_random_schedule_without_a_cell():
 
 
 @pytest.fixture
-def replays(monkeypatch):
-    """Steps as on CUDA, but for the capture."""
-    monkeypatch.setattr(dispatch, "pick_decoding", lambda device: Kernel("graph", "as on CUDA"))
-    made = []
+def rows_made(monkeypatch):
+    """The numbers of rows that graphs are made for."""
+    made, make = [], graph.Graph.__init__
 
-    def counted(self, handle, cache, rows, make=graph.Graph.__init__):
+    def counted(self, handle, cache, rows):
         made.append(rows)
         make(self, handle, cache, rows)
 
@@ -188,12 +193,29 @@ def replays(monkeypatch):
     return made
 
 
-def test_a_random_schedule_with_graphs(replays):
+def test_a_random_schedule_with_graphs(replays, rows_made):
     model = small()
     schedule(model, 11)
-    assert len(replays) == len(set(replays)) and {1, 2} < set(replays)
+    assert len(rows_made) == len(set(rows_made)) and {1, 2} < set(rows_made)
     assert model._ahn.graph is None  # that of single caches is another
     check_schedule(model, 11)
+
+
+@pytest.mark.parametrize("span", [1, 3])
+def test_a_random_schedule_with_graphs_and_a_store(replays, rows_made, store, span, small_grids, monkeypatch):
+    """Also where rows whose store is not full are among others."""
+    model, kinds, run = storing(store, base=tiny(vocab_size=SIZE), store_span=span), set(), graph.Graph._run
+
+    def noted(self, cache, kind):
+        kinds.add(kind)
+        return run(self, cache, kind)
+
+    monkeypatch.setattr(graph.Graph, "_run", noted)
+    steps = []
+    schedule(model, 7, steps.append)
+    assert {kind.filling for kind in kinds} == {False, True}
+    assert replays["replayed"] == len(steps) and len(rows_made) == len(set(rows_made))
+    check_schedule(model, 7)
 
 
 def test_what_a_request_asks_for_does_not_change_its_neighbours(engine):

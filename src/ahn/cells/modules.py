@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def by_head(x_BNTH: Tensor, weight_NHK: Tensor) -> Tensor:
+    """Each head times its own matrix, [B, N, T, K]. The rows of one token each are multiplied together: `matmul` would
+    copy the weight for each row."""
+    if len(x_BNTH) == 1 or x_BNTH.shape[2] > 1:
+        return x_BNTH @ weight_NHK
+    return (x_BNTH[:, :, 0].transpose(0, 1) @ weight_NHK).transpose(0, 1)[:, :, None]
+
+
 class Projection(nn.Module):
     """One H x H matrix per head: out[n, o] = sum_i x[n, i] weight[n, i, o] (paper, section 3)."""
 
@@ -22,7 +30,7 @@ class Projection(nn.Module):
         return r"part of a memory; leave it out with exclude_modules=r'.*\.ahn\..*'"
 
     def forward(self, x_BNTH: Tensor) -> Tensor:
-        return torch.matmul(x_BNTH, self.weight.to(x_BNTH.dtype)).transpose(1, 2)
+        return by_head(x_BNTH, self.weight.to(x_BNTH.dtype)).transpose(1, 2)
 
 
 class KeyMap(nn.Module):
@@ -38,8 +46,8 @@ class KeyMap(nn.Module):
     def forward(self, x_BNTH: Tensor) -> Tensor:
         weight = self.weight.to(x_BNTH.dtype)
         if weight.shape[1] == weight.shape[2]:
-            return unit(x_BNTH @ weight)
-        return unit(F.silu(unit(x_BNTH).to(x_BNTH.dtype) @ weight))
+            return unit(by_head(x_BNTH, weight))
+        return unit(F.silu(by_head(unit(x_BNTH).to(x_BNTH.dtype), weight)))
 
 
 def initial_map(size: int, times: int) -> Tensor:

@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,19 +48,31 @@ logger = logging.getLogger("ahn")
 _capturing = threading.RLock()  # of any model: garbage is not collected then
 
 
+class Kind(NamedTuple):
+    """Which form of a step: each has a graph of its own.
+
+    `periodic`: with the work that few positions ask for. `filling`: rows whose store is not full may be among others,
+    for which plain torch does the work of a kernel that takes every place for filled.
+    """
+
+    periodic: bool
+    filling: bool
+
+
 class DecodeBatch(ForwardBatch):
     """One token a row at positions `start` [R] that only the device knows.
 
-    The host takes every row for full; `start` masks whatever has not happened yet in a row. `periodic`: with the work
-    that few positions ask for.
+    The host takes every row for full, stores aside (`Kind.filling`); `start` masks whatever has not happened yet in a
+    row.
     """
 
     on_device = True
     first = FOREVER
 
-    def __init__(self, start: Tensor, periodic: bool, side: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, start: Tensor, kind: Kind, side: torch.cuda.Stream | None = None) -> None:
         super().__init__(start, 1, [1] * len(start))
-        self.periodic, self.side, self.divided = periodic, side, False
+        self.periodic, self.filling = kind
+        self.side, self.divided = side, False
 
     def positions(self, device: torch.device) -> Tensor:
         return self.start[:, None]
@@ -111,14 +123,11 @@ class Graph:
         self.layers: list[LayerMemory] = [copy.copy(layer) for layer in cache.layers]
         self._lent_to = weakref.ref(cache)
         self._next: list[int] | None = None  # what `start` holds
-        self._captured: dict[
-            bool, tuple[torch.cuda.CUDAGraph, Tensor]
-        ] = {}  # by whether they include periodic work; and their output
+        self._captured: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and their output
 
-    def __call__(self, cache: AHNCache, ids: Tensor, position_ids: Tensor | None, periodic: bool) -> Tensor:
+    def __call__(self, cache: AHNCache, ids: Tensor, position_ids: Tensor | None, kind: Kind) -> Tensor:
         """Last hidden states [B, 1, D] of tokens `ids` [B, 1], the next of `cache`, whose span is open. `position_ids`:
-        rotary positions [B or 1, 1], or None where they count the tokens seen. `periodic`: with the periodic work of
-        these positions, for which `prepare` was called."""
+        rotary positions [B or 1, 1], or None where they count the tokens seen. `kind`: after `prepare`."""
         self._lend(cache)
         start = cache.forward_batch.start.tolist()
         if start != self._next:
@@ -130,16 +139,16 @@ class Graph:
         else:
             self.position_ids.copy_(position_ids)
         cache.forward_batch.written = True
-        if periodic not in self._captured:
-            return self._run(self._shell(cache, self.layers), periodic)
-        graph, hidden = self._captured[periodic]
+        if kind not in self._captured:
+            return self._run(self._shell(cache, self.layers), kind)
+        graph, hidden = self._captured[kind]
         graph.replay()
         return hidden.clone()
 
-    def prepare(self, cache: AHNCache, periodic: bool) -> None:
+    def prepare(self, cache: AHNCache, kind: Kind) -> None:
         """Capture a step of this kind, if it is to be captured and has not been yet."""
-        if self.start.device.type == "cuda" and periodic not in self._captured:
-            self._capture(cache, periodic)
+        if self.start.device.type == "cuda" and kind not in self._captured:
+            self._capture(cache, kind)
             self._next = None  # the warm-up has counted too
 
     def fits(self, cache: AHNCache, rows: int) -> bool:
@@ -151,8 +160,8 @@ class Graph:
             return False
         return _lies_in(cache, self.layers) or [*map(_form, cache.layers)] == [*map(_form, self.layers)]
 
-    def _run(self, cache: AHNCache, periodic: bool) -> Tensor:
-        cache._forward_batch = step = DecodeBatch(self.start, periodic, self._side)
+    def _run(self, cache: AHNCache, kind: Kind) -> Tensor:
+        cache._forward_batch = step = DecodeBatch(self.start, kind, self._side)
         out = type(self.decoder).forward(
             self.decoder, input_ids=self.ids, position_ids=self.position_ids, use_cache=True, **{PAST: cache}
         )
@@ -166,11 +175,11 @@ class Graph:
         shell.layers = layers
         return shell
 
-    def _capture(self, cache: AHNCache, periodic: bool) -> None:
+    def _capture(self, cache: AHNCache, kind: Kind) -> None:
         with _capturing:
-            self._capture_alone(cache, periodic)
+            self._capture_alone(cache, kind)
 
-    def _capture_alone(self, cache: AHNCache, periodic: bool) -> None:
+    def _capture_alone(self, cache: AHNCache, kind: Kind) -> None:
         # A step cannot be taken back, so the warm-up has buffers of its own, which all layers share.
         scratch: dict[str, LayerMemory] = {}
         for layer in self.layers:
@@ -186,23 +195,23 @@ class Graph:
                 faster.enter_context(fused_rotation(self.decoder))
             if dispatch.pick_between(device).name == "inductor":
                 faster.enter_context(compiled(self.decoder))
-            self._record([scratch[_form(layer)] for layer in self.layers], cache, periodic)
+            self._record([scratch[_form(layer)] for layer in self.layers], cache, kind)
 
-    def _record(self, scratch: list[LayerMemory], cache: AHNCache, periodic: bool) -> None:
+    def _record(self, scratch: list[LayerMemory], cache: AHNCache, kind: Kind) -> None:
         device = self.start.device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._run(self._shell(cache, scratch), periodic)
+                self._run(self._shell(cache, scratch), kind)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # one pool is enough for all: they are replayed one after the other
         pool = next((captured.pool() for captured, _ in self._captured.values()), None)
         # torch's own stream for captures is on the device of the first one
         with _nothing_freed(), torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
-            hidden = self._run(self._shell(cache, self.layers), periodic)
-        self._captured[periodic] = graph, hidden
+            hidden = self._run(self._shell(cache, self.layers), kind)
+        self._captured[kind] = graph, hidden
 
     def _lend(self, cache: AHNCache) -> None:
         """Make the tensors of `cache` the buffers."""
@@ -225,9 +234,9 @@ def forward(handle: Handle, **kwargs: Any) -> Any:
     """The forward call of an augmented model's decoder: replays a graph for one token a row where it can, else runs
     the decoder itself."""
     if not torch.compiler.is_compiling() and (found := _graph(handle, kwargs)):
-        (graph, periodic), cache = found, kwargs[PAST]
+        (graph, kind), cache = found, kwargs[PAST]
         with dispatch.on(graph.start.device):
-            hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), periodic)
+            hidden = graph(cache, kwargs["input_ids"], kwargs.get("position_ids"), kind)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{PAST: cache})
     decoder = handle.decoder
     return type(decoder).forward(decoder, **kwargs) if handle.forward is None else handle.forward(**kwargs)
@@ -236,30 +245,30 @@ def forward(handle: Handle, **kwargs: Any) -> Any:
 def goes_on(handle: Handle, cache: AHNCache) -> bool:
     """Whether the next tokens of `cache` can be steps of the graph that is there, or of the first one."""
     graph, span = handle.graph, ForwardBatch.of(cache.tokens_per_row, 1, None)
-    if not cache.tokens_seen or len(span.start) > 1 or not _steps(handle, span):
+    if not cache.tokens_seen or len(span.start) > 1 or not _steps(handle, span, cache):
         return False
     return graph is None or graph.fits(cache, 1)
 
 
-def _steps(handle: Handle, span: ForwardBatch) -> bool:
-    """Whether one token a row, those of `span`, can be a step of a graph."""
+def _steps(handle: Handle, span: ForwardBatch, cache: AHNCache) -> bool:
+    """Whether one token a row of `cache`, those of `span`, can be a step of a graph."""
     if handle.no_graph is None:
         handle.no_graph = _obstacle(handle.model)
     if handle.no_graph or dispatch.pick_decoding(handle.model.device.type).name != "graph":
         return False
-    return all(layer.steps_on_device(span) for layer in _kinds(handle))
+    return all(layer.steps_on_device and (cache.has_room or layer.is_full(span)) for layer in _kinds(handle))
 
 
-def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
-    """The graph for this call, made now if there is none of its shape, and whether the step has periodic work; None if
-    the call needs more than one graph."""
+def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, Kind] | None:
+    """The graph for this call, made now if there is none of its shape, and the kind of the step; None if the call
+    needs more than one graph."""
     cache, ids = kwargs.get(PAST), kwargs.get("input_ids")
     if ids is None or not isinstance(cache, AHNCache) or cache._forward_batch is None:
         return None
     span = cache.forward_batch
     if span.length != 1 or span.padded or not cache.tokens_seen:
         return None
-    if not _steps(handle, span):
+    if not _steps(handle, span, cache):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
         return None
@@ -270,7 +279,8 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
-    periodic, room = any(layer.is_periodic(span) for layer in _kinds(handle)), max(span.first + 1, ROOM)
+    layers, room = _kinds(handle), max(span.first + 1, ROOM)
+    kind = Kind(any(layer.is_periodic(span) for layer in layers), not all(layer.is_full(span) for layer in layers))
     for memory in cache.layers:
         assert memory.keys is not None
         state = None if memory.state is None else memory.state.shape[1:]
@@ -280,12 +290,12 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, bool] | None:
             handle.graph = None  # its buffers go before others come
             handle.graph = Graph(handle, cache, len(span.start))
         with dispatch.on(handle.graph.start.device):
-            handle.graph.prepare(cache, periodic)
+            handle.graph.prepare(cache, kind)
     except (RuntimeError, AssertionError) as error:  # this base cannot be captured or compiled
         handle.graph, handle.no_graph = None, str(error).splitlines()[0]
         logger.warning("decoding without a CUDA graph: %s", handle.no_graph)
         return None
-    return handle.graph, periodic
+    return handle.graph, kind
 
 
 @contextmanager

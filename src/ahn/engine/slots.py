@@ -40,6 +40,8 @@ class Front(AHNCache):
         starts: the position of the token, by row.
     """
 
+    has_room = True
+
     def __init__(self, model: PreTrainedModel, layers: list[LayerMemory], rows: int) -> None:
         super().__init__(model)
         self.layers, self.transcript, self._batch = layers, None, rows

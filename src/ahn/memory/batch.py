@@ -36,6 +36,8 @@ class ForwardBatch:
     on_device = False  # whether only the device knows the positions, see `ahn.engine.graph.DecodeBatch`
     periodic = False  # of a step of a graph: whether it includes the work of few positions (`AHNLayer.is_periodic`)
 
+    filling = False  # of a step of a graph: whether there may be rows whose store is not full
+
     @classmethod
     def of(cls, start: list[int], length: int, real: Tensor | None) -> ForwardBatch:
         """`start`: tokens seen before, by row. `real`: bool [B, T] on the CPU, false for padding, or None."""

@@ -73,6 +73,8 @@ class AHNCache(Cache):
         ConfigError: the model is not augmented, there is no such archive, or the model has no retrieval heads.
     """
 
+    has_room = False  # whether buffers have all the slots that they will ever need, from the first token on
+
     def __init__(self, model: PreTrainedModel, archive: str = "none") -> None:
         super().__init__(layers=[layer.memory() for layer in layers_of(model)])
         self._handle = handle_of(model)

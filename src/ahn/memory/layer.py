@@ -109,10 +109,14 @@ class AHNLayer(nn.Module):
         last = LastTier() if self.last is None else self.last
         return last.memory(self.sizes)
 
-    def steps_on_device(self, batch: ForwardBatch) -> bool:
-        """Whether the one token a row of `batch` can do without the host (`ahn.engine.graph`)."""
-        last = self.last is None or self.last.steps_on_device
-        return last and (self.kept is None or self.kept.steps_on_device(batch))
+    @property
+    def steps_on_device(self) -> bool:
+        """Whether one token a row can do without the host (`ahn.engine.graph`)."""
+        return self.last is None or self.last.steps_on_device
+
+    def is_full(self, batch: ForwardBatch) -> bool:
+        """Whether each row of `batch` has a full store, or none: kernels of one token look for no empty place."""
+        return self.kept is None or self.kept.is_full(batch)
 
     def is_periodic(self, batch: ForwardBatch) -> bool:
         """Whether work that few positions ask for follows the one token a row of `batch`: such steps are a graph of
@@ -247,7 +251,7 @@ class AHNLayer(nn.Module):
     def _one(self, new: LayerBatch, memory: LayerMemory) -> Tensor:
         batch, device, form = new.batch, new.q.device, None
         full = batch.first >= self.lossless
-        if self.last is not None and full and (batch.on_device or self.steps_on_device(batch)):
+        if self.last is not None and full and self.is_full(batch):
             form = self.last.pick_step_form(device)
         evicted = memory.push_one(new)
         if self.kept is not None:
@@ -268,7 +272,8 @@ class AHNLayer(nn.Module):
             return self.kept.attend_one(new, memory, in_parts)
         batch = new.batch
         filled = min(batch.first + 1, memory.capacity)
-        last = batch.start_on(new.q.device) if len(batch.start) > 1 or batch.on_device else None
+        all_full = not batch.on_device and int(batch.start.min()) + 1 >= filled
+        last = None if all_full else batch.start_on(new.q.device)
         keys, values = (t[:, :, :filled] for t in memory.kept)
         q_kept = self.positions.of_kept(new.q, batch)
         return attend_one(new.q, q_kept, keys, values, self.sinks, last, new.scale, in_parts)

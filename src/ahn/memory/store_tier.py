@@ -77,9 +77,8 @@ class StoreTier(KeptTier):
         kept, reads_state = self.scores_kept, self.store.reads_state
         return StoringMemory(self.window, self.sizes.sinks, gate_width, self.sizes.store, kept, reads_state)
 
-    def steps_on_device(self, batch: ForwardBatch) -> bool:
-        """Once the store is full: the host looks up which slots are still empty."""
-        return int(batch.start.min()) >= self.sizes.lossless
+    def is_full(self, batch: ForwardBatch) -> bool:
+        return not batch.filling if batch.on_device else int(batch.start.min()) >= self.sizes.lossless
 
     def is_periodic(self, batch: ForwardBatch) -> bool:
         return batch.periodic if batch.on_device else any(map(self.store.is_periodic, batch.start.tolist()))
@@ -120,7 +119,8 @@ class StoreTier(KeptTier):
     # One token a row.
     def put_one(self, new: LayerBatch, evicted: tuple[Tensor, ...], memory: StoringMemory) -> tuple[Tensor, ...]:
         batch = new.batch
-        fused = batch.on_device and dispatch.pick_one_token(new.k.device.type).name == "triton"
+        fused = batch.on_device and self.is_full(batch)
+        fused = fused and dispatch.pick_one_token(new.k.device.type).name == "triton"
         if batch.first >= self.sizes.sinks + self.window:
             evicted = (self.displace_fused if fused else self.displace)(evicted, batch, memory)
         gate = self.store.gate_form() if fused else None
@@ -136,7 +136,7 @@ class StoreTier(KeptTier):
     def attend_one(self, new: LayerBatch, memory: StoringMemory, in_parts: bool) -> Any:
         batch, (keys, values) = new.batch, memory.kept
         q_kept, kept = self.positions.of_kept(new.q, batch), self.sizes.sinks + memory.shift
-        if batch.on_device or self.steps_on_device(batch):
+        if self.is_full(batch):
             return attend_one(new.q, q_kept, keys, values, kept, None, new.scale, in_parts)
         slots = memory.shift + min(batch.first + 1, self.sizes.sinks + self.window)
         filled = memory.filled(batch, slots)
@@ -340,7 +340,7 @@ class StoreTier(KeptTier):
             return torch.cat([sinks[:, None].expand(shape), slots, newcomers.expand(shape)], -1)
 
         device, first = ranks.device, batch.length - outcome.evicted.shape[-1]
-        if self.steps_on_device(batch):
+        if self.is_full(batch):
             since = batch.memo(("since", device), lambda: make(torch.full_like(ranks, -1)))
         else:
             since = make(torch.where(ranks >= TOKEN, -1, batch.length))

@@ -94,8 +94,8 @@ class KeptTier:
         """An empty buffer of a layer with this tier; its `reserve` makes room for tokens."""
         raise NotImplementedError
 
-    def steps_on_device(self, batch: ForwardBatch) -> bool:
-        """Whether the one token a row of `batch` can do without the host."""
+    def is_full(self, batch: ForwardBatch) -> bool:
+        """Whether it keeps as many tokens as it can in each row of `batch`."""
         raise NotImplementedError
 
     def is_periodic(self, batch: ForwardBatch) -> bool:
