@@ -49,6 +49,23 @@ def cpu_load() -> str:
 
 
 @table
+def cpu_serve() -> str:
+    name = "serve-cpu"
+    head = ["chats", "tokens/s of all", "of one chat"]
+    body = []
+    for row in rows(name, what="answer"):
+        rate, chats = row["tokens_per_s"], row["batch"]
+        body.append([str(chats), f"{rate:.1f}", f"{rate / chats:.1f}"])
+    first, slot = rows(name, what="first token")[0], result(name)["bytes_of_slot"] / 1e6
+    about = (
+        f"SmolLM2-135M, chats on a memory of {first['length']:,} tokens, questions of 16 tokens and answers of 64. "
+        f"A slot has {slot:.0f} MB. The first token comes after {first['idle_ms'] / 1000:.2f} s, and after "
+        f"{first['reading_ms'] / 1000:.2f} s while a document is read at {first['read_per_s']:.0f} tokens/s."
+    )
+    return block(head, body, about, name)
+
+
+@table
 def lengths() -> str:
     name = "lengths-smollm2-135m-h200"
     head = ["", "tokens", "read, s", "decode, ms a token", "peak, MiB", "cache, MiB"]

@@ -12,6 +12,8 @@ import ahn
 from ahn.compat import PAST
 from ahn.engine import graph
 from ahn.engine.batch import Engine
+from ahn.engine.few_rows import weights_first
+from ahn.engine.jobs import Pace
 from ahn.engine.sequence import Finish, Request, Text, Token, Usage
 from ahn.errors import ConfigError, EngineError
 from ahn.memory.batch import ForwardBatch
@@ -84,7 +86,7 @@ class ByHand(Engine):
         self.random, self.logits = random.Random(seed), {}
 
     def turn(self):
-        self._piece = self.random.choice((1, 2, 5, 16, 40))
+        self._shared.tokens = self._alone.tokens = self.random.choice((1, 2, 5, 16, 40))
         with torch.no_grad():
             self._turn()
 
@@ -92,9 +94,6 @@ class ByHand(Engine):
     def busy(self):
         load = self.load
         return load.decoding + load.reading + load.waiting
-
-    def _adapt(self, count, seconds):
-        pass
 
     def allocate(self):
         super().allocate()
@@ -323,6 +322,15 @@ def test_short_prompts_pass_long_texts():
     assert served.load.reading == 1 and served.load.waiting == 2
 
 
+def test_pieces_take_as_long_as_they_may():
+    pace = Pace(0.1, 100)
+    for count, seconds, tokens in ((32, 0.01, 64), (20, 9, 64), (64, 0.04, 100), (100, 0.06, 100), (100, 0.2, 50)):
+        pace.note(count, seconds)
+        assert pace.tokens == tokens
+    pace.note(50, 0.2)
+    assert pace.tokens == 32 and Pace(0.1, 8).tokens == 8
+
+
 def test_cancelled_at_any_time():
     served = ByHand(small(), 1, slots=1)
     futures, streams = (
@@ -423,7 +431,7 @@ def test_bad_requests(options, message):
 
 def test_bad_settings(engine):
     model = small()
-    for options in ({"slots": 0}, {"readers": 1}, {"chunk": 1}, {"slice_seconds": 0}):
+    for options in ({"slots": 0}, {"readers": 1}, {"chunk": 0}, {"slice_seconds": 0}, {"alone_seconds": -1}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             Engine(model, TOKENIZER, **options)
     with pytest.raises(ConfigError, match="layer 1 keeps everything"):
@@ -436,3 +444,16 @@ def test_bad_settings(engine):
         served.read([3], memory=ahn.read(small(), ids_of(5, 1)))
     with pytest.raises(ConfigError, match="a memory of 2 rows"):
         served.read([3], memory=ahn.read(model, ids_of(5, 1).repeat(2, 1)))
+
+
+def test_few_vectors_are_multiplied_by_weights_and_all_is_undone():
+    model, plain = small(), torch.nn.Linear(8, 6)
+    model.extra = plain
+    for shape in ((2, 1, 8), (3, 8), (1, 8), (9, 8), (2, 2, 8)):
+        x = torch.randn(shape)
+        expected = plain(x)
+        with weights_first(model):
+            assert "forward" in vars(plain)
+            torch.testing.assert_close(plain(x), expected)
+            assert plain(x).is_contiguous() and plain(x.double().float()).shape == expected.shape
+    assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, torch.nn.Linear))

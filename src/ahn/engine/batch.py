@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from ahn.engine.few_rows import weights_first
 from ahn.engine.generate import end_tokens
-from ahn.engine.jobs import Chat, Job, Load, Reading
+from ahn.engine.jobs import Chat, Job, Load, Pace, Reading
 from ahn.engine.prefill import CHUNK, GPU_CHUNK, Progress, read_chunks
 from ahn.engine.sampling import choose
 from ahn.engine.sequence import Request, Stream, Text
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ahn")
 
-LEAST = 16  # tokens of a slice
+ALONE_SECONDS = 1.0  # on a CPU, where a short piece takes nearly as long as one of twice its length
 T = TypeVar("T")
 
 
@@ -55,7 +56,9 @@ class Engine:
         slots: conversations that decode at once. readers: prompts and documents that are read at once, at least 2; all
             but one of them may be long.
         chunk: tokens that are read at once at most; default 512, on CUDA 8,192.
-        slice_seconds: time that a piece of a prompt or document may take between two tokens of the others.
+        slice_seconds: time that a piece of a prompt or document may take between two tokens of the others; a piece has
+            at least 32 tokens.
+        alone_seconds: the same while nothing is decoded; default 1.0, on CUDA as `slice_seconds`.
 
     Raises:
         ConfigError: a number out of range, or layers with full attention.
@@ -70,15 +73,20 @@ class Engine:
         readers: int = 2,
         chunk: int | None = None,
         slice_seconds: float = 0.1,
+        alone_seconds: float | None = None,
     ) -> None:
         self.model = base_of(model)
-        self.tokenizer, self.slice_seconds, self._readers = tokenizer, slice_seconds, readers
-        self.chunk = (GPU_CHUNK if self.model.device.type == "cuda" else CHUNK) if chunk is None else chunk
-        for name, value, least in (("slots", slots, 1), ("readers", readers, 2), ("chunk", self.chunk, LEAST)):
+        self.tokenizer, self._readers = tokenizer, readers
+        cuda = self.model.device.type == "cuda"
+        self.chunk = (GPU_CHUNK if cuda else CHUNK) if chunk is None else chunk
+        if alone_seconds is None:
+            alone_seconds = slice_seconds if cuda else max(slice_seconds, ALONE_SECONDS)
+        for name, value, least in (("slots", slots, 1), ("readers", readers, 2), ("chunk", self.chunk, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least {least}")
-        if not slice_seconds > 0:
-            raise ConfigError(f"slice_seconds={slice_seconds!r}: expected a time above 0")
+        for name, seconds in (("slice_seconds", slice_seconds), ("alone_seconds", alone_seconds)):
+            if not seconds > 0:
+                raise ConfigError(f"{name}={seconds!r}: expected a time above 0")
         self._handle, self._ends = handle_of(self.model), end_tokens(self.model, tokenizer)
         self.bytes_of_slot = Slots.nbytes_of_one(self.model)
         self.slots = slots
@@ -88,7 +96,8 @@ class Engine:
         self._decoding: list[Chat] = []
         self._calls: deque[Callable[[], None]] = deque()
         self._free = list(range(slots, slots + readers))
-        self._piece, self._generated, self._read = LEAST, 0, 0
+        self._shared, self._alone = Pace(slice_seconds, self.chunk), Pace(alone_seconds, self.chunk)
+        self._generated, self._read = 0, 0
         self._changed = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -222,7 +231,7 @@ class Engine:
     # The thread.
     def _serve(self) -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), weights_first(self.model):
                 while self._wait():
                     self._turn()
         except BaseException as error:  # everybody who waits has to know
@@ -325,7 +334,8 @@ class Engine:
 
     def _read_piece(self, job: Job) -> bool:
         """Whether the text is at its end."""
-        count = min(self._piece, job.total - job.done)
+        pace = self._shared if self._decoding else self._alone
+        count = min(pace.tokens, job.total - job.done)
         if not count:
             return True
         began = time.perf_counter()
@@ -338,18 +348,9 @@ class Engine:
             job.cache.last_logits = self.model.get_output_embeddings()(hidden).cpu()
         if hidden.device.type == "cuda":
             torch.cuda.synchronize(hidden.device)
-        self._adapt(count, time.perf_counter() - began)
+        pace.note(count, time.perf_counter() - began)
         job.note()
         return ready
-
-    def _adapt(self, count: int, seconds: float) -> None:
-        """Choose the length of the next pieces, a power of two, so that they take no longer than a slice."""
-        if count < self._piece:
-            return  # a short one says little
-        if seconds > self.slice_seconds:
-            self._piece = max(LEAST, self._piece // 2)
-        elif seconds < self.slice_seconds / 2:
-            self._piece = min(self.chunk, self._piece * 2)
 
     # Decoding.
     @property

@@ -16,6 +16,28 @@ if TYPE_CHECKING:
     from ahn.engine.prefill import Progress
 
 LONG = 1024  # tokens from which on a prompt is read as a document is: it leaves a slot for shorter ones
+LEAST = 32  # tokens that are read at once, if there are so many
+
+
+class Pace:
+    """How many tokens to read at once: a power of two times LEAST, so that it takes `seconds` at most.
+
+    Args:
+        most: tokens at most.
+    """
+
+    def __init__(self, seconds: float, most: int) -> None:
+        self.seconds, self.least, self.most = seconds, min(LEAST, most), most
+        self.tokens = self.least
+
+    def note(self, count: int, seconds: float) -> None:
+        """The time that so many tokens took. Fewer than there could be say little."""
+        if count < self.tokens:
+            return
+        if seconds > self.seconds:
+            self.tokens = max(self.least, self.tokens // 2)
+        elif seconds < self.seconds / 2:
+            self.tokens = min(self.most, self.tokens * 2)
 
 
 class Job:
