@@ -9,14 +9,17 @@ import test_decoding
 import torch
 
 import ahn
+from ahn import stores
 from ahn.compat import PAST
 from ahn.engine import graph
 from ahn.engine.batch import Engine
 from ahn.engine.few_rows import weights_first
 from ahn.engine.jobs import Pace
 from ahn.engine.sequence import Finish, Request, Text, Token, Usage
+from ahn.engine.slots import Slots
 from ahn.errors import ConfigError, EngineError
 from ahn.memory.batch import ForwardBatch
+from ahn.ops import dispatch
 from conftest import FORMS, retrieval, storing, tiny, with_memory
 from tiny_tokenizer import tiny_tokenizer
 
@@ -215,6 +218,57 @@ def test_a_random_schedule_with_graphs_and_a_store(replays, rows_made, store, sp
     assert {kind.filling for kind in kinds} == {False, True}
     assert replays["replayed"] == len(steps) and len(rows_made) == len(set(rows_made))
     check_schedule(model, 7)
+
+
+def test_graphs_are_captured_before_the_first_request(engine, replays, rows_made, store):
+    model = storing(store, base=tiny(vocab_size=SIZE))
+    served = engine(model, slots=6)
+    tokens = served.submit(request(ids_of(9, 1))).result().ids
+    assert rows_made == [1, 2, 4, 6] and replays["replayed"] == 2 * 4 + 12
+    assert tokens == alone(model, ids_of(9, 1), 12)[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", [None, *stores.names()])
+def test_graphs_of_all_numbers_of_rows_are_as_without(kind, cell, monkeypatch):
+    """Random schedules on CUDA, with memories on the host; 16 slots, so graphs of 1, 2, 4, 8 and 16 rows."""
+    base = tiny(vocab_size=SIZE)
+    model = (with_memory(base, cell) if kind is None else storing(kind, cell, base=base)).cuda()
+    captured, record = [], graph.Graph._record
+
+    def noted(self, scratch, cache, how):
+        captured.append((cache.batch_size, how))
+        record(self, scratch, cache, how)
+
+    monkeypatch.setattr(graph.Graph, "_record", noted)
+    monkeypatch.setenv("AHN_KERNEL", ",".join(name for name in dispatch.KERNELS if name != "inductor"))
+    served, requests = Engine(model, TOKENIZER, slots=16), []
+    with served:
+        memories = [None, *(served.read(ids_of(n, 50 + n)).result() for n in (1, 19, 31, 60))]
+        for n in range(40):
+            one = request(ids_of(n % 9 + 1, n), 5 + n % 20, memory=memories[n % 5], logprobs=1, keep=n % 3 == 0)
+            requests.append((one, served.submit(one)))
+        found = [(one, list(stream)) for one, stream in requests]
+    assert served.error is None
+    assert {rows for rows, _ in captured} == {1, 2, 4, 8, 16} and len(captured) == len(set(captured))
+    assert {how.filling for _, how in captured} == ({False} if kind is None else {False, True})
+    monkeypatch.setenv("AHN_KERNEL", "torch")
+    for one, (*tokens, finish) in found:
+        cache = ahn.AHNCache(model) if one.memory is None else Slots(model, 1).open(0, one.memory)
+        ids = torch.cat([one.ids, torch.tensor([[token.id for token in tokens]])], 1).cuda()
+        with torch.no_grad():
+            logits = [ahn.read(model, ids[:, : one.ids.shape[1]], cache).last_logits]
+            logits += [
+                model(ids[:, at : at + 1], **{PAST: cache}).logits[:, -1]
+                for at in range(one.ids.shape[1], ids.shape[1])
+            ]
+        for token, row in zip(tokens, torch.cat(logits).log_softmax(-1), strict=False):
+            assert token.logprob == pytest.approx(float(row[token.id]), abs=2e-3)
+            assert float(row.max()) - float(row[token.id]) < 2e-3
+        if finish.memory is not None:
+            assert finish.memory.layers[0].keys.device.type == "cpu"
+            assert finish.memory.tokens_seen == (one.memory.tokens_seen if one.memory else 0) + ids.shape[1]
 
 
 def test_what_a_request_asks_for_does_not_change_its_neighbours(engine):

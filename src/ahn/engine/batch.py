@@ -25,7 +25,7 @@ from torch import Tensor
 from ahn.engine.few_rows import weights_first
 from ahn.engine.generate import end_tokens
 from ahn.engine.jobs import Chat, Job, Load, Pace, Reading
-from ahn.engine.prefill import CHUNK, GPU_CHUNK, Progress, read_chunks
+from ahn.engine.prefill import CHUNK, Progress, read_chunks
 from ahn.engine.sampling import choose
 from ahn.engine.sequence import Request, Stream, Text
 from ahn.engine.slots import Slots, bytes_of_chunk, bytes_of_weights, eager
@@ -33,6 +33,7 @@ from ahn.errors import AHNError, ConfigError, EngineError
 from ahn.ids import rows_of
 from ahn.memory.cache import AHNCache
 from ahn.memory.handle import base_of, handle_of
+from ahn.ops import dispatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class Engine:
         model: from `ahn.augment` or `ahn.from_pretrained`. tokenizer: makes text of answers.
         slots: conversations that decode at once. readers: prompts and documents that are read at once, at least 2; all
             but one of them may be long.
-        chunk: tokens that are read at once at most; default 512, on CUDA 8,192.
+        chunk: tokens that are read at once at most; default 512, on CUDA 2,048, for which no kernel has to be planned.
         slice_seconds: time that a piece of a prompt or document may take between two tokens of the others; a piece has
             at least 32 tokens.
         alone_seconds: the same while nothing is decoded; default 1.0, on CUDA as `slice_seconds`.
@@ -78,7 +79,7 @@ class Engine:
         self.model = base_of(model)
         self.tokenizer, self._readers = tokenizer, readers
         cuda = self.model.device.type == "cuda"
-        self.chunk = (GPU_CHUNK if cuda else CHUNK) if chunk is None else chunk
+        self.chunk = (dispatch.PLANNED // 2 if cuda else CHUNK) if chunk is None else chunk
         if alone_seconds is None:
             alone_seconds = slice_seconds if cuda else max(slice_seconds, ALONE_SECONDS)
         for name, value, least in (("slots", slots, 1), ("readers", readers, 2), ("chunk", self.chunk, 1)):
@@ -232,6 +233,7 @@ class Engine:
     def _serve(self) -> None:
         try:
             with torch.no_grad(), weights_first(self.model):
+                self.memories.warm()
                 while self._wait():
                     self._turn()
         except BaseException as error:  # everybody who waits has to know
@@ -345,7 +347,7 @@ class Engine:
         job.done, self._read = job.done + count, self._read + count
         ready = job.done == job.total
         if ready and isinstance(job, Reading):
-            job.cache.last_logits = self.model.get_output_embeddings()(hidden).cpu()
+            job.cache.last_logits = self.model.get_output_embeddings()(hidden)
         if hidden.device.type == "cuda":
             torch.cuda.synchronize(hidden.device)
         pace.note(count, time.perf_counter() - began)

@@ -97,7 +97,10 @@ class Slots:
             return views
 
         if memory is not None:
-            return memory.twin(fill, archive=observed)
+            twin = memory.twin(fill, archive=observed)
+            if twin.transcript is not None:
+                twin.transcript.to(self.model.device)
+            return twin
         cache = AHNCache(self.model)
         cache.layers = views
         return cache
@@ -113,14 +116,26 @@ class Slots:
     def note_read(self, cache: AHNCache, ids: list[int]) -> None:
         """Note that a sequence has been given these tokens as a row of a `front`."""
         if cache.transcript is not None:
-            cache.transcript.add([cache.tokens_seen], [len(ids)], torch.tensor([ids]))
+            cache.transcript.add([cache.tokens_seen], [len(ids)], torch.tensor([ids], device=self.model.device))
         cache.tokens_seen += len(ids)
         cache._seen, cache._batch, cache.last_logits = [cache.tokens_seen], 1, None
 
     def copy_out(self, cache: AHNCache) -> AHNCache:
         """A copy of a sequence on the host, with no more room than it needs."""
         seen = cache.tokens_seen
-        return cache.twin(lambda layers: [_trimmed(layer, seen) for layer in layers])
+        twin = cache.twin(lambda layers: [_trimmed(layer, seen) for layer in layers])
+        twin.last_logits = None if twin.last_logits is None else twin.last_logits.cpu()
+        if twin.transcript is not None:
+            twin.transcript.to("cpu")
+        return twin
+
+    def warm(self) -> None:
+        """Capture the graphs of all numbers of rows, with what is in nobody's slots."""
+        wanted = {self._rows(count, self.model.device) for count in range(1, self.count + 1)}
+        if dispatch.pick_decoding(self.model.device.type).name == "graph":
+            for rows in sorted(wanted):
+                for position in (0, self._handle.config.lossless):
+                    self.step([0] * rows, [position] * rows)
 
     def step(self, tokens: list[int], positions: list[int]) -> Tensor:
         """Logits [B, V] after one token in each of the first slots, at its position in its sequence."""

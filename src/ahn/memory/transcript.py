@@ -52,6 +52,11 @@ class Transcript:
         twin.pending = [replace(run, ids=list(run.ids)) for run in self.pending]
         return twin
 
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device; what comes must be on the same."""
+        self.rows = [row.to(device) for row in self.rows]
+        self.pending = [replace(run, ids=[ids.to(device) for ids in run.ids]) for run in self.pending]
+
     def add(self, starts: list[int], counts: list[int], ids: Tensor) -> None:
         """Tokens that are read: row b has ids[b, :counts[b]] from position starts[b] on; one entry serves all rows."""
         last, length = self.pending[-1] if self.pending else None, ids.shape[1]
