@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 
 import pytest
 import test_decoding
@@ -274,12 +275,13 @@ def test_graphs_of_all_numbers_of_rows_are_as_without(kind, cell, monkeypatch):
 def test_what_a_request_asks_for_does_not_change_its_neighbours(engine):
     model, ids = small(), ids_of(9, 1)
     served = engine(model)
-    drawn = {"temperature": 1.5, "top_p": 0.9, "seed": 7}
-    first = served.submit(request(ids, 40, **drawn)).result().ids
-    streams = [served.submit(request(ids, 40, **({"seed": seed} | drawn))) for seed in range(3)]
-    streams.append(served.submit(request(ids, 40, temperature=1.5, seed=8)))
-    assert [stream.result().ids for stream in streams[:3]] == [first] * 3
-    assert streams[3].result().ids != first
+    drawn = {"temperature": 1.5, "top_p": 0.9}
+    first = [served.submit(request(ids, 40, seed=seed, **drawn)).result().ids for seed in range(3)]
+    streams = [served.submit(request(ids, 40, seed=seed, **drawn)) for seed in (2, 0, 1)]
+    streams.append(served.submit(request(ids, 40, seed=0, temperature=1.5)))
+    *again, other = (stream.result().ids for stream in streams)
+    assert again == [first[2], first[0], first[1]] and other not in first
+    assert len({*map(tuple, first)}) == 3
 
 
 def test_logprobs_and_the_likeliest_tokens(engine):
@@ -450,6 +452,20 @@ def test_an_event_loop_reads_a_stream(engine):
     events = asyncio.run(read())
     assert [event.id for event in events[:-1]] == alone(served.model, ids_of(9, 1), 12)[0]
     assert events[-1].reason == "length"
+
+
+def test_a_listener_that_fails_loses_its_own_stream_only(engine):
+    served = engine(small())
+    stream, seen = served.submit(request(ids_of(9, 1), 10**6)), []
+
+    def listener(event):
+        seen.append(event)
+        raise ValueError("closed")
+
+    stream.listen(listener)
+    while not isinstance(seen[-1:] and seen[-1], Finish):
+        time.sleep(0.001)
+    assert seen[-1].reason == "cancelled" and served.alive
 
 
 def test_functions_run_between_tokens(engine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ahn.memory.cache import AHNCache
+
+logger = logging.getLogger("ahn")
 
 MOST_ALTERNATIVES = 20
 MOST_SEED = 1 << 63
@@ -139,15 +142,23 @@ class Stream:
             if self._listener is None:
                 self._events.put(event)
             else:
-                self._listener(event)
+                self._tell(event)
 
     def listen(self, listener: Callable[[Event], Any]) -> None:
         """Hand all events to a function, those that wait at once, later ones in the engine's thread: it must return
-        soon and raise nothing."""
+        soon. If it raises, the answer is cancelled."""
         with self._lock:
-            while not self._events.empty():
-                listener(self._events.get())
             self._listener = listener
+            while not self._events.empty():
+                self._tell(self._events.get())
+
+    def _tell(self, event: Event) -> None:
+        assert self._listener is not None
+        try:
+            self._listener(event)
+        except Exception as error:  # its reader is gone; the engine has others
+            logger.warning("an answer has lost its reader: %s", error)
+            self.cancelled = True
 
     def __iter__(self) -> Iterator[Event]:
         event: Event | None = None
