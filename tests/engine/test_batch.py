@@ -527,3 +527,39 @@ def test_few_vectors_are_multiplied_by_weights_and_all_is_undone():
             torch.testing.assert_close(plain(x), expected)
             assert plain(x).is_contiguous() and plain(x.double().float()).shape == expected.shape
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, torch.nn.Linear))
+
+
+def test_many_threads_ask_at_once(engine):
+    """Some change their minds; the others get what they would get alone."""
+    model = small()
+    served = engine(model, slots=3)
+    memory = served.read(ids_of(40, 1)).result()
+    expected = {n: alone(model, ids_of(n, n), 12, memory)[0] for n in range(1, 8)}
+    wrong = []
+
+    def ask(seed):
+        draw = random.Random(seed)
+        for _ in range(8):
+            n, stops = draw.randrange(1, 8), draw.choice((0, 0, 1, 5))
+            stream, seen = served.submit(request(ids_of(n, n), memory=memory)), []
+            for event in stream:
+                if isinstance(event, Token):
+                    seen.append(event.id)
+                if len(seen) == stops:
+                    stream.cancel()
+            whole = event.reason == "length"
+            if seen != expected[n][: len(seen)] or (not stops and not whole) or (whole and len(seen) < 12):
+                wrong.append((n, stops, event.reason, seen))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(5)]
+    for thread in threads:
+        thread.start()
+    reading = [served.read(ids_of(100 * n, n)) for n in range(1, 9)]
+    assert all(future.cancel() for future in reading[4:])
+    for thread in threads:
+        thread.join()
+    assert not wrong and served.alive
+    assert [future.result().tokens_seen for future in reading[:4]] == [100, 200, 300, 400]
+    while served.load.reading or served.load.waiting or served.load.decoding:
+        time.sleep(0.001)
+    assert sorted(served._free) == [3, 4] and not served._decoding and not served._waiting

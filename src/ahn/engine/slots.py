@@ -181,10 +181,12 @@ def bytes_of_weights(model: PreTrainedModel) -> int:
 
 
 def bytes_of_chunk(model: PreTrainedModel, chunk: int, rows: int) -> int:
-    """An upper bound of what activations take while `chunk` tokens are read, and the logits of one token a row."""
+    """An upper bound, as measured, of what activations take while `chunk` tokens are read: some numbers a token in each
+    layer, and copies of one layer's window. Also the logits of one token a row."""
     config: Any = model.config.get_text_config()
-    numbers = chunk * (8 * config.hidden_size + 4 * config.intermediate_size)
-    return numbers * max(4, model.dtype.itemsize) + 8 * rows * config.vocab_size
+    numbers = chunk * (16 * config.hidden_size + 6 * config.intermediate_size)
+    window = 4 * Slots.nbytes_of_one(model) // config.num_hidden_layers
+    return numbers * max(4, model.dtype.itemsize) + window + 8 * rows * config.vocab_size
 
 
 @contextmanager
