@@ -306,13 +306,25 @@ def test_a_stop_ends_the_text_in_front_of_it(engine):
     assert cut.ids == whole.ids[: len(cut.ids)] and len(cut.ids) < 30
 
 
-def test_text_waits_for_whole_characters_and_stops():
-    ids = TOKENIZER("ä € cat", add_special_tokens=False).input_ids
-    text = Text(TOKENIZER)
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "metaspace"])
+def test_text_waits_for_whole_characters_and_stops(kind):
+    tokenizer = tiny_tokenizer(kind)
+    words = "The (old) cat sat. Why?" if kind == "metaspace" else "The ä € 🐈 (old) cat sat."
+    ids = tokenizer(words, add_special_tokens=False).input_ids
+    text = Text(tokenizer)
     pieces = [text.add(token) for token in ids]
-    assert "".join(pieces) == "ä € cat" and not any("\ufffd" in piece for piece in pieces)
-    text = Text(TOKENIZER, ["cats", "a mouse"])
-    assert "".join(map(text.add, ids)) == "ä € " and text.rest() == "cat" and not text.stopped
+    assert "".join(pieces) == words == tokenizer.decode(ids) and not any("\ufffd" in piece for piece in pieces)
+    for stop in (" cat", "(old)", "T"):
+        text = Text(tokenizer, ["no such", stop])
+        assert "".join(map(text.add, ids)) == words[: words.find(stop)] and text.stopped and text.rest() == ""
+    text = Text(tokenizer, [words + "!", "!"])
+    assert "".join(map(text.add, ids)) == "" and text.rest() == words and not text.stopped
+
+
+def test_text_of_broken_characters_comes_all_the_same():
+    (byte,) = TOKENIZER("€", add_special_tokens=False).input_ids[:1]
+    text = Text(TOKENIZER)
+    assert "".join(text.add(byte) for _ in range(40)) + text.rest() == "\ufffd" * 40
 
 
 def test_a_stopping_token_ends_the_answer(engine):
