@@ -366,7 +366,8 @@ class Engine:
         logits = self.memories.step([chat.next for chat in chats], [chat.position for chat in chats])
         going = [row for row, chat in enumerate(chats) if chat.reason is None]
         requests, generators = [chats[row].request for row in going], [chats[row].generator for row in going]
-        choices = choose(logits[going], requests, generators) if going else []
+        wanted = logits if len(going) == len(chats) else logits[going]
+        choices = choose(wanted, requests, generators)
         for chat in chats:
             chat.fed.append(chat.next)
             chat.position += 1
