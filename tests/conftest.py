@@ -13,6 +13,7 @@ from ahn.cells.modules import unit
 from ahn.compat import PAST
 from ahn.memory.handle import layers_of
 from ahn.memory.head_keys import RetrievalHeads
+from ahn.ops.specs import Window
 
 # In the background of a script, or behind nohup, these are ignored; some tests send them.
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
@@ -146,7 +147,7 @@ def soft_inputs(device="cpu", dtype=torch.float32, size=8, tokens=96):
     q = torch.randn(2, 4, tokens, size).to(device, dtype)
     k, v = torch.randn(2, 2, 2, tokens, size).to(device, dtype)
     scores = torch.randn(2, 2, tokens, device=device)
-    return q, k, v, scores, gates.least_kept(scores, 10, gates.Lossless(4, 16), 1e-5)
+    return q, k, v, scores, gates.least_kept(scores, 10, Window(size=16, sinks=4), 1e-5)
 
 
 @pytest.fixture(params=ahn.cells.names())

@@ -20,6 +20,7 @@ from ahn.hf.augment import set_window
 from ahn.memory.handle import layers_of
 from ahn.ops import dispatch, flex
 from ahn.ops.softmax import attend
+from ahn.ops.specs import Queries, Window
 from ahn.train import distill
 from ahn.train.trainer import compile_layers
 from conftest import (
@@ -134,7 +135,7 @@ def test_attention_of_a_sequence_is_compiled_for_every_length():
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for blocks in range(1, 12):
             q, k, v = torch.randn(3, 1, 2, 128 * blocks, 64, device="cuda").bfloat16()
-            flex.attend_sequence(q, q, k, v, sinks=4, window=40, scale=0.125)
+            flex.attend_sequence(Queries(q, q, 0.125), k, v, Window(size=40, sinks=4))
 
 
 @pytest.mark.skipif(not HOPPER, reason="what is known is for Hopper")
@@ -550,7 +551,7 @@ def test_soft_places(tokens, size, monkeypatch):
         monkeypatch.setenv("AHN_KERNEL", kernel)
         leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
         gate = scores.clone().requires_grad_()
-        out = gates.attend(*leaves, gates.log_weights(gate, least, 0.4), gates.Lossless(4, 16), size**-0.5)
+        out = gates.attend(*leaves, gates.log_weights(gate, least, 0.4), Window(size=16, sinks=4), size**-0.5)
         (out.float() * torch.arange(1, size + 1, device="cuda")).sum().backward()
         outs.append(out)
         gradients.append([t.grad for t in (*leaves, gate)])

@@ -157,7 +157,7 @@ class Bench:
         enough = 2 * (self.window + self.sinks)
         if length <= enough or cell == "full":
             return min(length, enough)
-        _, chunk = chunks(self.model, batch, 0)
+        chunk = chunks(self.model, batch, 0).size
         return min(length, enough + (length - enough) % chunk)
 
     def _decode(self, row: dict[str, Any], name: str, cell: str, batch: int, length: int) -> None:

@@ -102,7 +102,7 @@ def attend(merged: bool = True) -> Callable[[], Any]:
     k, v = torch.randn(2, 1, KV_HEADS, SLOTS, SIZE, dtype=torch.bfloat16, device=CUDA)
     newest = torch.tensor([131072], device=CUDA)
     kernel = decode.attend if merged else decode.attend_parts
-    return lambda: kernel(q, q, k, v, SINKS, newest, SIZE**-0.5)
+    return lambda: kernel(specs.Queries(q, q, SIZE**-0.5), k, v, SINKS, newest)
 
 
 def cell() -> Callable[..., Any]:
@@ -114,7 +114,7 @@ def cell() -> Callable[..., Any]:
     state = torch.randn(1, HEADS, SIZE, SIZE, device=CUDA)
 
     def call(parts: specs.Parts | None = None) -> None:
-        read = decode.recur(form, q, k, v, inputs, None, state, True, parts)
+        read = decode.recur(form, q, specs.Write(k, v, inputs, None), state, True, parts)
         decode.add_read(form, out.transpose(1, 2), read, gate, module.o_proj.weight, None)
 
     return call

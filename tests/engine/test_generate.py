@@ -325,9 +325,11 @@ def test_the_own_loop_is_that_of_transformers(model, monkeypatch, options, padde
     for plain in (generation.PLAIN, set()):
         monkeypatch.setattr(generation, "PLAIN", plain)
         calls = []
-        loop = generation._next_tokens
+        loop = generation._NextTokens.__call__
         monkeypatch.setattr(
-            generation, "_next_tokens", lambda *a, calls=calls, loop=loop, **k: calls.append(1) or loop(*a, **k)
+            generation._NextTokens,
+            "__call__",
+            lambda *a, calls=calls, loop=loop, **k: calls.append(1) or loop(*a, **k),
         )
         streamer = Streamer() if len(ids) == 1 else None
         torch.manual_seed(0)

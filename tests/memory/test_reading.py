@@ -52,27 +52,27 @@ def test_chunks_of_a_gpu(monkeypatch):
     """A window is a whole number of them, and they begin where it does; few numbers a token make them longer."""
     model = with_memory(tiny(max_position_embeddings=40000), window=32640, sinks=128)
     hidden = model.config.hidden_size
-    assert prefill.chunks(model, 1, 0) == (512, 512)
+    assert prefill.chunks(model, 1, 0) == (512, None, 0)
     monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
     monkeypatch.setattr(prefill, "GPU_NUMBERS", 2048 * hidden)
-    assert prefill.chunks(model, 1, 0) == (8160 + 128, 8160)
-    assert prefill.chunks(model, 1, 8288) == (8160, 8160)
-    first, chunk = prefill.chunks(model, 1, 50000)
+    assert prefill.chunks(model, 1, 0) == (8160, 8160 + 128, 0)
+    assert prefill.chunks(model, 1, 8288) == (8160, 8160, 0)
+    chunk, first, _ = prefill.chunks(model, 1, 50000)
     assert (50000 + first - 128) % chunk == 0 and chunk <= first < 2 * chunk
-    assert prefill.chunks(model, 32, 0)[1] == 510
+    assert prefill.chunks(model, 32, 0).size == 510
     monkeypatch.setattr(prefill, "GPU_NUMBERS", 16384 * hidden)
-    assert prefill.chunks(model, 1, 0) == (16320 + 128, 16320)
-    assert prefill.chunks(model, 2, 0)[1] == 8160
+    assert prefill.chunks(model, 1, 0) == (16320, 16320 + 128, 0)
+    assert prefill.chunks(model, 2, 0).size == 8160
 
 
 def test_where_chunks_end():
     """A short rest is part of the last chunk, whatever the first was."""
-    assert prefill.chunk_ends(90, 20, 16) == [20, 36, 52, 68, 84, 90]
-    assert prefill.chunk_ends(85, 20, 16) == [20, 36, 52, 68, 85]
-    assert prefill.chunk_ends(84, 20, 16) == [20, 36, 52, 68, 84]
-    assert prefill.chunk_ends(21, 20, 16) == [21]
-    assert prefill.chunk_ends(20, 20, 16) == prefill.chunk_ends(20, 40, 16) == [20]
-    assert prefill.chunk_ends(3, 1, 1) == [1, 2, 3]
+    assert prefill.Chunks(16, 20).ends(90) == [20, 36, 52, 68, 84, 90]
+    assert prefill.Chunks(16, 20).ends(85) == [20, 36, 52, 68, 85]
+    assert prefill.Chunks(16, 20).ends(84) == [20, 36, 52, 68, 84]
+    assert prefill.Chunks(16, 20).ends(21) == [21]
+    assert prefill.Chunks(16, 20).ends(20) == prefill.Chunks(16, 40).ends(20) == [20]
+    assert prefill.Chunks(1, 1).ends(3) == [1, 2, 3]
 
 
 def test_short_chunks_of_a_wide_window_are_attended_by_one_kernel(monkeypatch):
@@ -92,7 +92,7 @@ def test_a_first_chunk_of_another_size(monkeypatch):
     model = with_memory(tiny(), window=16, sinks=4)
     ids = token_ids(90)
     done = []
-    monkeypatch.setattr("ahn.engine.prefill.chunks", lambda *args: (20, 16))
+    monkeypatch.setattr("ahn.engine.prefill.chunks", lambda *args: prefill.Chunks(16, first=20))
     cache = ahn.read(model, ids, progress=lambda low, total: done.append((low, total)))
     assert done == [(20, 90), (36, 90), (52, 90), (68, 90), (84, 90), (90, 90)]
     with torch.no_grad():

@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.gpu]
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from ahn.ops.specs import Window  # noqa: E402
 from ahn.train import gates  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -29,12 +30,12 @@ def test_attention_and_gradients(monkeypatch, tokens, size, sinks, window, heads
     q = torch.randn(2, tokens, heads, size, device=DEVICE).transpose(1, 2)
     k, v = torch.randn(2, 2, kv_heads, tokens, size, device=DEVICE).unbind()
     scores, wanted = torch.randn(2, kv_heads, tokens, device=DEVICE), torch.randn(2, tokens, heads, size, device=DEVICE)
-    lossless, found = gates.Lossless(sinks, window), []
+    kept, found = Window(window, sinks), []
     for kernel in ("triton", "torch"):
         monkeypatch.setenv("AHN_KERNEL", kernel)
         leaves = [t.clone().requires_grad_() for t in (q, k, v, scores)]
-        least = gates.least_kept(scores, 10, lossless, 1.0)
-        out = gates.attend(*leaves[:3], gates.log_weights(leaves[3], least, 0.4), lossless, 0.3)
+        least = gates.least_kept(scores, 10, kept, 1.0)
+        out = gates.attend(*leaves[:3], gates.log_weights(leaves[3], least, 0.4), kept, 0.3)
         (out * wanted).sum().backward()
         found.append([out, *(t.grad for t in leaves)])
     for fast, plain in zip(*found, strict=True):
@@ -47,9 +48,9 @@ def test_the_weights_add_up_to_the_places(monkeypatch, tokens, sinks, window, wa
     monkeypatch.setenv("AHN_KERNEL", "triton")
     torch.manual_seed(0)
     scores = torch.randn(2, 2, tokens, device=DEVICE)
-    lossless = gates.Lossless(sinks, window)
-    least = gates.least_kept(scores, 10, lossless, warmth)
-    behind = gates._behind(scores, lossless)
+    kept = Window(window, sinks)
+    least = gates.least_kept(scores, 10, kept, warmth)
+    behind = gates._behind(scores, kept)
     few = (behind.sum(-1) <= 10).expand_as(least)
     assert (least[few] == gates.ALWAYS).all()
     total = gates._weights(scores, least, warmth, behind).sum(-1)[~few]

@@ -11,7 +11,7 @@ from ahn.ops.banded import attend_window
 from ahn.ops.ranks import empty_ranks
 from ahn.ops.rotary import Rotary
 from ahn.ops.softmax import attend
-from ahn.ops.specs import KeptKeys
+from ahn.ops.specs import KeptKeys, Queries, Window
 from conftest import STORES, in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
@@ -127,12 +127,11 @@ def test_attention(plain, monkeypatch, queries, before, window, sinks, places, e
         at = torch.tensor(start, device=DEVICE)
         with monkeypatch.context() as free:
             free.delenv("AHN_KERNEL")
-            found = banded.attend(q, q_far, tuple(near), at, window, size**-0.5, seen, sinks)
+            found = banded.attend(Queries(q, q_far, size**-0.5), tuple(near), at, Window(window, sinks), seen)
         exact = KeptKeys(*(t.float() for t in keys), seen.since, seen.until, entering)
         nothing = tuple(near[:, :, :, :0].float())
-        expected = attend_window(
-            q.float(), q_far.float(), nothing, tuple(near.float()), at, window, size**-0.5, exact, sinks
-        )
+        asked = Queries(q.float(), q_far.float(), size**-0.5)
+        expected = attend_window(asked, nothing, tuple(near.float()), at, Window(window, sinks), exact)
         real = expected[1] > -1e4  # the others see nothing
         assert torch.equal(real, found[1] > -1e4)
         assert found[0].isfinite().all()

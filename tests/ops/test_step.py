@@ -8,7 +8,7 @@ import torch
 import ahn
 from ahn.cells.modules import unit
 from ahn.engine import fuse
-from ahn.engine.graph import DecodeBatch
+from ahn.engine.graph import DecodeBatch, Kind
 from ahn.memory.batch import ForwardBatch, LayerBatch
 from ahn.memory.evicted import Evictions
 from ahn.memory.handle import layers_of
@@ -16,6 +16,7 @@ from ahn.ops import dispatch
 from ahn.ops.banded import attend_one
 from ahn.ops.dispatch import Kernel
 from ahn.ops.rotary import Rotary
+from ahn.ops.specs import Queries, Write
 from conftest import FORMS, in_pieces, storing, tiny, token_ids, with_memory
 
 pytest.importorskip("triton")
@@ -52,11 +53,11 @@ def test_attention(plain, slots, sinks, last, heads, kv_heads, size, dtype):
     for positions in ([last], [last, max(0, (last or 0) - 3)]):
         at = None if last is None else torch.tensor(positions, device=DEVICE)
         filled = at.new_tensor([slots - 1]) if at is not None else None
-        out, norm = decode.attend(q, q_sinks, k, v, sinks, at, size**-0.5)
+        out, lse = decode.attend(Queries(q, q_sinks, size**-0.5), k, v, sinks, at)
         at = None if at is None else at.minimum(filled)
-        expected = attend_one(q.float(), q_sinks.float(), k.float(), v.float(), sinks, at, size**-0.5)
+        expected = attend_one(Queries(q.float(), q_sinks.float(), size**-0.5), k.float(), v.float(), sinks, at)
         assert relative(out, expected[0]) < LIMIT[dtype]
-        assert relative(norm, expected[1]) < LIMIT[dtype]
+        assert relative(lse, expected[1]) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,7 +81,7 @@ def test_cell(plain, cell, heads, kv_heads, size, writes, dtype):
         out = torch.randn(batch, 1, heads, size, device=DEVICE).to(dtype)
         with torch.no_grad():
             inputs = module.gate_inputs(x[0])
-            read = decode.recur(form, q, k, v, inputs, able, state, unit=True)
+            read = decode.recur(form, q, Write(k, v, inputs, able), state, unit=True)
             added = decode.add_read(form, out, read, module.g_proj(x[1]), module.o_proj.weight, able)
             gates = module.gates(inputs)
             gates = gates if able is None else tuple(gate * able[:, None] for gate in gates)
@@ -103,12 +104,12 @@ def test_merge_beside_the_recurrence(cell, slots, size):
     k, v = torch.randn(2, 2, 2, slots, size, device=DEVICE)
     state = torch.randn(2, 4, size, size, device=DEVICE)
     inputs = torch.randn(2, 1, module.num_gates * 4, device=DEVICE)
-    arguments = (module.step_form(), q, k[:, :, :1], v[:, :, :1], inputs, None)
-    expected, expected_state = decode.attend(q, q, k, v, 3, None, 0.1), state.clone()
+    arguments = (module.step_form(), q, Write(k[:, :, :1], v[:, :, :1], inputs, None))
+    expected, expected_state = decode.attend(Queries(q, q, 0.1), k, v, 3, None), state.clone()
     expected_read = decode.recur(*arguments, expected_state, True)
-    parts = decode.attend_parts(q, q, k, v, 3, None, 0.1)
+    parts = decode.attend_parts(Queries(q, q, 0.1), k, v, 3, None)
     read = decode.recur(*arguments, state, True, parts)
-    pairs = zip((parts.out, parts.norm, read, state), (*expected, expected_read, expected_state), strict=True)
+    pairs = zip((parts.out, parts.lse, read, state), (*expected, expected_read, expected_state), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -124,7 +125,7 @@ def test_more_features_than_channels(plain, features):
     expected_state = state.clone()
     with torch.no_grad():
         inputs = module.gate_inputs(x)
-        read = decode.recur(module.step_form(), q, k, v, inputs, None, state, unit=False)
+        read = decode.recur(module.step_form(), q, Write(k, v, inputs, None), state, unit=False)
         values = v.repeat_interleave(2, 1)
         expected = module.step(q, k, values, module.gates(inputs), expected_state)
     assert relative(read, expected[:, :, 0]) < 1e-5
@@ -230,7 +231,7 @@ def test_displace(plain, monkeypatch, cell_name, span, size, positions, form):
         for memory in memories:
             memory.scores.copy_(scores)
         expected = layer.kept.displace(pushed, ForwardBatch(start.cpu(), 1, [1] * len(start)), memories[0])
-        found = layer.kept.displace_fused(pushed, DecodeBatch(start, periodic=False), memories[1])
+        found = layer.kept.displace_fused(pushed, DecodeBatch(start, Kind(periodic=False, filling=False)), memories[1])
         assert torch.allclose(found[0], expected[0], atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
         for name, tensor in memories[1].tensors.items():
@@ -247,7 +248,7 @@ def test_put_score(plain, positions, dtype):
     for memory in memories:
         memory.reserve(50, torch.zeros(2, 2, 1, 8, device=DEVICE), None)
     start, x = torch.tensor(positions, device=DEVICE), torch.randn(2, 1, 32, device=DEVICE).to(dtype)
-    span = DecodeBatch(start, periodic=False)
+    span = DecodeBatch(start, Kind(periodic=False, filling=False))
     k = torch.zeros(2, 2, 1, 8, device=DEVICE)
     memories[0].put_score(span, layer.kept.score(LayerBatch(span, k, k, k, x, 1.0), None))
     decode.put_score(layer.store.gate_form(), memories[1], start, x)

@@ -19,6 +19,7 @@ from ahn.memory.file_contents import retained
 from ahn.memory.handle import layers_of
 from ahn.ops import eviction
 from ahn.ops.ranks import TOKEN, empty_ranks, position_of
+from ahn.ops.specs import Window
 from ahn.stores.base import Store
 from conftest import FORMS, STORES, in_pieces, soft_inputs, storing, tiny, token_ids, with_memory
 
@@ -748,7 +749,7 @@ def test_soft_places_become_those_of_the_store():
     from ahn.train import gates
 
     q, k, v, scores, least = soft_inputs()
-    out = gates.attend(q, k, v, gates.log_weights(scores, least, 1e-5), gates.Lossless(4, 16), 0.5)
+    out = gates.attend(q, k, v, gates.log_weights(scores, least, 1e-5), Window(size=16, sinks=4), 0.5)
     for t in (0, 18, 24, 60, 90):
         for head in range(4):
             behind = range(4, max(4, t - 16 + 1))
@@ -764,7 +765,7 @@ def test_soft_places_with_much_warmth_are_full_attention_less_a_constant():
     q, k, v, scores, _ = soft_inputs()
     free = torch.full((2, 2, 16), gates.ALWAYS)
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
-    out = gates.attend(q, k, v, gates.log_weights(scores, free, 1.0), gates.Lossless(4, 16), 0.5)
+    out = gates.attend(q, k, v, gates.log_weights(scores, free, 1.0), Window(size=16, sinks=4), 0.5)
     torch.testing.assert_close(out, full.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
@@ -773,7 +774,7 @@ def test_the_weights_of_soft_places_add_up_to_them():
 
     _, _, _, scores, _ = soft_inputs()
     for warmth in (0.05, 1.0, 20.0):
-        least = gates.least_kept(scores, 10, gates.Lossless(4, 16), warmth)
+        least = gates.least_kept(scores, 10, Window(size=16, sinks=4), warmth)
         for block in range(16):
             behind = scores[..., 4 : max(4, 6 * block - 16 + 1)]
             if behind.shape[-1] <= 10:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ahn.engine.few_rows import weights_first
 from ahn.engine.generate import end_tokens
 from ahn.engine.jobs import Chat, Job, Load, Pace, Reading
-from ahn.engine.prefill import CHUNK, Progress, read_chunks
+from ahn.engine.prefill import CHUNK, Chunks, Progress, read_chunks
 from ahn.engine.sampling import choose
 from ahn.engine.sequence import Request, Stream, Text
 from ahn.engine.slots import Slots, bytes_of_chunk, bytes_of_weights, eager
@@ -343,7 +343,7 @@ class Engine:
         began = time.perf_counter()
         piece = job.ids[:, job.done : job.done + count].to(self.model.device)
         with eager(self._handle):
-            hidden = read_chunks(self._handle.decoder, piece, job.cache, count)
+            hidden = read_chunks(self._handle.decoder, piece, job.cache, Chunks(count))
         job.done, self._read = job.done + count, self._read + count
         ready = job.done == job.total
         if ready and isinstance(job, Reading):

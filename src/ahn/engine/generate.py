@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ahn.compat import PAST
 from ahn.engine.graph import goes_on
-from ahn.engine.prefill import check_cache, chunks, past_mask, read_chunks, whole_mask
+from ahn.engine.prefill import Chunks, check_cache, chunks, past_mask, read_chunks, whole_mask
 from ahn.errors import ConfigError
 from ahn.ids import rows_of
 from ahn.interrupts import deferred
@@ -86,9 +86,7 @@ def generate(
             settings is None or settings.get_generation_mode() in ("greedy_search", "sample")
         ):
             # the streamer too: transformers itself does not pass it on to a loop that is not its own
-            options["custom_generate"] = partial(
-                _next_tokens, streamer=options.get("streamer"), padded=mask is not None
-            )
+            options["custom_generate"] = _NextTokens(options.get("streamer"), padded=mask is not None)
         return _new(model, ids, cache, seen, options)
 
 
@@ -105,55 +103,61 @@ def _by_beams(model: Any, ids: Tensor, cache: AHNCache, seen: Tensor, options: d
     mask = torch.cat([seen.repeat_interleave(copies, 0), torch.ones_like(new[:, :-1])], 1)
     if copies > 1 and cache.batch_size > 1:
         cache.batch_repeat_interleave(copies)
-    read_chunks(model.get_decoder(), read_ids, cache, chunks(model, len(read_ids), cache.tokens_seen)[1], mask)
+    cut = Chunks(chunks(model, len(read_ids), cache.tokens_seen).size)
+    read_chunks(model.get_decoder(), read_ids, cache, cut, mask)
     return new
 
 
-def _next_tokens(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    synced_gpus: bool = False,
-    streamer: Any = None,
-    padded: bool = False,
-    **inputs: Any,
-) -> Tensor:
-    """Token by token, as transformers' loop for greedy decoding and sampling calls it: ids [B, T] with those behind."""
-    cache: dict[str, Any] = {PAST: inputs[PAST]}
-    pad = generation_config._pad_token_tensor
-    going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    handle = handle_of(model)
-    left, few = input_ids, _few(handle, cache[PAST].tokens_seen + input_ids.shape[1])
-    while not padded and 0 < left.shape[1] <= few and goes_on(handle, cache[PAST]):
-        logits = model(input_ids=left[:, :1], **cache).logits
-        left = left[:, 1:]
-        handle.asked += 1
-        if handle.graph is None:  # it could not be made
-            break
-    if left.shape[1]:
-        logits = model(left, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
-    rows, places = cache[PAST].tokens_per_row, None
-    if len(set(rows)) > 1:  # rows at the same position are counted by the cache
-        places = torch.tensor(rows, device=input_ids.device)[:, None] - 1
-    while True:
-        scores = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
-        drawn = generation_config.do_sample
-        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if drawn else scores.argmax(-1)
-        tokens = tokens if pad is None else torch.where(going, tokens, pad)
-        input_ids = torch.cat([input_ids, tokens[:, None]], 1)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        going &= ~stopping_criteria(input_ids, None)
-        if not going.any():
-            break
-        if places is not None:
-            cache["position_ids"] = places = places + 1
-        logits = model(input_ids=tokens[:, None], **cache).logits  # by name: no look at the signature
-    if streamer is not None:
-        streamer.end()
-    return input_ids
+@dataclass
+class _NextTokens:
+    """Token by token: the loop for greedy decoding and sampling, as transformers calls it."""
+
+    streamer: Any
+    padded: bool
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **inputs: Any,
+    ) -> Tensor:
+        """Returns ids [B, T] and the tokens behind them."""
+        cache: dict[str, Any] = {PAST: inputs[PAST]}
+        pad = generation_config._pad_token_tensor
+        going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        handle = handle_of(model)
+        left, few = input_ids, _few(handle, cache[PAST].tokens_seen + input_ids.shape[1])
+        while not self.padded and 0 < left.shape[1] <= few and goes_on(handle, cache[PAST]):
+            logits = model(input_ids=left[:, :1], **cache).logits
+            left = left[:, 1:]
+            handle.asked += 1
+            if handle.graph is None:  # it could not be made
+                break
+        if left.shape[1]:
+            logits = model(left, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
+        rows, places = cache[PAST].tokens_per_row, None
+        if len(set(rows)) > 1:  # rows at the same position are counted by the cache
+            places = torch.tensor(rows, device=input_ids.device)[:, None] - 1
+        while True:
+            scores = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
+            drawn = generation_config.do_sample
+            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if drawn else scores.argmax(-1)
+            tokens = tokens if pad is None else torch.where(going, tokens, pad)
+            input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            going &= ~stopping_criteria(input_ids, None)
+            if not going.any():
+                break
+            if places is not None:
+                cache["position_ids"] = places = places + 1
+            logits = model(input_ids=tokens[:, None], **cache).logits  # by name: no look at the signature
+        if self.streamer is not None:
+            self.streamer.end()
+        return input_ids
 
 
 def _few(handle: Handle, total: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ CHUNK = 512  # tokens read at once: enough for efficient products, few enough th
 GPU_CHUNK = 8192  # tokens of all rows, at least: they keep a GPU busy for longer than Python needs to launch them
 GPU_NUMBERS = 1 << 25  # of a chunk's hidden states: a small hidden size allows more tokens
 Progress = Callable[[int, int | None], None]
+
+
+class Chunks(NamedTuple):
+    """Where a text is cut into the chunks that are read at once."""
+
+    size: int  # tokens of a chunk
+    first: int | None = None  # of the first chunk; None: as many as of the others
+    before: int = 0  # tokens of the same text that earlier calls have read
+
+    def ends(self, total: int) -> list[int]:
+        """Ends of the chunks of `total` tokens. A last chunk of less than an eighth is joined to the one before it,
+        because Python would need as long for it as for any other."""
+        ends = [*range(self.first or self.size, total, self.size), total]
+        if len(ends) > 1 and total - ends[-2] < self.size // 8:
+            del ends[-2]
+        return ends
 
 
 @torch.no_grad()
@@ -72,6 +88,7 @@ def read(
     if cache is not None and archive != "none":
         raise ConfigError("{archive} with a cache: expected AHNCache(model, {archive})", archive=archive)
     cache = AHNCache(model, archive) if cache is None else check_cache(cache)
+    cut = chunks(model, 1 if rows is None else len(rows), cache.tokens_seen) if chunk is None else Chunks(chunk)
     with cache.in_use():
         cache.check_weights()
         if rows is None:
@@ -79,22 +96,20 @@ def read(
                 model,
                 (rows_of(piece, vocabulary)[0][0] for piece in ids if not hasattr(piece, "__len__") or len(piece)),
                 cache,
-                chunk,
+                cut,
                 progress,
             )
         else:
             mask = whole_mask(cache, rows, own_mask if attention_mask is None else attention_mask)
-            first, chunk = chunks(model, len(rows), cache.tokens_seen) if chunk is None else (chunk, chunk)
-            hidden = read_chunks(model.get_decoder(), rows.to(model.device), cache, chunk, mask, progress, first)
+            hidden = read_chunks(model.get_decoder(), rows.to(model.device), cache, cut, mask, progress)
         cache.last_logits = model.get_output_embeddings()(hidden)
     return cache
 
 
 def _read_pieces(
-    model: Any, pieces: Iterator[Tensor], cache: AHNCache, chunk: int | None, progress: Progress | None
+    model: Any, pieces: Iterator[Tensor], cache: AHNCache, cut: Chunks, progress: Progress | None
 ) -> Tensor:
     """The last hidden state [1, D] after pieces of one text, read in the chunks of the whole."""
-    first, chunk = chunks(model, 1, cache.tokens_seen) if chunk is None else (chunk, chunk)
     done, hidden = 0, None
 
     def note(read: int, total: int | None) -> None:
@@ -102,11 +117,11 @@ def _read_pieces(
             progress(done + read, None)
 
     with finish_before_interrupt() as interrupted:
-        for part in _chunks_of(pieces, first, chunk):
+        for part in _chunks_of(pieces, cut):
             if interrupted.is_set():
                 raise KeyboardInterrupt
             ids, length = part[None].to(model.device), len(part)
-            hidden = read_chunks(model.get_decoder(), ids, cache, length, progress=note, known=done + length)
+            hidden = read_chunks(model.get_decoder(), ids, cache, Chunks(length, before=done), progress=note)
             done += length
         if interrupted.is_set():
             raise KeyboardInterrupt
@@ -115,20 +130,20 @@ def _read_pieces(
     return hidden
 
 
-def _chunks_of(pieces: Iterable[Tensor], first: int, chunk: int) -> Iterator[Tensor]:
-    """Pieces [T] of one text as the chunks that `chunk_ends` has for the whole."""
+def _chunks_of(pieces: Iterable[Tensor], cut: Chunks) -> Iterator[Tensor]:
+    """Pieces [T] of one text as the chunks that `Chunks.ends` has for the whole."""
     held, waiting = torch.empty(0, dtype=torch.long), []
-    size = first
+    size, rest = cut.first or cut.size, cut.size // 8
     for piece in pieces:
         waiting.append(piece)
-        if len(held) + sum(map(len, waiting)) < size + chunk // 8:
+        if len(held) + sum(map(len, waiting)) < size + rest:
             continue
         held, waiting = torch.cat([held, *waiting]), []
-        while len(held) >= size + chunk // 8 and len(held) > size:
+        while len(held) >= size + rest and len(held) > size:
             yield held[:size]
-            held, size = held[size:], chunk
+            held, size = held[size:], cut.size
     held = torch.cat([held, *waiting])
-    for low, high in pairwise([0, *chunk_ends(len(held), size, chunk)]) if len(held) else ():
+    for low, high in pairwise([0, *Chunks(cut.size, size).ends(len(held))]) if len(held) else ():
         yield held[low:high]
 
 
@@ -137,23 +152,22 @@ def read_chunks(
     decoder: Any,
     ids: Tensor,
     cache: AHNCache,
-    chunk: int,
+    cut: Chunks,
     mask: Tensor | None = None,
     progress: Progress | None = None,
-    first: int | None = None,
-    known: int | None = None,
 ) -> Tensor:
     """`read` below the language-model head: returns the last hidden state [B, D]. `mask` covers the past as well, or
-    only `ids` where there is none. `first`: tokens of the first chunk, if not as many as of the others. `known`: tokens
-    of the text so far, if `ids` are a part of it."""
+    only `ids` where there is none."""
     total = ids.shape[1]
     past = 0 if mask is None else mask.shape[1] - total
     hidden: Tensor | None = None
-    compiles = dispatch.pick_between_many(ids.device.type, known or total).name == "inductor"
-    worth = max(2, min(chunk, dispatch.PLANNED))  # a shorter rest uses other kernels, and all would be compiled again
+    compiles = dispatch.pick_between_many(ids.device.type, cut.before + total).name == "inductor"
+    worth = max(
+        2, min(cut.size, dispatch.PLANNED)
+    )  # a shorter rest uses other kernels, and all would be compiled again
     with finish_before_interrupt() as interrupted:
         low = 0
-        for high in chunk_ends(total, first or chunk, chunk):
+        for high in cut.ends(total):
             piece = ids[:, low:high]
             seen = None if mask is None else mask[:, : past + low + piece.shape[1]].to(piece.device)
             with compiled_for_reading(decoder) if compiles and piece.shape[1] >= worth else nullcontext():
@@ -208,28 +222,19 @@ def past_mask(cache: AHNCache, batch: int) -> Tensor:
     return (torch.arange(cache.tokens_seen) >= cache.tokens_seen - rows[:, None]).long()
 
 
-def chunks(model: PreTrainedModel, rows: int, seen: int) -> tuple[int, int]:
-    """Sizes of the first chunk after `seen` tokens, and of all others.
+def chunks(model: PreTrainedModel, rows: int, seen: int) -> Chunks:
+    """The chunks of texts in `rows` rows after `seen` tokens.
 
     On CUDA a wide window is a whole number of chunks and begins with one, so that attention has few shapes: cuDNN plans
     for each. Attention over a narrow window or with a store uses our own kernel, which takes any shape.
     """
     if model.device.type != "cuda":
-        return CHUNK, CHUNK
+        return Chunks(CHUNK)
     config = handle_of(model).config
     most = max(GPU_CHUNK, GPU_NUMBERS // model.get_decoder().config.hidden_size)
     most = max(CHUNK, most // rows // CHUNK * CHUNK)
     narrow = config.window <= dispatch.NARROW and dispatch.pick_eviction("cuda").name == "triton"
     if narrow or config.store is not None or config.window < CHUNK:
-        return most, most
-    chunk = config.window // -(-config.window // most)
-    return chunk + (config.sinks - seen) % chunk, chunk
-
-
-def chunk_ends(total: int, first: int, chunk: int) -> list[int]:
-    """Ends of the chunks of `total` tokens. A last chunk of less than an eighth is joined to the one before it, because
-    Python would need as long for it as for any other."""
-    ends = [*range(first, total, chunk), total]
-    if len(ends) > 1 and total - ends[-2] < chunk // 8:
-        del ends[-2]
-    return ends
+        return Chunks(most)
+    size = config.window // -(-config.window // most)
+    return Chunks(size, first=size + (config.sinks - seen) % size)

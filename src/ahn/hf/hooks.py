@@ -86,9 +86,9 @@ def attention_function(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,
+    **kwargs: Any,  # the signature is that of AttentionInterface
 ) -> tuple[Tensor, None]:
-    """The attention function transformers calls; see its AttentionInterface. Returns [B, T, N, H] and no weights."""
+    """The attention function that transformers calls. Returns [B, T, N, H] and no weights."""
     layer: AHNLayer | None = getattr(module, "ahn", None)
     call, calls.now = calls.now, None
     if layer is None or call is None or call[0] is not module:
@@ -239,15 +239,15 @@ def read_in_chunks(
     if ids is None or cache is None or kwargs.get("logits_to_keep") != 1 or ids.shape[1] <= prefill.CHUNK:
         return as_called
     cache = kwargs[PAST] = _own_cache(handle_of(model), cache, kwargs.get("use_cache"))
-    first, chunk = prefill.chunks(model, ids.shape[0], cache.tokens_seen)
-    ends = prefill.chunk_ends(ids.shape[1], first, chunk)
+    cut = prefill.chunks(model, ids.shape[0], cache.tokens_seen)
+    ends = cut.ends(ids.shape[1])
     if len(ends) < 2:
         return as_called
     head = ends[-2]
     mask = kwargs.get("attention_mask")
     seen = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + head]
     with cache.in_use(again=True):
-        prefill.read_chunks(model.get_decoder(), ids[:, :head], cache, chunk, seen, first=first)
+        prefill.read_chunks(model.get_decoder(), ids[:, :head], cache, cut, seen)
     kwargs["input_ids"] = ids[:, head:]
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"][..., -(ids.shape[1] - head) :]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ahn.ops.specs import Queries
+
 FOREVER = 1 << 60  # window of a layer that keeps everything
 T = TypeVar("T")
 
@@ -130,6 +132,10 @@ class LayerBatch(NamedTuple):
     def queries_of_kept(self) -> Tensor:
         assert self.q_kept is not None
         return self.q_kept
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(self.q, self.queries_of_kept, self.scale)
 
     @property
     def tokens(self) -> tuple[Tensor, ...]:

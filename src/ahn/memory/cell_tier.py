@@ -21,6 +21,7 @@ from ahn.memory.tier import LastTier
 from ahn.ops import dispatch
 from ahn.ops.shift import Shift
 from ahn.ops.softmax import AttentionOutput
+from ahn.ops.specs import Write
 
 Prepared = tuple[Tensor, Tensor, Tensor, Gates]
 
@@ -89,14 +90,14 @@ class CellTier(LastTier):
         from ahn.ops.kernels import decode
 
         assert evicted.gate_inputs is not None
-        k, v, inputs = evicted.k, evicted.v, evicted.gate_inputs
-        writes, x, state = evictions.writes, new.x, memory.compressed
-        q, k = self.positions.for_cell(new.q, k, evictions)
+        writes, x = evictions.writes, new.x
+        q, k = self.positions.for_cell(new.q, evicted.k, evictions)
         mapped = self.cell.q_map is not None
         if mapped:
             q, k = self.cell.keys(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
-        read = decode.recur(form, q, k, v, inputs, writes, state, not mapped, parts)
-        out, lse = parts.out.transpose(1, 2), parts.norm
+        write = Write(k, evicted.v, evicted.gate_inputs, writes)
+        read = decode.recur(form, q, write, memory.compressed, not mapped, parts)
+        out, lse = parts.out.transpose(1, 2), parts.lse
         if self.cell.room is not None:
             room = out * self.cell.room(x, lse, evictions.total).to(out.dtype)
             out = room if writes is None else torch.where(writes[..., None, None], room, out)

@@ -32,6 +32,7 @@ from ahn.ops import dispatch, flex
 from ahn.ops.banded import attend_one, attend_window
 from ahn.ops.rotary import Rotary
 from ahn.ops.softmax import AttentionOutput, merge_all
+from ahn.ops.specs import Queries, Window
 from ahn.stores.base import Store
 
 
@@ -178,10 +179,10 @@ class AHNLayer(nn.Module):
         q, k, v, sizes = new.q, new.k, new.v, self.sizes
         kernel = dispatch.pick_whole_sequence(q.device.type, q.shape[-1], q.shape[2])
         if not new.batch.padded and sizes.window is not None and kernel.name == "flex":
-            return flex.attend_sequence(q, new.queries_of_kept, k, v, sizes.sinks, sizes.window, new.scale)
+            return flex.attend_sequence(new.queries, k, v, Window(sizes.window, sizes.sinks))
         sinks = k[:, :, : sizes.sinks], v[:, :, : sizes.sinks]
-        start = new.batch.start_on(q.device)
-        return attend_window(q, new.queries_of_kept, sinks, (k, v), start, sizes.reach, new.scale)
+        start, window = new.batch.start_on(q.device), Window(sizes.reach, sinks[0].shape[2])
+        return attend_window(new.queries, sinks, (k, v), start, window)
 
     # The next tokens of sequences that are remembered.
     def _many(self, new: LayerBatch, memory: LayerMemory) -> Tensor:
@@ -215,13 +216,14 @@ class AHNLayer(nn.Module):
         new = new._replace(q_kept=self.positions.of_kept(new.q, batch))
         put = None if self.kept is None else self.kept.put(new, window, memory)
         (keys, values), start = memory.kept, batch.start_on(new.q.device)
-        q, near = (new.q, new.queries_of_kept), (window[0], window[1])
+        window_kv = window[0], window[1]
         if put is None:
-            sinks = keys[:, :, : sizes.sinks], values[:, :, : sizes.sinks]
-            attended = attend_window(*q, sinks, near, start, sizes.reach, new.scale)
+            sinks = keys[:, :, : sizes.sinks], values[:, :, : sizes.sinks]  # fewer in a short buffer
+            seen = Window(sizes.reach, sinks[0].shape[2])
+            attended = attend_window(new.queries, sinks, window_kv, start, seen)
         else:
-            nothing = keys[:, :, :0], values[:, :, :0]
-            attended = attend_window(*q, nothing, near, start, sizes.reach, new.scale, put.kept, sizes.sinks)
+            nothing, seen = (keys[:, :, :0], values[:, :, :0]), Window(sizes.reach, sizes.sinks)
+            attended = attend_window(new.queries, nothing, window_kv, start, seen, put.kept)
         first = max(0, sizes.lossless - batch.first)  # that evicts a token
         count = batch.length - first
         if self.kept is not None:
@@ -275,8 +277,8 @@ class AHNLayer(nn.Module):
         all_full = not batch.on_device and int(batch.start.min()) + 1 >= filled
         last = None if all_full else batch.start_on(new.q.device)
         keys, values = (t[:, :, :filled] for t in memory.kept)
-        q_kept = self.positions.of_kept(new.q, batch)
-        return attend_one(new.q, q_kept, keys, values, self.sinks, last, new.scale, in_parts)
+        queries = Queries(new.q, self.positions.of_kept(new.q, batch), new.scale)
+        return attend_one(queries, keys, values, self.sinks, last, in_parts)
 
     # For the heads that find passages (`ahn.recall`).
     def without_positions(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ahn.ops.banded import attend_one, attend_slots, attend_window, visible
 from ahn.ops.eviction import by_head
 from ahn.ops.ranks import TOKEN, Outcome, empty_ranks, position_of
 from ahn.ops.softmax import AttentionOutput
-from ahn.ops.specs import KeptKeys
+from ahn.ops.specs import KeptKeys, Queries, Window
 from ahn.stores.base import Store
 
 
@@ -135,12 +135,13 @@ class StoreTier(KeptTier):
 
     def attend_one(self, new: LayerBatch, memory: StoringMemory, in_parts: bool) -> Any:
         batch, (keys, values) = new.batch, memory.kept
-        q_kept, kept = self.positions.of_kept(new.q, batch), self.sizes.sinks + memory.shift
+        queries = Queries(new.q, self.positions.of_kept(new.q, batch), new.scale)
+        kept = self.sizes.sinks + memory.shift
         if self.is_full(batch):
-            return attend_one(new.q, q_kept, keys, values, kept, None, new.scale, in_parts)
+            return attend_one(queries, keys, values, kept, None, in_parts)
         slots = memory.shift + min(batch.first + 1, self.sizes.sinks + self.window)
         filled = memory.filled(batch, slots)
-        return attend_slots(new.q, q_kept, keys[:, :, :slots], values[:, :, :slots], kept, filled, new.scale)
+        return attend_slots(queries, keys[:, :, :slots], values[:, :, :slots], kept, filled)
 
     def after_one(self, new: LayerBatch, memory: StoringMemory) -> None:
         if self.is_periodic(new.batch):
@@ -175,11 +176,11 @@ class StoreTier(KeptTier):
         frequencies = rotary.frequencies if rotates and rotary is not None else None
         if rotates and frequencies is None:
             tokens = self._into_store(pushed[0], batch), *pushed[1:]
-            (k, *rest), ranks = decode.displace(memory, batch.start, self.span, None, *tokens)
+            (k, *rest), ranks = decode.displace(memory, batch.start, self.span, None, tokens)
             return self.positions.from_store(k, ranks), *rest
         enters = moves is not None
         rotation = specs.StoredRotation(frequencies, enters, out, -int(enters))
-        return decode.displace(memory, batch.start, self.span, rotation, *pushed)[0]
+        return decode.displace(memory, batch.start, self.span, rotation, pushed)[0]
 
     # A whole sequence.
     def sequence(
@@ -224,8 +225,7 @@ class StoreTier(KeptTier):
         stored = torch.cat([k[:, :, :sinks], self._into_store(k[:, :, sinks:gone], batch)], 2)
         kept = KeptKeys(stored, v[:, :, :gone], since[None, None], until[..., :gone], max(0, gone - sinks))
         start, nothing = batch.start_on(new.q.device), (k[:, :, :0],) * 2
-        q = new.q, new.queries_of_kept
-        return attend_window(*q, nothing, (k, v), start, self.window, new.scale, kept, sinks)
+        return attend_window(new.queries, nothing, (k, v), start, Window(self.window, sinks), kept)
 
     # Which tokens are evicted.
     def _resolve(

@@ -26,7 +26,7 @@ def gated_delta_rule(
     Args:
         q, k: [B, N, T, K], v: [B, N, T, H], float32, q and k of unit length.
         beta: [B, N, T] in 0..1. log_decay: [B, N, T], log a <= 0, or None for a = 1.
-        state: [B, N, K, H] float32 (key, value).
+        state: [B, N, K, H] float32 (key, value). scale: of what is read.
 
     Returns:
         o [B, N, T, H] and the state after the last token.

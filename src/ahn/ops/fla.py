@@ -51,6 +51,14 @@ library = Library()
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """`ahn.ops.chunked.gated_delta_rule` in the library's layout: returns o [B, T, N, H] and the state after the last
+    token.
+
+    Args:
+        q, k: [B, T, N, K], of unit length. v: [B, T, N, H].
+        beta: [B, T, N] in 0..1. log_decay: [B, T, N], log a <= 0.
+        state: [B, N, K, H] (key, value). scale: of what is read.
+    """
     library.load()
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 

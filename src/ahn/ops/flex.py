@@ -15,17 +15,17 @@ from torch import Tensor
 
 from ahn.ops.dispatch import SHAPES
 from ahn.ops.softmax import AttentionOutput, merge
+from ahn.ops.specs import Queries, Window
 
 
-def attend_sequence(
-    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float
-) -> AttentionOutput:
-    """q [B, N, T, H], as the window and as the sinks meet it, k, v [B, M, T, H], one sequence from its start."""
+def attend_sequence(queries: Queries, k: Tensor, v: Tensor, window: Window) -> AttentionOutput:
+    """Attention of T queries to k, v [B, M, T, H], one sequence from its start."""
+    q, q_kept, scale = queries
     masks = _masks(q.device, q.shape[2], threading.get_ident())
-    masks.set(sinks, window)
-    if q_sinks is q or not sinks:
+    masks.set(window)
+    if q_kept is q or not window.sinks:
         return _compiled(_flex)(q, k, v, masks.both, scale)
-    return _compiled(_apart)(q, q_sinks, k, v, masks.sinks_only, masks.window_only, scale)
+    return _compiled(_apart)((q, q_kept), k, v, masks.sinks_only, masks.window_only, scale)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Any:
@@ -35,8 +35,10 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Any:
 
 
 def _apart(
-    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, on_sinks: Any, on_window: Any, scale: float
+    both: tuple[Tensor, Tensor], k: Tensor, v: Tensor, on_sinks: Any, on_window: Any, scale: float
 ) -> AttentionOutput:
+    """`both`: the queries as the window and as the sinks meet them; a plain tuple, because this is compiled."""
+    q, q_sinks = both
     return merge(_flex(q_sinks, k, v, on_sinks, scale), _flex(q, k, v, on_window, scale))
 
 
@@ -59,12 +61,9 @@ class _Masks:
 
     def __init__(self, device: torch.device, tokens: int) -> None:
         self.device, self.tokens = device, tokens
-        self.size: tuple[int, int] | None = None
-        sinks, window = (
-            torch.zeros((), dtype=torch.int32, device=device),
-            torch.zeros((), dtype=torch.int32, device=device),
-        )
-        self._numbers = sinks, window
+        self.window: Window | None = None
+        window, sinks = (torch.zeros((), dtype=torch.int32, device=device) for _ in range(2))
+        self._numbers = window, sinks
 
         def both(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & ((key > query - window) | (key < sinks))
@@ -77,13 +76,13 @@ class _Masks:
 
         self._predicates = both, window_only, sinks_only
 
-    def set(self, sinks: int, window: int) -> None:
+    def set(self, new: Window) -> None:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        if self.size == (sinks, window):
+        if self.window == new:
             return
-        self.size = sinks, window
-        for number, value in zip(self._numbers, self.size, strict=True):
+        self.window = new
+        for number, value in zip(self._numbers, new, strict=True):
             number.fill_(value)
         made = (
             create_block_mask(predicate, None, None, self.tokens, self.tokens, device=self.device)

@@ -31,12 +31,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     kernel = dispatch.pick_attention(q, with_gradients(q, k)).name
     fused = kernel != "torch"
     if mask is None and kernel == "cudnn" and (groups == 1 or dispatch.groups_heads()):
-        out, norm = _fused(kernel, q, k, v, None, scale, causal)
-        return out, norm.reshape(batch, heads, queries)
+        out, lse = _fused(kernel, q, k, v, scale, causal)
+        return out, lse.reshape(batch, heads, queries)
     if causal and fused:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out, norm = _fused(kernel, q, k, v, None, scale, causal)
-        return out, norm.reshape(batch, heads, queries)
+        out, lse = _fused(kernel, q, k, v, scale, causal)
+        return out, lse.reshape(batch, heads, queries)
     if causal:
         mask = torch.ones(1, queries, queries, dtype=torch.bool, device=q.device).tril()
     q = q.reshape(batch, k.shape[1], groups * queries, size)  # heads that share keys become more queries
@@ -44,13 +44,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     if mask is not None:
         bias = _bias(mask if mask.dim() == 4 else mask[:, None], groups, q.dtype)
     if fused:
-        out, norm = _fused(kernel, q, k, v, bias, scale, False)
+        out, lse = _fused(kernel, q, k, v, scale) if bias is None else _fused_biased(q, k, v, bias, scale)
     else:
         scores = (q @ k.transpose(-1, -2)).float() * scale
         scores = scores if bias is None else scores + bias
-        norm = scores.logsumexp(-1)
-        out = (scores - norm[..., None]).exp().to(v.dtype) @ v
-    return out.reshape(batch, heads, queries, size), norm.reshape(batch, heads, queries)
+        lse = scores.logsumexp(-1)
+        out = (scores - lse[..., None]).exp().to(v.dtype) @ v
+    return out.reshape(batch, heads, queries, size), lse.reshape(batch, heads, queries)
 
 
 def with_gradients(q: Tensor, k: Tensor) -> bool:
@@ -65,21 +65,25 @@ def _bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return bias.flatten(2, 3)[..., :keys]
 
 
-def _fused(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
-) -> AttentionOutput:
-    """Torch's fused kernels by name, which give the normaliser too; as many heads of keys as of queries, or for cuDNN
+def _fused(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> AttentionOutput:
+    """Torch's fused kernels by name, which give the lse too; as many heads of keys as of queries, or for cuDNN
     fewer."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-    if bias is not None:
-        bias = bias.expand(*q.shape[:2], -1, -1)
-        out, norm = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
-        return out, norm[..., : q.shape[2]]
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=None, scale=scale)
     if kernel == "cudnn":
         return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+
+
+def _fused_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> AttentionOutput:
+    """`_fused` with a `bias` that is added to the scores; of the kernels that take one."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    bias = bias.expand(*q.shape[:2], -1, -1)
+    out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
+    return out, lse[..., : q.shape[2]]
 
 
 def merge(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
@@ -94,12 +98,12 @@ def merge_all(parts: list[AttentionOutput], early: AttentionOutput | None) -> At
     Args:
         early: one more, backwards, [B, N, C - 1, H]: of the queries from the last but one to the first.
     """
-    norms, last = [norm for _, norm in parts], None
+    lses, last = [lse for _, lse in parts], None
     if early is not None:
         last = early[0].flip(2)
-        norms.append(F.pad(early[1].flip(2), (0, 1), value=float("-inf")))
-    total = torch.stack(norms).logsumexp(0)
-    weights = [(norm - total).exp()[..., None].to(parts[0][0].dtype) for norm in norms]
+        lses.append(F.pad(early[1].flip(2), (0, 1), value=float("-inf")))
+    total = torch.stack(lses).logsumexp(0)
+    weights = [(lse - total).exp()[..., None].to(parts[0][0].dtype) for lse in lses]
     merged = parts[0][0] * weights[0]
     for (out, _), weight in zip(parts[1:], weights[1:], strict=False):
         merged.addcmul_(out, weight)

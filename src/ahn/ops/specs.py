@@ -1,4 +1,4 @@
-"""Arguments of the kernels of `ahn.ops.kernels`: plain tuples, which need no Triton.
+"""Arguments that travel together through `ahn.ops` and its kernels: plain tuples, which need no Triton.
 
 Letters: B batch, N query heads, M key/value heads, C queries, K keys, H head size, S sinks, P parts;
 R rows of positions: 1 where all of the batch are at the same position, else B.
@@ -10,6 +10,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Queries(NamedTuple):
+    """Queries of attention over the window and over what is kept behind it."""
+
+    q: Tensor  # [B, N, C, H], as the window meets them
+    q_kept: Tensor  # as sinks and store meet them: the same tensor where nothing is rotated
+    scale: float  # of the scores
+
+
+class Window(NamedTuple):
+    """The tokens that each query sees: the last `size`, itself included, and the first `sinks` of the text."""
+
+    size: int
+    sinks: int
+
+
+class Write(NamedTuple):
+    """The token of each row that a cell takes in one step."""
+
+    k: Tensor  # [B, N or M, 1, K]
+    v: Tensor  # [B, M, 1, H]
+    inputs: Tensor  # gate inputs [B, 1, gates * N]
+    rows: Tensor | None  # bool [R, 1], whether the row has such a token; None: all have
 
 
 class Form(NamedTuple):
@@ -51,9 +75,9 @@ class Parts(NamedTuple):
     """Attention over parts of the slots, to be merged."""
 
     outs: Tensor  # [B, N, P, H] float32
-    norms: Tensor  # log of each normaliser, [B, N, P] float32
+    lses: Tensor  # of each part, [B, N, P] float32
     out: Tensor  # what they are merged into, [B, N, 1, H]
-    norm: Tensor  # [B, N, 1] float32
+    lse: Tensor  # [B, N, 1] float32
 
 
 class KeptKeys(NamedTuple):

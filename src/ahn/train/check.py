@@ -14,7 +14,8 @@ from ahn import cells
 from ahn.errors import AHNError
 from ahn.ops import dispatch
 from ahn.ops.banded import attend_window
-from ahn.train.gates import Lossless, attend_plainly
+from ahn.ops.specs import Queries, Window
+from ahn.train.gates import attend_plainly
 
 TOKENS = 321  # more than five blocks, and not a whole number of them
 ATTENTION_TOLERANCE = 2e-2
@@ -93,7 +94,7 @@ def _cell(name: str, heads: Heads, feature_maps: int) -> list[Difference]:
 def _attention(heads: Heads) -> list[Difference]:
     from ahn.ops import flex
 
-    sinks, window, scale, device = 40, 150, heads.size**-0.5, heads.device
+    window, scale, device = Window(size=150, sinks=40), heads.size**-0.5, heads.device
 
     def run(plain: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -102,11 +103,11 @@ def _attention(heads: Heads) -> list[Difference]:
         for leaf in leaves.values():
             leaf.requires_grad_()
         if plain:
-            pairs = (k[:, :, :sinks], v[:, :, :sinks]), (k, v)
+            pairs = (k[:, :, : window.sinks], v[:, :, : window.sinks]), (k, v)
             start = torch.zeros(1, dtype=torch.long, device=device)
-            out, lse = attend_window(q, q_sinks, *pairs, start, window, scale)
+            out, lse = attend_window(Queries(q, q_sinks, scale), *pairs, start, window)
         else:
-            out, lse = flex.attend_sequence(q, q_sinks, k, v, sinks, window, scale)
+            out, lse = flex.attend_sequence(Queries(q, q_sinks, scale), k, v, window)
         total = (out.float() * torch.randn(out.shape, device=device)).sum()
         (total + (lse * torch.randn(lse.shape, device=device)).sum()).backward()
         return {"output": out, "normaliser": lse} | {
@@ -119,7 +120,7 @@ def _attention(heads: Heads) -> list[Difference]:
 def _gates(heads: Heads) -> list[Difference]:
     from ahn.ops.kernels import soft_retention
 
-    lossless, blocks, scale, device = Lossless(10, 50), 16, heads.size**-0.5, heads.device
+    window, blocks, scale, device = Window(size=50, sinks=10), 16, heads.size**-0.5, heads.device
 
     def run(plain: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -129,9 +130,9 @@ def _gates(heads: Heads) -> list[Difference]:
             leaves = {name: leaf.float() for name, leaf in leaves.items()}
         q, k, v, weights = (leaf.requires_grad_() for leaf in leaves.values())
         if plain:
-            out = attend_plainly(q, k, v, weights, lossless, scale)
+            out = attend_plainly(q, k, v, weights, window, scale)
         else:
-            out = soft_retention.attend(q, k, v, weights, *lossless, scale)
+            out = soft_retention.attend(q, k, v, weights, window, scale)
         (out.float() * torch.randn(out.shape, device=device)).sum().backward()
         return {"output": out} | {f"gradient of {n}": t.grad for n, t in leaves.items() if t.grad is not None}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,18 +26,12 @@ from ahn.hf.hooks import full_attention
 from ahn.memory.batch import LayerBatch
 from ahn.memory.handle import layers_of
 from ahn.ops import dispatch
+from ahn.ops.specs import Window
 
 BLOCKS = 16  # of queries in a row; `least` is found once for each
 WARMTH = (1.0, 0.1)  # in the first step and in the last
 ALWAYS = -1e4  # `least` while the store has free slots
 HALVINGS = 30  # of the interval that holds `least`, in plain torch
-
-
-class Lossless(NamedTuple):
-    """The tokens that a query always sees with their full weight."""
-
-    sinks: int
-    window: int
 
 
 def warmth_at(done: float) -> float:
@@ -54,11 +48,11 @@ def attending(model: Any, warmth: float) -> Iterator[None]:
 
     def softly(attention: Any, tokens: LayerBatch) -> Tensor:
         layer = attention.ahn
-        lossless = Lossless(layer.sinks, layer.window)
+        window = Window(layer.window, layer.sinks)  # always seen with their full weight
         scores = pooled(scores_of(layer, tokens.x), layer.sinks, layer.kept.span)
-        least = least_kept(scores.detach(), layer.sizes.store, lossless, warmth)
-        weights = log_weights(centred(scores, least, lossless, warmth), least, warmth)
-        return attend(tokens.q, tokens.k, tokens.v, weights, lossless, tokens.scale)
+        least = least_kept(scores.detach(), layer.sizes.store, window, warmth)
+        weights = log_weights(centred(scores, least, window, warmth), least, warmth)
+        return attend(tokens.q, tokens.k, tokens.v, weights, window, tokens.scale)
 
     with full_attention(model, attend=softly):
         yield
@@ -89,7 +83,7 @@ def pooled(scores: Tensor, sinks: int, span: int) -> Tensor:
     return torch.cat([first, best[..., : rest.shape[-1]]], -1)
 
 
-def least_kept(scores: Tensor, store_size: int, lossless: Lossless, warmth: float) -> Tensor:
+def least_kept(scores: Tensor, store_size: int, window: Window, warmth: float) -> Tensor:
     """`least` at the first query of each block, [B, M, Q].
 
     Args:
@@ -98,8 +92,8 @@ def least_kept(scores: Tensor, store_size: int, lossless: Lossless, warmth: floa
     if dispatch.pick_eviction(scores.device.type).name == "triton":
         from ahn.ops.kernels import soft_retention
 
-        return soft_retention.least(scores, BLOCKS, store_size, *lossless, warmth, ALWAYS)
-    behind = _behind(scores, lossless)
+        return soft_retention.least(scores, BLOCKS, store_size, window, warmth, ALWAYS)
+    behind = _behind(scores, window)
     low, high = (
         bound[..., None].expand(*scores.shape[:2], BLOCKS)
         for bound in (scores.amin(-1) - 20 * warmth, scores.amax(-1) + 20 * warmth)
@@ -111,13 +105,13 @@ def least_kept(scores: Tensor, store_size: int, lossless: Lossless, warmth: floa
     return torch.where(behind.sum(-1) > store_size, high, ALWAYS)
 
 
-def centred(scores: Tensor, least: Tensor, lossless: Lossless, warmth: float) -> Tensor:
+def centred(scores: Tensor, least: Tensor, window: Window, warmth: float) -> Tensor:
     """The same scores, with the gradient that they have when `least` of the last block follows them.
 
     `least` itself has no gradient. Without this correction the gradient could raise all scores alike, which changes
     no choice.
     """
-    weights = _weights(scores, least, warmth, _behind(scores, lossless))[..., -1, :].detach()
+    weights = _weights(scores, least, warmth, _behind(scores, window))[..., -1, :].detach()
     share = weights * (1 - weights)
     moved = (share * scores).sum(-1, keepdim=True) / share.sum(-1, keepdim=True).clamp(min=1e-9)
     return scores - (moved - moved.detach())
@@ -133,12 +127,12 @@ def log_weights(scores: Tensor, least: Tensor, warmth: float) -> Tensor:
     return logsigmoid((scores[..., None, :] - least[..., None]) / warmth)
 
 
-def _behind(scores: Tensor, lossless: Lossless) -> Tensor:
+def _behind(scores: Tensor, window: Window) -> Tensor:
     """Which tokens are behind the window at the first query of each block, bool [Q, T]. Sinks are not."""
     tokens = scores.shape[-1]
     first = torch.arange(BLOCKS, device=scores.device)[:, None] * -(-tokens // BLOCKS)
     at = torch.arange(tokens, device=scores.device)
-    return (at >= lossless.sinks) & (at <= first - lossless.window)
+    return (at >= window.sinks) & (at <= first - window.size)
 
 
 def _weights(scores: Tensor, least: Tensor, warmth: float, behind: Tensor) -> Tensor:
@@ -146,7 +140,7 @@ def _weights(scores: Tensor, least: Tensor, warmth: float, behind: Tensor) -> Te
     return torch.sigmoid((scores[..., None, :] - least[..., None]) / warmth) * behind
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, lossless: Lossless, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, window: Window, scale: float) -> Tensor:
     """Causal attention in which tokens behind the window have the given weights, [B, T, N, H].
 
     Scores of queries against keys exist for at most one block of queries at a time. The backward pass computes them
@@ -161,27 +155,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, lossless: Lossless,
     if dispatch.pick_soft_slots(q).name == "triton":
         from ahn.ops.kernels import soft_retention
 
-        return soft_retention.attend(q, k, v, weights, *lossless, scale).transpose(1, 2)
-    return attend_plainly(q, k, v, weights, lossless, scale).transpose(1, 2)
+        return soft_retention.attend(q, k, v, weights, window, scale).transpose(1, 2)
+    return attend_plainly(q, k, v, weights, window, scale).transpose(1, 2)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, lossless: Lossless, scale: float) -> Tensor:
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, window: Window, scale: float) -> Tensor:
     """As `attend`, in plain torch, but returns [B, N, T, H]: the reference for the Triton kernel."""
     tokens = q.shape[2]
     size, out = -(-tokens // weights.shape[2]), []
     for block, low in enumerate(range(0, tokens, size)):
         high = min(low + size, tokens)
         part = q[:, :, low:high], k[:, :, :high], v[:, :, :high], weights[..., block, :high]
-        out.append(checkpoint(_attend, *part, lossless, scale, use_reentrant=False))
+        out.append(checkpoint(_attend, *part, window, scale, use_reentrant=False))
     return torch.cat(out, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, lossless: Lossless, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, window: Window, scale: float) -> Tensor:
     """The same for one block of C queries, which belong to the last C tokens of k, [B, N, C, H]."""
     j = torch.arange(k.shape[2], device=q.device)
     i = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
     logits = (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2)).float() * scale
-    behind = (i - j >= lossless.window) & (j >= lossless.sinks)
+    behind = (i - j >= window.size) & (j >= window.sinks)
     logits = logits + torch.where(behind, weights[:, :, None, None], 0)
     shares = logits.masked_fill(j > i, -torch.inf).softmax(-1).to(v.dtype)
     return (shares @ v[:, :, None]).flatten(1, 2)

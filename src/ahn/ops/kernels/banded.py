@@ -29,35 +29,24 @@ from ahn.ops.softmax import merge
 
 if TYPE_CHECKING:
     from ahn.ops.softmax import AttentionOutput
-    from ahn.ops.specs import KeptKeys
+    from ahn.ops.specs import KeptKeys, Queries, Window
 
 LOG2_E = 1.4426950408889634
 FEW = 1024  # far keys that are attended faster than they are sorted
 
 
 def attend(
-    q: Tensor,
-    q_far: Tensor,
-    near: tuple[Tensor, Tensor],
-    start: Tensor,
-    window: int,
-    scale: float,
-    far: KeptKeys,
-    sinks: int,
+    queries: Queries, window_kv: tuple[Tensor, Tensor], start: Tensor, window: Window, kept: KeptKeys
 ) -> AttentionOutput:
-    """As `ahn.ops.banded.attend_window`.
-
-    Args:
-        q, q_far: [B, N, T, H]. near: keys and values [B, M, L, H], the L tokens up to and including the last query.
-        start: [R], the position of the first query. sinks: S; the window's keys at positions below are left out.
-    """
-    batch, heads, queries, size = q.shape
-    kv_heads, count = far.keys.shape[1:3]
-    since, until = (t.expand(batch, kv_heads, count) for t in (far.since, far.until))
-    keys, values, below, dense = far.keys, far.values, None, None
+    """`ahn.ops.banded.attend_window` with `kept`; the arguments are the same."""
+    q, q_kept, scale = queries
+    batch, heads, tokens, size = q.shape
+    kv_heads, count = kept.keys.shape[1:3]
+    since, until = (t.expand(batch, kv_heads, count) for t in (kept.since, kept.until))
+    keys, values, below, dense = kept.keys, kept.values, None, None
     on_host: Callable[[], int] = int
     if count > FEW:
-        order, below = _in_order(since, until, queries)
+        order, below = _in_order(since, until, tokens)
         since, until = since.gather(2, order), until.gather(2, order)
         keys, values = (t.gather(2, order[..., None].expand(-1, -1, -1, size)) for t in (keys, values))
         at_once = dispatch.dense_at_once(q, count)
@@ -65,20 +54,20 @@ def attend(
         on_host = _soon(dense) if at_once else int
     times = torch.stack([since, until], 2).int()
     block, against, warps, stages = _blocks(q)
-    q, q_far, *kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, q_far, *near, keys, values))
-    out, norm = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
-    _attend[(triton.cdiv(queries, block), batch * heads)](
-        q, q_far, *kv, times, below, dense, start, out, norm,
-        scale * LOG2_E, queries, near[0].shape[2] - queries, min(window, 1 << 30), sinks, count,
-        *q.stride()[:3], *q_far.stride()[:3], *(n for t in kv for n in t.stride()[:3]), *out.stride()[:3],
+    q, q_kept, *kv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, q_kept, *window_kv, keys, values))
+    out, lse = q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    _attend[(triton.cdiv(tokens, block), batch * heads)](
+        q, q_kept, *kv, times, below, dense, start, out, lse,
+        scale * LOG2_E, tokens, window_kv[0].shape[2] - tokens, min(window.size, 1 << 30), window.sinks, count,
+        *q.stride()[:3], *q_kept.stride()[:3], *(n for t in kv for n in t.stride()[:3]), *out.stride()[:3],
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, WIDTH=max(16, triton.next_power_of_2(size)), BLOCK=block,
         AGAINST=against, SORTED=below is not None, BY_ROW=len(start) > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not (length := on_host()):
-        return out, norm
-    return merge(attend_dense(q_far, keys[:, :, :length], values[:, :, :length], None, scale), (out, norm))
+        return out, lse
+    return merge(attend_dense(q_kept, keys[:, :, :length], values[:, :, :length], None, scale), (out, lse))
 
 
 def _in_order(since: Tensor, until: Tensor, queries: int) -> tuple[Tensor, Tensor]:

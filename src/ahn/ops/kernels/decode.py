@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ahn.ops.kernels.launch import options, release, wait
 from ahn.ops.ranks import NOBODY
-from ahn.ops.specs import Form, Gate, Parts, StoredRotation
+from ahn.ops.specs import Form, Gate, Parts, Queries, StoredRotation, Write
 
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
 BLOCK, WARPS, STAGES = 64, 4, 3  # of attention: slots at a time, their loads under way
@@ -36,23 +36,20 @@ EPSILON = 1e-6  # on the squared length of queries and keys (`ahn.cells.modules.
 NORM_EPSILON = 1e-5
 
 
-def attend(
-    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(queries: Queries, k: Tensor, v: Tensor, sinks: int, last: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax attention over sinks and ring; arguments and result as `ahn.ops.banded.attend_one`."""
-    parts = attend_parts(q, q_sinks, k, v, sinks, last, scale)
-    batch, heads, _, size = q.shape
+    parts = attend_parts(queries, k, v, sinks, last)
+    batch, heads, _, size = queries.q.shape
     columns = min(COLUMNS, triton.next_power_of_2(size))
     _merge[(batch * heads, triton.cdiv(size, columns))](
-        *parts, parts.norms.shape[2], SIZE=size, COLUMNS=columns, PARTS=_at_once(parts), **options(q.device.type)
+        *parts, parts.lses.shape[2], SIZE=size, COLUMNS=columns, PARTS=_at_once(parts), **options(k.device.type)
     )
-    return parts.out, parts.norm
+    return parts.out, parts.lse
 
 
-def attend_parts(
-    q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, sinks: int, last: Tensor | None, scale: float
-) -> Parts:
+def attend_parts(queries: Queries, k: Tensor, v: Tensor, sinks: int, last: Tensor | None) -> Parts:
     """`attend` for `recur` to merge."""
+    q, q_kept, scale = queries
     batch, heads, _, size = q.shape
     kv_heads, slots = k.shape[1:3]
     groups = heads // kv_heads
@@ -60,22 +57,22 @@ def attend_parts(
     sink_parts = triton.cdiv(min(sinks, slots), split)
     parts = sink_parts + triton.cdiv(max(0, slots - sinks), split)
     partial = q.new_empty(batch, heads, parts, size, dtype=torch.float32)
-    norms = q.new_empty(batch, heads, parts, dtype=torch.float32)
+    lses = q.new_empty(batch, heads, parts, dtype=torch.float32)
     width = max(16, triton.next_power_of_2(size))
     _attend[(batch * kv_heads, parts)](
-        q, q_sinks, k, v, partial, norms, last, scale, slots, sinks, sink_parts, parts,
-        q.stride(0), q.stride(1), q_sinks.stride(0), q_sinks.stride(1), *k.stride()[:3], *v.stride()[:3],
+        q, q_kept, k, v, partial, lses, last, scale, slots, sinks, sink_parts, parts,
+        q.stride(0), q.stride(1), q_kept.stride(0), q_kept.stride(1), *k.stride()[:3], *v.stride()[:3],
         KV_HEADS=kv_heads, GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), SIZE=size, WIDTH=width,
         SPLIT=split, BLOCK=BLOCK, LAST=last is not None, BY_ROW=last is not None and len(last) > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=STAGES,
         **options(q.device.type),
     )  # fmt: skip
-    out, norm = q.new_empty(batch, heads, 1, size), q.new_empty(batch, heads, 1, dtype=torch.float32)
-    return Parts(partial, norms, out, norm)
+    out, lse = q.new_empty(batch, heads, 1, size), q.new_empty(batch, heads, 1, dtype=torch.float32)
+    return Parts(partial, lses, out, lse)
 
 
 def _at_once(parts: Parts) -> int:
-    return min(PARTS, max(16, triton.next_power_of_2(parts.norms.shape[2])))
+    return min(PARTS, max(16, triton.next_power_of_2(parts.lses.shape[2])))
 
 
 def rotate(
@@ -120,22 +117,19 @@ def exchange(memory: Any, start: Tensor, k: Tensor, v: Tensor, inputs: Tensor | 
 
 
 def displace(
-    memory: Any,
-    start: Tensor,
-    span: int,
-    rotation: StoredRotation | None,
-    k: Tensor,
-    v: Tensor,
-    inputs: Tensor | None = None,
+    memory: Any, start: Tensor, span: int, rotation: StoredRotation | None, tokens: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Put what tokens at positions `start` [R] on the device push out of the window into the places of a
-    `StoringMemory`, or not: returns what each head loses, and its ranks [B, M, 1].
+    """The tokens that those at positions `start` [R] on the device evict from the window, against the slots of a
+    `StoringMemory`: returns the tokens that each head evicts, and their ranks [B, M, 1].
 
     Args:
-        span: tokens of one. rotation: of the keys. k, v: [B, M, 1, H] of what is pushed out; inputs: [B, 1, gates * N].
+        span: tokens that are judged together. rotation: of the keys.
+        tokens: evicted from the window: keys and values [B, M, 1, H] and, if there is a cell, gate inputs
+            [B, 1, gates * N].
     """
+    k, v, *inputs = (t.contiguous() for t in tokens)
+    new = inputs[0] if inputs else None
     batch, kv_heads, _, size = k.shape
-    k, v, new = k.contiguous(), v.contiguous(), None if inputs is None else inputs.contiguous()
     lost_k, lost_v, lost = torch.empty_like(k), torch.empty_like(v), None if new is None else torch.empty_like(new)
     ranks = k.new_empty(batch, kv_heads, 1, dtype=torch.int64)
     group = 1 if new is None else memory.state.shape[1] // kv_heads
@@ -177,32 +171,22 @@ def put_score(gate: Gate, memory: Any, start: Tensor, x: Tensor) -> None:
     )  # fmt: skip
 
 
-def recur(
-    form: Form,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inputs: Tensor,
-    writes: Tensor | None,
-    state: Tensor,
-    unit: bool,
-    parts: Parts | None = None,
-) -> Tensor:
+def recur(form: Form, q: Tensor, write: Write, state: Tensor, unit: bool, parts: Parts | None = None) -> Tensor:
     """One write into `state` [B, N, K, H] float32, in place, then the read [B, N, H] float32.
 
     Args:
-        q: [B, N, 1, K]. k: [B, N or M, 1, K], v: [B, M, 1, H] and inputs [B, 1, gates * N]: of the token that leaves.
-        writes: bool [R, 1], whether one leaves, or None: in all rows. unit: give q and k unit length first.
+        q: [B, N, 1, K]. write: of the evicted tokens. unit: give q and k unit length first.
         parts: of attention, merged beside it.
     """
     batch, heads, features, size = state.shape
-    q, k, v, inputs = (t.contiguous() for t in (q, k, v, inputs))
+    q, k, v, inputs = (t.contiguous() for t in (q, write.k, write.v, write.inputs))
+    writes = write.rows
     rates, biases = form.decay if form.decay is not None else (None, None)
     read = q.new_empty(batch, heads, size, dtype=torch.float32)
     columns = min(COLUMNS, triton.next_power_of_2(size))
     _recur_and_merge[(batch * heads, triton.cdiv(size, columns), 1 if parts is None else 2)](
         q, k, v, inputs, writes, rates, biases, state, read, form.scale, inputs.shape[-1],
-        *(parts or (None,) * 4), 0 if parts is None else parts.norms.shape[2],
+        *(parts or (None,) * 4), 0 if parts is None else parts.lses.shape[2],
         HEADS=heads, K_GROUPS=heads // k.shape[1], V_GROUPS=heads // v.shape[1], FEATURES=features, SIZE=size,
         BLOCK=min(128, triton.next_power_of_2(features)), COLUMNS=columns, DELTA=form.delta,
         DECAY=form.decay is not None, WRITES=writes is not None, BY_ROW=writes is not None and len(writes) > 1,

@@ -19,33 +19,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ahn.ops.specs import Window
+
+Numbers = tuple[tuple[Any, ...], dict[str, Any]]  # given by value; fixed when a kernel is compiled
 LOG2_E = 1.4426950408889634
 HALVINGS = 30  # of the interval that `least` is sought in
 AT_ONCE = 1024  # scores
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, sinks: int, window: int, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, window: Window, scale: float) -> Tensor:
     """[B, N, T, H], in the order of memory of [B, T, N, H].
 
     Args:
         q: [B, N, T, H]. k, v: [B, M, T, H]. kept: [B, M, Q, T] float32, log of the weight of each token for each block
             of queries; block i has those from i * ceil(T / Q) on.
     """
-    out: Tensor = _Attend.apply(q, k, v, kept, sinks, window, scale)
+    out: Tensor = _Attend.apply(q, k, v, kept, _numbers(q, k, kept, window, scale))
     return out
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, sinks: int, window: int, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, numbers: Numbers) -> Tensor:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         kept = kept.contiguous()
         batch, heads, tokens, size = q.shape
         out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
         norm = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-        numbers = _numbers(q, k, kept, sinks, window, scale)
         block = 128 if q.element_size() == 2 and size <= 64 else 32 if q.element_size() == 4 else 64
         grid = (kept.shape[2] * triton.cdiv(numbers[0][2], block), batch * heads)
         _forward[grid](q, k, v, kept, out, norm, *numbers[0], *_steps(q, k, v, out), **numbers[1] | {"BLOCK": block})
@@ -65,34 +65,36 @@ class _Attend(torch.autograd.Function):
         _backward_q[by_query](*inputs, d_q, *numbers, *_steps(q, k, v, d_out, d_q), **sizes)
         by_key = (triton.cdiv(k.shape[2], sizes["AGAINST"]), k.shape[0] * k.shape[1])
         _backward_kv[by_key](*inputs, d_k, d_v, d_kept, *numbers, *_steps(q, k, v, d_out, d_k, d_v), **sizes)
-        return d_q, d_k, d_v, d_kept, None, None, None
+        return d_q, d_k, d_v, d_kept, None
 
 
-def _numbers(
-    q: Tensor, k: Tensor, kept: Tensor, sinks: int, window: int, scale: float
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What all kernels are given besides tensors: by value, and fixed when they are compiled."""
+def _numbers(q: Tensor, k: Tensor, kept: Tensor, window: Window, scale: float) -> Numbers:
+    """The numbers that all kernels are given."""
     tokens, size, tile = q.shape[2], q.shape[3], 32 if q.element_size() == 4 else 64
     fixed = {
         "HEADS": q.shape[1], "KV_HEADS": k.shape[1], "BLOCKS": kept.shape[2], "SIZE": size,
         "WIDTH": max(16, triton.next_power_of_2(size)), "BLOCK": tile, "AGAINST": tile,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
-    return (scale * LOG2_E, tokens, triton.cdiv(tokens, kept.shape[2]), sinks, window), fixed
+    return (scale * LOG2_E, tokens, triton.cdiv(tokens, kept.shape[2]), window.sinks, window.size), fixed
 
 
 def _steps(*tensors: Tensor) -> list[int]:
     return [step for t in tensors for step in t.stride()[:3]]
 
 
-def least(scores: Tensor, blocks: int, places: int, sinks: int, window: int, warmth: float, always: float) -> Tensor:
-    """[B, M, Q]: the number that, taken from the scores [B, M, T] of what is behind the window when the first query of
-    each block comes, makes the sum of sigmoid(score / warmth) equal `places`; `always` where that is everything."""
+def least(scores: Tensor, blocks: int, slots: int, window: Window, warmth: float, always: float) -> Tensor:
+    """[B, M, Q]: for each block, take the tokens behind the window when its first query comes. Subtracted from their
+    scores, this number makes the sum of sigmoid(score / warmth) equal `slots`; `always` where the slots hold them all.
+
+    Args:
+        scores: [B, M, T].
+    """
     scores = scores.contiguous()
     found = scores.new_empty(*scores.shape[:2], blocks)
     tokens = scores.shape[2]
     _least[(blocks, scores.shape[0] * scores.shape[1])](
-        scores, found, tokens, triton.cdiv(tokens, blocks), places, sinks, window, warmth, always,
+        scores, found, tokens, triton.cdiv(tokens, blocks), slots, window.sinks, window.size, warmth, always,
         HALVINGS=HALVINGS, AT_ONCE=AT_ONCE,
     )  # fmt: skip
     return found
@@ -100,7 +102,7 @@ def least(scores: Tensor, blocks: int, places: int, sinks: int, window: int, war
 
 # fmt: off
 @triton.jit
-def _least(scores, found, tokens, size, places, sinks, window, warmth, always,
+def _least(scores, found, tokens, size, slots, sinks, window, warmth, always,
            HALVINGS: tl.constexpr, AT_ONCE: tl.constexpr):
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     scores += head * tokens
@@ -118,9 +120,9 @@ def _least(scores, found, tokens, size, places, sinks, window, warmth, always,
             token = at + tl.arange(0, AT_ONCE)
             score = tl.load(scores + token, mask=token < end, other=float("-inf"))
             total += tl.sum(1 / (1 + tl.exp((middle - score) / warmth)), 0)
-        fits = total <= places
+        fits = total <= slots
         low, high = tl.where(fits, low, middle), tl.where(fits, middle, high)
-    tl.store(found + head * tl.num_programs(0) + block, tl.where(end - sinks > places, high, always))
+    tl.store(found + head * tl.num_programs(0) + block, tl.where(end - sinks > slots, high, always))
 
 
 @triton.jit
