@@ -336,10 +336,10 @@ def test_decoding_in_half_precision_with_grouped_heads(cell):
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batch):
     """Of several tiles each; and a kernel that starts early finds the same numbers, to the last bit."""
-    from ahn.ops.kernels import decode, gemv
+    from ahn.ops.kernels import gemv, moves
 
     launched = {"norm": 0, "add": 0, "turn": 0}
-    together, turn = gemv.together, decode.rotate
+    together, turn = gemv.together, moves.rotate
 
     def counted(x, layers, norm=None, normed=None, add=None):
         launched["norm"] += norm is not None
@@ -351,7 +351,7 @@ def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batc
         return turn(*args)
 
     monkeypatch.setattr(gemv, "together", counted)
-    monkeypatch.setattr(decode, "rotate", counted_turn)
+    monkeypatch.setattr(moves, "rotate", counted_turn)
     monkeypatch.setattr(gemv, "PROGRAMS", 64)
     monkeypatch.setattr(gemv, "TILE", 1024)
     shape = {"hidden_size": 512, "intermediate_size": 1400, "num_attention_heads": 8, "head_dim": 64}

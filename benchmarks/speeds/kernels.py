@@ -25,9 +25,9 @@ from ahn.ops import dispatch, specs
 from common import now
 
 try:
-    from ahn.ops.kernels import decode, gemv
+    from ahn.ops.kernels import decode, gemv, moves
 except ModuleNotFoundError:  # no Triton, and so no GPU: `run` says so
-    decode = gemv = None
+    decode = gemv = moves = None
 
 HIDDEN, INNER, HEADS, KV_HEADS, SIZE, SLOTS, SINKS = 2048, 11008, 16, 2, 128, 32768, 128
 READERS = (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE, HEADS, HEADS, HEADS)  # rows: q, k, v, gates
@@ -88,13 +88,13 @@ def gated() -> Callable[[], Any]:
     return lambda: gemv.gated(x, gate, up, norm)
 
 
-def turn() -> Callable[[], Any]:
+def rotate() -> Callable[[], Any]:
     q, k = (torch.randn(1, heads, 1, SIZE, dtype=torch.bfloat16, device=CUDA) for heads in (HEADS, KV_HEADS))
     angles, further = (
         torch.randn(2, 1, 1, SIZE, dtype=torch.bfloat16, device=CUDA),
         torch.randn(2, 1, 1, SIZE, device=CUDA),
     )
-    return lambda: decode.rotate(q, k, tuple(angles), tuple(further))
+    return lambda: moves.rotate(q, k, tuple(angles), tuple(further))
 
 
 def attend(merged: bool = True) -> Callable[[], Any]:
@@ -142,7 +142,7 @@ def show(name: str, make: Callable[[], Callable[[], Any]], size: float, module: 
 
 def layer() -> Callable[[], Any]:
     """All kernels of a layer but the exchange in the ring, in their order."""
-    before, after = [readers(*READERS)(), turn()], [last(HIDDEN)(), gated(), last(INNER)()]
+    before, after = [readers(*READERS)(), rotate()], [last(HIDDEN)(), gated(), last(INNER)()]
     attention, memory = attend(merged=False), cell()
 
     def call() -> None:
@@ -188,4 +188,4 @@ def run(options: argparse.Namespace) -> None:
     ring = {"BLOCK": (32, 64, 128), "WARPS": (4, 8), "STAGES": (2, 3, 4), "PROGRAMS": (264, 528)}
     show("attention, merge", attend, 4 * KV_HEADS * SLOTS * SIZE, decode, **ring)
     show("recurrence, output", cell, 10 * HEADS * SIZE**2, decode, COLUMNS=(8, 16, 32))
-    show("turn", turn, 4 * SIZE * (2 * HEADS + KV_HEADS), decode)
+    show("rotation", rotate, 4 * SIZE * (2 * HEADS + KV_HEADS), moves)

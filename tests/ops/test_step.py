@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
-from ahn.ops.kernels import decode  # noqa: E402 - Triton looks at its environment when the kernels are defined
+from ahn.ops.kernels import decode, moves  # noqa: E402 - Triton looks at its environment when the kernels are defined
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # the interpreter multiplies no bfloat16
@@ -154,7 +154,7 @@ def test_turn(size, rows, more_rows, dtype):
     q, k, _ = torch.randn(2, 1, 7, size, device=DEVICE).to(dtype).transpose(1, 2).split([4, 2, 1], 1)
     angles = model.model.rotary_emb(q, torch.tensor([[5], [9]], device=DEVICE)[:rows])
     further = rotary.angles(torch.tensor([[-3], [-700]], device=DEVICE)[:more_rows]) if more_rows else None
-    turned = decode.rotate(q, k, angles, further)
+    turned = moves.rotate(q, k, angles, further)
     expected = rotary.apply(q.float(), k.float(), *(t.float() for t in angles))
     assert relative(turned[0], expected[0]) < LIMIT[dtype]
     assert relative(turned[1], expected[1]) < LIMIT[dtype]
@@ -166,8 +166,8 @@ def test_turn(size, rows, more_rows, dtype):
 @pytest.mark.parametrize(("family", "launches"), [("Qwen3", 1), ("Cohere", 0)])
 def test_turned_within(plain, monkeypatch, family, launches, positions):
     """One launch a layer, in the place of the base's function; not of a base that turns neighbours."""
-    count, kernel = [], decode.rotate
-    monkeypatch.setattr(decode, "rotate", lambda *args: count.append(args[3] is not None) or kernel(*args))
+    count, kernel = [], moves.rotate
+    monkeypatch.setattr(moves, "rotate", lambda *args: count.append(args[3] is not None) or kernel(*args))
     model = with_memory(tiny(family), window=5, sinks=3, sink_positions=positions).to(DEVICE)
     before = [dict(vars(module)) for module in model.modules()]
     ids = token_ids(14, batch=2).to(DEVICE)
@@ -196,7 +196,7 @@ def test_exchange(cell_name, window, positions):
             tensor.copy_(torch.arange(tensor.numel(), device=DEVICE).view_as(tensor) + number)
     start = torch.tensor(positions, device=DEVICE)
     expected = plain.exchange(plain.slots(start), k, v, inputs, old=True)
-    found = decode.exchange(fused, start, k, v, inputs)
+    found = moves.exchange(fused, start, k, v, inputs)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())
@@ -251,7 +251,7 @@ def test_put_score(plain, positions, dtype):
     span = DecodeBatch(start, Kind(periodic=False, filling=False))
     k = torch.zeros(2, 2, 1, 8, device=DEVICE)
     memories[0].put_score(span, layer.kept.score(LayerBatch(span, k, k, k, x, 1.0), None))
-    decode.put_score(layer.store.gate_form(), memories[1], start, x)
+    moves.put_score(layer.store.gate_form(), memories[1], start, x)
     assert (memories[0].scores != 0).sum() == 4
     assert torch.allclose(memories[1].scores, memories[0].scores, rtol=1e-4, atol=1e-5)
 

@@ -91,9 +91,9 @@ class FusedRotation(threading.local):
         whole = cos.shape[-1] == q.shape[-1] and q.dtype == k.dtype
         if args or kwargs or cache is None or not whole or q.shape[2] > 1 or q.shape[-1] % 2:
             return self.plain(q, k, cos, sin, *args, **kwargs)
-        from ahn.ops.kernels import decode
+        from ahn.ops.kernels import moves
 
-        self.q, k, self.twice = decode.rotate(
+        self.q, k, self.twice = moves.rotate(
             q, k, (cos, sin), self.memory.positions.kept_angles(cache.forward_batch, q.device)
         )
         return self.q, k

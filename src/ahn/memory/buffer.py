@@ -125,9 +125,9 @@ class LayerMemory(CacheLayerMixin):
         [B, M, 1, H] and gate inputs [B, 1, G * N], or nothing if it evicts none."""
         batch, k, v, inputs = new.batch, new.k, new.v, new.gate_inputs
         if batch.on_device and dispatch.pick_one_token(k.device.type).name == "triton":
-            from ahn.ops.kernels import decode
+            from ahn.ops.kernels import moves
 
-            return decode.exchange(self, batch.start, k, v, inputs)
+            return moves.exchange(self, batch.start, k, v, inputs)
         evicts = self.window is not None and batch.first >= self.sinks + self.window
         return self.exchange(self.slots(batch.start), k, v, inputs, old=evicts)
 

@@ -27,7 +27,7 @@ from ahn.ops.banded import attend_one, attend_slots, attend_window, visible
 from ahn.ops.eviction import by_head
 from ahn.ops.ranks import TOKEN, Outcome, empty_ranks, position_of
 from ahn.ops.softmax import AttentionOutput
-from ahn.ops.specs import KeptKeys, Queries, Window
+from ahn.ops.specs import KeptKeys, Queries, StoredRotation, Window
 from ahn.stores.base import Store
 
 
@@ -125,10 +125,10 @@ class StoreTier(KeptTier):
             evicted = (self.displace_fused if fused else self.displace)(evicted, batch, memory)
         gate = self.store.gate_form() if fused else None
         if gate is not None:
-            from ahn.ops.kernels import decode
+            from ahn.ops.kernels import moves
 
             with batch.side_stream(new.x):
-                decode.put_score(gate, memory, batch.start, new.x)
+                moves.put_score(gate, memory, batch.start, new.x)
         else:
             memory.put_score(batch, self.score(new, memory.snapshot))
         return evicted
@@ -167,20 +167,19 @@ class StoreTier(KeptTier):
         self, pushed: tuple[Tensor, ...], batch: ForwardBatch, memory: StoringMemory
     ) -> tuple[Tensor, ...]:
         """`displace` in one kernel; where that does not know the rotation, plain torch rotates."""
-        from ahn.ops import specs
-        from ahn.ops.kernels import decode
+        from ahn.ops.kernels import moves
 
-        rotary, unrotates, moves = self.positions.rotary, self.positions.unrotates, self.positions.moves_stored
-        out = int(not unrotates) if moves is not None else -int(unrotates)
-        rotates = rotary is not None and (moves is not None or unrotates)
+        rotary, unrotates = self.positions.rotary, self.positions.unrotates
+        enters = self.positions.moves_stored is not None
+        out = int(not unrotates) if enters else -int(unrotates)
+        rotates = rotary is not None and (enters or unrotates)
         frequencies = rotary.frequencies if rotates and rotary is not None else None
         if rotates and frequencies is None:
             tokens = self._into_store(pushed[0], batch), *pushed[1:]
-            (k, *rest), ranks = decode.displace(memory, batch.start, self.span, None, tokens)
+            (k, *rest), ranks = moves.displace(memory, batch.start, self.span, None, tokens)
             return self.positions.from_store(k, ranks), *rest
-        enters = moves is not None
-        rotation = specs.StoredRotation(frequencies, enters, out, -int(enters))
-        return decode.displace(memory, batch.start, self.span, rotation, pushed)[0]
+        rotation = StoredRotation(frequencies, enters, out, -int(enters))
+        return moves.displace(memory, batch.start, self.span, rotation, pushed)[0]
 
     # A whole sequence.
     def sequence(
