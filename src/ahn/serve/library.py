@@ -1,0 +1,253 @@
+"""Memories on disk: one folder for each owner, with memory files, the documents that wait to be read, and a journal.
+
+What the journal says is true after a crash: a document is acknowledged once its bytes and then its line are on disk. A
+memory file that somebody put into the folder is a memory too, under its own name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ahn.errors import MemoryFileError, OutputError
+from ahn.memory.file_format import peek
+from ahn.serve.errors import ApiError
+from ahn.serve.journal import Journal, Line, sync_folder
+from ahn.serve.settings import Limits
+
+ENDING = ".ahn"
+UPLOADS = ".uploads"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
+_SUFFIXES = re.compile(r"(?:\.[A-Za-z0-9]{1,8}){0,2}$")
+
+
+@dataclass(frozen=True)
+class Document:
+    """An uploaded document: its name for people, and its file in the folder of uploads."""
+
+    name: str
+    file: str
+
+
+@dataclass
+class Task:
+    """Documents that are to be read into a memory. done, total: tokens, once they are known."""
+
+    id: str
+    documents: list[Document]
+    key: str | None = None
+    done: int = 0
+    total: int | None = None
+
+
+@dataclass
+class Entry:
+    """A memory.
+
+    Attributes:
+        tasks: not done yet, in order. keys: of idempotent requests, with their tasks. error: of the last task.
+    """
+
+    id: str
+    path: Path
+    name: str
+    created: int
+    tasks: list[Task] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+    deleted: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it can be asked."""
+        return self.path.is_file()
+
+    @property
+    def status(self) -> str:
+        if self.tasks:
+            return "queued" if self.tasks[0].total is None else "reading"
+        return "failed" if self.error else "ready"
+
+    def header(self) -> dict[str, Any]:
+        """Of its file; empty where there is none, or none that can be read."""
+        with suppress(MemoryFileError):
+            return peek(self.path)
+        return {}
+
+
+class Library:
+    """The memories of one owner. Its methods write to disk, and may be called from any thread.
+
+    Raises:
+        OutputError: the folder cannot be made. MemoryFileError: its journal is damaged.
+    """
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.folder, self.limits = folder, limits
+        self.uploads = folder / UPLOADS
+        try:
+            self.uploads.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be made: {error.strerror}") from error
+        self._lock = threading.RLock()
+        self._entries: dict[str, Entry] = {}
+        self._journal = Journal(folder / "journal.jsonl")
+        for line in self._journal.lines:
+            self._apply(line)
+        self._tidy()
+
+    # What it holds.
+    def entries(self) -> list[Entry]:
+        """All memories, oldest first."""
+        with self._lock:
+            for path in self.folder.glob(f"*{ENDING}"):
+                self._found(path.name.removesuffix(ENDING))
+            return sorted(self._entries.values(), key=lambda entry: (entry.created, entry.id))
+
+    def get(self, id: str) -> Entry:
+        """Raises ApiError 404 if there is none."""
+        with self._lock:
+            entry = self._found(id)
+        if entry is None:
+            raise ApiError(404, f"memory {id[:80]!r}: there is none", "memory", "memory_not_found")
+        return entry
+
+    def _found(self, id: str) -> Entry | None:
+        """A memory by name, also one whose file somebody put there."""
+        if id not in self._entries and _ID.fullmatch(id):
+            path = self.folder / f"{id}{ENDING}"
+            if path.is_file():
+                self._entries[id] = Entry(id, path, id, int(path.stat().st_mtime))
+        return self._entries.get(id)
+
+    @property
+    def pending(self) -> list[Entry]:
+        """Memories with something to be read."""
+        with self._lock:
+            return [entry for entry in self._entries.values() if entry.tasks]
+
+    # Its changes. Each is done once its line is on disk.
+    def new_file(self, name: str) -> Path:
+        """Where an upload is written to, with the ending of a document called `name`."""
+        match = _SUFFIXES.search(name)
+        return self.uploads / (secrets.token_hex(16) + (match[0].lower() if match else ""))
+
+    def read(self, documents: Sequence[Document], into: Entry | None, name: str = "", key: str | None = None) -> Entry:
+        """Acknowledge documents whose bytes are on disk: of a new memory, or of one to append to.
+
+        Args:
+            key: a second call with it changes nothing.
+
+        Raises:
+            ApiError: too many memories or tasks. OutputError.
+        """
+        with self._lock:
+            if into is not None and key in into.keys:
+                self._discard(documents)
+                return into
+            self.check_room(new=into is None)
+            sync_folder(self.uploads)
+            task = secrets.token_hex(8)
+            files = [{"name": document.name, "file": document.file} for document in documents]
+            id = into.id if into is not None else self._new_id()
+            self._write(
+                {"do": "read", "memory": id, "task": task, "documents": files, "key": key} | self._about(id, name)
+            )
+            return self._entries[id]
+
+    def put(self, file: Path, into: Entry | None, name: str = "") -> Entry:
+        """Acknowledge a memory file that was uploaded, in place of another one or as a new memory."""
+        with self._lock:
+            if into is None:
+                self.check_room(new=True)
+            elif into.tasks:
+                raise ApiError(409, f"memory {into.id!r}: is being read; expected one at rest", "memory", "busy")
+            id = into.id if into is not None else self._new_id()
+            try:
+                file.replace(self.folder / f"{id}{ENDING}")
+                sync_folder(self.folder)
+            except OSError as error:
+                raise OutputError(f"{id}: cannot be written: {error}") from error
+            self._write({"do": "put", "memory": id} | self._about(id, name))
+            return self._entries[id]
+
+    def done(self, entry: Entry, task: Task, error: str | None = None) -> None:
+        """The end of a task."""
+        with self._lock:
+            self._write({"do": "done", "memory": entry.id, "task": task.id, "error": error})
+            self._discard(task.documents)
+
+    def delete(self, entry: Entry) -> None:
+        with self._lock:
+            if entry.deleted:
+                return
+            documents = [document for task in entry.tasks for document in task.documents]
+            self._write({"do": "delete", "memory": entry.id})
+            self._discard(documents)
+            with suppress(FileNotFoundError):
+                entry.path.unlink()
+
+    def check_room(self, new: bool) -> None:
+        """Raises ApiError if there may be no further memory, or nothing further to read."""
+        if new and len(self.entries()) >= self.limits.memories:
+            raise ApiError(429, f"{self.limits.memories:,} memories: expected at most so many", code="memories")
+        waiting = sum(len(entry.tasks) for entry in self._entries.values())
+        if waiting >= self.limits.readings:
+            raise ApiError(429, f"{waiting:,} texts wait to be read: expected fewer", code="readings", retry=30)
+
+    # The journal.
+    def _new_id(self) -> str:
+        return f"mem_{secrets.token_hex(16)}"
+
+    def _about(self, id: str, name: str) -> Line:
+        known = self._entries.get(id)
+        if known is not None:
+            return {"name": known.name, "created": known.created}
+        return {"name": name or id, "created": int(time.time())}
+
+    def _write(self, line: Line) -> None:
+        self._journal.add(line)
+        self._apply(line)
+
+    def _apply(self, line: Line) -> None:
+        id = line["memory"]
+        if line["do"] in ("read", "put"):
+            path = self.folder / f"{id}{ENDING}"
+            entry = self._entries.setdefault(id, Entry(id, path, line["name"], line["created"]))
+            entry.error = None
+            if line["do"] == "read":
+                documents = [Document(**document) for document in line["documents"]]
+                entry.tasks.append(Task(line["task"], documents, line["key"]))
+                if line["key"] is not None:
+                    entry.keys[line["key"]] = line["task"]
+        elif line["do"] == "done" and id in self._entries:
+            entry = self._entries[id]
+            entry.tasks = [task for task in entry.tasks if task.id != line["task"]]
+            entry.error = line["error"]
+        elif line["do"] == "delete" and id in self._entries:
+            entry = self._entries.pop(id)
+            entry.deleted, entry.tasks = True, []
+
+    def _tidy(self) -> None:
+        """Remove what a crash has left: files of deleted memories, and uploads that were not acknowledged."""
+        gone = {line["memory"] for line in self._journal.lines if line["do"] == "delete"} - self._entries.keys()
+        for id in gone:
+            with suppress(FileNotFoundError):
+                (self.folder / f"{id}{ENDING}").unlink()
+        kept = {document.file for entry in self.pending for task in entry.tasks for document in task.documents}
+        for file in self.uploads.iterdir():
+            if file.name not in kept:
+                file.unlink()
+
+    def _discard(self, documents: Sequence[Document]) -> None:
+        for document in documents:
+            with suppress(OSError):
+                os.unlink(self.uploads / document.file)
