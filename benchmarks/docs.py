@@ -4,7 +4,7 @@
 
 A table of README.md or docs/*.md stands between two markers, `<!-- table: NAME -->` and `<!-- end -->`. NAME is a
 function in a file of pages/, with "-" instead of "_". The text between the markers is replaced. With --check nothing is
-written, and the exit code is 1 if a table or a card differs from its result file.
+written, and the exit code is 1 if a table, a card or a plot was made from other numbers than the result files hold.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ahn import zoo
-from pages import (  # noqa: F401  all but cards fill tables.TABLES
+from pages import (  # noqa: F401  all but cards and drawn fill tables.TABLES
     articles,
     cards,
+    drawn,
     goals,
     losses,
     needles,
@@ -65,7 +66,10 @@ def main() -> None:
             path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT), "is out of date" if options.check else "written")
     if options.check:
-        sys.exit(bool(outdated))
+        stale = drawn.outdated(ROOT / "docs")
+        for path in stale:
+            print(path.relative_to(ROOT), "is out of date")
+        sys.exit(bool(outdated or stale))
     if not options.no_plots:
         from pages import plots
 

@@ -1,6 +1,8 @@
 """What the documentation says is what the result files hold."""
 
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import docs  # noqa: E402  (benchmarks is no package: its folder must be on the path first)
-from pages import tables  # noqa: E402
+from pages import drawn, tables  # noqa: E402
 
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
@@ -20,6 +22,27 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 def test_committed_tables_and_cards_are_those_of_the_result_files():
     outdated = [str(path.relative_to(ROOT)) for path, text in docs.generated() if path.read_text("utf-8") != text]
     assert not outdated, "run `make docs`"
+
+
+def test_committed_plots_are_drawn_from_the_result_files():
+    assert not drawn.outdated(ROOT / "docs"), "run `make docs`"
+
+
+def test_a_plot_is_outdated_when_a_number_of_its_result_file_changes(tmp_path):
+    for name in {name for names in drawn.SOURCES.values() for name in names}:
+        shutil.copy(drawn.RESULTS / f"{name}.json", tmp_path)
+    assert not drawn.outdated(ROOT / "docs", tmp_path)
+    file = tmp_path / "lengths-smollm2-135m-cpu.json"
+    found = json.loads(file.read_text("utf-8"))
+    found["rows"][0]["decode_ms"] += 1
+    file.write_text(json.dumps(found), "utf-8")
+    assert [path.stem for path in drawn.outdated(ROOT / "docs", tmp_path)] == ["cost-by-length"]
+
+
+def test_every_plot_that_a_page_shows_is_checked():
+    text = "".join(page.read_text("utf-8") for page in docs.pages())
+    shown = {Path(link).stem for link in re.findall(r"!\[.*?\]\((\S+\.svg)\)", text)}
+    assert shown - {"token-flow"} == set(drawn.SOURCES)  # token-flow is drawn by hand and has no numbers
 
 
 def test_every_table_stands_in_a_page():

@@ -1,20 +1,16 @@
-"""Draws the plots of the documentation from the result files.
-
-Needs matplotlib (the `dev` extra). A plot whose result file is not there is left out.
-"""
+"""Draws the plots of the documentation from the result files. Needs matplotlib (the `dev` extra)."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from common import RESULTS
+from pages.drawn import SOURCES, digest
 from pages.recall import question_scores
-from pages.tables import recalled
+from pages.tables import recalled, result
 
 NO_STORE = "@none"
 STYLE = {
@@ -35,8 +31,6 @@ STYLE = {
 }
 FULL, WINDOW, MEMORIES = "#c0392b", "#7a7a7a", ("#1f6fb4", "#2a9d66", "#8e5bb5", "#c98a1b")
 
-BUDGETS = tuple(f"recall-qwen2.5-coder-0.5b-{part}" for part in ("default", "rules", "curve"))
-SMALL_BUDGETS = "recall-smollm2-135m", "recall-smollm2-135m-curve"
 ENOUGH = 40  # examples
 
 Label = tuple[float, str, str]  # height in the units of the axes, text, colour
@@ -230,10 +224,11 @@ def facts_by_depth(results: dict[str, Any]) -> Any:
     return figure
 
 
-def facts_by_budget(results: dict[str, Any]) -> Any:
-    """A panel for each task: the share found by lossless tokens, a line for each store. Of several results, the
-    one with most examples is shown. Results with fewer than `ENOUGH` examples are left out."""
-    rows = sorted((r for r in results["rows"] if r.get("seed", 1) == 1 and r["n"] >= ENOUGH), key=lambda r: r["n"])
+def facts_by_budget(results: dict[str, Any], *more: dict[str, Any]) -> Any:
+    """A panel for each task: the share found by lossless tokens, a line for each store. Of several rows, the one with
+    most examples is shown. Rows with fewer than `ENOUGH` examples are left out."""
+    every = [row for part in (results, *more) for row in part["rows"]]
+    rows = sorted((r for r in every if r.get("seed", 1) == 1 and r["n"] >= ENOUGH), key=lambda r: r["n"])
     sizes = sorted({r["lossless"] for r in rows if (r["store"] or {}).get("name") == "learned"})
     tasks = [task for task in dict.fromkeys(r["task"] for r in rows) if sum(r["task"] == task for r in rows) > 12]
     lines = {"window": WINDOW, "learned": MEMORIES[1], "surprise": MEMORIES[0], "attention": MEMORIES[2]}
@@ -261,7 +256,7 @@ def facts_by_budget(results: dict[str, Any]) -> Any:
     return figure
 
 
-def answers(results: dict[str, Any]) -> Any:
+def answers(facts: dict[str, Any], questions: dict[str, Any]) -> Any:
     """Ordinary questions answered and needles found, by each way to read. Ways differ in lightness and pattern, so that
     the plot can be read in grey."""
     styles: dict[str, dict[str, Any]] = {
@@ -270,7 +265,7 @@ def answers(results: dict[str, Any]) -> Any:
         "recall": {"facecolor": "#1f5f99"},
         "full attention": {"facecolor": "white", "hatch": "////"},
     }
-    by, sets = recalled(results), question_scores()
+    by, sets = recalled(facts), question_scores(questions)
     keys = {"window": ("window", 0), "memory": ("ahn", 4), "full attention": ("full", 0)}
     tasks = dict.fromkeys(task for task, policy, span in by if (policy, span) == ("ahn", 4) and task != "squad/spread")
     needles = {
@@ -316,26 +311,23 @@ NEEDLES = {
 
 
 def draw_all(into: Path, form: str = "svg") -> None:
-    """Draw every plot that has data, into a folder, as files of that form."""
+    """Draw every plot into a folder, as files of that form. An SVG carries the digest of its result files."""
     with plt.rc_context(STYLE):
-        for name, (draw, sources) in PLOTS.items():
-            paths = [RESULTS / f"{source}.json" for source in sources]
-            if missing := [path for path in paths if not path.is_file()]:
-                print(f"{missing[0]} is not there: no {name}")
-                continue
-            found = [json.loads(path.read_text()) for path in paths]
-            results = found[0] | {"rows": [row for result in found for row in result["rows"]]}
+        for name, draw in PLOTS.items():
+            figure = draw(*(result(source) for source in SOURCES[name]))
             path = into / f"{name}.{form}"
-            draw(results).savefig(path, metadata={"Date": None} if form == "svg" else None, dpi=110)
+            about = {"Date": None, "Identifier": digest(name)} if form == "svg" else None
+            figure.savefig(path, metadata=about, dpi=110)
+            plt.close(figure)
             print(path)
 
 
 PLOTS = {
-    "answers": (answers, ["recall-qwen2.5-coder-0.5b-default"]),
-    "loss-by-position": (loss_by_position, ["positions-smollm2-135m"]),
-    "cost-by-length": (cost_by_length, ["lengths-smollm2-135m-cpu"]),
-    "facts-found": (facts_found, ["recall-qwen2.5-coder-0.5b-default"]),
-    "facts-by-depth": (facts_by_depth, ["recall-qwen2.5-coder-0.5b-default"]),
-    "facts-by-budget": (facts_by_budget, BUDGETS),
-    "facts-by-budget-smollm2": (facts_by_budget, SMALL_BUDGETS),
+    "answers": answers,
+    "loss-by-position": loss_by_position,
+    "cost-by-length": cost_by_length,
+    "facts-found": facts_found,
+    "facts-by-depth": facts_by_depth,
+    "facts-by-budget": facts_by_budget,
+    "facts-by-budget-smollm2": facts_by_budget,
 }

@@ -28,11 +28,11 @@ SETS = ("SQuAD", "FairytaleQA", "MuSiQue", "HotpotQA")
 TITLES = {name.lower(): name for name in (*SETS, "QMSum")}
 
 
-def question_scores() -> dict[str, dict[str, Row]]:
+def question_scores(asked: Row) -> dict[str, dict[str, Row]]:
     """Rows by set of ordinary questions and by way of answering, in texts of 16,384 tokens. Sets without recall are
     left out."""
     sets: dict[str, dict[str, Row]] = {}
-    for row in rows(ASKED):
+    for row in asked["rows"]:
         if row["policy"] in WAYS and row["length"] == 16_384 and "of" not in row:
             task = row["task"].partition("/")[2]
             sets.setdefault(TITLES.get(task, task), {}).setdefault(WAYS[row["policy"]], row)
@@ -42,7 +42,7 @@ def question_scores() -> dict[str, dict[str, Row]]:
 @table
 def picture() -> str:
     """The caption of docs/answers.svg."""
-    sets = question_scores()
+    sets = question_scores(result(ASKED))
     counts = ", ".join(f"{ways['recall']['n']}" for ways in sets.values())
     facts = "recall-qwen2.5-coder-0.5b-default"
     return wrapped(
