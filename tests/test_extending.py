@@ -1,6 +1,9 @@
 """The examples of docs/extending.md, installed as the page says, do what it says."""
 
+import ast
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -51,6 +54,28 @@ def package(tmp_path, monkeypatch):
 def test_each_is_one_short_file():
     assert sorted(FILES) == [f"my_ahn/{name}.py" for name in ("count", "hebb", "lists", "loud", "trigrams")]
     assert all(code.count("\n") < 60 for code in FILES.values())
+
+
+def test_they_would_pass_the_checks_of_this_repository(tmp_path):
+    """In `src/ahn`, mypy would want every argument typed."""
+    untyped = [
+        f"{name}: {function.name}({argument.arg})"
+        for name, code in FILES.items()
+        for function in ast.walk(ast.parse(code))
+        if isinstance(function, ast.FunctionDef)
+        for argument in [*function.args.args, *function.args.kwonlyargs, ast.arg("return", function.returns)]
+        if argument.annotation is None and argument.arg != "self"
+    ]
+    assert not untyped
+    ruff = shutil.which("ruff", path=Path(sys.executable).parent)
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    for name, code in FILES.items():  # the comment with the name is the page's
+        (tmp_path / Path(name).name).write_text(code.partition("\n")[2])
+    settings = ["--config", str(FILE.parent.parent / "pyproject.toml"), "--no-cache", str(tmp_path)]
+    for command in ("check", "format --check"):
+        done = subprocess.run([ruff, *command.split(), *settings], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What only a GPU can show: flash-linear-attention against the naive forms, and the whole model on CUDA."""
 
+import contextlib
 import functools
 import gc
 import os
@@ -22,7 +23,7 @@ from ahn.ops import dispatch, flex
 from ahn.ops.softmax import attend
 from ahn.ops.specs import Queries, Window
 from ahn.train import distill
-from ahn.train.trainer import compile_layers
+from ahn.train.trainer import compiled_layers
 from conftest import (
     FORMS,
     drifting,
@@ -164,13 +165,7 @@ def test_kernel_choice_is_visible():
     assert set(rows.values()) <= {*dispatch.KERNELS, "torch"}
 
 
-@pytest.fixture
-def exact_afterwards():
-    yield
-    torch.set_float32_matmul_precision("highest")  # training lowers it for its process
-
-
-def test_the_compiled_training_step(cell, exact_afterwards):
+def test_the_compiled_training_step(cell):
     """The same loss and gradients as the plain step, in bfloat16, for windows that were not there when it compiled."""
     sizes, length = [(90, 30), (150, 7), (40, 60)], 384
 
@@ -179,15 +174,14 @@ def test_the_compiled_training_step(cell, exact_afterwards):
         model = with_memory(tiny(head_dim=64).cuda().bfloat16(), cell, **FORMS["maps"])
         for layer in layers_of(model):
             layer.cell.float()
-        if compiled:
-            compile_layers(model)
         found = []
-        for step, size in enumerate(sizes):
-            set_window(model, *size)
-            ids = token_ids(length, batch=2, seed=step).cuda()
-            loss = distill.loss(model, ids, torch.ones_like(ids, dtype=torch.bool))
-            loss.backward()
-            found.append(loss.item())
+        with compiled_layers(model) if compiled else contextlib.nullcontext():
+            for step, size in enumerate(sizes):
+                set_window(model, *size)
+                ids = token_ids(length, batch=2, seed=step).cuda()
+                loss = distill.loss(model, ids, torch.ones_like(ids, dtype=torch.bool))
+                loss.backward()
+                found.append(loss.item())
         return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     (losses, fast), (expected, plain) = gradients(True), gradients(False)

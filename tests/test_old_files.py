@@ -65,6 +65,21 @@ def test_configurations_keep_their_meaning_when_saved_again(form, tmp_path):
     AHNConfig.from_dict(json.loads((OLD / form / "ahn.json").read_text())["config"])
 
 
+@pytest.mark.parametrize("old", ["key_maps", "make_room"])
+def test_an_old_key_beside_its_new_name_is_refused(old, tmp_path):
+    """Which of the two holds is not known."""
+    new = {"key_maps": "feature_maps", "make_room": "window_gate"}[old]
+    settings = json.loads((OLD / "maps" / "ahn.json").read_text())
+    assert AHNConfig.from_dict(settings["config"]).feature_maps == 1
+    settings["config"] |= {old: 0, new: 0}
+    with pytest.raises(ahn.errors.ConfigError, match=f"the memory config has '{old}' and '{new}'"):
+        AHNConfig.from_dict(settings["config"])
+    shutil.copytree(OLD / "maps", tmp_path / "maps")
+    (tmp_path / "maps" / "ahn.json").write_text(json.dumps(settings))
+    with pytest.raises(ahn.errors.AHNError, match=f"expected '{new}' alone"):
+        ahn.from_pretrained(str(OLD / "base"), tmp_path / "maps", device="cpu")
+
+
 def test_a_training_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys):
     """From the second step of four, to the adapter and the losses that the run had then."""
     shutil.copytree(OLD, tmp_path / "old")

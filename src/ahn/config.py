@@ -157,9 +157,9 @@ class AHNConfig:
         """Inverse of `to_dict`. Reads the `RENAMED` keys of older files too.
 
         Raises:
-            ConfigError: another version, or unknown keys, which it names.
+            ConfigError: another version, unknown keys, or an old key beside its new name; it names them.
         """
-        values = {RENAMED.get(key, key): value for key, value in values.items()}
+        values = renamed(values, "the memory config")
         version = values.pop("version", None)
         if version != VERSION:
             raise ConfigError(f"memory config version {version!r}: this ahn reads version {VERSION}")
@@ -167,6 +167,18 @@ class AHNConfig:
         if unknown:
             raise ConfigError(f"memory config has unknown keys: {', '.join(unknown)}")
         return cls(**values)
+
+
+def renamed(values: dict[str, Any], owner: str) -> dict[str, Any]:
+    """`values` with the names that keys have now.
+
+    Raises:
+        ConfigError: `owner`, as the message calls it, has an old key and its new name too.
+    """
+    for old in RENAMED.keys() & values:
+        if (new := RENAMED[old]) in values:
+            raise ConfigError(f"{owner} has {old!r} and {new!r}, its name now: expected {new!r} alone")
+    return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

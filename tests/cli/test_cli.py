@@ -276,6 +276,15 @@ def test_info(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(reason in out for _, _, reason in report())
 
 
+def test_info_shows_the_variables_that_are_set(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ahn` sets some of them itself."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("FLA_CONFIG_DIR", "/forms")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    _, out, _ = run("info")
+    assert "OMP_WAIT_POLICY=passive" in out and "FLA_CONFIG_DIR=/forms" in out and "GOMP_SPINCOUNT" not in out
+
+
 def test_cost_shows_the_papers_numbers(run: Any) -> None:
     code, out, _ = run("cost", "--base", "qwen2.5-3b", "--length", "128000", "--window", "32640", "--sinks", "128")
     assert code == 0

@@ -1,5 +1,7 @@
 """Passages, ways to find them, and reading them again."""
 
+import importlib
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from ahn.memory.archive import Archive
 from ahn.memory.head_keys import UNKNOWN
 from ahn.recall import Recall, find, finders, search
 from ahn.recall.ask import best
+from ahn.recall.finders import bm25
 from ahn.recall.finders.base import Finder
 from ahn.recall.finders.fused import ranks
 from ahn.recall.finders.heads import by_passage, gathered
@@ -445,3 +448,18 @@ def test_texts_are_those_of_the_tokenizer(cleaned):
     ids = [[i, tokenizer.eos_token_id, i + 1] for i in range(len(tokenizer) - 1)] + [[]]
     for skip in (True, False):
         assert decode_each(tokenizer, ids, skip) == tokenizer.batch_decode(ids, skip_special_tokens=skip)
+
+
+def test_jax_is_hidden_only_while_bm25s_is_imported(tmp_path, monkeypatch):
+    """A stand-in for JAX, which bm25s would start."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("bm25s", "jax")]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("")
+    (tmp_path / "jax" / "lax.py").write_text("def top_k(x, k):\n    raise AssertionError('JAX was started')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert bm25._library().selection.JAX_IS_AVAILABLE is False
+    assert "jax" not in sys.modules
+    assert importlib.import_module("jax.lax").top_k
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("bm25s", "jax")]:
+        monkeypatch.delitem(sys.modules, name)

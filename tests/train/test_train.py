@@ -1,5 +1,6 @@
 """Training: data, windows, the loss against its definition, a run that resumes as if it had never stopped."""
 
+import contextlib
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from ahn.hf.augment import set_window
 from ahn.hf.hooks import full_attention
 from ahn.memory.handle import layers_of
 from ahn.train import data, distill, recipe, windows
+from ahn.train.trainer import compiled_layers
 from conftest import FORMS, tiny, token_ids, with_memory
 from tiny_tokenizer import tiny_tokenizer
 
@@ -40,6 +42,18 @@ def definition(model, ids, counts, kind):
     ce = F.nll_loss(student[:, :-1][counts[:, :-1]], ids[:, 1:][counts[:, :-1]])
     kl = (teacher.exp() * (teacher - student)).sum(-1)[counts].mean()
     return {"kl": kl, "ce": ce, "kl+ce": (kl + ce) / 2}[kind]
+
+
+def test_layers_are_compiled_while_it_trains_only():
+    model, precision = with_memory(tiny()), torch.get_float32_matmul_precision()
+    layers, hooks = list(model.get_decoder().layers), model.get_input_embeddings()._forward_hooks
+    before = [dict(vars(layer)) for layer in layers]
+    with contextlib.suppress(KeyError), compiled_layers(model):
+        assert all(layer.forward is not type(layer).forward and "forward" in vars(layer) for layer in layers) and hooks
+        assert torch.get_float32_matmul_precision() == "high"
+        raise KeyError
+    assert [dict(vars(layer)) for layer in layers] == before and not hooks
+    assert torch.get_float32_matmul_precision() == precision
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce", "kl+ce"])

@@ -189,7 +189,7 @@ class Session:
         """Find the passages for a question, judge whether the text supports an answer, and print both.
 
         Args:
-            args: with the options of `add_recall`. prompt, judge: as of `ahn.recall.search`.
+            args: with the options of `add_recall`. prompt: as of `ahn.recall.search`. judge: as of `Recall`.
         """
         from ahn.recall import Recall, search
 
@@ -199,9 +199,8 @@ class Session:
             self.tokenizer,
             self.cache,
             question,
-            Recall(args.recall, args.finder, args.rounds),
-            judge=judge,
-            prompt=prompt and (lambda text, passages: self._with_unread(prompt(text, passages))),
+            Recall(args.recall, args.finder, args.rounds, judge),
+            prompt and (lambda text, passages: self._with_unread(prompt(text, passages))),
         )
         if found.sources:
             tokens, seconds = sum(source.end - source.start for source in found.sources), time.monotonic() - began

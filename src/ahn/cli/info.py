@@ -7,6 +7,12 @@ import os
 from collections.abc import Sequence
 from itertools import chain, repeat
 
+# Variables that change how fast this package is; it sets some of them itself. AHN_KERNEL is shown with the kernels.
+ENVIRONMENT = (
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"),
+    *("FLA_CACHE_MODE", "FLA_CONFIG_DIR", "TRITON_INTERPRET"),
+)
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     pass
@@ -36,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
         *zip(chain(["adapters"], repeat("")), map(_adapter, zoo.names()), strict=False),
         ("default base", _default_base()),
         *((name, f"--base {name}: {base.needs}") for name, base in NAMED.items()),
+        ("environment", ", ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ)),
     ]
     _print(rows)
     setting = os.environ.get("AHN_KERNEL")

@@ -43,11 +43,13 @@ class Recall(NamedTuple):
         tokens: to read again at most, 0 for none; None: RECALL if the memory has keys of retrieval heads, else none.
         finder: a name in `ahn.recall.finders.names()`.
         rounds: 1, or 2 to look for the second half of the passages with the best of the first in mind.
+        judge: look for support too, if passages are read again and the adapter has a calibration.
     """
 
     tokens: int | None = RECALL
     finder: str = FINDER
     rounds: int = 1
+    judge: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def find(
     rounds: int = 1,
 ) -> tuple[Source, ...]:
     """The passages that a question asks for, in the order of the text; arguments and errors as of `ask`."""
-    return search(model, tokenizer, memory, question, Recall(recall, finder, rounds), judge=False).sources
+    return search(model, tokenizer, memory, question, Recall(recall, finder, rounds, judge=False)).sources
 
 
 def search(
@@ -195,14 +197,11 @@ def search(
     memory: AHNCache,
     question: str,
     how: Recall,
-    *,
-    judge: bool = True,
     prompt: Callable[[str, str], Tensor] | None = None,
 ) -> Found:
     """The passages as of `find`, and whether they support an answer.
 
     Args:
-        judge: look for support, if passages are read again and the adapter has a calibration.
         prompt: of a chat, which goes on from the memory: ids [1, T] of a question and the passages in front of it, as
             they follow the memory. Passages that the memory still holds exactly are then not read again. None: the
             answer comes from the passages alone (`alone`).
@@ -219,7 +218,7 @@ def search(
     taken = _fitting(tokenizer, memory, question, passages, taken)
     found = sources(passages, taken)
     calibration = None if model.ahn_retrieval is None else model.ahn_retrieval.calibration
-    if calibration is None or not judge:
+    if calibration is None or not how.judge:
         return Found(found)
     held = [] if gone is None else np.flatnonzero(~gone).tolist()
     signals = support.of_passages(passages, [*taken, *held], asked)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ahn import stores, yaml_file
-from ahn.config import RENAMED, AHNConfig
+from ahn.config import RENAMED, AHNConfig, renamed
 from ahn.errors import ConfigError
 from ahn.registry import nearest
 from ahn.train import windows
@@ -190,11 +190,9 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
 def from_dict(values: dict[str, Any]) -> Recipe:
     """A recipe from keys and values. Old names of keys are read with a warning. Raises ConfigError."""
-    for old in RENAMED.keys() & values:
-        if (new := RENAMED[old]) in values:
-            raise ConfigError(f"the recipe has {old!r} and {new!r}, its name now: expected {new!r} alone")
-        logger.warning("the recipe's %s is called %s now", old, new)
-    values = {RENAMED.get(key, key): value for key, value in values.items()}
+    old, values = RENAMED.keys() & values, renamed(values, "the recipe")
+    for key in sorted(old):
+        logger.warning("the recipe's %s is called %s now", key, RENAMED[key])
     known = {field.name: field for field in dataclasses.fields(Recipe)}
     for key in values:
         if key not in known:

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ahn.adapter_files import Adapter, read_adapter
-from ahn.config import RENAMED
+from ahn.config import renamed
 from ahn.errors import ConfigError
 from ahn.files import atomic
 from ahn.hf.weights import apply
@@ -112,8 +112,7 @@ def _note_recipe(recipe: Recipe, output: Path, resumed: bool) -> None:
     """Write `recipe.json`. A resumed run says how its recipe differs from the one before."""
     values, path = dataclasses.asdict(recipe), output / "recipe.json"
     if resumed and path.is_file():
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(values))
-        before = {RENAMED.get(key, key): value for key, value in before.items()}
+        before, now = renamed(json.loads(path.read_text()), str(path)), json.loads(json.dumps(values))
         different = [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
         if different:
             logger.warning("going on with another recipe: %s", "; ".join(different))

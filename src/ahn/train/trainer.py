@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.trainer_callback import TrainerState
 
 from ahn import cells
 from ahn.adapter_files import read_adapter, write_adapter
+from ahn.engine.patch import patched
 from ahn.errors import AdapterError, TrainingError, some
 from ahn.hf.augment import set_window
 from ahn.hf.weights import adapter_of, apply
@@ -63,10 +65,13 @@ class MemoryTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).model
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """Compile the layers first. Any earlier, a GateTrainer would compile them again for its own forwards."""
-        if self.recipe.compile and self.args.device.type == "cuda":
-            compile_layers(self.augmented)
-        return super().train(*args, **options)
+        """Train with layers that are compiled, if the recipe says so; the step of a GateTrainer is not."""
+        with self._compiled():
+            return super().train(*args, **options)
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        fast = self.recipe.compile and self.args.device.type == "cuda"
+        return compiled_layers(self.augmented) if fast else nullcontext()
 
     def run(self, start: Path | None) -> None:
         """Take all steps, or those that follow a checkpoint. Raises TrainingError, see `ahn.train.run.train`."""
@@ -272,14 +277,21 @@ def _arguments(recipe: Recipe, layer_class: str) -> TrainingArguments:
     return arguments
 
 
-def compile_layers(model: Any) -> None:
-    """Compile the frozen layers, and in the memories everything but the kernels."""
-    torch.set_float32_matmul_precision("high")  # for the float32 recurrences of the cells
-    model.enable_input_require_grads()  # so that the first layer is compiled like the others
-    for layer in model.get_decoder().layers:
-        layer.forward = torch.compile(layer.forward)
+@contextmanager
+def compiled_layers(model: Any) -> Iterator[None]:
+    """Within, the frozen layers are compiled; afterwards they are as before. In the memories everything but the
+    kernels is compiled, and stays so."""
+    precision = torch.get_float32_matmul_precision()
     for memory in layers_of(model):
         memory.compile_for_training()
+    with ExitStack() as stack:
+        for layer in model.get_decoder().layers:
+            stack.enter_context(patched(layer, "forward", torch.compile(layer.forward)))
+        model.enable_input_require_grads()  # so that the first layer is compiled like the others
+        stack.callback(model.disable_input_require_grads)
+        torch.set_float32_matmul_precision("high")  # for the float32 recurrences of the cells
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        yield
 
 
 def _is_finite(weight: Tensor) -> bool:

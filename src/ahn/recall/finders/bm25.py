@@ -59,8 +59,11 @@ class Lexicon:
 
 
 def _library() -> Any:
-    """The library without JAX. Where that is installed, importing bm25s starts it, and it takes three quarters of a
-    GPU's memory for an operation that is not used here."""
+    """The library without JAX, which is hidden while bm25s is imported, and importable again afterwards.
+
+    Importing bm25s starts JAX where it is installed, and JAX then reserves three quarters of a GPU's memory. bm25s has
+    no option against this, and uses JAX only for a selection that is not made here.
+    """
     hides = not {"jax", "bm25s"} & sys.modules.keys()
     if hides:
         sys.modules["jax"] = None  # type: ignore[assignment]
