@@ -228,7 +228,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
         with pytest.raises(UnsupportedOperationError, match="output_attentions"):
             model(ids[:1, 10:20], output_attentions=True, **{PAST: cache})
         model(ids[:1, 10:20], **{PAST: cache})
-    cache.settle_transcript()
+    cache.trim_transcript()
     assert cache.transcript.rows[0][0].tolist() == list(range(20))
 
 

@@ -531,7 +531,7 @@ def test_transcripts_know_what_is_kept(monkeypatch):
     for tokens in (150, 300):
         cache = ahn.read(model, ids[:, :tokens], chunk=16, attention_mask=mask[:, :tokens])
         cache.reorder_cache(torch.tensor([1, 0]))
-        cache.settle_transcript()
+        cache.trim_transcript()
         sizes.append(max(row.shape[1] for row in cache.transcript.rows))
         texts = [ids[1, :tokens], torch.cat([ids[0, :20], ids[0, 31:tokens]])]
         for row, (at, known) in enumerate(cache.transcript.rows):
@@ -570,7 +570,7 @@ def test_transcripts_are_of_what_was_read():
     with torch.no_grad():
         model(step.zero_(), **{PAST: twin})
     for known, length in ((cache, 60), (twin, 61)):
-        known.settle_transcript()
+        known.trim_transcript()
         for row, (at, words) in zip(ids, known.transcript.rows, strict=True):
             assert at[-1] == length - 1
             assert torch.equal(words[at < 60], row[at[at < 60]])

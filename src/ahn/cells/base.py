@@ -12,7 +12,7 @@ A cell owns a state of K x H numbers per query head (K = H, or more with wide ma
 3. `output`: normalise, gate and project what was read, from the layer input of the reading token.
 
 Two parts the paper does not have can be added to any cell (`Cell.extend`): maps of queries and keys before they meet
-the state, and room for the memory beside the window.
+the state, and a gate on the window's attention, which makes room for the memory.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Cell(nn.Module):
 
     @classmethod
     def size(cls, D: int, N: int, H: int) -> CellSize:
-        """What the cell adds to a layer, without key maps and room."""
+        """What the cell adds to a layer, without feature maps and window gate."""
         parameters = list(cls(D, N, H, device="meta").parameters())
         gates = sum(parameter.shape == (N, D) for parameter in parameters)
         if cls.vectors is None:
@@ -131,17 +131,17 @@ class Cell(nn.Module):
         return gates[0] * torch.linalg.vector_norm(missing, dim=-1)
 
     def combine(
-        self, out_BTNH: Tensor, norm_BNT: Tensor, read_BNTH: Tensor, x_BTD: Tensor, evicted_RT: Tensor
+        self, out_BTNH: Tensor, lse_BNT: Tensor, read_BNTH: Tensor, x_BTD: Tensor, evicted_RT: Tensor
     ) -> Tensor:
         """The attention's output with what the memory adds.
 
         Args:
-            out_BTNH, norm_BNT: attention over sinks and window, and the log of its normaliser.
+            out_BTNH, lse_BNT: attention over sinks and window, and its lse.
             read_BNTH: what was read, [B, N, T, H]. x_BTD: layer input. evicted_RT: tokens that have left the window.
         """
         added = self.output(read_BNTH, x_BTD)
         if self.room is not None:
-            out_BTNH = out_BTNH * self.room(x_BTD, norm_BNT, evicted_RT).to(out_BTNH.dtype)
+            out_BTNH = out_BTNH * self.room(x_BTD, lse_BNT, evicted_RT).to(out_BTNH.dtype)
         return out_BTNH + added
 
     def gate_inputs(self, x_BTD: Tensor) -> Tensor:

@@ -54,15 +54,15 @@ def initial_map(size: int, times: int) -> Tensor:
     """[H, times * H]: the identity, or orthogonal maps and their opposites, scaled so that silu bends them a little."""
     if times == 1:
         return torch.eye(size)
-    turns = [torch.linalg.qr(torch.randn(size, size))[0] for _ in range(times // 2)]
-    return torch.cat([part for turn in turns for part in (turn, -turn)], 1) * (size**0.5 / 2)
+    rotations = [torch.linalg.qr(torch.randn(size, size))[0] for _ in range(times // 2)]
+    return torch.cat([part for q in rotations for part in (q, -q)], 1) * (size**0.5 / 2)
 
 
 class Room(nn.Module):
     """How much of the window's attention stays beside the memory: a factor of 0 to 2 per token and head, at first 1.
 
     Softmax over the window alone shares all its weight among the window; full attention gives part of it to what has
-    left. How large that part is depends on the token, on the window's normaliser and on how much has left.
+    left. How large that part is depends on the token, on the window's lse and on how much has left.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -72,9 +72,9 @@ class Room(nn.Module):
         self.by_norm = nn.Parameter(torch.zeros(num_heads, dtype=dtype, device=device))
         self.by_count = nn.Parameter(torch.zeros(num_heads, dtype=dtype, device=device))
 
-    def forward(self, x_BTD: Tensor, norm_BNT: Tensor, evicted_RT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, lse_BNT: Tensor, evicted_RT: Tensor) -> Tensor:
         """[B, T, N, 1] float32."""
-        value = self.proj(x_BTD).float() + self.by_norm.float() * norm_BNT.transpose(1, 2).float()
+        value = self.proj(x_BTD).float() + self.by_norm.float() * lse_BNT.transpose(1, 2).float()
         value = value + self.by_count.float() * evicted_RT[..., None].float().log()
         return 2 * value.sigmoid()[..., None]
 

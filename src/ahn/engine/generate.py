@@ -138,9 +138,9 @@ class _NextTokens:
                 break
         if left.shape[1]:
             logits = model(left, attention_mask=inputs.get("attention_mask"), **cache, logits_to_keep=1).logits
-        rows, places = cache[PAST].tokens_per_row, None
+        rows, positions = cache[PAST].tokens_per_row, None
         if len(set(rows)) > 1:  # rows at the same position are counted by the cache
-            places = torch.tensor(rows, device=input_ids.device)[:, None] - 1
+            positions = torch.tensor(rows, device=input_ids.device)[:, None] - 1
         while True:
             scores = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
             drawn = generation_config.do_sample
@@ -152,8 +152,8 @@ class _NextTokens:
             going &= ~stopping_criteria(input_ids, None)
             if not going.any():
                 break
-            if places is not None:
-                cache["position_ids"] = places = places + 1
+            if positions is not None:
+                cache["position_ids"] = positions = positions + 1
             logits = model(input_ids=tokens[:, None], **cache).logits  # by name: no look at the signature
         if self.streamer is not None:
             self.streamer.end()

@@ -52,7 +52,7 @@ class Kind(NamedTuple):
     """Which form of a step: each has a graph of its own.
 
     `periodic`: with the work that few positions ask for. `filling`: rows whose store is not full may be among others,
-    for which plain torch does the work of a kernel that takes every place for filled.
+    for which plain torch does the work of a kernel that takes every slot for filled.
     """
 
     periodic: bool
@@ -126,8 +126,9 @@ class Graph:
         self._captured: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and their output
 
     def __call__(self, cache: AHNCache, ids: Tensor, position_ids: Tensor | None, kind: Kind) -> Tensor:
-        """Last hidden states [B, 1, D] of tokens `ids` [B, 1], the next of `cache`, whose span is open. `position_ids`:
-        rotary positions [B or 1, 1], or None where they count the tokens seen. `kind`: after `prepare`."""
+        """Last hidden states [B, 1, D] of tokens `ids` [B, 1], the next of `cache`, whose batch is open.
+        `position_ids`: rotary positions [B or 1, 1], or None where they count the tokens seen. `kind`: after
+        `prepare`."""
         self._lend(cache)
         start = cache.forward_batch.start.tolist()
         if start != self._next:
@@ -244,19 +245,19 @@ def forward(handle: Handle, **kwargs: Any) -> Any:
 
 def goes_on(handle: Handle, cache: AHNCache) -> bool:
     """Whether the next tokens of `cache` can be steps of the graph that is there, or of the first one."""
-    graph, span = handle.graph, ForwardBatch.of(cache.tokens_per_row, 1, None)
-    if not cache.tokens_seen or len(span.start) > 1 or not _steps(handle, span, cache):
+    graph, batch = handle.graph, ForwardBatch.of(cache.tokens_per_row, 1, None)
+    if not cache.tokens_seen or len(batch.start) > 1 or not _steps(handle, batch, cache):
         return False
     return graph is None or graph.fits(cache, 1)
 
 
-def _steps(handle: Handle, span: ForwardBatch, cache: AHNCache) -> bool:
-    """Whether one token a row of `cache`, those of `span`, can be a step of a graph."""
+def _steps(handle: Handle, batch: ForwardBatch, cache: AHNCache) -> bool:
+    """Whether one token a row of `cache`, those of `batch`, can be a step of a graph."""
     if handle.no_graph is None:
         handle.no_graph = _obstacle(handle.model)
     if handle.no_graph or dispatch.pick_decoding(handle.model.device.type).name != "graph":
         return False
-    return all(layer.steps_on_device and (cache.has_room or layer.is_full(span)) for layer in _kinds(handle))
+    return all(layer.steps_on_device and (cache.has_room or layer.is_full(batch)) for layer in _kinds(handle))
 
 
 def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, Kind] | None:
@@ -265,10 +266,10 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, Kind] | None:
     cache, ids = kwargs.get(PAST), kwargs.get("input_ids")
     if ids is None or not isinstance(cache, AHNCache) or cache._forward_batch is None:
         return None
-    span = cache.forward_batch
-    if span.length != 1 or span.padded or not cache.tokens_seen:
+    batch = cache.forward_batch
+    if batch.length != 1 or batch.padded or not cache.tokens_seen:
         return None
-    if not _steps(handle, span, cache):
+    if not _steps(handle, batch, cache):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
         return None
@@ -279,16 +280,16 @@ def _graph(handle: Handle, kwargs: dict[str, Any]) -> tuple[Graph, Kind] | None:
     wanted = ("output_hidden_states", "output_attentions")
     if any(getattr(config, name, False) for name in wanted) or kwargs.get("use_cache") is False:
         return None
-    layers, room = _kinds(handle), max(span.first + 1, ROOM)
-    kind = Kind(any(layer.is_periodic(span) for layer in layers), not all(layer.is_full(span) for layer in layers))
+    layers, room = _kinds(handle), max(batch.first + 1, ROOM)
+    kind = Kind(any(layer.is_periodic(batch) for layer in layers), not all(layer.is_full(batch) for layer in layers))
     for memory in cache.layers:
         assert memory.keys is not None
         state = None if memory.state is None else memory.state.shape[1:]
         memory.reserve(room, memory.keys, state)
     try:
-        if handle.graph is None or not handle.graph.fits(cache, len(span.start)):
+        if handle.graph is None or not handle.graph.fits(cache, len(batch.start)):
             handle.graph = None  # its buffers go before others come
-            handle.graph = Graph(handle, cache, len(span.start))
+            handle.graph = Graph(handle, cache, len(batch.start))
         with dispatch.on(handle.graph.start.device):
             handle.graph.prepare(cache, kind)
     except (RuntimeError, AssertionError) as error:  # this base cannot be captured or compiled

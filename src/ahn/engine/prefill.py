@@ -209,10 +209,10 @@ def _last_real(states: Tensor, real: Tensor | None, before: Tensor | None) -> Te
     """[B, D] of each row's last real token in `states` [B, T, D]; `before` for rows that have none."""
     if real is None:
         return states[:, -1]
-    places = torch.arange(1, states.shape[1] + 1, device=states.device) * real.to(states.device)
-    last = places.argmax(1)
+    order = torch.arange(1, states.shape[1] + 1, device=states.device) * real.to(states.device)
+    last = order.argmax(1)
     found = states[torch.arange(len(states), device=states.device), last]
-    return found if before is None else torch.where(places.any(1)[:, None], found, before)
+    return found if before is None else torch.where(order.any(1)[:, None], found, before)
 
 
 def past_mask(cache: AHNCache, batch: int) -> Tensor:

@@ -4,7 +4,7 @@ A layer is reached without code for any model family:
 - a hook before each attention module keeps its input x and its cache, which the attention function is not given;
 - the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
   what goes into o_proj: attention over sinks and window, plus the read from the memory;
-- the decoder's `forward` replaces the default cache by an AHNCache, opens and closes its span, and replays a graph
+- the decoder's `forward` replaces the default cache by an AHNCache, opens and closes its batch, and replays a graph
   where one token a row comes (`ahn.engine.graph`);
 - a hook before the model reads a long prompt in chunks when only the last logits are wanted (as in `generate`).
 """

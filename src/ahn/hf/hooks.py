@@ -196,18 +196,18 @@ def _opened(kwargs: dict[str, Any], handle: Handle, cache: AHNCache | None) -> d
         cache.check_weights()
     elif length > 1:
         check_memory(handle.layers)
-    span = cache.open_batch(batch, length, mask, ids) if cache is not None else None
+    opened = cache.open_batch(batch, length, mask, ids) if cache is not None else None
     skips = mask is not None or (cache is not None and cache.skips_padding)
     if skips and kwargs.get("position_ids") is None:
         real = torch.ones(batch, length, device=tokens.device) if mask is None else mask[:, -length:]
-        kwargs["position_ids"] = _positions(span, real.long())
+        kwargs["position_ids"] = _positions(opened, real.long())
     return kwargs
 
 
-def _positions(span: ForwardBatch | None, real: Tensor) -> Tensor:
+def _positions(batch: ForwardBatch | None, real: Tensor) -> Tensor:
     """[B, T] positions that skip padding; padding itself is put at the next token's."""
     counted = (real.cumsum(1) - 1).clamp(min=0)
-    return counted if span is None else counted + span.start.to(real.device)[:, None]
+    return counted if batch is None else counted + batch.start.to(real.device)[:, None]
 
 
 def _own_cache(handle: Handle, cache: Any, use_cache: bool | None) -> AHNCache | None:

@@ -169,8 +169,8 @@ class LayerMemory(CacheLayerMixin):
         if len(batch.counts) == 1:
             start, count = batch.first, batch.counts[0]
             sinks = min(count, max(0, self.sinks - start))
-            near = sinks if self.window is None else max(sinks, count - self.window)
-            token = torch.cat([torch.arange(sinks, device=device), torch.arange(near, count, device=device)])
+            first = sinks if self.window is None else max(sinks, count - self.window)  # of the window
+            token = torch.cat([torch.arange(sinks, device=device), torch.arange(first, count, device=device)])
             return torch.zeros_like(token), token, self.slots(batch.start_on(device) + token)
         positions, last, kept = batch.positions(device), torch.tensor(batch.after(), device=device), batch.real(device)
         if self.window is not None:

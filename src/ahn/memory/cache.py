@@ -324,13 +324,13 @@ class AHNCache(Cache):
         self.tokens_seen += batch.length
         self._forward_batch, self._coming, self.last_logits = None, (0, None), None
         if self.transcript is not None and self.transcript.is_due:
-            self.settle_transcript()
+            self.trim_transcript()
 
-    def settle_transcript(self) -> None:
+    def trim_transcript(self) -> None:
         """Drop the ids of tokens that no store keeps any more."""
         assert self.transcript is not None
         kept = [stored for layer in self.layers if (stored := layer.stored) is not None]
-        self.transcript.settle(kept, self.config.sinks, self.config.window)
+        self.transcript.trim(kept, self.config.sinks, self.config.window)
 
     @property
     def forward_batch(self) -> ForwardBatch:

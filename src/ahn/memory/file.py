@@ -69,7 +69,7 @@ def save(cache: AHNCache, path: str | Path) -> None:
         raise MemoryFileError(f"{path}: the memory is empty, read something first")
     tensors = {f"{i}.{name}": t for i, layer in enumerate(cache.layers) for name, t in layer.tensors.items()}
     if cache.transcript is not None:
-        cache.settle_transcript()
+        cache.trim_transcript()
         tensors |= {f"{TEXT}.{row}": ids for row, ids in enumerate(cache.transcript.rows)}
     if cache.last_logits is not None:
         tensors["last_logits"] = cache.last_logits

@@ -138,11 +138,11 @@ class HeadKeys:
     def observer(self, layer: int) -> Observer | None:
         return partial(self._observe, layer) if layer in self._layers else None
 
-    def _observe(self, index: int, layer: Any, q: Tensor, k: Tensor, span: Any) -> None:
-        count = span.counts[0]
-        k = span.compact(k, 2)[:, self.heads.kept(index), :count]
-        positions = span.positions(k.device)[:, :count]
-        self._layers[index].add(layer.without_positions(k, positions)[0], span.first)
+    def _observe(self, index: int, layer: Any, q: Tensor, k: Tensor, batch: Any) -> None:
+        count = batch.counts[0]
+        k = batch.compact(k, 2)[:, self.heads.kept(index), :count]
+        positions = batch.positions(k.device)[:, :count]
+        self._layers[index].add(layer.without_positions(k, positions)[0], batch.first)
 
     def of(self, layer: int) -> Tensor:
         """int8 [G, C, H], in steps of the layer's scales; where a key is not known its first channel is UNKNOWN."""

@@ -116,7 +116,7 @@ class AHNLayer(nn.Module):
         return self.last is None or self.last.steps_on_device
 
     def is_full(self, batch: ForwardBatch) -> bool:
-        """Whether each row of `batch` has a full store, or none: kernels of one token look for no empty place."""
+        """Whether each row of `batch` has a full store, or none: kernels of one token look for no empty slot."""
         return self.kept is None or self.kept.is_full(batch)
 
     def is_periodic(self, batch: ForwardBatch) -> bool:

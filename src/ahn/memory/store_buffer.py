@@ -48,7 +48,7 @@ class StoringMemory(LayerMemory):
         return 0 if self.ranks is None else self.size
 
     @property
-    def places(self) -> slice:
+    def store(self) -> slice:
         return slice(self.sinks, self.sinks + self.shift)
 
     @property
@@ -57,14 +57,14 @@ class StoringMemory(LayerMemory):
 
     def reserve(self, tokens: int, k: Tensor, state: tuple[int, int, int] | None) -> None:
         assert self.window is not None
-        near = self.sinks + self.window
+        exact = self.sinks + self.window
         if self.ranks is None:
             super().reserve(tokens, k, state)
         if self.scores is None:
             self.scores = torch.zeros(*k.shape[:2], self.scores_kept, device=k.device)
             if self.reads_state and state is not None:
                 self.snapshot = torch.zeros(k.shape[0], *state, device=k.device)
-        if self.ranks is None and tokens > near:
+        if self.ranks is None and tokens > exact:
             for name, dim in (("keys", 2), ("values", 2), ("inputs", 1)):
                 if (old := getattr(self, name)) is not None:
                     shape = list(old.shape)
@@ -80,33 +80,33 @@ class StoringMemory(LayerMemory):
     def commit(self, rivals: list[Tensor], outcome: Outcome, heads: Any) -> None:
         """Put kept tokens into their slots; `rivals`: keys, values and gate inputs of slots and newcomers."""
         keys, values = self.kept
-        buffers = [keys[:, :, self.places], values[:, :, self.places]]
+        buffers = [keys[:, :, self.store], values[:, :, self.store]]
         if self.inputs is not None:
-            buffers.append(heads(self.inputs[:, self.places]))
+            buffers.append(heads(self.inputs[:, self.store]))
         for buffer, tokens in zip(buffers, rivals, strict=True):
             buffer.copy_(by_head(tokens, outcome.kept))
         assert self.ranks is not None
-        self.ranks.copy_(outcome.ranks)  # in place: a graph may have been captured with it
+        self.ranks.copy_(outcome.ranks)  # in slot: a graph may have been captured with it
 
     def swap(self, tokens: list[Tensor], new: Tensor, heads: Any) -> tuple[list[Tensor], Tensor]:
         """`evict` and `commit` for one newcomer in each row: keys, values, gate inputs, and its ranks [B, M, 1].
         Returns those of the evicted tokens."""
         assert self.ranks is not None
-        place = self.ranks.argmin(-1, keepdim=True)  # min would give both, but is 25 times slower on a CPU
-        lowest = self.ranks.gather(-1, place)
+        slot = self.ranks.argmin(-1, keepdim=True)  # min would give both, but is 25 times slower on a CPU
+        lowest = self.ranks.gather(-1, slot)
         wins = new > lowest
         keys, values = self.kept
-        buffers = [keys[:, :, self.places], values[:, :, self.places]]
+        buffers = [keys[:, :, self.store], values[:, :, self.store]]
         if self.inputs is not None:
-            buffers.append(heads(self.inputs[:, self.places]))
-        lost = []
+            buffers.append(heads(self.inputs[:, self.store]))
+        evicted = []
         for buffer, token in zip(buffers, tokens, strict=True):
-            old = by_head(buffer, place)
+            old = by_head(buffer, slot)
             won = wins.view(*wins.shape, *[1] * (token.dim() - 3))
-            put_by_head(buffer, place, torch.where(won, token, old))
-            lost.append(torch.where(won, old, token))
-        self.ranks.scatter_(-1, place, torch.where(wins, new, lowest))
-        return lost, torch.where(wins, lowest, new)
+            put_by_head(buffer, slot, torch.where(won, token, old))
+            evicted.append(torch.where(won, old, token))
+        self.ranks.scatter_(-1, slot, torch.where(wins, new, lowest))
+        return evicted, torch.where(wins, lowest, new)
 
     def filled(self, batch: ForwardBatch, slots: int) -> Tensor:
         """bool [B, M, slots]: which hold something after the one token of `batch`."""
@@ -123,18 +123,18 @@ class StoringMemory(LayerMemory):
         """Scores of the L tokens before `batch`, in order, [B, M, L]."""
         assert self.scores is not None
         device = self.scores.device
-        return gather(self.scores, batch.memo(("trail", device), lambda: self._turned(batch.start_on(device))), 2)
+        return gather(self.scores, batch.memo(("trail", device), lambda: self._score_slots(batch.start_on(device))), 2)
 
     def keep_trail(self, batch: ForwardBatch, trail: Tensor) -> None:
         assert self.scores is not None
         device = trail.device
-        at = batch.memo(("trail after", device), lambda: self._turned(batch.ends.to(device)))
+        at = batch.memo(("trail after", device), lambda: self._score_slots(batch.ends.to(device)))
         self.scores.scatter_(2, at[:, None].expand_as(trail), trail)
 
     def trail_of_one(self, batch: ForwardBatch, length: int) -> Tensor:
         """Of the tokens around the one that is pushed out, `length` - 1 to each side, [B, M, 2 * length - 1]."""
         assert self.scores is not None
-        return gather(self.scores, self._turned(batch.start)[:, : 2 * length - 1], 2)
+        return gather(self.scores, self._score_slots(batch.start)[:, : 2 * length - 1], 2)
 
     def put_score(self, batch: ForwardBatch, score: Tensor) -> None:
         assert self.scores is not None
@@ -151,7 +151,7 @@ class StoringMemory(LayerMemory):
         slots = ((at - self.sinks) % self.window).clamp(max=given.shape[2] - 1)
         self.scores += gather(given, slots, 2) * seen[:, None]
 
-    def _turned(self, position: Tensor) -> Tensor:
+    def _score_slots(self, position: Tensor) -> Tensor:
         """Slots [R, L] of the scores before `position` [R], oldest first."""
         return (position[:, None] + torch.arange(self.scores_kept, device=position.device)) % self.scores_kept
 

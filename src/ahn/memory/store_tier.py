@@ -86,7 +86,7 @@ class StoreTier(KeptTier):
     # Many tokens, up to the next multiple of the store's grid.
     def put(self, new: LayerBatch, window: tuple[Tensor, ...], memory: StoringMemory) -> Put | None:
         batch, sinks = new.batch, self.sizes.sinks
-        (keys, values), before = memory.kept, slice(memory.places.stop)
+        (keys, values), before = memory.kept, slice(memory.store.stop)
         arrivals = Arrivals(new, keys[:, :, :sinks], window[0])
         ranks = memory.ranks
         outcome, trail = self._resolve(arrivals, memory.trail(batch), ranks, memory.snapshot)
@@ -102,7 +102,7 @@ class StoreTier(KeptTier):
         )
         rivals = [t[:, :, sinks:] for t in candidates]
         if memory.inputs is not None:
-            rivals.append(self._heads(torch.cat([memory.inputs[:, memory.places], pushed[2]], 1)))
+            rivals.append(self._heads(torch.cat([memory.inputs[:, memory.store], pushed[2]], 1)))
         return Put(KeptKeys(*candidates, *self._seen(batch, ranks, outcome), steps), rivals, outcome)
 
     def commit(self, put: Put, evicted: int, memory: StoringMemory) -> Evicted | None:
@@ -156,8 +156,8 @@ class StoreTier(KeptTier):
         Args:
             pushed: key, value [B, M, 1, H], and gate inputs [B, 1, G * N].
         """
-        near, which = memory.trail_of_one(batch, self.span), self._pushed(batch, pushed[0].device)
-        priority = eviction.pool(lambda at: gather(near, at, 2), which.back, self.span)
+        scores, which = memory.trail_of_one(batch, self.span), self._pushed(batch, pushed[0].device)
+        priority = eviction.pool(lambda at: gather(scores, at, 2), which.back, self.span)
         new = eviction.rank(priority, which.positions, which.real)
         tokens = [self._into_store(pushed[0], batch), pushed[1], *map(self._heads, pushed[2:])]
         (k, v, *inputs), ranks = memory.swap(tokens, new, self._heads)

@@ -2,7 +2,7 @@
 
 A model needs only keys and values. So that a store can be read, the ids of the tokens that some head of some layer
 still keeps, and of a few beside them, are kept along with their positions; what nobody keeps any more is dropped from
-time to time. That bounds it by the number of places, whatever the length of the text.
+time to time. That bounds it by the number of slots, whatever the length of the text.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Transcript:
     def is_due(self) -> bool:
         return self.waiting >= PENDING
 
-    def settle(self, kept: list[Tensor], sinks: int, last: int) -> None:
+    def trim(self, kept: list[Tensor], sinks: int, last: int) -> None:
         """Drop what is kept nowhere.
 
         Args:

@@ -249,11 +249,11 @@ def _cudnn_problem() -> str | None:
         return "slower than FlashAttention before Hopper"
     q, k, v = _some(3, 1, 1, 128, 64).unbind()
     try:
-        norm = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, scale=0.125)[1]
+        lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, scale=0.125)[1]
     except RuntimeError as error:
         return str(error).splitlines()[0]
     expected = (q.float() @ k.float().transpose(-1, -2) * 0.125).logsumexp(-1)
-    return None if torch.allclose(norm.reshape(1, 1, 128), expected, atol=1e-2) else "its normaliser is another"
+    return None if torch.allclose(lse.reshape(1, 1, 128), expected, atol=1e-2) else "its normaliser is another"
 
 
 @cache

@@ -1,6 +1,6 @@
 """Eviction from the store: which tokens stay, and which are written into the state instead.
 
-Letters: B batch, M key/value heads, C tokens that leave the window, P places of the store.
+Letters: B batch, M key/value heads, C tokens that leave the window, P slots of the store.
 
 Each step after the window is full evicts one token per key/value head from the store and the newcomer: the one of
 lowest priority, the older one of equals. Priorities never change, so many steps are resolved at once: a token is out at
@@ -39,8 +39,8 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
 
 
 def evict(ranks: Tensor, new: Tensor) -> Outcome:
-    """Resolve one step after the other for newcomers of rank `new` [B, M, C] against places of `ranks` [B, M, P]."""
-    places, steps = ranks.shape[-1], new.shape[-1]
+    """Resolve one step after the other for newcomers of rank `new` [B, M, C] against slots of `ranks` [B, M, P]."""
+    slots, steps = ranks.shape[-1], new.shape[-1]
     resolve, at_once = _resolve, _at_once(ranks)
     if dispatch.pick_eviction(ranks.device.type).name == "triton":
         from ahn.ops.kernels import eviction as triton_eviction
@@ -48,11 +48,11 @@ def evict(ranks: Tensor, new: Tensor) -> Outcome:
         resolve, at_once = triton_eviction.evict, triton_eviction.at_once(ranks)
     if steps <= at_once:
         return resolve(ranks, new)
-    who = torch.arange(places, device=ranks.device).expand_as(ranks)
+    who = torch.arange(slots, device=ranks.device).expand_as(ranks)
     evicted, evicted_ranks = [], []
     for low in range(0, steps, at_once):
         part = new[..., low : low + at_once]
-        names = torch.arange(places + low, places + low + part.shape[-1], device=ranks.device)
+        names = torch.arange(slots + low, slots + low + part.shape[-1], device=ranks.device)
         who = torch.cat([who, names.expand_as(part)], -1)
         outcome = resolve(ranks, part)
         evicted.append(who.gather(-1, outcome.evicted))
@@ -72,37 +72,37 @@ def _at_once(ranks: Tensor) -> int:
 
 def _resolve(ranks: Tensor, new: Tensor) -> Outcome:
     """`evict` for few steps."""
-    places, steps = ranks.shape[-1], new.shape[-1]
-    who = torch.arange(places + steps, device=ranks.device).expand(*ranks.shape[:2], -1)
-    risk, place = ranks.topk(min(steps, places), largest=False)  # only so many of the lowest can be lost
-    rivals, names = torch.cat([risk, new], -1), torch.cat([place, who[..., places:]], -1)
+    slots, steps = ranks.shape[-1], new.shape[-1]
+    who = torch.arange(slots + steps, device=ranks.device).expand(*ranks.shape[:2], -1)
+    risk, slot = ranks.topk(min(steps, slots), largest=False)  # only so many of the lowest can be evicted
+    rivals, names = torch.cat([risk, new], -1), torch.cat([slot, who[..., slots:]], -1)
     first = _out_at(risk, rivals, new)
     stay = first.argsort(dim=-1, descending=True, stable=True)[..., : risk.shape[-1]]
     out = torch.empty_like(first[..., : steps + 1]).scatter_(
         -1, first, torch.arange(rivals.shape[-1], device=ranks.device).expand_as(first)
     )[..., :-1]
-    kept = who[..., :places].scatter(-1, place, names.gather(-1, stay))
-    ranks = ranks.scatter(-1, place, rivals.gather(-1, stay))
+    kept = who[..., :slots].scatter(-1, slot, names.gather(-1, stay))
+    ranks = ranks.scatter(-1, slot, rivals.gather(-1, stay))
     return Outcome(names.gather(-1, out), rivals.gather(-1, out), kept, ranks)
 
 
 def _out_at(risk: Tensor, rivals: Tensor, new: Tensor) -> Tensor:
-    """The step at which each of the rivals (the lowest places `risk`, then the newcomers) is out, C for those that
-    stay: the first at which as many better ones have come as there are places."""
-    places, steps = risk.shape[-1], new.shape[-1]
-    already = places - torch.searchsorted(risk.contiguous(), rivals.contiguous(), right=True)
+    """The step at which each of the rivals (the lowest slots `risk`, then the newcomers) is out, C for those that
+    stay: the first at which as many better ones have come as there are slots."""
+    slots, steps = risk.shape[-1], new.shape[-1]
+    already = slots - torch.searchsorted(risk.contiguous(), rivals.contiguous(), right=True)
     come = (new[..., None, :] > rivals[..., :, None]).cumsum(-1, dtype=torch.int32)
-    out = come + already[..., None] >= places
+    out = come + already[..., None] >= slots
     step = torch.arange(steps, device=new.device)
-    out[..., places:, :] &= step >= step[:, None]  # nobody is out before coming
+    out[..., slots:, :] &= step >= step[:, None]  # nobody is out before coming
     return steps - out.sum(-1)
 
 
 def until(outcome: Outcome) -> Tensor:
     """[B, M, P + C]: the step at which each candidate is out, C for those that stay."""
     steps = outcome.evicted.shape[-1]
-    places = outcome.kept.shape[-1]
-    found = torch.full((*outcome.evicted.shape[:2], places + steps), steps, device=outcome.evicted.device)
+    slots = outcome.kept.shape[-1]
+    found = torch.full((*outcome.evicted.shape[:2], slots + steps), steps, device=outcome.evicted.device)
     return found.scatter_(-1, outcome.evicted, torch.arange(steps, device=found.device).expand_as(outcome.evicted))
 
 
@@ -110,7 +110,7 @@ def pool(take: Callable[[Tensor], Tensor], back: Tensor, span: int) -> Tensor:
     """The highest score of each span, [B, M, C].
 
     Args:
-        take: scores [B, M, C] by their places [R, C], where the i-th token that leaves is at i + span - 1.
+        take: scores [B, M, C] at indices [R, C], where the i-th token that leaves is at i + span - 1.
         back: [R, C], how many tokens of its span came before each token. span: tokens of one.
     """
     first = torch.arange(back.shape[-1], device=back.device) + span - 1 - back

@@ -1,10 +1,10 @@
 """Ranks: one number by which tokens of a store are compared, and the outcome of comparing them.
 
-Letters: B batch, M key/value heads, C tokens that leave the window, P places of the store.
+Letters: B batch, M key/value heads, C tokens that leave the window, P slots of the store.
 
 A rank is one int64 that sorts as (priority, position): the float32 in the upper half, its bits arranged so that they
-sort as the number does, and the position in the lower. Places that are still empty, and steps without a newcomer, have
-ranks below those of all tokens, so they lose first and need no case of their own.
+sort as the number does, and the position in the lower. Slots that are still empty, and steps without a newcomer, have
+ranks below those of all tokens, so they are evicted first and need no case of their own.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NOBODY = torch.iinfo(torch.int64).min  # the newcomer of a step without one: loses at once
-EMPTY = NOBODY + (1 << 31)  # an empty place: loses to every token
+NOBODY = torch.iinfo(torch.int64).min  # the newcomer of a step without one: evicted at once
+EMPTY = NOBODY + (1 << 31)  # an empty slot: any token replaces it
 TOKEN = NOBODY + (1 << 32)  # ranks from here on are tokens'
 
 
@@ -28,9 +28,9 @@ class Outcome(NamedTuple):
     ranks: Tensor  # [B, M, P]: and their ranks
 
 
-def empty_ranks(batch: int, heads: int, places: int, device: torch.device) -> Tensor:
+def empty_ranks(batch: int, heads: int, slots: int, device: torch.device) -> Tensor:
     """Ranks of a store with nothing in it."""
-    return (EMPTY + torch.arange(places, device=device)).repeat(batch, heads, 1)
+    return (EMPTY + torch.arange(slots, device=device)).repeat(batch, heads, 1)
 
 
 def position_of(ranks: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Softmax attention of many queries over the window and what is kept from far behind it, in Triton. No gradients.
+"""Softmax attention of many queries over the window and over what is kept behind it, in Triton. No gradients.
 
-Letters: B batch, N query heads, M key/value heads, T queries, K far keys, H head size, S sinks, W window;
+Letters: B batch, N query heads, M key/value heads, T queries, K kept keys, H head size, S sinks, W window;
 R rows of positions: 1 where all of the batch are at the same position, else B.
 
 One program has a block of queries of one head. It goes through the part of the window that any of them sees, then
-through the far keys, met by the queries as the sinks are, with one running softmax over both. Unless they are few, the
-far keys are sorted before (`_in_order`), so that a program needs only those that one of its queries sees, and a mask
-only for the few that come or go meanwhile; but of the keys that both come and go, all that have come. Of many that all
-queries see most are attended by cuDNN, which is faster where there is no mask.
+through the kept keys, which the queries meet as they meet the sinks. One running softmax covers both. Many kept keys
+are sorted first (`_in_order`). A program then reads only the keys that one of its queries sees, and all that have come
+of those that both come and go; it needs a mask only for the few that come or go meanwhile. If many keys are seen by all
+queries, cuDNN attends to most of them, because it is faster where there is no mask.
 
 Under TRITON_INTERPRET=1 it runs on a CPU.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ahn.ops.specs import KeptKeys, Queries, Window
 
 LOG2_E = 1.4426950408889634
-FEW = 1024  # far keys that are attended faster than they are sorted
+FEW = 1024  # kept keys that are attended faster than they are sorted
 
 
 def attend(
@@ -159,9 +159,9 @@ def _of_window(total, weights, highest, query, k, v, k_t, v_t, low, high, end, i
 
 
 @triton.jit
-def _of_far(total, weights, highest, query, k, v, k_t, v_t, a, a_end, b, b_end, c, c_end, i, times, count, channel,
+def _of_kept(total, weights, highest, query, k, v, k_t, v_t, a, a_end, b, b_end, c, c_end, i, times, count, channel,
             scale, SIZE: tl.constexpr, AGAINST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """... with the far keys a .. a_end, b .. b_end and c .. c_end."""
+    """... with the kept keys a .. a_end, b .. b_end and c .. c_end."""
     in_a, in_b, in_c = tl.cdiv(a_end - a, AGAINST), tl.cdiv(b_end - b, AGAINST), tl.cdiv(c_end - c, AGAINST)
     for step in range(0, in_a + in_b + in_c):
         is_a, is_c = step < in_a, step >= in_a + in_b
@@ -182,7 +182,7 @@ def _of_far(total, weights, highest, query, k, v, k_t, v_t, a, a_end, b, b_end, 
 
 
 @triton.jit
-def _attend(q, q_far, k, v, far_k, far_v, times, below, dense, start, out, norm,
+def _attend(q, q_kept, k, v, kept_k, kept_v, times, below, dense, start, out, lse,
             scale, queries, before, window, sinks, count,
             q_b, q_n, q_t, f_b, f_n, f_t, k_b, k_m, k_t, v_b, v_m, v_t, fk_b, fk_m, fk_t, fv_b, fv_m, fv_t,
             o_b, o_n, o_t,
@@ -214,9 +214,9 @@ def _attend(q, q_far, k, v, far_k, far_v, times, below, dense, start, out, norm,
     total, weights, highest = _of_window(total, weights, highest, query, k, v, k_t, v_t, all_to, end, end, i,
                                          before, window, channel, scale, SIZE, AGAINST, True, PRECISION)
 
-    query = _tile(q_far + row * f_b + head * f_n, i, f_t, channel, i < queries, SIZE, True)
-    far_k += row * fk_b + kv_head * fk_m
-    far_v += row * fv_b + kv_head * fv_m
+    query = _tile(q_kept + row * f_b + head * f_n, i, f_t, channel, i < queries, SIZE, True)
+    kept_k += row * fk_b + kv_head * fk_m
+    kept_v += row * fv_b + kv_head * fv_m
     of_head = row * KV_HEADS + kv_head
     times += of_head * 2 * count
     if SORTED:
@@ -228,20 +228,20 @@ def _attend(q, q_far, k, v, far_k, far_v, times, below, dense, start, out, norm,
         stay_whole, stay_some = tl.load(below + queries + low), tl.load(below + queries + high - 1)
         stay_whole = stay + (stay_whole - stay) // AGAINST * AGAINST
         pass_by, pass_some = tl.load(below + 2 * queries), tl.load(below + 2 * queries + high - 1)
-        total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, apart, whole,
-                                          stay, stay_whole, 0, 0, i, times, count, channel, scale,
-                                          SIZE, AGAINST, False, PRECISION)
-        total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, whole, some,
-                                          stay_whole, stay_some, pass_by, pass_some, i, times, count, channel, scale,
-                                          SIZE, AGAINST, True, PRECISION)
+        total, weights, highest = _of_kept(total, weights, highest, query, kept_k, kept_v, fk_t, fv_t, apart, whole,
+                                           stay, stay_whole, 0, 0, i, times, count, channel, scale,
+                                           SIZE, AGAINST, False, PRECISION)
+        total, weights, highest = _of_kept(total, weights, highest, query, kept_k, kept_v, fk_t, fv_t, whole, some,
+                                           stay_whole, stay_some, pass_by, pass_some, i, times, count, channel, scale,
+                                           SIZE, AGAINST, True, PRECISION)
     else:
-        total, weights, highest = _of_far(total, weights, highest, query, far_k, far_v, fk_t, fv_t, 0, count, 0, 0, 0,
-                                          0, i, times, count, channel, scale, SIZE, AGAINST, True, PRECISION)
+        total, weights, highest = _of_kept(total, weights, highest, query, kept_k, kept_v, fk_t, fv_t, 0, count, 0, 0,
+                                           0, 0, i, times, count, channel, scale, SIZE, AGAINST, True, PRECISION)
 
     none = weights == 0.0
     total = total / tl.where(none, 1.0, weights)[:, None]
     place = out + row * o_b + head * o_n + i[:, None].to(tl.int64) * o_t + channel[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=(i < queries)[:, None] & (channel < SIZE)[None, :])
     log = (highest + tl.log2(tl.where(none, 1.0, weights))) * 0.6931471805599453
-    tl.store(norm + (row * HEADS + head) * queries + i, log, mask=i < queries)
+    tl.store(lse + (row * HEADS + head) * queries + i, log, mask=i < queries)
 # fmt: on

@@ -1,10 +1,10 @@
 """Eviction from the store, in Triton: `ahn.ops.eviction.evict` for many steps at once.
 
-Letters: B batch, M key/value heads, C steps, one newcomer each, P places, R the places that can be lost, at most C.
+Letters: B batch, M key/value heads, C steps, one newcomer each, P slots, R the slots at risk, at most C.
 
-A candidate is out at the first step at which R better ones have come, so each can be counted alone, against the places
-at risk and against the newcomers in order: (R + C)^2 comparisons in one kernel, and nothing is sorted but, where there
-are more places than steps, the places. A second kernel gives the places that were lost to the newcomers that stay.
+A candidate is out at the first step at which R better ones have come, so each can be counted alone, against the slots
+at risk and against the newcomers in order: (R + C)^2 comparisons in one kernel. Only if there are more slots than steps
+are the slots sorted. A second kernel gives the slots of evicted tokens to the newcomers that stay.
 
 Under TRITON_INTERPRET=1 they run on a CPU.
 """
@@ -21,14 +21,14 @@ from ahn.ops.ranks import Outcome
 AT_ONCE = 2048, 8192  # steps resolved together, at least and at most: the work grows with their square
 ENOUGH = 1 << 30  # comparisons, for all rows and heads
 CANDIDATES, AGAINST, WARPS = 16, 512, 4  # counted by one program, and compared at once
-SCANNED = 1024  # given places at once
+SCANNED = 1024  # given slots at once
 
 
 def at_once(ranks: Tensor) -> int:
     """Steps resolved together: so many that it takes about as long as their attention."""
     least, steps = AT_ONCE
-    rows, places = ranks.shape[0] * ranks.shape[1], ranks.shape[2]
-    while steps > least and rows * steps * (steps + min(steps, places)) > ENOUGH:
+    rows, slots = ranks.shape[0] * ranks.shape[1], ranks.shape[2]
+    while steps > least and rows * steps * (steps + min(steps, slots)) > ENOUGH:
         steps //= 2
     return steps
 
@@ -46,21 +46,23 @@ def rank(priority: Tensor, positions: Tensor, real: Tensor) -> Tensor:
 
 
 def evict(ranks: Tensor, new: Tensor) -> Outcome:
-    """`ahn.ops.eviction.evict` of up to `at_once` steps; who stays keeps the place that it has."""
-    places, steps = ranks.shape[-1], new.shape[-1]
+    """`ahn.ops.eviction.evict` of up to `at_once` steps; a token that stays keeps its slot."""
+    slots, steps = ranks.shape[-1], new.shape[-1]
     new = new.contiguous()
-    risk, place = ranks.topk(steps, largest=False, sorted=False) if steps < places else (ranks.contiguous(), None)
+    risk, numbers = ranks.topk(steps, largest=False, sorted=False) if steps < slots else (ranks.contiguous(), None)
     at_risk, rows = risk.shape[-1], ranks.shape[0] * ranks.shape[1]
     out = torch.empty(rows, at_risk + steps, dtype=torch.int32, device=ranks.device)
     evicted, evicted_ranks = torch.empty_like(new), torch.empty_like(new)
     _out[(rows, triton.cdiv(at_risk + steps, CANDIDATES))](
-        risk, new, place, out, evicted, evicted_ranks, at_risk, steps, places,
-        CANDIDATES=CANDIDATES, AGAINST=AGAINST, SOME=place is not None, num_warps=WARPS,
+        risk, new, numbers, out, evicted, evicted_ranks, at_risk, steps, slots,
+        CANDIDATES=CANDIDATES, AGAINST=AGAINST, SOME=numbers is not None, num_warps=WARPS,
     )  # fmt: skip
-    kept = torch.arange(places, device=ranks.device).repeat(*ranks.shape[:2], 1)
+    kept = torch.arange(slots, device=ranks.device).repeat(*ranks.shape[:2], 1)
     ranks = ranks.clone(memory_format=torch.contiguous_format)
     free = torch.empty(rows, at_risk, dtype=torch.int32, device=ranks.device)
-    _settle[(rows,)](out, new, place, free, kept, ranks, at_risk, steps, places, BLOCK=SCANNED, SOME=place is not None)
+    _commit[(rows,)](
+        out, new, numbers, free, kept, ranks, at_risk, steps, slots, BLOCK=SCANNED, SOME=numbers is not None
+    )
     return Outcome(evicted, evicted_ranks, kept, ranks)
 
 
@@ -80,14 +82,14 @@ def _rank(priority, positions, real, found, steps, heads, BY_ROW: tl.constexpr, 
 
 
 @triton.jit
-def _out(risk, new, place, out, evicted, evicted_ranks, at_risk, steps, places,
+def _out(risk, new, numbers, out, evicted, evicted_ranks, at_risk, steps, slots,
          CANDIDATES: tl.constexpr, AGAINST: tl.constexpr, SOME: tl.constexpr):
     """The step at which each candidate is out, `steps` for those that stay, and who that is at each step."""
     row = tl.program_id(0).to(tl.int64)
     who = tl.program_id(1) * CANDIDATES + tl.arange(0, CANDIDATES)
-    is_place, real = who < at_risk, who < at_risk + steps
+    in_slot, real = who < at_risk, who < at_risk + steps
     comes = who - at_risk  # at this step, if it is a newcomer
-    mine = tl.load(risk + row * at_risk + who, mask=is_place, other=0)
+    mine = tl.load(risk + row * at_risk + who, mask=in_slot, other=0)
     mine += tl.load(new + row * steps + comes, mask=real & (comes >= 0), other=0)
     better = tl.zeros([CANDIDATES], tl.int32)
     for low in range(0, at_risk, AGAINST):
@@ -109,31 +111,31 @@ def _out(risk, new, place, out, evicted, evicted_ranks, at_risk, steps, places,
         low += AGAINST
     gone = tl.minimum(gone, steps)
     tl.store(out + row * (at_risk + steps) + who, gone, mask=real)
-    name = who + places - at_risk
+    name = who + slots - at_risk
     if SOME:
-        name = tl.where(is_place, tl.load(place + row * at_risk + who, mask=is_place, other=0), name)
+        name = tl.where(in_slot, tl.load(numbers + row * at_risk + who, mask=in_slot, other=0), name)
     else:
-        name = tl.where(is_place, who, name)
-    loses = real & (gone < steps)
-    tl.store(evicted + row * steps + gone, name.to(tl.int64), mask=loses)
-    tl.store(evicted_ranks + row * steps + gone, mine, mask=loses)
+        name = tl.where(in_slot, who, name)
+    leaves = real & (gone < steps)
+    tl.store(evicted + row * steps + gone, name.to(tl.int64), mask=leaves)
+    tl.store(evicted_ranks + row * steps + gone, mine, mask=leaves)
 
 
 @triton.jit
-def _settle(out, new, place, free, kept, ranks, at_risk, steps, places, BLOCK: tl.constexpr, SOME: tl.constexpr):
-    """The i-th newcomer that stays gets the i-th place that is lost."""
+def _commit(out, new, numbers, free, kept, ranks, at_risk, steps, slots, BLOCK: tl.constexpr, SOME: tl.constexpr):
+    """The i-th newcomer that stays gets the i-th slot whose token is evicted."""
     row = tl.program_id(0).to(tl.int64)
     out += row * (at_risk + steps)
     count = 0
     for low in range(0, at_risk, BLOCK):
         at = low + tl.arange(0, BLOCK)
-        is_lost = (at < at_risk) & (tl.load(out + at, mask=at < at_risk, other=steps) < steps)
-        order = count + tl.cumsum(is_lost.to(tl.int32), 0) - 1
+        is_free = (at < at_risk) & (tl.load(out + at, mask=at < at_risk, other=steps) < steps)
+        order = count + tl.cumsum(is_free.to(tl.int32), 0) - 1
         slot = at
         if SOME:
-            slot = tl.load(place + row * at_risk + at, mask=is_lost, other=0).to(tl.int32)
-        tl.store(free + row * at_risk + order, slot, mask=is_lost)
-        count += tl.sum(is_lost.to(tl.int32), 0)
+            slot = tl.load(numbers + row * at_risk + at, mask=is_free, other=0).to(tl.int32)
+        tl.store(free + row * at_risk + order, slot, mask=is_free)
+        count += tl.sum(is_free.to(tl.int32), 0)
     tl.debug_barrier()  # what is free was written by other threads of this program
     count = 0
     for low in range(0, steps, BLOCK):
@@ -141,7 +143,7 @@ def _settle(out, new, place, free, kept, ranks, at_risk, steps, places, BLOCK: t
         stays = (at < steps) & (tl.load(out + at_risk + at, mask=at < steps, other=0) >= steps)
         order = count + tl.cumsum(stays.to(tl.int32), 0) - 1
         slot = tl.load(free + row * at_risk + order, mask=stays, other=0)
-        tl.store(kept + row * places + slot, (places + at).to(tl.int64), mask=stays)
-        tl.store(ranks + row * places + slot, tl.load(new + row * steps + at, mask=stays, other=0), mask=stays)
+        tl.store(kept + row * slots + slot, (slots + at).to(tl.int64), mask=stays)
+        tl.store(ranks + row * slots + slot, tl.load(new + row * steps + at, mask=stays, other=0), mask=stays)
         count += tl.sum(stays.to(tl.int32), 0)
 # fmt: on

@@ -33,7 +33,7 @@ def _launch(x: Tensor, first: Tensor, second: Tensor, half: int, by: bool) -> Te
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     steps = [(t.stride(0) * (len(t) > 1), t.stride(1) * (t.shape[1] > 1)) for t in (first, second)]
-    _turn[(triton.cdiv(tokens, BLOCK), batch * heads)](
+    _rotate[(triton.cdiv(tokens, BLOCK), batch * heads)](
         x, first, second, out, tokens, heads, *x.stride()[:3], *steps[0], *steps[1],
         SIZE=size, HALF=half, WIDTH=triton.next_power_of_2(max(1, half)),
         REST=triton.next_power_of_2(size - 2 * half) if size > 2 * half else 0, BY=by, BLOCK=BLOCK,
@@ -43,7 +43,7 @@ def _launch(x: Tensor, first: Tensor, second: Tensor, half: int, by: bool) -> Te
 
 # fmt: off
 @triton.jit
-def _turn(x, first, second, out, tokens, heads, x_b, x_n, x_t, first_b, first_t, second_b, second_t,
+def _rotate(x, first, second, out, tokens, heads, x_b, x_n, x_t, first_b, first_t, second_b, second_t,
           SIZE: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, BY: tl.constexpr,
           BLOCK: tl.constexpr):
     """`first` and `second`: cos and sin, or with BY positions and frequencies."""

@@ -45,22 +45,22 @@ class _Attend(torch.autograd.Function):
         kept = kept.contiguous()
         batch, heads, tokens, size = q.shape
         out = q.new_empty(batch, tokens, heads, size).transpose(1, 2)
-        norm = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+        lses = q.new_empty(batch, heads, tokens, dtype=torch.float32)
         block = 128 if q.element_size() == 2 and size <= 64 else 32 if q.element_size() == 4 else 64
         grid = (kept.shape[2] * triton.cdiv(numbers[0][2], block), batch * heads)
-        _forward[grid](q, k, v, kept, out, norm, *numbers[0], *_steps(q, k, v, out), **numbers[1] | {"BLOCK": block})
-        ctx.save_for_backward(q, k, v, kept, out, norm)
+        _forward[grid](q, k, v, kept, out, lses, *numbers[0], *_steps(q, k, v, out), **numbers[1] | {"BLOCK": block})
+        ctx.save_for_backward(q, k, v, kept, out, lses)
         ctx.numbers = numbers
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, kept, out, norm = ctx.saved_tensors
+        q, k, v, kept, out, lses = ctx.saved_tensors
         d_out = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
         delta = (d_out.float() * out.float()).sum(-1)
         d_q, d_k, d_v, d_kept = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(kept)
         numbers, sizes = ctx.numbers
-        inputs = q, k, v, kept, d_out, norm, delta
+        inputs = q, k, v, kept, d_out, lses, delta
         by_query = (kept.shape[2] * triton.cdiv(numbers[2], sizes["BLOCK"]), q.shape[0] * q.shape[1])
         _backward_q[by_query](*inputs, d_q, *numbers, *_steps(q, k, v, d_out, d_q), **sizes)
         by_key = (triton.cdiv(k.shape[2], sizes["AGAINST"]), k.shape[0] * k.shape[1])
@@ -140,12 +140,12 @@ def _put(x, value, token, step, channel, there, SIZE: tl.constexpr):
 
 @triton.jit
 def _scores(query, keys, log_weight, i, j, end, tokens, scale, sinks, window, PRECISION: tl.constexpr):
-    """Of one tile, times log2(e): those of keys that are not seen are -inf. And which are far back."""
+    """Of one tile, times log2(e): those of keys that are not seen are -inf. And which keys are behind the window."""
     ago = i[:, None] - j[None, :]
-    far = (ago >= window) & (j >= sinks)[None, :]
+    behind = (ago >= window) & (j >= sinks)[None, :]
     score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
-    score += tl.where(far, log_weight[None, :] * 1.4426950408889634, 0.0)
-    return tl.where((ago >= 0) & (i < end)[:, None] & (j < tokens)[None, :], score, float("-inf")), far
+    score += tl.where(behind, log_weight[None, :] * 1.4426950408889634, 0.0)
+    return tl.where((ago >= 0) & (i < end)[:, None] & (j < tokens)[None, :], score, float("-inf")), behind
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _queries(tokens, size, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward(q, k, v, kept, out, norm, scale, tokens, size, sinks, window,
+def _forward(q, k, v, kept, out, lses, scale, tokens, size, sinks, window,
              q_b, q_n, q_t, k_b, k_m, k_t, v_b, v_m, v_t, o_b, o_n, o_t,
              HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
              WIDTH: tl.constexpr, BLOCK: tl.constexpr, AGAINST: tl.constexpr, PRECISION: tl.constexpr):
@@ -187,11 +187,11 @@ def _forward(q, k, v, kept, out, norm, scale, tokens, size, sinks, window,
         weights, highest = weights * fades + tl.sum(weight, 1), now
     weights = tl.where(i < end, weights, 1.0)
     _put(out + row * o_b + head * o_n, total / weights[:, None], i, o_t, channel, i < end, SIZE)
-    tl.store(norm + (row * HEADS + head) * tokens + i, highest + tl.log2(weights), mask=i < end)
+    tl.store(lses + (row * HEADS + head) * tokens + i, highest + tl.log2(weights), mask=i < end)
 
 
 @triton.jit
-def _backward_q(q, k, v, kept, d_out, norm, delta, d_q, scale, tokens, size, sinks, window,
+def _backward_q(q, k, v, kept, d_out, lses, delta, d_q, scale, tokens, size, sinks, window,
                 q_b, q_n, q_t, k_b, k_m, k_t, v_b, v_m, v_t, o_b, o_n, o_t, dq_b, dq_n, dq_t,
                 HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
                 WIDTH: tl.constexpr, BLOCK: tl.constexpr, AGAINST: tl.constexpr, PRECISION: tl.constexpr):
@@ -202,7 +202,7 @@ def _backward_q(q, k, v, kept, d_out, norm, delta, d_q, scale, tokens, size, sin
     query = _tile(q + row * q_b + head * q_n, i, q_t, channel, i < end, SIZE)
     given = _tile(d_out + row * o_b + head * o_n, i, o_t, channel, i < end, SIZE)
     of_head = (row * HEADS + head) * tokens
-    lse = tl.load(norm + of_head + i, mask=i < end, other=0.0)
+    lse = tl.load(lses + of_head + i, mask=i < end, other=0.0)
     less = tl.load(delta + of_head + i, mask=i < end, other=0.0)
     k += row * k_b + kv_head * k_m
     v += row * v_b + kv_head * v_m
@@ -222,7 +222,7 @@ def _backward_q(q, k, v, kept, d_out, norm, delta, d_q, scale, tokens, size, sin
 
 
 @triton.jit
-def _backward_kv(q, k, v, kept, d_out, norm, delta, d_k, d_v, d_kept, scale, tokens, size, sinks, window,
+def _backward_kv(q, k, v, kept, d_out, lses, delta, d_k, d_v, d_kept, scale, tokens, size, sinks, window,
                  q_b, q_n, q_t, k_b, k_m, k_t, v_b, v_m, v_t, o_b, o_n, o_t, dk_b, dk_m, dk_t, dv_b, dv_m, dv_t,
                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
                  WIDTH: tl.constexpr, BLOCK: tl.constexpr, AGAINST: tl.constexpr, PRECISION: tl.constexpr):
@@ -246,15 +246,15 @@ def _backward_kv(q, k, v, kept, d_out, norm, delta, d_k, d_v, d_kept, scale, tok
                 i = at + tl.arange(0, BLOCK)
                 query = _tile(queries, i, q_t, channel, i < end, SIZE)
                 given = _tile(outs, i, o_t, channel, i < end, SIZE)
-                lse = tl.load(norm + numbers + i, mask=i < end, other=0.0)
+                lse = tl.load(lses + numbers + i, mask=i < end, other=0.0)
                 less = tl.load(delta + numbers + i, mask=i < end, other=0.0)
-                score, far = _scores(query, keys, log_weight, i, j, end, tokens, scale, sinks, window, PRECISION)
+                score, behind = _scores(query, keys, log_weight, i, j, end, tokens, scale, sinks, window, PRECISION)
                 weight = tl.exp2(score - lse[:, None])
                 by_value = tl.dot(tl.trans(weight.to(given.dtype)), given, by_value, input_precision=PRECISION)
                 wanted = tl.dot(given, tl.trans(values), input_precision=PRECISION)
                 d_score = weight * (wanted - less[:, None])
                 by_key = tl.dot(tl.trans(d_score.to(query.dtype)), query, by_key, input_precision=PRECISION)
-                by_weight += tl.sum(tl.where(far, d_score, 0.0), 0)
+                by_weight += tl.sum(tl.where(behind, d_score, 0.0), 0)
         tl.store(d_kept + of_head + block * tokens + j, by_weight, mask=j < tokens)
     _put(d_k + row * dk_b + kv_head * dk_m, by_key * (scale / 1.4426950408889634), j, dk_t, channel, j < tokens, SIZE)
     _put(d_v + row * dv_b + kv_head * dv_m, by_value, j, dv_t, channel, j < tokens, SIZE)
