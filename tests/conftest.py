@@ -140,7 +140,7 @@ def golden_base(tensors, metadata):
 
 
 def soft_inputs(device="cpu", dtype=torch.float32, size=8, tokens=96):
-    """q, k, v, scores, and the score needed for one of 10 places, of a window of 16 and 4 sinks."""
+    """q, k, v, scores, and the score needed for one of 10 slots, of a window of 16 and 4 sinks."""
     from ahn.train import gates
 
     torch.manual_seed(0)

@@ -328,24 +328,24 @@ def test_decoding_in_half_precision_with_grouped_heads(cell):
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
-def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batch):
+def test_norms_sums_and_rotations_are_in_the_kernels(monkeypatch, cell, family, batch):
     """Of several tiles each; and a kernel that starts early finds the same numbers, to the last bit."""
     from ahn.ops.kernels import gemv, moves
 
-    launched = {"norm": 0, "add": 0, "turn": 0}
-    together, turn = gemv.together, moves.rotate
+    launched = {"norm": 0, "add": 0, "rotate": 0}
+    together, rotate = gemv.together, moves.rotate
 
     def counted(x, layers, norm=None, normed=None, add=None):
         launched["norm"] += norm is not None
         launched["add"] += add is not None
         return together(x, layers, norm, normed, add)
 
-    def counted_turn(*args):
-        launched["turn"] += 1
-        return turn(*args)
+    def counted_rotate(*args):
+        launched["rotate"] += 1
+        return rotate(*args)
 
     monkeypatch.setattr(gemv, "together", counted)
-    monkeypatch.setattr(moves, "rotate", counted_turn)
+    monkeypatch.setattr(moves, "rotate", counted_rotate)
     monkeypatch.setattr(gemv, "PROGRAMS", 64)
     monkeypatch.setattr(gemv, "TILE", 1024)
     shape = {"hidden_size": 512, "intermediate_size": 1400, "num_attention_heads": 8, "head_dim": 64}
@@ -361,7 +361,7 @@ def test_norms_sums_and_turns_are_in_the_kernels(monkeypatch, cell, family, batc
     assert kernels_used(model)
     assert relative(early, whole) < 0.05
     # two layers, two steps before the capture and the captured one; what a first step finds out it adds by itself
-    assert launched == {"norm": 6, "add": 2 * (3 + 2), "turn": 6}
+    assert launched == {"norm": 6, "add": 2 * (3 + 2), "rotate": 6}
     monkeypatch.setenv("AHN_KERNEL", "graph,gemv,triton,fla,flash,cudnn")
     model._ahn.graph = None
     assert torch.equal(in_pieces(model, ids, [100, *[1] * 300]), early)
@@ -535,7 +535,7 @@ def test_the_state_does_not_drift(cell):
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(96, 64), (1000, 64), (640, 128)])
-def test_soft_places(tokens, size, monkeypatch):
+def test_soft_slots(tokens, size, monkeypatch):
     """The kernel in bfloat16 against plain torch in float32, with the gradients by the gate's scores."""
     from ahn.train import gates
 

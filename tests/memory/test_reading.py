@@ -37,10 +37,10 @@ def test_any_split(monkeypatch, form, window, sinks):
     assert calls
 
 
-def test_where_spans_are_cut():
+def test_where_batches_are_cut():
     def cut(start, length, sinks=4, window=10):
-        span = ForwardBatch(torch.tensor([start]), length, [length])
-        return [(piece.first, piece.length) for _, piece in dense.cuts(span, sinks, window)]
+        batch = ForwardBatch(torch.tensor([start]), length, [length])
+        return [(piece.first, piece.length) for _, piece in dense.cuts(batch, sinks, window)]
 
     assert cut(0, 40) == [(0, 4), (4, 10), (14, 10), (24, 10), (34, 6)]
     assert cut(3, 5) == [(3, 1), (4, 4)]

@@ -44,7 +44,7 @@ def test_attention_and_gradients(monkeypatch, tokens, size, sinks, window, heads
 
 @pytest.mark.parametrize("warmth", [0.05, 1.0])
 @pytest.mark.parametrize(("tokens", "sinks", "window"), [(96, 4, 16), (100, 0, 7), (33, 2, 50)])
-def test_the_weights_add_up_to_the_places(monkeypatch, tokens, sinks, window, warmth):
+def test_the_weights_add_up_to_the_slots(monkeypatch, tokens, sinks, window, warmth):
     monkeypatch.setenv("AHN_KERNEL", "triton")
     torch.manual_seed(0)
     scores = torch.randn(2, 2, tokens, device=DEVICE)

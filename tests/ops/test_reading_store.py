@@ -38,19 +38,19 @@ def plain(monkeypatch):
     monkeypatch.setenv("AHN_KERNEL", "torch")
 
 
-@pytest.mark.parametrize("places", [1, 3, 100, *([1500, 24_000] if CUDA else [])])
+@pytest.mark.parametrize("slots", [1, 3, 100, *([1500, 24_000] if CUDA else [])])
 @pytest.mark.parametrize("steps", [1, 64, 65, 200, *([4096] if CUDA else [])])
-def test_contest(plain, places, steps):
-    generator = torch.Generator().manual_seed(places * steps)
+def test_eviction(plain, slots, steps):
+    generator = torch.Generator().manual_seed(slots * steps)
 
     def some(first, count):  # many ties, and steps without a newcomer
         priority = torch.randint(-4, 5, (2, 3, count), generator=generator).float()
         real = torch.rand(2, count, generator=generator) < 0.9
         return eviction.rank(priority, first + torch.arange(count)[None], real).to(DEVICE)
 
-    empty = empty_ranks(2, 3, places, torch.device(DEVICE))
+    empty = empty_ranks(2, 3, slots, torch.device(DEVICE))
     before, new = eviction.evict(empty, some(0, 50)).ranks, some(50, steps)
-    for ranks in (before, before[:, :, ::2].repeat_interleave(2, -1)[..., :places] if steps == 1 else before):
+    for ranks in (before, before[:, :, ::2].repeat_interleave(2, -1)[..., :slots] if steps == 1 else before):
         expected, found = eviction.evict(ranks, new), triton_eviction.evict(ranks, new)
         if ranks is before:
             assert torch.equal(found.evicted, expected.evicted)
@@ -91,7 +91,7 @@ def test_rank(plain):
     ("heads", "kv_heads", "size"), [(4, 2, 8), (14, 2, 64), (3, 3, 80), *([(4, 2, 128)] if CUDA else [])]
 )
 @pytest.mark.parametrize(
-    ("queries", "before", "window", "sinks", "places", "entering"),
+    ("queries", "before", "window", "sinks", "slots", "entering"),
     [
         (1, 0, 7, 0, 0, 0),
         (5, 3, 7, 4, 3, 2),
@@ -103,7 +103,7 @@ def test_rank(plain):
     ],
 )
 @pytest.mark.parametrize("at_once", ["unsorted", 0, 3, *(["best"] if CUDA else [])])
-def test_attention(plain, monkeypatch, queries, before, window, sinks, places, entering, heads, kv_heads, size, dtype,
+def test_attention(plain, monkeypatch, queries, before, window, sinks, slots, entering, heads, kv_heads, size, dtype,
                    at_once):  # fmt: skip
     """At once: of what all see, so many or a multiple are attended by another kernel, on CUDA cuDNN's."""
     if at_once != "best":
@@ -112,12 +112,12 @@ def test_attention(plain, monkeypatch, queries, before, window, sinks, places, e
     attended = []
     monkeypatch.setattr(banded, "attend_dense", lambda *args: attended.append(args[1].shape[2]) or attend(*args))
     torch.manual_seed(queries)
-    batch, count = 2, sinks + places + entering
-    q, q_far = torch.randn(2, batch, queries, heads, size, device=DEVICE).to(dtype).transpose(2, 3)
+    batch, count = 2, sinks + slots + entering
+    q, q_kept = torch.randn(2, batch, queries, heads, size, device=DEVICE).to(dtype).transpose(2, 3)
     near = torch.randn(2, batch, kv_heads, before + queries, size, device=DEVICE).to(dtype)
     keys = torch.randn(2, batch, kv_heads, count + 1, size, device=DEVICE).to(dtype)[..., :count, :]  # of a larger one
     first = torch.arange(queries - entering, queries)
-    since = torch.cat([torch.full((sinks + places,), -1), first]).expand(batch, kv_heads, -1)
+    since = torch.cat([torch.full((sinks + slots,), -1), first]).expand(batch, kv_heads, -1)
     until = torch.where(torch.rand(since.shape) < 0.5, since, torch.randint(queries + 1, since.shape))
     until[..., :sinks] = queries
     until[torch.rand(until.shape) < 0.3] = queries
@@ -127,10 +127,10 @@ def test_attention(plain, monkeypatch, queries, before, window, sinks, places, e
         at = torch.tensor(start, device=DEVICE)
         with monkeypatch.context() as free:
             free.delenv("AHN_KERNEL")
-            found = banded.attend(Queries(q, q_far, size**-0.5), tuple(near), at, Window(window, sinks), seen)
+            found = banded.attend(Queries(q, q_kept, size**-0.5), tuple(near), at, Window(window, sinks), seen)
         exact = KeptKeys(*(t.float() for t in keys), seen.since, seen.until, entering)
         nothing = tuple(near[:, :, :, :0].float())
-        asked = Queries(q.float(), q_far.float(), size**-0.5)
+        asked = Queries(q.float(), q_kept.float(), size**-0.5)
         expected = attend_window(asked, nothing, tuple(near.float()), at, Window(window, sinks), exact)
         real = expected[1] > -1e4  # the others see nothing
         assert torch.equal(real, found[1] > -1e4)

@@ -145,8 +145,8 @@ def test_whole_model(cell, form, sinks):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("size", "rows", "more_rows"), [(8, 1, 1), (80, 2, 2), (80, 2, 1), (8, 1, 0)])
-def test_turn(size, rows, more_rows, dtype):
-    """As the base turns, and as the queries are turned for the sinks after it; parts of a larger tensor."""
+def test_rotation(size, rows, more_rows, dtype):
+    """As the base rotates, and as the queries are rotated for the sinks after it; parts of a larger tensor."""
     torch.manual_seed(size)
     model = tiny(head_dim=size).to(DEVICE)
     attention = model.model.layers[0].self_attn
@@ -154,18 +154,18 @@ def test_turn(size, rows, more_rows, dtype):
     q, k, _ = torch.randn(2, 1, 7, size, device=DEVICE).to(dtype).transpose(1, 2).split([4, 2, 1], 1)
     angles = model.model.rotary_emb(q, torch.tensor([[5], [9]], device=DEVICE)[:rows])
     further = rotary.angles(torch.tensor([[-3], [-700]], device=DEVICE)[:more_rows]) if more_rows else None
-    turned = moves.rotate(q, k, angles, further)
+    rotated = moves.rotate(q, k, angles, further)
     expected = rotary.apply(q.float(), k.float(), *(t.float() for t in angles))
-    assert relative(turned[0], expected[0]) < LIMIT[dtype]
-    assert relative(turned[1], expected[1]) < LIMIT[dtype]
+    assert relative(rotated[0], expected[0]) < LIMIT[dtype]
+    assert relative(rotated[1], expected[1]) < LIMIT[dtype]
     twice = expected[0] if further is None else rotary.rotate(expected[0], further)
-    assert relative(turned[2], twice) < LIMIT[dtype]
+    assert relative(rotated[2], twice) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("positions", ["clipped", "absolute"])
 @pytest.mark.parametrize(("family", "launches"), [("Qwen3", 1), ("Cohere", 0)])
-def test_turned_within(plain, monkeypatch, family, launches, positions):
-    """One launch a layer, in the place of the base's function; not of a base that turns neighbours."""
+def test_rotated_within(plain, monkeypatch, family, launches, positions):
+    """One launch a layer, in the place of the base's function; not of a base that rotates neighbours."""
     count, kernel = [], moves.rotate
     monkeypatch.setattr(moves, "rotate", lambda *args: count.append(args[3] is not None) or kernel(*args))
     model = with_memory(tiny(family), window=5, sinks=3, sink_positions=positions).to(DEVICE)
@@ -202,17 +202,17 @@ def test_exchange(cell_name, window, positions):
     assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in fused.tensors.items())
 
 
-TURNS = [{}, {"memory_positions": "none"}, {"sink_positions": "absolute"}]
-TURNS.append(TURNS[1] | TURNS[2])
+ROTATIONS = [{}, {"memory_positions": "none"}, {"sink_positions": "absolute"}]
+ROTATIONS.append(ROTATIONS[1] | ROTATIONS[2])
 
 
 @pytest.mark.parametrize("positions", [[0], [11], [29], [40, 33]], ids=str)
 @pytest.mark.parametrize(
     ("cell_name", "span", "size"), [("gated_deltanet", 1, 5), ("mamba2", 4, 70), (None, 3, 3), (None, 1, 1)]
 )
-@pytest.mark.parametrize("form", TURNS, ids=str)
+@pytest.mark.parametrize("form", ROTATIONS, ids=str)
 def test_displace(plain, monkeypatch, cell_name, span, size, positions, form):
-    """Several tokens one after the other, with priorities that tie: the same losers and the same store."""
+    """Several tokens one after the other, with priorities that tie: the same evicted tokens and the same store."""
     torch.manual_seed(0)
     settings = {"window": 9, "sinks": 3, "store_size": size, "store_span": span} | (form if cell_name else {})
     model = storing("recency", cell_name, **settings).to(DEVICE)
@@ -248,9 +248,9 @@ def test_put_score(plain, positions, dtype):
     for memory in memories:
         memory.reserve(50, torch.zeros(2, 2, 1, 8, device=DEVICE), None)
     start, x = torch.tensor(positions, device=DEVICE), torch.randn(2, 1, 32, device=DEVICE).to(dtype)
-    span = DecodeBatch(start, Kind(periodic=False, filling=False))
+    step = DecodeBatch(start, Kind(periodic=False, filling=False))
     k = torch.zeros(2, 2, 1, 8, device=DEVICE)
-    memories[0].put_score(span, layer.kept.score(LayerBatch(span, k, k, k, x, 1.0), None))
+    memories[0].put_score(step, layer.kept.score(LayerBatch(step, k, k, k, x, 1.0), None))
     moves.put_score(layer.store.gate_form(), memories[1], start, x)
     assert (memories[0].scores != 0).sum() == 4
     assert torch.allclose(memories[1].scores, memories[0].scores, rtol=1e-4, atol=1e-5)

@@ -66,17 +66,17 @@ def heaps(ranks, new):
     return lost, stay
 
 
-@pytest.mark.parametrize("places", [1, 3, 8, 100])
+@pytest.mark.parametrize("slots", [1, 3, 8, 100])
 @pytest.mark.parametrize("steps", [1, 5, 64, 65, 200])
-def test_contest_is_a_heap(places, steps):
-    generator = torch.Generator().manual_seed(places * steps)
+def test_eviction_is_a_heap(slots, steps):
+    generator = torch.Generator().manual_seed(slots * steps)
 
     def some(first, count):  # many ties, and steps without a newcomer
         priority = torch.randint(-4, 5, (2, 3, count), generator=generator).float()
         real = torch.rand(2, count, generator=generator) < 0.9
         return eviction.rank(priority, first + torch.arange(count)[None], real)
 
-    before = eviction.evict(empty_ranks(2, 3, places, torch.device("cpu")), some(0, 50)).ranks
+    before = eviction.evict(empty_ranks(2, 3, slots, torch.device("cpu")), some(0, 50)).ranks
     new = some(50, steps)
     outcome = eviction.evict(before, new)
     lost, stay = heaps(before, new)
@@ -255,7 +255,7 @@ def test_every_token_is_in_one_place(store, sizes, monkeypatch):
 
 
 def test_the_cell_is_given_the_tokens_themselves(monkeypatch):
-    """Keys of losers as the attention computed them, values and gate inputs of the same tokens."""
+    """Keys of evicted tokens as the attention computed them, values and gate inputs of the same tokens."""
     for form, positions in (("rope", "clipped"), ("none", "clipped"), ("rope", "absolute"), ("none", "absolute")):
         model = storing(
             "random", "deltanet", tiny(num_hidden_layers=1), memory_positions=form, sink_positions=positions
@@ -797,7 +797,7 @@ def test_spans_have_the_best_of_their_scores():
 
 @pytest.mark.slow
 def test_gates_learn_from_the_loss_itself():
-    """Less is lost with the places given as learned than with the gates as they began, nearly yes or no."""
+    """Less is lost with the slots given as learned than with the gates as they began, nearly yes or no."""
     from ahn.train import distill, gates
 
     model = with_memory(tiny(), "deltanet", window=16, sinks=4, store="learned", store_size=8)
@@ -817,7 +817,7 @@ def test_gates_learn_from_the_loss_itself():
 
 
 def test_attention_transfer_through_a_store(store):
-    """Each layer learns from full attention, with the losers as what it writes; gates have another loss."""
+    """Each layer learns from full attention, and writes the evicted tokens; gates have another loss."""
     from ahn.train import distill
 
     model, ids = storing(store, "deltanet"), token_ids(60, batch=2)

@@ -86,7 +86,7 @@ class StoringMemory(LayerMemory):
         for buffer, tokens in zip(buffers, rivals, strict=True):
             buffer.copy_(by_head(tokens, outcome.kept))
         assert self.ranks is not None
-        self.ranks.copy_(outcome.ranks)  # in slot: a graph may have been captured with it
+        self.ranks.copy_(outcome.ranks)  # in place: a graph may have been captured with it
 
     def swap(self, tokens: list[Tensor], new: Tensor, heads: Any) -> tuple[list[Tensor], Tensor]:
         """`evict` and `commit` for one newcomer in each row: keys, values, gate inputs, and its ranks [B, M, 1].
