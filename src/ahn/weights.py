@@ -91,7 +91,7 @@ def _bytes(found: Sample) -> dict[int, bytes]:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, a shared one several times. Several times as fast as `modules`."""
+    """All modules of the model. A shared module comes once for each place, which is much faster than `modules()`."""
     waiting: list[nn.Module | None] = [model]
     while waiting:
         if (module := waiting.pop()) is not None:

@@ -36,11 +36,11 @@ Chunk = Callable[[Tensor, Tensor, Tensor, Gates, Tensor], tuple[Tensor, Tensor]]
 
 
 class CellSize(NamedTuple):
-    """What one cell adds to a layer: gate projections of D -> N each, one H x H output matrix a head, and small change.
+    """The parameters that one cell adds to a layer: gate projections, an H x H output matrix a head, and vectors.
 
     Args:
-        gates: projections D -> N; the write's run on the evicted token, the read's on the current one.
-        kept: of these, the write's. Their N numbers are computed when a token arrives and wait beside its K/V.
+        gates: number of projections D -> N, of the write (of the evicted token) and of the read (of the current one).
+        kept: number of those of the write. Their N numbers are computed when a token arrives and wait beside its K/V.
         small: parameters in vectors (biases, decay rates, norm weights).
         small_formula: `small` in letters.
     """
@@ -78,7 +78,7 @@ class Cell(nn.Module):
 
     @classmethod
     def size(cls, D: int, N: int, H: int) -> CellSize:
-        """What the cell adds to a layer, without feature maps and window gate."""
+        """The parameters of the cell in one layer, without feature maps and window gate."""
         parameters = list(cls(D, N, H, device="meta").parameters())
         gates = sum(parameter.shape == (N, D) for parameter in parameters)
         if cls.vectors is None:
@@ -126,7 +126,7 @@ class Cell(nn.Module):
         return unit(k_BNTH) if self.k_map is None else self.k_map(k_BNTH)
 
     def error(self, k_BNTH: Tensor, v_BNTH: Tensor, gates: Gates, state: Tensor) -> Tensor:
-        """How much of each value the state does not return, times how strongly it would be written, [B, N, T]."""
+        """The norm of the part of each value that the state does not return, times the write strength, [B, N, T]."""
         missing = v_BNTH.float() - self.key(k_BNTH) @ state
         return gates[0] * torch.linalg.vector_norm(missing, dim=-1)
 
@@ -145,7 +145,7 @@ class Cell(nn.Module):
         return out_BTNH + added
 
     def gate_inputs(self, x_BTD: Tensor) -> Tensor:
-        """What must be kept of a token in the window so that its gates can be computed when it leaves.
+        """The numbers of a token that wait in the window, from which `gates` are computed when the token leaves it.
 
         Returns [B, T, G * N] in the dtype of x: the linear part only, so that nothing is rounded twice.
         """
@@ -183,7 +183,7 @@ class Cell(nn.Module):
         return read
 
     def step_form(self) -> Form | None:
-        """How `ahn.ops.kernels.decode` computes `step` and `combine` on CUDA; None: it does not."""
+        """The form of `step` and `combine` that `ahn.ops.kernels.decode` computes on CUDA, or None if it has none."""
         return None
 
     def fla(self, q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, gates: Gates, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class Cell(nn.Module):
         return dispatch.pick_cell(self.fla_operation, like, gradients).name == "fla"
 
     def ready(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, fla: bool) -> tuple[Tensor, Tensor, Tensor, Gates]:
-        """What `run` takes, laid out as its kernel wants it."""
+        """The arguments of `run`, in the layout of its kernel."""
         dtype = q.dtype
         q, k = self.keys(q, k)
         if not fla:

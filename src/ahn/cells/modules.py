@@ -1,4 +1,4 @@
-"""What cells are built of: projections, maps of keys, norms, and how they are initialised.
+"""The parts of cells: projections, maps of keys, norms, and how they are initialised.
 
 Letters: as in `ahn.cells.base`.
 """
@@ -59,7 +59,7 @@ def initial_map(size: int, times: int) -> Tensor:
 
 
 class Room(nn.Module):
-    """How much of the window's attention stays beside the memory: a factor of 0 to 2 per token and head, at first 1.
+    """A factor on the window's attention that makes room for the memory: 0 to 2 per token and head, 1 at first.
 
     Softmax over the window alone shares all its weight among the window; full attention gives part of it to what has
     left. How large that part is depends on the token, on the window's lse and on how much has left.

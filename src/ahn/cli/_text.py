@@ -158,11 +158,11 @@ class Text(Iterator["Tensor"]):
         return True
 
     def within(self, most: int) -> int | None:
-        """The number of tokens in all if it is at most `most`, else None. Files are read that far ahead."""
+        """The number of tokens of all sources, or None if it is above `most`. Reads ahead until that is known."""
         try:
             while self.sources.bytes is not None and self._in_sight <= most and self._look_further():
                 pass
-        except AHNError as error:  # where reading gets to it, what stands before is kept
+        except AHNError as error:  # raised when reading reaches this place, so that the text before it is kept
             self._error = error
         return self._in_sight if self._ended and self._in_sight <= most else None
 

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from ahn.train.run import train
     from ahn.train.sources import check_there
 
-    first = int(os.environ.get("RANK", 0)) == 0  # of the processes torchrun starts, one speaks
+    first = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes; only this one prints
     if not args.check:
         check_there(list(plan.data))
     compared = check_machine(plan)

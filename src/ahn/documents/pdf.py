@@ -13,11 +13,11 @@ MAX_PAGES = 20_000
 MAX_UNREADABLE = 0.3  # share of the characters; beyond it the fonts do not say which letters they show
 
 _WORD = re.compile(r"[^\W\d_]+")
-_BROKEN = re.compile(r"(?<![^\W\d_])[^\W\d_]+[-\u2010]\s*\n\s*[^\W\d_]+")  # a word, at a line end
+_BROKEN = re.compile(r"(?<![^\W\d_])[^\W\d_]+[-\u2010]\s*\n\s*[^\W\d_]+")  # a word broken at a line's end
 _ITEM = re.compile(r"(?:[-*•▪➢✓–—]|\(?(?:\d{1,3}|[a-zA-Z])[.)])\s")
-_CHINESE = re.compile("[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")  # and Japanese: scripts without spaces
-_NARROW = 30  # characters; shorter lines are no running text
-_FULL = 0.85  # of the width of a page: letters differ in width, so lines in their number of letters
+_CHINESE = re.compile("[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")  # Chinese and Japanese, which have no spaces
+_NARROW = 30  # characters: text in shorter lines is no running text
+_FULL = 0.85  # share of a page's width from which a line counts as full, because letters differ in width
 
 
 class PDF(Format):

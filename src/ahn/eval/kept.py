@@ -1,4 +1,4 @@
-"""What the compared policies keep: sinks, a window, an adapter's memory, a store, passages read again."""
+"""The parts of a text that each compared policy keeps: sinks, window, memory, store, passages read again."""
 
 from __future__ import annotations
 

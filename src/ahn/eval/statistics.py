@@ -1,8 +1,9 @@
 """Confidence intervals of means and of differences, by bootstrap over examples.
 
-Examples are drawn with replacement, as many as there are, many times over; the interval holds the middle 95% of the
-means (percentile bootstrap). It says nothing about what no example shows: 0 right of 30 gives the interval [0, 0],
-although up to 3/30 would be no surprise. Differences are paired: both policies answered the same examples.
+A resample draws as many examples as there are, with replacement. The interval holds the middle 95% of the means of
+many resamples (percentile bootstrap). Where all scores are equal, so are all resamples: 0 right of 30 gives the
+interval [0, 0], although a true share of 3/30 would fit as well. Differences are paired: both policies answered the
+same examples.
 """
 
 from __future__ import annotations

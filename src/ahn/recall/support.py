@@ -32,11 +32,11 @@ from ahn.recall.question import Question
 from ahn.recall.words import words
 
 KINDS = ("heads", "heads_less"), ("words", "words_all"), ("said",)
-REFUSED = 0.05  # of the questions with an answer, at most
-AS_GOOD = 0.01  # of the area under the curve, which several signals must gain over one
+REFUSED = 0.05  # largest share of the questions with an answer that may be refused
+AS_GOOD = 0.01  # least gain in area under the curve for which several signals are used instead of one
 CHECK = "Does the text above contain the answer to this question: {question} Answer yes or no."
-_FLOOR = 1e-6  # of attention, below which its logarithm says nothing
-_STEPS, _RIDGE = 20, 1.0  # of the logistic fit
+_FLOOR = 1e-6  # least attention whose logarithm is a signal
+_STEPS, _RIDGE = 20, 1.0  # Newton steps and ridge penalty of the logistic fit
 
 Signals = Mapping[str, float]
 

@@ -1,4 +1,4 @@
-"""What was attended to while it was in the window (the idea of H2O, arXiv 2306.14048, and SnapKV, 2404.14469)."""
+"""The store `attention`: keeps tokens that got most attention (idea: H2O, arXiv 2306.14048; SnapKV, 2404.14469)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cell does not know yet (the idea of LoLA, arXiv 2505.23666, and HOLA, 2607.02303)."""
+"""The store `surprise`: keeps tokens that the cell cannot return (idea: LoLA, arXiv 2505.23666; HOLA, 2607.02303)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LongBench and LV-Eval ask and how it is scored: prompts, lengths of answers, metrics, stop words."""
+"""Settings of LongBench and LV-Eval: prompts, lengths of answers, metrics, stop words."""
 
 import json
 from functools import cache

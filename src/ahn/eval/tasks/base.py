@@ -129,10 +129,10 @@ class Task:
         return ids[:half] + ids[len(ids) - half :]
 
     def shorten(self, example: Example, tokenizer: Any, limit: int | None) -> Example:
-        """`example` with a prompt of at most `limit` tokens, without the template's, as `truncate` has it.
+        """Cut the prompt of `example` to `limit` tokens with `truncate`. Tokens of the chat template are not counted.
 
-        Places of a fact that are cut out are dropped, and so is a fact that has no place left: no finder can find it.
-        `evidence_cut` tells such examples apart.
+        A place of a fact that is cut out is dropped. A fact without any place left is dropped too, because no finder
+        could find it. `evidence_cut` is true for such examples.
         """
         if limit is None:
             return example

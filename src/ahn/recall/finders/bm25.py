@@ -30,10 +30,11 @@ class BM25(Finder):
 
 
 class Lexicon:
-    """The words of all passages. Use `of`, which makes it once.
+    """The words of all passages, each with a number. `Lexicon.of(passages)` makes it once for an archive.
 
     Attributes:
-        numbers: of each word. index: of bm25s, by these numbers.
+        numbers: number by word.
+        index: the index of bm25s over these numbers.
     """
 
     def __init__(self, texts: list[str]) -> None:
@@ -53,7 +54,7 @@ class Lexicon:
         return found
 
     def weight(self, word: str) -> float:
-        """How much BM25 makes of a word: the fewer passages have it, the more."""
+        """The weight of a word in BM25: larger if fewer passages have it."""
         having = int(self._having[self.numbers[word]]) if word in self.numbers else 0
         return math.log(1 + (self._passages - having + 0.5) / (having + 0.5))
 

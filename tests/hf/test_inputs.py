@@ -1,4 +1,4 @@
-"""What comes in at the doors of the library: ids, masks, caches and models that do not go together."""
+"""Invalid inputs of the library: ids, masks, caches and models that do not go together."""
 
 import numpy as np
 import pytest
