@@ -9,7 +9,8 @@ import ahn
 from ahn.compat import PAST
 from ahn.errors import AHNError, ConfigError, UnsupportedModelError
 from ahn.hf.augment import set_window
-from conftest import in_pieces, tiny, token_ids, with_memory
+from ahn.memory.handle import handle_of
+from conftest import in_pieces, retrieval, tiny, token_ids, with_memory
 
 
 def test_detach_restores_the_base_exactly():
@@ -37,6 +38,44 @@ def test_detach_restores_the_base_exactly():
     assert set(vars(base)) == attributes
     with torch.no_grad():
         assert torch.equal(base(ids).logits, expected)
+
+
+def test_settings_on_the_model_are_those_of_its_layers():
+    """They are views of the handle; what cannot be set says so, and names what to call."""
+    model = with_memory(tiny())
+    config, handle = model.ahn_config, handle_of(model)
+    with pytest.raises(ConfigError, match=r"set_window\(model, window, sinks\).*ahn\.detach"):
+        model.ahn_config = config.replace(window=8)
+    with pytest.raises(ConfigError, match=r'ahn_names\["base"\]'):
+        model.ahn_names = {}
+    assert model.ahn_config is config is handle.config and not {"ahn_config", "ahn_names"} & set(vars(model))
+    set_window(model, 8, 2)
+    assert model.ahn_config == config.replace(window=8, sinks=2)
+    assert all(layer.sizes.window == 8 for layer in handle.layers)
+    model.ahn_names["base"], model.ahn_retrieval = "mine", retrieval()
+    assert handle.names["base"] == "mine" and handle.retrieval is model.ahn_retrieval is not None
+    twin = copy.deepcopy(model)
+    set_window(twin, 16, 4)
+    assert (twin.ahn_config.window, model.ahn_config.window) == (16, 8)
+    assert twin.ahn_names == model.ahn_names and twin.ahn_names is not model.ahn_names
+
+
+def test_the_class_of_a_model_is_its_own_again():
+    """Other models of the class never see a difference, and the name that configs and fingerprints hold stays."""
+    model, other = tiny(), tiny()
+    base = type(model)
+    with_memory(model)
+    assert isinstance(model, base) and type(model) is not base and type(model).__name__ == base.__name__
+    assert type(with_memory(tiny())) is type(model) and type(other) is base and not hasattr(base, "ahn_config")
+    other.ahn_config = 1
+    ahn.detach(model)
+    assert type(model) is base and not hasattr(model, "ahn_config")
+    with_memory(model)
+    model.__class__ = type("FSDP" + base.__name__, (type(model),), {})  # as `fully_shard` does
+    ahn.detach(model)
+    assert isinstance(model, base) and not any(hasattr(model, f"ahn_{name}") for name in ("config", "names"))
+    with_memory(model)
+    assert model.ahn_config.window == handle_of(model).config.window
 
 
 def test_augment_twice_and_detach_twice():

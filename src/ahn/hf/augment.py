@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ahn.config import AHNConfig
 from ahn.errors import ConfigError
+from ahn.hf import attributes
 from ahn.hf.architecture import attention_modules, check_fits, check_weights, set_unlimited
 from ahn.hf.hooks import ATTENTION, attention_function, call_decoder, keep_call, mask_function, read_in_chunks
 from ahn.hf.weights import save_with_base
@@ -42,7 +43,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
         config: the memory; default AHNConfig().
 
     Returns:
-        the same model, with `model.ahn_config`.
+        the same model. `model.ahn_config` shows its settings; `set_window` and another `augment` change them.
 
     Raises:
         UnsupportedModelError: the attention cannot be split into sinks and window; says what is missing.
@@ -58,7 +59,7 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     check_weights(model)
     decoder = model.get_decoder()
     check_fits(config, model.config.get_text_config(), len(attentions))
-    handle = Handle(model)
+    handle = Handle(model, config)
     handle.hold_frequencies()
     try:
         rotary = _rotary(decoder, attentions[0], config)
@@ -77,8 +78,8 @@ def augment(model: PreTrainedModel, config: AHNConfig | None = None) -> PreTrain
     _own_config(model)
     model.config._attn_implementation = ATTENTION
     set_unlimited(model, True)
-    handle.publish(config)
     model._ahn = handle
+    attributes.add(model)
     model.save_pretrained = MethodType(save_with_base, model)
     decoder.forward = MethodType(call_decoder, handle)
     return given
@@ -125,7 +126,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     del decoder.forward, model.save_pretrained
     if handle.forward is not None:
         decoder.forward = handle.forward
-    handle.withdraw()
+    attributes.remove(model)
     del model._ahn
     return given
 

@@ -26,12 +26,18 @@ if TYPE_CHECKING:
 class Handle:
     """The memories of a model, the state its calls share, and everything that `detach` has to undo.
 
-    `config`, `names` and `retrieval` are kept where users find them: in `model.ahn_config`, `model.ahn_names` and
-    `model.ahn_retrieval`.
+    Attributes:
+        config: the settings; `resize` changes them. names: of "base" and "adapter", for people and memory files.
+        retrieval: the heads of the base that find passages (`ahn.recall`), or None.
+
+    Users see these three as `model.ahn_config`, `model.ahn_names` and `model.ahn_retrieval` (`ahn.hf.attributes`).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, config: AHNConfig) -> None:
         self.model, self.decoder, self.layers = model, model.get_decoder(), list[AHNLayer]()
+        self.config = config
+        self.retrieval: RetrievalHeads | None = None
+        self.names: dict[str, str | None] = {"base": model.config._name_or_path or None, "adapter": None}
         self.forward = vars(self.decoder).get("forward")  # the decoder's own, of accelerate, say, or None
         self.adapter = object()  # another one with each adapter that is loaded
         self._begin()
@@ -46,43 +52,6 @@ class Handle:
         self.vocabulary = model.get_input_embeddings().num_embeddings
         # rotary module, and its type and frequencies before `hold_frequencies`
         self.held: tuple[Any, str, Tensor] | None = None
-
-    def publish(self, config: AHNConfig) -> None:
-        """Set the attributes that users find on the model."""
-        self.config, self.retrieval = config, None
-        self.names = {"base": self.model.config._name_or_path or None, "adapter": None}
-
-    def withdraw(self) -> None:
-        del self.model.ahn_config, self.model.ahn_names, self.model.ahn_retrieval
-
-    @property
-    def config(self) -> AHNConfig:
-        found: AHNConfig = self.model.ahn_config
-        return found
-
-    @config.setter
-    def config(self, config: AHNConfig) -> None:
-        self.model.ahn_config = config
-
-    @property
-    def names(self) -> dict[str, str | None]:
-        """Of "base" and "adapter", for people and memory files."""
-        found: dict[str, str | None] = self.model.ahn_names
-        return found
-
-    @names.setter
-    def names(self, names: dict[str, str | None]) -> None:
-        self.model.ahn_names = names
-
-    @property
-    def retrieval(self) -> RetrievalHeads | None:
-        """The heads of the base that find passages (`ahn.recall`), or None."""
-        found: RetrievalHeads | None = self.model.ahn_retrieval
-        return found
-
-    @retrieval.setter
-    def retrieval(self, heads: RetrievalHeads | None) -> None:
-        self.model.ahn_retrieval = heads
 
     def resize(self, window: int, sinks: int, store_size: int) -> None:
         """Other sizes from now on, for new caches and whole sequences. Raises ConfigError if they are none."""
