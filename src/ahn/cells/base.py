@@ -137,7 +137,7 @@ class Cell(nn.Module):
 
         Args:
             out_BTNH, lse_BNT: attention over sinks and window, and its lse.
-            read_BNTH: what was read, [B, N, T, H]. x_BTD: layer input. evicted_RT: tokens that have left the window.
+            read_BNTH: the cell's read, [B, N, T, H]. x_BTD: layer input. evicted_RT: tokens that have left the window.
         """
         added = self.output(read_BNTH, x_BTD)
         if self.room is not None:

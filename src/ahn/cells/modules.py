@@ -61,8 +61,8 @@ def initial_map(size: int, times: int) -> Tensor:
 class Room(nn.Module):
     """A factor on the window's attention that makes room for the memory: 0 to 2 per token and head, 1 at first.
 
-    Softmax over the window alone shares all its weight among the window; full attention gives part of it to what has
-    left. How large that part is depends on the token, on the window's lse and on how much has left.
+    Softmax over the window alone shares all its weight among the window; full attention gives part of it to
+    older tokens. The size of that part depends on the token, on the window's lse and on how many tokens have left.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> None:

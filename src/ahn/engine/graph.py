@@ -4,14 +4,14 @@ Letters: B batch, T tokens, D hidden size; R rows of positions: 1 where all of t
 else B.
 
 A step of a 36-layer model is a thousand small kernels, which Python cannot launch as fast as a GPU runs them. Captured
-in a graph they need one launch, but then nothing may depend on the host: a `DecodeBatch` is one whose
-positions are a tensor on the device, and the layers do the same with it as with any other (`AHNLayer._one`); rows that
-evict nothing have gates of zero. Work that few positions ask for (`AHNLayer.is_periodic`) is in a second graph of the
-same step; the host, which counts, picks one of the two.
+in a graph they need one launch, but then nothing may depend on the host. The positions of a `DecodeBatch` are therefore
+a tensor on the device. Layers treat it as any other batch (`AHNLayer._one`), and rows that evict nothing have gates of
+zero. Work that few positions ask for (`AHNLayer.is_periodic`) is in a second graph of the same step; the host counts
+positions and picks one of the two.
 
-A graph reads and writes fixed addresses. So the tensors of a cache *lie in* the graph's buffers while it is being
-decoded from: the first cache's tensors become the buffers, another one is copied into them when its turn comes, after
-the one before it, if it still exists, got copies of its own. A cache is read, saved and forked there as anywhere.
+A graph reads and writes fixed addresses. So the tensors of a cache *lie in* the graph's buffers while it is decoded.
+The first cache's tensors become the buffers. When another cache's turn comes, the one before it gets copies of its own,
+if it still exists, and the new one is copied into the buffers. A cache can be read, saved and forked there as usual.
 """
 
 from __future__ import annotations

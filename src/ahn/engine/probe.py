@@ -1,4 +1,4 @@
-"""Whether a base's modules are of the form that faster ones are known for: tried out where names do not say it."""
+"""Whether a base's modules have a form for which there is a faster one. Where names do not say so, they are tried."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ahn.compat import PAST
 
 
 def is_plain(module: Any) -> bool:
-    """A linear layer of which nothing is known but weight and bias: no quantisation, no adapter, no hook."""
+    """A linear layer with a weight and a bias and nothing else: no quantisation, no adapter, no hook."""
     if type(module) not in (nn.Linear, Linear) or "forward" in vars(module) or has_hooks(module):
         return False
     weights = [weight for weight in (module.weight, module.bias) if weight is not None]
@@ -29,7 +29,7 @@ def plain_and_alike(modules: list[Any]) -> list[Any]:
 
 
 def is_gated(mlp: Any) -> bool:
-    """An MLP of three plain layers, down(silu(gate x) * (up x)); tried out, for the names do not say so."""
+    """An MLP of three plain layers, down(silu(gate x) * (up x)); tried out, because names do not say so."""
     names = ("gate_proj", "up_proj", "down_proj")
     if "forward" in vars(mlp) or not all(is_plain(getattr(mlp, name, None)) for name in names):
         return False
@@ -43,8 +43,8 @@ def is_gated(mlp: Any) -> bool:
 
 
 def is_block(layer: Any) -> bool:
-    """A decoder layer that is h + attention(norm h), then h + MLP(norm h), and nothing else: tried out with others in
-    the place of its parts, each of which answers only to what it has to be given."""
+    """A decoder layer that computes h + attention(norm h), then h + MLP(norm h), and nothing else. It is tried with
+    stand-ins for its parts, each of which answers only to the right input."""
     if "forward" in vars(layer):
         return False
     generator = torch.Generator().manual_seed(0)

@@ -1,1 +1,1 @@
-"""What is remembered: the layers of a model, their buffers, the cache and its file, and what is kept on the host."""
+"""Memory: the layers of a model, their buffers, the cache and its file, and what is kept on the host."""

@@ -86,7 +86,8 @@ class CellTier(LastTier):
     def _absorb_one_fused(
         self, parts: Any, new: LayerBatch, evicted: Evicted, evictions: Evictions, memory: LayerMemory, form: Any
     ) -> Tensor:
-        """Merge, write, read and combine by `ahn.ops.kernels.decode`; what goes beyond the paper stays plain torch."""
+        """Merge, write, read and combine by `ahn.ops.kernels.decode`. Parts that the paper does not have stay plain
+        torch."""
         from ahn.ops.kernels import decode
 
         assert evicted.gate_inputs is not None

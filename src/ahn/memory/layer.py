@@ -133,7 +133,7 @@ class AHNLayer(nn.Module):
             self.last.compile_for_training()
 
     def forward(self, new: LayerBatch, memory: LayerMemory | None) -> Tensor:
-        """What o_proj reads, [B, T, N, H].
+        """The input of o_proj, [B, T, N, H].
 
         Without a `memory` the batch is a whole sequence, nothing is stored, and gradients flow.
         """

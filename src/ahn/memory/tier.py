@@ -44,7 +44,7 @@ class LastTier:
         return LayerMemory(sizes.window, sizes.sinks, self.gate_width)
 
     def gate_inputs(self, x: Tensor) -> Tensor | None:
-        """What is kept of tokens x [B, T, D] while they are in the window: [B, T, G * N]."""
+        """Numbers kept of tokens x [B, T, D] while they are in the window: [B, T, G * N]."""
         return None
 
     def absorb(
@@ -68,14 +68,14 @@ class LastTier:
         return self.absorb(attended, new, evicted, evictions, memory)
 
     def recur(self, q: Tensor, evicted: Evicted, evictions: Evictions, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the tokens evicted with queries q [B, N, E, H], behind a store: what these read, and the next state."""
+        """Take the tokens evicted with queries q [B, N, E, H], behind a store. Returns reads and the next state."""
         raise NotImplementedError
 
     def compile_for_training(self) -> None:
         """Compile the steps around the kernels, if there are any."""
 
     def read_sequence(self, new: LayerBatch, evictions: Evictions) -> Tensor:
-        """What the queries of a whole sequence read, [B, N, T, H], without a memory and with gradients."""
+        """Reads of all queries of a whole sequence, [B, N, T, H], without a memory and with gradients."""
         raise NotImplementedError
 
     def combine_sequence(

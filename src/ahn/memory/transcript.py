@@ -53,7 +53,7 @@ class Transcript:
         return twin
 
     def to(self, device: torch.device | str) -> None:
-        """Move to another device; what comes must be on the same."""
+        """Move to another device; later ids must be on the same."""
         self.rows = [row.to(device) for row in self.rows]
         self.pending = [replace(run, ids=[ids.to(device) for ids in run.ids]) for run in self.pending]
 

@@ -34,8 +34,8 @@ def gated_delta_rule(
     tokens, size = q.shape[2], v.shape[-1]
     q, k, v, beta = (_blocks(t) for t in (q, k, v, beta))
     decay = _Decay(_blocks(log_decay) if log_decay is not None else None)
-    # What token i writes, u_i, depends on what the tokens before it in the block wrote: (I + A) u = beta (v - S^T k).
-    # Solved for both terms: u = writes - keys S, so that from block to block S <- (a I - K^T keys) S + K^T writes.
+    # Token i writes u_i, which depends on the writes before it in the block: (I + A) u = beta (v - S^T k).
+    # Solved for both terms, u = writes - keys S. So from block to block S <- (a I - K^T keys) S + K^T writes.
     scores = k @ k.transpose(-1, -2) * beta[..., None]
     right = torch.cat([v, decay.since_start(k)], -1) * beta[..., None]
     solved = torch.linalg.solve_triangular(decay.pairs(scores).tril(-1), right, upper=False, unitriangular=True)

@@ -1,10 +1,10 @@
-"""Eviction from the store: which tokens stay, and which are written into the state instead.
+"""Eviction from the store: which tokens stay, and which are written into the state.
 
 Letters: B batch, M key/value heads, C tokens that leave the window, P slots of the store.
 
-Each step after the window is full evicts one token per key/value head from the store and the newcomer: the one of
-lowest priority, the older one of equals. Priorities never change, so many steps are resolved at once: a token is out at
-the first step at which P better ones have come.
+Once the window is full, each step brings one newcomer, and each key/value head evicts the token of lowest priority
+among those in the store and the newcomer; of equals the older one. Priorities never change, so many steps are resolved
+at once: a token is out at the first step at which P better ones have come.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 Tensors are [B, T, N, H] in half precision, gates [B, T, N] float32, states [B, N, K, H] float32.
 
-The library compiles many forms of each kernel and keeps the one that was fastest with the first tensors it met: half a
-minute for a new shape, and a choice made by chance where those were few tokens. On Hopper version 0.6 is given the
-forms in `hopper/` instead, files as it reads them itself: the fastest for 16,320 tokens in heads of 64 and of 128
-channels, but of three stages, for the four that are 8% faster with 128 do not fit heads of 256. For other kernels,
-where it was imported before, or where the environment says something else, it chooses by itself. The whole process
-gets these forms.
+The library compiles many forms of each kernel and keeps the form that was fastest on the first tensors it met. That
+takes half a minute for a new shape, and with few tokens the choice is chance. On Hopper, version 0.6 reads the forms in
+`hopper/` instead, files in its own format. They are the fastest for 16,320 tokens in heads of 64 and 128 channels, with
+three stages: four would be 8% faster with 128 channels but do not fit heads of 256. The library still chooses by itself
+for other kernels, if it was imported earlier, and if the environment says something else. The whole process gets these
+forms.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Library:
     forms: str = "it chooses the forms of its kernels"
 
     def load(self) -> None:
-        """Called before each import from the library. Its only way to be given forms is the environment, at which it
-        looks when it is imported and when it meets a kernel for the first time."""
+        """Call this before each import from the library. The library takes forms from the environment only, which it
+        reads when it is imported and when it meets a kernel for the first time."""
         if self.loaded:
             return
         chosen = {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & os.environ.keys()

@@ -20,7 +20,7 @@ class Shift(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """What is in front is never written, so its gradient is zero and left out."""
+        """The tokens in front are never written, so their gradient is zero and left out."""
         (gradient,), (by,) = gradients, ctx.saved_tensors
         length = gradient.shape[ctx.dim]
         at = torch.arange(length, device=gradient.device) + by

@@ -58,7 +58,7 @@ def with_gradients(q: Tensor, k: Tensor) -> bool:
 
 
 def _bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores: [R, 1 or M, G * C, K], its rows aligned as fused kernels on CUDA want them."""
+    """The mask as numbers to add to the scores, [R, 1 or M, G * C, K]. Rows are aligned for fused kernels on CUDA."""
     *rest, queries, keys = mask.shape
     bias = torch.zeros(*rest, groups, queries, -(-keys // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)
     bias[..., :keys].masked_fill_(~mask[:, :, None], torch.finfo(dtype).min / 2)

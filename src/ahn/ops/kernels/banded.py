@@ -85,7 +85,7 @@ def _in_order(since: Tensor, until: Tensor, queries: int) -> tuple[Tensor, Tenso
 
 
 def _soon(number: Tensor) -> Callable[[], int]:
-    """A number as the host will know it: what is launched before it is asked for is not waited for."""
+    """A function that gives a number on the device to the host. It waits only for what was launched before `_soon`."""
     if number.device.type != "cuda":
         return lambda: int(number)
     copy = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
@@ -100,7 +100,7 @@ def _soon(number: Tensor) -> Callable[[], int]:
 
 
 def _blocks(q: Tensor) -> tuple[int, int, int, int]:
-    """Queries of a program, keys at once, warps and loads under way: what fits into the shared memory."""
+    """Queries of a program, keys at once, warps, loads under way: as many as fit into the shared memory."""
     if q.shape[2] <= 32 or q.element_size() == 4:
         return 32, 32, 4, 2
     if q.shape[-1] <= 64:

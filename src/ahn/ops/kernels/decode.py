@@ -217,7 +217,7 @@ def _recur_and_merge(
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
     BY_ROW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Neither needs the other, and both are cut alike."""
+    """`_recur` and `_merge` side by side: neither needs the other, and both are cut into the same columns."""
     if tl.program_id(2) == 0:
         _recur(
             q, k, v, inputs, writes, rates, biases, state, read, scale, gate_width,
@@ -235,8 +235,8 @@ def _recur(
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
     BY_ROW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of the state of one head. What is read after the write follows from products with the state before
-    it, so one pass finds both and a second writes."""
+    """Some columns of the state of one head. The read after the write follows from products with the state before it,
+    so one pass over the state finds both, and a second pass writes."""
     release(PDL)
     wait(PDL)
     batch = (tl.program_id(0) // HEADS).to(tl.int64)

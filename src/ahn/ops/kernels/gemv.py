@@ -2,10 +2,10 @@
 
 Letters: V vectors, K their length, R rows of a matrix, that is outputs.
 
-Such a product is as fast as the matrix is read. So it is read once for all vectors, by programs of few rows, of which
-there are several for each multiprocessor and each has several loads under way; and small matrices that are multiplied
-by the same vectors are read by one kernel, where they lie. A norm of the vectors comes with the product that reads
-them, a sum with the product that is added.
+Such a product takes as long as reading the matrix. So the matrix is read once for all vectors. A program has few rows,
+each multiprocessor several programs, each program several loads under way. Small matrices that are multiplied by the
+same vectors are read by one kernel, where they lie. The kernel also normalises the vectors before the product, or adds
+to its result.
 
 Under TRITON_INTERPRET=1 they run on a CPU.
 """
@@ -52,7 +52,7 @@ def together(
     out = flat.new_empty(len(flat), sum(rows))
     form = _form(flat, sum(rows))
     weights = tuple(layer.weight for layer in layers)
-    biases = tuple(layer.weight if layer.bias is None else layer.bias for layer in layers)  # a place to point to
+    biases = tuple(layer.weight if layer.bias is None else layer.bias for layer in layers)  # something to point to
     scale, epsilon = norm if norm is not None else (None, 0.0)
     _together[(sum(triton.cdiv(count, form["ROWS"]) for count in rows),)](
         flat, scale, normed, weights, biases, None if add is None else add.contiguous(), out, epsilon,

@@ -1,8 +1,9 @@
 """Kernels that start while the one before them ends: programmatic dependent launch, on Hopper and later.
 
-A kernel that is launched so may begin when all programs of the one before it have called `release`, and must `wait` for
-its end before it touches anything that another kernel writes: what is constant, weights, it may load before. Every
-kernel that releases waits, in all its programs, so what one of them has waited for is over for those behind it too.
+Such a kernel may begin when all programs of the kernel before it have called `release`. It may load weights at once,
+because they are constant, but must `wait` for the end of that kernel before it touches anything that another kernel
+writes. Every kernel that releases also waits, in all its programs. So a kernel that has waited knows that all kernels
+before it have ended.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ahn.ops import dispatch
 
 
 def options(device: str, apart: bool = False) -> dict[str, Any]:
-    """How a kernel with the constant PDL is launched on this device. `apart`: beside others, not behind one."""
+    """Options to launch a kernel with the constant PDL. `apart`: it runs beside other kernels, not behind one."""
     overlaps = not apart and dispatch.pick_launches(device).name == "pdl"
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 

@@ -2,10 +2,10 @@
 
 Letters: B batch, N query heads, M key/value heads, T tokens, H head size, Q blocks of queries, W window.
 
-It is the training of a store's gates (`ahn.train.gates`): to the score of a key that is W or more back, and no
-sink, the log of its weight is added, which differs from one block of queries to the next. Forward one program has some
-queries of one head, backward once more so, and once some keys of one key/value head, with all queries that see them.
-Scores exist for a tile at a time.
+It trains the gates of a store (`ahn.train.gates`). A key that is W or more back, and no sink, has a weight for each
+block of queries; the log of the weight is added to its score. In the forward kernel a program has some queries of one
+head. The backward pass is two kernels: one is cut in the same way, and in the other a program has some keys of one
+key/value head and all queries that see them. Scores exist for one tile at a time.
 
 Under TRITON_INTERPRET=1 it runs on a CPU.
 """
@@ -140,7 +140,7 @@ def _put(x, value, token, step, channel, there, SIZE: tl.constexpr):
 
 @triton.jit
 def _scores(query, keys, log_weight, i, j, end, tokens, scale, sinks, window, PRECISION: tl.constexpr):
-    """Of one tile, times log2(e): those of keys that are not seen are -inf. And which keys are behind the window."""
+    """The scores of one tile, times log2(e), -inf for keys that are not seen; and which keys are behind the window."""
     ago = i[:, None] - j[None, :]
     behind = (ago >= window) & (j >= sinks)[None, :]
     score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
@@ -150,7 +150,7 @@ def _scores(query, keys, log_weight, i, j, end, tokens, scale, sinks, window, PR
 
 @triton.jit
 def _queries(tokens, size, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a program: their block, the first, and the end of them in it. Those that see the most come first."""
+    """The queries of a program: their block, the first of them, their end. Those that see the most come first."""
     tiles = tl.cdiv(size, BLOCK)
     tile = BLOCKS * tiles - 1 - tl.program_id(0)
     block = tile // tiles
