@@ -131,7 +131,7 @@ def _read_pieces(
 
 
 def _chunks_of(pieces: Iterable[Tensor], cut: Chunks) -> Iterator[Tensor]:
-    """Pieces [T] of one text as the chunks that `Chunks.ends` has for the whole."""
+    """The chunks of one text that comes in pieces [T]: the same that `Chunks.ends` gives for the whole text."""
     held, waiting = torch.empty(0, dtype=torch.long), []
     size, rest = cut.first or cut.size, cut.size // 8
     for piece in pieces:

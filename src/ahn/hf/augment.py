@@ -1,7 +1,7 @@
 """Puts memories on a transformers model, and takes them off again without a trace.
 
 A layer is reached without code for any model family:
-- a hook before each attention module keeps its input x and its cache, which the attention function is not given;
+- a hook before each attention module keeps its input x and its cache for the attention function;
 - the attention function, registered with transformers by name, receives q, k, v after rotary positions and returns
   what goes into o_proj: attention over sinks and window, plus the read from the memory;
 - the decoder's `forward` replaces the default cache by an AHNCache, opens and closes its batch, and replays a graph
@@ -96,7 +96,7 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _rotary(decoder: Any, attention: Any, config: AHNConfig) -> Rotary | None:
-    """The base's rotation where it is or may come to be needed: `set_window` may give sinks to a model without any.
+    """The base's rotation, if it is needed or may be needed later: `set_window` may give sinks to a model without any.
     Raises ConfigError if it is needed now and cannot be composed."""
     unrotates = config.memory_positions == "none"
     if not unrotates and config.sink_positions != "clipped":

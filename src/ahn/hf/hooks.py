@@ -61,8 +61,8 @@ def full_attention(
 
 
 def _full(layer: AHNLayer) -> Full | None:
-    """The functions that this thread has put in the place of `layer`. The backward pass recomputes checkpointed layers
-    in threads of its own."""
+    """The functions that replace `layer` in this thread. The backward pass recomputes checkpointed layers in threads
+    of its own."""
     if not layer.full:
         return None
     found = layer.full.get(threading.get_ident())
@@ -229,8 +229,8 @@ def _own_cache(handle: Handle, cache: Any, use_cache: bool | None) -> AHNCache |
 def read_in_chunks(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the model: of a long prompt whose last logits alone are wanted, read all but the last chunk. The cache may
-    have either of its names."""
+    """Before the model: if only the last logits of a long prompt are wanted, read all of it but the last chunk. The
+    cache may have either of its names."""
     renamed = OTHER_PAST in kwargs
     kwargs = _by_name(model, args, kwargs)
     as_called = ((), kwargs) if renamed else None

@@ -193,7 +193,7 @@ class AHNCache(Cache):
         return file.load(path, base_of(model), cls)
 
     def describe(self) -> dict[str, Any]:
-        """What a memory file says about this cache. Raises ConfigError if the model is no longer the one that an
+        """The header of a memory file of this cache. Raises ConfigError if the model is no longer the one that an
         earlier file was of."""
         found = fingerprint.fingerprint(self._model)
         if self._fingerprint not in (None, found):

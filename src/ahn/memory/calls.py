@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class Calls(threading.local):
-    """The attention module that this thread is in, its input [B, T, D] and its cache: the hook before the module leaves
-    them for the attention function, which is not given them."""
+    """The attention module that this thread is in, its input [B, T, D] and its cache. transformers does not pass them
+    to the attention function, so a hook before the module leaves them here."""
 
     now: tuple[Any, Tensor, Any] | None = None
 

@@ -22,9 +22,9 @@ class Evicted(NamedTuple):
 
 
 class Evictions(NamedTuple):
-    """When tokens of a batch evict one from the tiers above the cell. All layers share it.
+    """Which tokens of a batch evict one from the tiers above the cell. All layers share it.
 
-    It begins at the first token of the batch that can.
+    T counts from the first token of the batch that may evict one.
     """
 
     writes: Tensor | None  # bool [R, T]: whether token t evicts one; None: each does

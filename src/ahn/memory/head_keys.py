@@ -1,4 +1,4 @@
-"""Keys of retrieval heads: those by which a model finds a passage that answers a question, kept for the whole text.
+"""Keys of retrieval heads, kept for the whole text: by them a model finds a passage that answers a question.
 
 Letters: T tokens, M key/value heads, C the kept ones of a layer, H head size, G groups of tokens.
 
@@ -7,8 +7,8 @@ their rotary positions, averaged over `pool` neighbouring tokens, and kept as in
 for each key/value head. Without positions a key is the same wherever it stands, so a text may be longer than the
 model's context.
 
-Steps of the int8 values are fixed by channel, around a centre. Subtracting the centre from every key moves all scores
-of a query alike, which no softmax sees, and leaves the int8 values for the differences between keys.
+Each channel has a fixed step of its int8 values and a centre. Subtracting the centre from every key moves all scores of
+a query by the same number, which no softmax sees, and leaves the int8 values for the differences between keys.
 """
 
 from __future__ import annotations

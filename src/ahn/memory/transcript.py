@@ -1,8 +1,8 @@
-"""Which words the tokens were that a store keeps, for people: `ahn inspect`.
+"""The words of the tokens that a store keeps, for people: `ahn inspect`.
 
-A model needs only keys and values. So that a store can be read, the ids of the tokens that some head of some layer
-still keeps, and of a few beside them, are kept along with their positions; what nobody keeps any more is dropped from
-time to time. That bounds it by the number of slots, whatever the length of the text.
+A model needs only keys and values. People need words: a transcript has ids and positions of the tokens that some head
+of some layer still keeps, and of a few neighbours. Ids of other tokens are dropped from time to time, so its size is
+bounded by the number of slots, for texts of any length.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Transcript:
     def add(self, starts: list[int], counts: list[int], ids: Tensor) -> None:
         """Tokens that are read: row b has ids[b, :counts[b]] from position starts[b] on; one entry serves all rows."""
         last, length = self.pending[-1] if self.pending else None, ids.shape[1]
-        ids = ids.clone()  # whose it is may write into it
+        ids = ids.clone()  # its owner may write into it
         ends = [at + last.counts[0] for at in last.starts] if last is not None and self.full else None
         if last is not None and starts == ends and last.batch == len(ids):
             last.ids.append(ids)
@@ -74,7 +74,7 @@ class Transcript:
         return self.waiting >= PENDING
 
     def trim(self, kept: list[Tensor], sinks: int, last: int) -> None:
-        """Drop what is kept nowhere.
+        """Drop the ids of tokens that are kept nowhere.
 
         Args:
             kept: positions that are kept, by layer [B, n], below 0 where there is none. sinks, last: so many first and

@@ -5,9 +5,9 @@ R rows of positions: 1 where all of the batch are at the same position, else B.
 
 A store sees a token once, when it arrives, and returns one score per key/value head. The score waits with the token
 in the window. When the token leaves, the highest of its span (`store_span`) becomes its priority, which never changes
-again: that is what lets many tokens be resolved at once (`ahn.ops.eviction`). Scores must not depend on how the text is
-cut into pieces: on the token and its position, on the state at the last multiple of `grid`, or on what the queries at
-multiples of `every` attend to.
+again. Therefore many tokens can be resolved at once (`ahn.ops.eviction`). Scores must not depend on how the text is cut
+into pieces. They may depend on the token and its position, on the state at the last multiple of `grid`, and on the
+attention of the queries at multiples of `every`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Store(nn.Module):
         every: the queries at multiples of this position add the attention that a token gets from them to its score;
             0: none does. Needs a `grid`, which bounds what is held at once.
         trained: it has weights, which are part of an adapter.
-        reads_state: the score needs what the cell cannot return (`error` below); then a copy of the state at the last
-            multiple of `grid` is kept.
+        reads_state: the score needs the error of the cell's state (`error` below); then a copy of the state at the
+            last multiple of `grid` is kept.
     """
 
     name: ClassVar[str]

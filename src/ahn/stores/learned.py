@@ -1,4 +1,4 @@
-"""A small gate says what will be needed (the idea of TRIM-KV, arXiv 2512.03324). Trained by `ahn.train.gates`."""
+"""A small gate predicts needed tokens (the idea of TRIM-KV, arXiv 2512.03324). Trained by `ahn.train.gates`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ UNIT = 1024  # positions in which the decay is counted
 class Learned(Store):
     """The tokens that a trained gate expects to be attended to from far away.
 
-    Two layers from the layer's input to one score per key/value head, and one decay per head: a score fades with age,
-    for all tokens of a head alike, so that their order stays.
+    Two layers lead from the layer's input to one score per key/value head. Each head has one decay: scores fade with
+    age at the same rate for all its tokens, so their order stays.
     """
 
     name = "learned"
