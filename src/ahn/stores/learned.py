@@ -1,4 +1,7 @@
-"""A small gate predicts needed tokens (the idea of TRIM-KV, arXiv 2512.03324). Trained by `ahn.train.gates`."""
+"""The store `learned`: keeps tokens that a small gate predicts to be needed (idea: TRIM-KV, arXiv 2512.03324).
+
+The gate is trained by `ahn.train.gates`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any tokens: the control that a rule has to beat."""
+"""The store `random`: keeps any tokens; the control that a rule has to beat."""
 
 from __future__ import annotations
 

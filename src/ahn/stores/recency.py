@@ -1,4 +1,4 @@
-"""The youngest tokens: a longer window, seen at one distance."""
+"""The store `recency`: keeps the youngest tokens; a longer window, seen at one distance."""
 
 from __future__ import annotations
 
