@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ahn.cost import PAPER, cost
 from pages.tables import Row, block, markdown, numbers, result, rows, table, wrapped
+from speeds._floors import Ceilings, Floors
 
 CELLS = ("gated_deltanet", "deltanet", "mamba2")
 KINDS = {"full": "full attention", "window": "sinks and window"} | {cell: f"+ {cell}" for cell in CELLS}
@@ -57,10 +59,11 @@ def cpu_serve() -> str:
         rate, chats = row["tokens_per_s"], row["batch"]
         body.append([str(chats), f"{rate:.1f}", f"{rate / chats:.1f}"])
     first, slot = rows(name, what="first token")[0], result(name)["bytes_of_slot"] / 1e6
+    alone, four = (rows(name, what="answer", batch=chats)[-1]["tokens_per_s"] for chats in (1, 4))
     about = (
         f"SmolLM2-135M, chats on a memory of {first['length']:,} tokens, questions of 16 tokens and answers of 64. "
-        f"A slot has {slot:.0f} MB. The first token comes after {first['idle_ms'] / 1000:.2f} s, and after "
-        f"{first['reading_ms'] / 1000:.2f} s while a document is read at {first['read_per_s']:.0f} tokens/s."
+        f"Four chats get {four / alone:.1f} times the tokens of one. A slot has {slot:.0f} MB. The first token comes "
+        f"after {first['idle_ms'] / 1000:.2f} s, and after {first['reading_ms'] / 1000:.2f} s while a document is read at {first['read_per_s']:.0f} tokens/s."
     )
     return block(head, body, about, name)
 
@@ -140,9 +143,86 @@ def decode() -> str:
     about = (
         "Time of a token behind 131,072 tokens if no other number is said; shapes of Qwen2.5 with random weights, "
         "32,768 lossless tokens, bfloat16, batch 1, gated_deltanet, a store of 24,154 slots; full attention is sdpa "
-        "with the default cache."
+        "with the default cache. "
     )
-    return devices(lines, WIDE, "{:.2f}", "floor_ms", about)
+    return devices(lines, WIDE, "{:.2f}", "floor_ms", about + rates())
+
+
+def rates() -> str:
+    """The rates behind the floors, as a sentence."""
+    by = {device: result(files[0])["ceilings"] for device, files in WIDE.items()}
+    copies = ", ".join(f"{device} {found['copy_tb_per_s']:.1f}" for device, found in by.items())
+    products = ", ".join(f"{device} {found['matmul_tflops']:.0f}" for device, found in by.items())
+    return (
+        "A floor is the time for the bytes that must be moved, or for the products that must be computed, at the rates "
+        f"that the device reached in the same run (copies: {copies} TB/s; products: {products} TFLOP/s)."
+    )
+
+
+@table
+def sustained() -> str:
+    """The reason why an H100 reads no faster."""
+    name = "gpu-h100-3b"
+    reached, length = result(name)["sustained"], 131072
+    model = floors()
+    attention = attended(model, length)
+    products = model.read_flops("gated_deltanet", 1, length) - attention
+    least = products / reached["matmul_tflops"] / 1e12 + attention / reached["attention_tflops"] / 1e12
+    took = (newest(WIDE["H100"], **shape("qwen2.5-3b", "gated_deltanet", "read")) or {})["prefill_s"]
+    return wrapped(
+        f"**Why reading stops at {took:.1f} s on an H100.** The card is at its limit of 700 W and below its clock. For "
+        f"three seconds it sustains {reached['matmul_tflops']} TFLOP/s in large products and "
+        f"{reached['attention_tflops']} in attention. At these rates the products and the attention of {length:,} "
+        f"tokens alone take {least:.1f} s (`{name}.json`). Filling gaps between kernels does not help there; only less "
+        "work and fewer bytes do."
+    )
+
+
+def floors() -> Floors:
+    """Those of Qwen2.5-3B in bfloat16 with 32,768 lossless tokens."""
+    return Floors(PAPER["qwen2.5-3b"], 2, window=32640, sinks=128, ceilings=Ceilings(1, 1))
+
+
+def attended(model: Floors, length: int) -> int:
+    """FLOPs of the attention over sinks and window. The first tokens see fewer than `lossless` keys."""
+    pairs = length * model.lossless - model.lossless**2 // 2
+    return 4 * model.shape.layers * model.shape.N * model.shape.H * pairs
+
+
+@table
+def moved() -> str:
+    """The bytes of a step and the operations of reading."""
+    model, cell, k = floors(), "gated_deltanet", 131072
+    layers = model.shape.layers
+    state = 2 * 4 * layers * model.shape.N * model.shape.H**2
+    window = 2 * model.itemsize * layers * model.shape.M * model.shape.H * model.lossless
+    weights = model.decode_bytes(cell, 0, k)
+    body = [[f"decode, batch {batch}, GB", f"{model.decode_bytes(cell, batch, k) / 1e9:.1f}"] for batch in (1, 8, 32)]
+    body[1:1] = [
+        [f"of these {name}, GB", f"{size / 1e9:.2f}"]
+        for name, size in (("weights", weights), ("the window", window), ("the state", state))
+    ]
+    for length in (65536, k, 1048576):
+        body.append([f"read {length:,} tokens, PFLOP", f"{model.read_flops(cell, 1, length) / 1e15:.2f}"])
+    share = attended(model, k) / model.read_flops(cell, 1, k)
+    body.append([f"share of attention over the window in {k:,} tokens", f"{share:.0%}"])
+    a_layer = 4 * model.shape.N * model.shape.H * model.lossless
+    body.append(["attention of a token over a full window, a layer, MFLOP", f"{a_layer / 1e6:.0f}"])
+    about = "Shape of Qwen2.5-3B, bfloat16, 32,768 lossless tokens, gated_deltanet (computed)."
+    return f"{markdown(['', 'moved or multiplied'], body)}\n\n{about}"
+
+
+@table
+def cost_model() -> str:
+    """The savings that `ahn cost` computes, beside the paper's."""
+    said = {"3b": 0.405, "7b": 0.346, "14b": 0.375}
+    body = []
+    for name, flops in said.items():
+        found = cost(PAPER[f"qwen2.5-{name}"], 128000)
+        theirs = "74.0%" if name == "3b" else ""
+        body.append([name.upper(), f"{found.cache.saving:.1%}", theirs, f"{found.flops.saving:.1%}", f"{flops:.1%}"])
+    head = ["Qwen2.5", "cache saved", "in the paper", "FLOPs saved", "in the paper"]
+    return f"{markdown(head, body)}\n\n`ahn cost` at 128,000 tokens, 32,768 of them lossless."
 
 
 @table
