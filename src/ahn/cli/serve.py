@@ -16,7 +16,7 @@ from pathlib import Path
 from ahn.cli import _options
 from ahn.errors import ConfigError
 
-LOCAL = "127.0.0.1", "::1", "localhost"
+LOCAL = "localhost", "127.0.0.1", "::1"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from ahn.cli._checks import check_before_loading
     from ahn.cli._console import console, show_log, size
     from ahn.engine.batch import Engine
+    from ahn.files import claimed
     from ahn.serve.app import build
     from ahn.serve.settings import Limits
     from ahn.serve.state import State
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
             recall=args.recall,
         )
         config = uvicorn.Config(build(state, keys), log_level="warning", timeout_graceful_shutdown=5)
-        with engine:
+        with engine, claimed(Path(args.folder) / "journal.jsonl", "--folder"):
             held = size(engine.bytes_needed(args.slots))
             console.print(f"model   {name}; {args.slots} answers at once; weights, slots and a chunk {held}")
             console.print(f"serving http://{args.host}:{listening.getsockname()[1]}/v1 (Ctrl-C ends it)")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from ahn.serve.gate import OWNER
+from ahn.serve.reading import Readings
 from ahn.serve.state import State
 
 
@@ -15,10 +17,16 @@ def state_of(http: Request) -> State:
 
 
 def owner_of(http: Request) -> str:
-    """The owner that the API key belongs to; "" without keys. Raises ApiError 401."""
-    keys = http.app.state.keys
-    return "" if keys is None else keys.owner(http.headers.get("authorization", ""))
+    """The owner that the API key belongs to; "" without keys."""
+    found: str = http.scope[OWNER]
+    return found
+
+
+def readings_of(http: Request) -> Readings:
+    found: Readings = http.app.state.readings
+    return found
 
 
 Served = Annotated[State, Depends(state_of)]
+Reader = Annotated[Readings, Depends(readings_of)]
 Owner = Annotated[str, Depends(owner_of)]

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import HTTPException as FastAPIHTTPException
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ahn.errors import AHNError
-from ahn.serve import chat, completions, models
+from ahn.serve import chat, completions, memories, models
 from ahn.serve.errors import ApiError, of_ahn, of_validation
+from ahn.serve.gate import Gate
+from ahn.serve.keys import Keys
+from ahn.serve.reading import Readings
 from ahn.serve.state import State
 from ahn.version import __version__
 
 
-def build(state: State, keys: Any = None) -> FastAPI:
+def build(state: State, keys: Keys | None = None) -> FastAPI:
     """The application. Its engine has to be started.
 
     Args:
         keys: API keys; None: everybody who reaches the server may use it.
     """
-    app = FastAPI(title="ahn", version=__version__, docs_url=None, redoc_url=None)
-    app.state.served, app.state.keys = state, keys
-    for part in (models, chat, completions):
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        app.state.readings = Readings(state)
+        app.state.readings.start()
+        yield
+        await app.state.readings.stop()
+
+    app = FastAPI(title="ahn", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app.state.served = state
+    for part in (models, chat, completions, memories):
         app.include_router(part.router)
 
     @app.exception_handler(ApiError)
@@ -43,39 +55,5 @@ def build(state: State, keys: Any = None) -> FastAPI:
     async def other(http: Request, error: HTTPException) -> Any:
         return ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
 
-    app.add_middleware(Bounded, body=state.limits.body, upload=state.limits.upload)
+    app.add_middleware(Gate, keys=keys, limits=state.limits)
     return app
-
-
-class Bounded:
-    """Refuses bodies that are too large, as soon as that is known."""
-
-    def __init__(self, app: Any, body: int, upload: int) -> None:
-        self.app, self.body, self.upload = app, body, upload
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        kind = headers.get(b"content-type", b"")
-        most = self.body if kind.startswith(b"application/json") else self.upload
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > most:
-            await ApiError(413, _too_large(most), code="too_large").response()(scope, receive, send)
-            return
-        seen = 0
-
-        async def bounded() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise FastAPIHTTPException(413, _too_large(most))
-            return message
-
-        await self.app(scope, bounded, send)
-
-
-def _too_large(most: int) -> str:
-    return f"body: expected at most {most:,} bytes"

@@ -51,7 +51,7 @@ class Journal:
                     file.truncate(end)
                     raise
             if is_new:
-                sync_folder(self.path.parent)
+                sync(self.path.parent)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error}") from error
         self.lines.append(line)
@@ -63,9 +63,9 @@ class Journal:
         self.lines = list(lines)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put the bytes of a file on disk, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from ahn.errors import MemoryFileError, OutputError
 from ahn.memory.file_format import peek
 from ahn.serve.errors import ApiError
-from ahn.serve.journal import Journal, Line, sync_folder
+from ahn.serve.journal import Journal, Line, sync
 from ahn.serve.settings import Limits
 
 ENDING = ".ahn"
@@ -53,7 +53,8 @@ class Entry:
     """A memory.
 
     Attributes:
-        tasks: not done yet, in order. keys: of idempotent requests, with their tasks. error: of the last task.
+        tasks: not done yet, in order. keys: of idempotent requests. error: of the last task. writing: held while its
+            file changes.
     """
 
     id: str
@@ -61,9 +62,11 @@ class Entry:
     name: str
     created: int
     tasks: list[Task] = field(default_factory=list)
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: set[str] = field(default_factory=set)
     error: str | None = None
     deleted: bool = False
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    _known: tuple[list[int] | None, dict[str, Any]] = (None, {})
 
     @property
     def is_there(self) -> bool:
@@ -78,9 +81,13 @@ class Entry:
 
     def header(self) -> dict[str, Any]:
         """Of its file; empty where there is none, or none that can be read."""
-        with suppress(MemoryFileError):
-            return peek(self.path)
-        return {}
+        try:
+            version = identity(self.path)
+            if version is not None and self._known[0] != version:
+                self._known = version, peek(self.path)
+        except MemoryFileError:
+            return {}
+        return {} if version is None else self._known[1]
 
 
 class Library:
@@ -99,6 +106,7 @@ class Library:
             raise OutputError(f"{folder}: cannot be made: {error.strerror}") from error
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
+        self._created: dict[str | None, Entry] = {}  # by the key of the request that made it
         self._journal = Journal(folder / "journal.jsonl")
         for line in self._journal.lines:
             self._apply(line)
@@ -150,32 +158,36 @@ class Library:
             ApiError: too many memories or tasks. OutputError.
         """
         with self._lock:
-            if into is not None and key in into.keys:
+            known = self._created.get(key) if into is None else into if key in into.keys else None
+            if known is not None:
                 self._discard(documents)
-                return into
+                return known
+            self._check_kept(into)
             self.check_room(new=into is None)
-            sync_folder(self.uploads)
+            sync(self.uploads)
             task = secrets.token_hex(8)
             files = [{"name": document.name, "file": document.file} for document in documents]
             id = into.id if into is not None else self._new_id()
-            self._write(
-                {"do": "read", "memory": id, "task": task, "documents": files, "key": key} | self._about(id, name)
-            )
+            line = {"do": "read", "memory": id, "task": task, "documents": files, "key": key, "new": into is None}
+            self._write(line | self._about(id, name))
             return self._entries[id]
 
     def put(self, file: Path, into: Entry | None, name: str = "") -> Entry:
         """Acknowledge a memory file that was uploaded, in place of another one or as a new memory."""
         with self._lock:
+            self._check_kept(into)
             if into is None:
                 self.check_room(new=True)
             elif into.tasks:
                 raise ApiError(409, f"memory {into.id!r}: is being read; expected one at rest", "memory", "busy")
             id = into.id if into is not None else self._new_id()
-            try:
-                file.replace(self.folder / f"{id}{ENDING}")
-                sync_folder(self.folder)
-            except OSError as error:
-                raise OutputError(f"{id}: cannot be written: {error}") from error
+            with nullcontext() if into is None else into.writing:
+                try:
+                    sync(file)
+                    file.replace(self.folder / f"{id}{ENDING}")
+                    sync(self.folder)
+                except OSError as error:
+                    raise OutputError(f"{id}: cannot be written: {error}") from error
             self._write({"do": "put", "memory": id} | self._about(id, name))
             return self._entries[id]
 
@@ -190,10 +202,10 @@ class Library:
             if entry.deleted:
                 return
             documents = [document for task in entry.tasks for document in task.documents]
-            self._write({"do": "delete", "memory": entry.id})
+            self._write({"do": "delete", "memory": entry.id, "file": identity(entry.path)})
             self._discard(documents)
-            with suppress(FileNotFoundError):
-                entry.path.unlink()
+        with entry.writing, suppress(FileNotFoundError):
+            entry.path.unlink()
 
     def check_room(self, new: bool) -> None:
         """Raises ApiError if there may be no further memory, or nothing further to read."""
@@ -202,6 +214,11 @@ class Library:
         waiting = sum(len(entry.tasks) for entry in self._entries.values())
         if waiting >= self.limits.readings:
             raise ApiError(429, f"{waiting:,} texts wait to be read: expected fewer", code="readings", retry=30)
+
+    def _check_kept(self, entry: Entry | None) -> None:
+        """Raises ApiError 404 if a memory was deleted meanwhile."""
+        if entry is not None and entry.deleted:
+            raise ApiError(404, f"memory {entry.id!r}: was deleted", "memory", "memory_not_found")
 
     # The journal.
     def _new_id(self) -> str:
@@ -226,8 +243,10 @@ class Library:
             if line["do"] == "read":
                 documents = [Document(**document) for document in line["documents"]]
                 entry.tasks.append(Task(line["task"], documents, line["key"]))
-                if line["key"] is not None:
-                    entry.keys[line["key"]] = line["task"]
+                if line["key"] is not None and line["new"]:
+                    self._created[line["key"]] = entry
+                elif line["key"] is not None:
+                    entry.keys.add(line["key"])
         elif line["do"] == "done" and id in self._entries:
             entry = self._entries[id]
             entry.tasks = [task for task in entry.tasks if task.id != line["task"]]
@@ -235,13 +254,14 @@ class Library:
         elif line["do"] == "delete" and id in self._entries:
             entry = self._entries.pop(id)
             entry.deleted, entry.tasks = True, []
+            self._created = {key: made for key, made in self._created.items() if made is not entry}
 
     def _tidy(self) -> None:
         """Remove what a crash has left: files of deleted memories, and uploads that were not acknowledged."""
-        gone = {line["memory"] for line in self._journal.lines if line["do"] == "delete"} - self._entries.keys()
-        for id in gone:
-            with suppress(FileNotFoundError):
-                (self.folder / f"{id}{ENDING}").unlink()
+        for line in self._journal.lines:
+            path = self.folder / f"{line['memory']}{ENDING}"
+            if line["do"] == "delete" and line["file"] and identity(path) == line["file"]:
+                path.unlink()
         kept = {document.file for entry in self.pending for task in entry.tasks for document in task.documents}
         for file in self.uploads.iterdir():
             if file.name not in kept:
@@ -251,3 +271,12 @@ class Library:
         for document in documents:
             with suppress(OSError):
                 os.unlink(self.uploads / document.file)
+
+
+def identity(path: Path) -> list[int] | None:
+    """Tells a file from another one that is put in its place; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_ino, status.st_size, status.st_mtime_ns]

@@ -129,3 +129,12 @@ class CompletionBody(Sampled):
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+
+class MemoryBody(Body):
+    text: Text
+    name: str | None = None
+
+
+class ForkBody(Body):
+    name: str | None = None

@@ -19,7 +19,7 @@ from ahn.memory.file_format import peek
 from ahn.recall.finders.bm25 import Lexicon
 from ahn.recall.passages import Passages
 from ahn.serve.errors import ApiError
-from ahn.serve.library import Entry, Library
+from ahn.serve.library import Entry, Library, identity
 from ahn.serve.settings import Limits
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class State:
 
     def load(self, entry: Entry) -> AHNCache:
         with self._loading:
-            status = entry.path.stat()
-            version = status.st_ino, status.st_size, status.st_mtime_ns
+            version = identity(entry.path)
             known = self._loaded.pop(entry.path, None)
             memory = known[1] if known is not None and known[0] == version else self._from_file(entry)
             self._loaded[entry.path] = version, memory
