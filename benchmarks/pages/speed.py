@@ -63,7 +63,8 @@ def cpu_serve() -> str:
     about = (
         f"SmolLM2-135M, chats on a memory of {first['length']:,} tokens, questions of 16 tokens and answers of 64. "
         f"Four chats get {four / alone:.1f} times the tokens of one. A slot has {slot:.0f} MB. The first token comes "
-        f"after {first['idle_ms'] / 1000:.2f} s, and after {first['reading_ms'] / 1000:.2f} s while a document is read at {first['read_per_s']:.0f} tokens/s."
+        f"after {first['idle_ms'] / 1000:.2f} s, and after {first['reading_ms'] / 1000:.2f} s while a document "
+        f"is read at {first['read_per_s']:.0f} tokens/s."
     )
     return block(head, body, about, name)
 
