@@ -30,6 +30,10 @@ def answers(name: str, tokens: int, memories: dict[str, str], base: str) -> str:
         f"Standard errors are at most {max(row['f1_se'] for row in every):.1f} points of F1 and "
         f"{max(row['loss_se'] for row in every):.2f} nats."
     )
+    within = {row["memory"]: row["f1"] for row in every if row["group"] == "within"}
+    if stored := [label for label in memories if "store (default)" in label]:
+        change = within[memories[stored[0]]] - within["sinks and window"]
+        about += f" In it, F1 with the default store is {change:+.1f} points from that of sinks and window alone."
     return block(["", "F1 behind", "F1 in it", "loss behind", "loss in it"], body, about, name)
 
 

@@ -171,7 +171,7 @@ def gaps(name: str) -> list[str]:
             ["with this memory", *(f"{row['loss']:.4f}" for row in mine)],
             ["closed of the gap from the first", *(f"{row['closed']:.0%}" for row in mine)],
             ["closed of the gap from the second", *(f"{row['closed_of_clipped']:.0%}" for row in mine)],
-            ["the same, control", *(f"{row['control_closed_of_clipped']:.0%}" for row in mine)],
+            ["closed of that gap by the control", *(f"{row['control_closed_of_clipped']:.0%}" for row in mine)],
         ]
         parts += [
             f"Mean next-token loss (nats) at positions {found['tokens'] // 2:,} to {found['tokens'] - 1:,} of "

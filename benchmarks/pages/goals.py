@@ -68,11 +68,17 @@ def goals_recall() -> str:
     bytes_of = gpu["asking"]["keys"]["plain_bytes"] / gpu["asking"]["none"]["plain_bytes"]
     body += [
         at_most("passages in a million tokens, s", 0.05, gpu["finding"]["fused"]["later_s"], "{:.2f}", "H200"),
-        at_most("the same, SmolLM2, s", 0.25, small["later_cpu_s"], "{:.2f}", "2 CPU cores"),
-        at_most("the same, 9 layers of the 1.5B's shape, s", 0.25, large["later_cpu_s"], "{:.2f}", "2 CPU cores"),
+        at_most("passages in a million tokens, SmolLM2, s", 0.25, small["later_cpu_s"], "{:.2f}", "2 CPU cores"),
+        at_most(
+            "passages in a million tokens, 9 layers of the 1.5B's shape, s",
+            0.25,
+            large["later_cpu_s"],
+            "{:.2f}",
+            "2 CPU cores",
+        ),
         at_most("bytes while asking without recall, of those without an archive", 1, bytes_of, "{:.2f}", "H200"),
         at_most("reading with keys kept, times as long", 1.03, reading["keys_ratio"], "{:.2f}", "H200"),
-        at_most("the same", 1.05, ratio, "{:.2f}", "2 CPU cores"),
+        at_most("reading with keys kept, SmolLM2, times as long", 1.05, ratio, "{:.2f}", "2 CPU cores"),
     ]
     files = ", ".join(
         f"`{part}.json`"
@@ -136,7 +142,13 @@ def goals_memory() -> str:
     body += [
         at_least("SQuAD behind the window: gap in F1 closed by the store", 0.6, share, "{:.0%}", "Qwen 0.5B"),
         at_most("loss on books, with the store less without", 0, extra(books, default), "{:.3f}", "Qwen 0.5B"),
-        at_most("the same, three quarters stored", 0, extra(stored, "smollm2-135m-deltanet"), "{:.3f}", "SmolLM2"),
+        at_most(
+            "loss on books, with three quarters stored less without",
+            0,
+            extra(stored, "smollm2-135m-deltanet"),
+            "{:.3f}",
+            "SmolLM2",
+        ),
     ]
     about = "Files: the tables below and in store.md name them."
     return f"{markdown(['goal', 'base', 'limit', 'measured', ''], body)}\n\n{about}"
@@ -177,33 +189,43 @@ def goals_speed() -> str:
     smol, qwen = (result(f"train-{name}") for name in ("smollm2-135m-h100", "qwen2.5-coder-0.5b-deltanet"))
     body = [
         at_most("decode a token, ms", 3.3, of(h100, "decode", "decode_ms"), "{:.2f}", "H100"),
-        at_least("the same, share of the floor", 0.75, of(h100, "decode", "of_floor"), "{:.0%}", "H100"),
-        at_most("through `ahn.generate`, ms", 3.3, of(h100, "decode", "generate_ms"), "{:.2f}", "H100"),
+        at_least("decode a token, share of the floor", 0.75, of(h100, "decode", "of_floor"), "{:.0%}", "H100"),
+        at_most("decode a token through `ahn.generate`, ms", 3.3, of(h100, "decode", "generate_ms"), "{:.2f}", "H100"),
         at_most("decode with a store, times as long", 1.1, times(h100, "decode", "decode_ms", three), "{:.3f}", "H100"),
-        at_most("the same, 0.5B", 1.1, times(h200, "decode", "decode_ms", half), "{:.3f}", "H200"),
+        at_most(
+            "decode with a store, 0.5B, times as long", 1.1, times(h200, "decode", "decode_ms", half), "{:.3f}", "H200"
+        ),
         at_most("read 65,536 tokens, s", 1.5, of(h100, "read", "prefill_s", 65536), "{:.2f}", "H100"),
         at_most("read 131,072 tokens, s", 3.2, of(h100, "read", "prefill_s"), "{:.2f}", "H100"),
-        at_least("the same, times as fast as full attention", 1.9, faster, "{:.2f}", "H200"),
+        at_least("read 131,072 tokens, times as fast as full attention", 1.9, faster, "{:.2f}", "H200"),
         at_most("time a token at 1,048,576, above that at 131,072", 0.05, slower, "{:.1%}", "H100"),
         at_most("difference of the peaks at these lengths", 0.01, peaks, "{:.1%}", "H100"),
         at_most("peak at 1,048,576, GiB", 9.5, of(h100, "read", "peak_gib", million), "{:.2f}", "H100"),
         at_most("cache, above the cost model", 0.02, of(h100, "read", "cache_over_model"), "{:.0%}", "H100"),
         at_most("read with a store, times as long", 1.3, times(h200, "read", "prefill_s", three), "{:.2f}", "H200"),
-        at_most("the same, 0.5B", 1.3, times(h200, "read", "prefill_s", half), "{:.2f}", "H200"),
-        at_most("the same, 0.5B, 16,384", 1.3, times(h200, "read", "prefill_s", half, 16384), "{:.2f}", "H200"),
         at_most(
-            "the same, 0.5B, 2,048 lossless, 16,384 tokens",
+            "read with a store, 0.5B, times as long", 1.3, times(h200, "read", "prefill_s", half), "{:.2f}", "H200"
+        ),
+        at_most(
+            "read 16,384 tokens with a store, 0.5B, times as long",
+            1.3,
+            times(h200, "read", "prefill_s", half, 16384),
+            "{:.2f}",
+            "H200",
+        ),
+        at_most(
+            "read 16,384 tokens with a store, 0.5B, 2,048 lossless, times as long",
             1.3,
             times(NARROW["H200"], "read", "prefill_s", half, 16384),
             "{:.2f}",
             "H200",
         ),
         at_most("compile before the first 65,536 tokens, s", 60, of(h100, "read", "first_s", 65536), "{:.0f}", "H100"),
-        at_most("the same", 60, of(h200, "read", "first_s", 65536), "{:.0f}", "H200"),
-        at_most("the same, with a store", 60, of(h100, "read", "first_s", cell=STORE), "{:.0f}", "H100"),
-        at_most("the same, with a store", 60, of(h200, "read", "first_s", cell=STORE), "{:.0f}", "H200"),
-        at_most("the same, 14B, deltanet", 60, large(h100, "deltanet"), "{:.0f}", "H100"),
-        at_most("the same, 14B, mamba2", 60, large(h200, "mamba2"), "{:.0f}", "H200"),
+        at_most("compile before the first 65,536 tokens, s", 60, of(h200, "read", "first_s", 65536), "{:.0f}", "H200"),
+        at_most("compile with a store, s", 60, of(h100, "read", "first_s", cell=STORE), "{:.0f}", "H100"),
+        at_most("compile with a store, s", 60, of(h200, "read", "first_s", cell=STORE), "{:.0f}", "H200"),
+        at_most("compile, 14B, deltanet, s", 60, large(h100, "deltanet"), "{:.0f}", "H100"),
+        at_most("compile, 14B, mamba2, s", 60, large(h200, "mamba2"), "{:.0f}", "H200"),
         at_most(
             "a file of a million tokens to the first token, s",
             0.5,
@@ -211,8 +233,16 @@ def goals_speed() -> str:
             "{:.3f}",
             "H100",
         ),
-        at_most("the same", 0.5, of(h200, "load", "first_token_s", million), "{:.3f}", "H200"),
-        at_most("the same, SmolLM2, 2,048 lossless", 2, loaded, "{:.2f}", "CPU"),
+        at_most(
+            "a file of a million tokens to the first token, s",
+            0.5,
+            of(h200, "load", "first_token_s", million),
+            "{:.3f}",
+            "H200",
+        ),
+        at_most(
+            "a file of a million tokens to the first token, SmolLM2, 2,048 lossless, s", 2, loaded, "{:.2f}", "CPU"
+        ),
         at_least("train SmolLM2, deltanet, tokens/s", 250000, smol["tokens_per_s"], "{:,.0f}", "H100"),
         at_least("train Qwen 0.5B, deltanet, tokens/s", 100000, qwen["tokens_per_s"], "{:,.0f}", "H200"),
         at_most(
@@ -225,6 +255,8 @@ def goals_speed() -> str:
     ]
     about = (
         "Shape of Qwen2.5-3B, gated_deltanet, 32,768 lossless tokens, if nothing else is said. Each number is the "
-        "newest row of its file; performance.md names the files."
+        "newest row of its file; performance.md names the files. The goal of reading 1.7 times as fast as the "
+        "authors' code is open, because that was not run beside ours; by the 5.43 s that it took on another H100 it is "
+        f"{5.43 / of(h100, 'read', 'prefill_s'):.1f} times."
     )
     return f"{markdown(['goal', 'device', 'limit', 'measured', ''], body)}\n\n{wrapped(about)}"

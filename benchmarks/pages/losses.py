@@ -112,7 +112,7 @@ def gap_stored() -> str:
 def by_position(name: str, memories: dict[str, str], edges: Sequence[int]) -> str:
     found = result(name)
     width = found["bin"]
-    body = []
+    body: list[list[str]] = []
     for label, memory in memories.items():
         losses = one(name, memory=memory)["loss"]
         spans = [losses[low // width : high // width] for low, high in pairwise(edges)]
@@ -126,6 +126,9 @@ def by_position(name: str, memories: dict[str, str], edges: Sequence[int]) -> st
         f"SmolLM2-135M, {found['texts']} texts of {found['tokens']:,} tokens, {size:,} lossless: mean loss (nats) of "
         "the tokens up to a position, from the one before."
     )
+    window, store = body[0], body[-1]
+    more = [float(mine) - float(its) for mine, its in zip(store[2:], window[2:], strict=True)]
+    about += f" Beyond {edges[1]:,} tokens a store loses {min(more):.2f} to {max(more):.2f} nats against the window."
     return block(["position", *numbers(edges[1:])], body, about, name)
 
 

@@ -167,7 +167,7 @@ def facts_found(results: dict[str, Any]) -> Any:
         "window": ("window", 0, "#b5b5b5"),
         "+ compressed memory": ("ahn", 0, MEMORIES[0]),
         "+ learned store": ("ahn", 1, MEMORIES[1]),
-        "the same, spans of 4": ("ahn", 4, "#8fd3b3"),
+        "+ learned store, spans of 4": ("ahn", 4, "#8fd3b3"),
     }
     tasks, labels, ticks, y = list(dict.fromkeys(task for task, *_ in rows)), set(), [], 0.0
     figure, axes = plt.subplots(figsize=(8, 5))

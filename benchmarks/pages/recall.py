@@ -18,7 +18,7 @@ BEHIND: dict[str, Row] = {
     "passages at random, no memory": {"policy": "rag-random"},
     "`rag`: passages by BM25, no memory": {"policy": "rag"},
     "recall: passages by `fused`": {"policy": "recall", "adapter": ADAPTER, "rounds": 1},
-    "the same with two rounds": ROUNDS,
+    "recall, two rounds": ROUNDS,
     "recall with the retrieval heads alone, no trained memory": {"policy": "recall", "adapter": HEADS},
     "the true passages first, no memory": {"policy": "rag-true"},
 }
@@ -74,7 +74,7 @@ def recall_behind() -> str:
     for label in BEHIND:
         cells = [found[task, label] for task in SETS]
         body.append([label, *(f"{cell['behind']['score']:.1f}" if cell else "" for cell in cells)])
-    once, twice = "recall: passages by `fused`", "the same with two rounds"
+    once, twice = "recall: passages by `fused`", "recall, two rounds"
     counts = ", ".join(f"{(found[task, once] or {})['behind']['n']}" for task in SETS)
     everywhere = [
         f"{second['score']:.1f} in place of {first['score']:.1f} on {task}"
@@ -240,7 +240,12 @@ def finding() -> str:
         "together, because other work used the cores. They include the question's way through the model, of the 1.5B "
         f"{question:.0f} ms."
     )
-    head = ["", "first question of a process, s", "each further one, ms", "the same, 9 layers of the 1.5B's shape, ms"]
+    head = [
+        "",
+        "first question of a process, s",
+        "each further one, ms",
+        "each further one, 9 layers of the 1.5B's shape, ms",
+    ]
     return block(head, body, about, name, large)
 
 

@@ -50,6 +50,7 @@ def comparison(name: str, base: str, columns: Sequence[str], about: str) -> str:
         form = "{:.3f}" if suite == "perplexity" else "{:.1f}"
         cells = [scores.get(column, {}).get(task, (None, 0))[0] for column in columns]
         body.append([label, f"{count}", *numbers(cells, form)])
+    about += outside(name, base)
     table_of = markdown(["", "examples of a task", *columns], body)
     return f"{table_of}\n\n{wrapped(f'{about} (H200, bfloat16; `{name}.md`)')}"
 
@@ -57,6 +58,15 @@ def comparison(name: str, base: str, columns: Sequence[str], about: str) -> str:
 def section(name: str, base: str) -> str:
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     return text[text.index(f"## {base}") :].partition("\n## ")[0]
+
+
+def outside(name: str, base: str) -> str:
+    """A sentence on the examples whose evidence has left the window: points above the window, by policy."""
+    lines = re.findall(r"^\| (.+?) \|.*?\| ([+-][\d.]+).*?\| (\d+) in \d+ \|$", section(name, base), re.MULTILINE)
+    stores = r"\(learned store of ([\d,]+) in spans of 4\)"
+    named = [(re.sub(stores, r"with \1 slots stored", policy), points, count) for policy, points, count in lines]
+    parts = [f"{policy} {points} ({count})" for policy, points, count in named]
+    return f" Points above the window where the evidence has left it (examples): {', '.join(parts)}."
 
 
 QWEN = "qwen2.5-coder-0.5b-instruct.gguf"

@@ -275,8 +275,8 @@ def starting() -> str:
     decoded = shape("qwen2.5-3b", "gated_deltanet", "decode")
     lines = [
         ("load a memory of 1,048,576 tokens, s", base, "load_s", 1.0, "{:.2f}"),
-        ("the same, to the first token, s", base, "first_token_s", 1.0, "{:.2f}"),
-        ("the same, first time in a process, s", base, "first_s", 1.0, "{:.2f}"),
+        ("load it and decode the first token, s", base, "first_token_s", 1.0, "{:.2f}"),
+        ("load it for the first time in a process, s", base, "first_s", 1.0, "{:.2f}"),
         ("its file, GB", base, "file_mb", 0.001, "{:.2f}"),
         ("first token of an answer to a question of 2 tokens, ms", decoded, "answer_begins_ms", 1.0, "{:.0f}"),
         ("first step of decoding, s", decoded, "first_s", 1.0, "{:.1f}"),
