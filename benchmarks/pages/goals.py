@@ -260,3 +260,18 @@ def goals_speed() -> str:
         f"{5.43 / of(h100, 'read', 'prefill_s'):.1f} times."
     )
     return f"{markdown(['goal', 'device', 'limit', 'measured', ''], body)}\n\n{wrapped(about)}"
+
+
+@table
+def store_cost() -> str:
+    """The time that a store adds, in sentences."""
+    three, half = ({"shape": name, "batch": 1, "length": 131072} for name in ("qwen2.5-3b", "qwen2.5-coder-0.5b"))
+    h100, h200 = WIDE["H100"], WIDE["H200"]
+    decode, read = ("decode", "decode_ms"), ("read", "prefill_s")
+    return wrapped(
+        f"On GPUs ([performance.md](performance.md)) decoding takes {ratio(h100, *decode, **three):.2f} times as long "
+        "with a store on an H100 with the 3B's shape, and reading 131,072 tokens "
+        f"{ratio(h200, *read, **three):.2f} times as long on an H200 with untrained gates. With Qwen2.5-Coder-0.5B's "
+        f"shape, on an H200, it is {ratio(h200, *decode, **half):.2f} and {ratio(h200, *read, **half):.2f} times: its "
+        "heads of 64 channels are attended at a lower rate than by cuDNN. [results.md](results.md#goals) has the goals."
+    )

@@ -99,6 +99,7 @@ def gates() -> str:
         }
         shares = percent(stored[task]["score"] for task in tasks)
         body.append([trained, used, *shares, f"{one(books, memory=memory)['loss']:.3f}"])
+    body.append(["", "no store", *[""] * len(tasks), f"{one(books, memory=f'{lines[0][-1]}@none')['loss']:.3f}"])
     head = ["gates trained for", "used with", *(task.partition("_")[2] for task in tasks), "loss on books"]
     about = "Qwen2.5-Coder-0.5B, 16,384 tokens, 2,048 lossless, n = 200; loss in nats."
     return block(head, body, about, "recall-qwen2.5-coder-0.5b-default", "recall-qwen2.5-coder-0.5b-16k", books)

@@ -62,7 +62,9 @@ def section(name: str, base: str) -> str:
 
 def outside(name: str, base: str) -> str:
     """A sentence on the examples whose evidence has left the window: points above the window, by policy."""
-    lines = re.findall(r"^\| (.+?) \|.*?\| ([+-][\d.]+).*?\| (\d+) in \d+ \|$", section(name, base), re.MULTILINE)
+    lines = re.findall(
+        r"^\| (.+?) \|.*?\| ([+-][\d.]+(?: \[.*?\])?).*?\| (\d+) in \d+ \|$", section(name, base), re.MULTILINE
+    )
     stores = r"\(learned store of ([\d,]+) in spans of 4\)"
     named = [(re.sub(stores, r"with \1 slots stored", policy), points, count) for policy, points, count in lines]
     parts = [f"{policy} {points} ({count})" for policy, points, count in named]
