@@ -33,25 +33,6 @@ def imports():
                     yield path.relative_to(ROOT), module
 
 
-def from_the_face(code):
-    """Imports of `ahn` itself, line by line. Modules inside it are no part of the face: `from ahn import files`."""
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):  # without "as", `import ahn.files` gives the name `ahn` too
-            bad = any(
-                alias.name.split(".")[0] == "ahn" and (alias.name == "ahn" or not alias.asname) for alias in node.names
-            )
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            bad = node.module == "ahn" and any(not is_module(alias.name) for alias in node.names)
-        else:
-            bad = isinstance(node, ast.ImportFrom)  # relative: say from where
-        if bad:
-            yield ast.unparse(node)
-
-
-def is_module(name):
-    return any((ROOT / "src" / "ahn" / place).is_file() for place in (f"{name}.py", f"{name}/__init__.py"))
-
-
 def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -71,28 +52,6 @@ def test_imports_are_dependencies():
         if normal(PACKAGES.get(module, module)) not in CORE | EXTRAS | WITH_TORCH
     }
     assert not undeclared
-
-
-def test_nothing_inside_imports_the_face():
-    files = sorted((ROOT / "src" / "ahn").rglob("*.py"))
-    found = [f"{path}: {line}" for path in files[1:] for line in from_the_face(path.read_text())]
-    assert files[0].name == "__init__.py" and not found
-
-
-@pytest.mark.parametrize(
-    ("code", "is_of_the_face"),
-    [
-        ("import ahn", True),
-        ("def run():\n    import ahn.files", True),
-        ("from ahn import files, augment", True),
-        ("from . import files", True),
-        ("from ahn import files, cells", False),
-        ("import ahn.files as files, os", False),
-        ("from ahn.hf.augment import augment", False),
-    ],
-)
-def test_an_import_of_the_face_is_seen(code, is_of_the_face):
-    assert bool(list(from_the_face(code))) == is_of_the_face
 
 
 def test_dependencies_are_imported():
