@@ -45,6 +45,20 @@ def test_every_plot_that_a_page_shows_is_checked():
     assert shown - {"token-flow"} == set(drawn.SOURCES)  # token-flow is drawn by hand and has no numbers
 
 
+SETTINGS = "aim of 1.5 times", "aim of 1.1 times", "at most 512 MB", "at most 5%", "larger by 0.01"
+NOT_PROSE = re.compile(r"<!-- table: .*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL)
+VERSION = re.compile(r"(Qwen|triton |torch |arXiv )[\d.]+|\b[01]\.5B")
+MEASURED = re.compile(r"\d\.\d|\d ?%|\d (?:ms|s|us|tokens/s|times|points|nats|GB|GiB|MB)\b")
+
+
+@pytest.mark.parametrize("page", ["performance", "recall", "results", "store"])
+def test_prose_outside_of_generated_blocks_states_no_measured_number(page):
+    prose = VERSION.sub("", NOT_PROSE.sub("", (ROOT / "docs" / f"{page}.md").read_text("utf-8")))
+    for setting in SETTINGS:
+        prose = " ".join(prose.split()).replace(setting, "")
+    assert not [prose[max(0, found.start() - 40) : found.end() + 10] for found in MEASURED.finditer(prose)]
+
+
 def test_every_table_stands_in_a_page():
     shown = [name for page in docs.pages() for name, _ in docs.MARKED.findall(page.read_text("utf-8"))]
     assert sorted(set(shown)) == sorted(tables.TABLES)

@@ -125,7 +125,9 @@ def by_budget(base: str, sizes: Sequence[int], about: str) -> str:
             shares = [found.get((rule, f"ruler/niah_{task}", size)) for size in sizes]
             body.append([task, f"`{rule}`", *percent(row and row["score"] for row in shares)])
     widest = max(row["high"] - row["low"] for row in found.values()) / 2
-    about += f" Share found; 48 examples a cell, 200 of some; 95% intervals are at most ± {100 * widest:.0f} points."
+    counts = [row["n"] for row in found.values()]
+    about += f" Share found; {min(counts)} to {max(counts)} examples a cell; 95% intervals are at most "
+    about += f"± {100 * widest:.0f} points."
     return block(["", "rule", *numbers(sizes)], body, about, *BUDGETS[base])
 
 

@@ -24,9 +24,12 @@ def choose() -> str:
         body.append([label, when, f"{found:.0%}", f"{by[needles[0], *key]['cache_bytes'] / 2**20:.0f}"])
     recalled_when = "ordinary questions; beside any of these, with 4 bytes a token on disk"
     body.insert(3, ["recall", recalled_when, "", "as without it"])
+    shown = [by[task, *key] for task in needles for key, _ in ways.values()]
+    counts = [row["n"] for row in shown]
+    widest = max(row["high"] - row["low"] for row in shown) / 2
     about = (
-        f"Qwen2.5-Coder-0.5B, 16,384 tokens, 2,048 of them lossless: mean of {len(needles)} tasks with needles, 100 to "
-        "200 examples each, 95% intervals at most ± 5 points."
+        f"Qwen2.5-Coder-0.5B, 16,384 tokens, 2,048 of them lossless: mean of {len(needles)} tasks with needles, "
+        f"{min(counts)} to {max(counts)} examples each, 95% intervals at most ± {100 * widest:.0f} points."
     )
     return block(["", "when", "needles found", "cache, MiB"], body, about, name)
 

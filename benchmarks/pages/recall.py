@@ -147,7 +147,7 @@ def recall_evidence() -> str:
 @table
 def recall_forms() -> str:
     """F1 by the parts of the prompt in front of the question."""
-    body = []
+    body, counts = [], {}
     for label, wanted in FORMS.items():
         cells = []
         for task in SETS:
@@ -158,10 +158,10 @@ def recall_forms() -> str:
                 == {key: row.get(key) for key in ("finder", "rounds", *wanted)}
             )  # fmt: skip
             cells.append(f"{row['score']:.1f}")
+            counts[task] = row["n"]
         body.append([label, *cells])
-    about = (
-        "As above, without a trained memory; word F1 of 240, 240, 98 and 90 questions, evidence anywhere in the text."
-    )
+    asked = ", ".join(f"{counts[task]}" for task in SETS)
+    about = f"As above, without a trained memory; word F1 of {asked} questions, evidence anywhere in the text."
     return block(["in front of the question", *SETS], body, about, ASKED)
 
 
@@ -200,7 +200,7 @@ def ruler_15b() -> str:
     (short,) = (row for row in rows(name) if "of" in row)
     about = (
         "Qwen2.5-Coder-1.5B with its adapter, texts of 16,384 tokens, 2,048 lossless, 496 of them stored: mean score "
-        f"of 25 examples (recall on `{short['task']}`: {short['n']})."
+        f"of {max(row['n'] for row in found.values())} examples (recall on `{short['task']}`: {short['n']})."
     )
     return block(["", "memory with store", "recall", "`rag`", "full attention"], body, about, name)
 
@@ -209,18 +209,20 @@ def ruler_15b() -> str:
 def recall_small() -> str:
     """Recall with the smaller bases."""
     bases = {"Qwen2.5-Coder-0.5B": "recall-qa-qwen2.5-coder-0.5b", "SmolLM2-135M": "recall-qa-smollm2-135m"}
-    body = []
+    body: list[list[str]] = []
+    counts: list[int] = []
     for base, name in bases.items():
         found = {(row["task"], row["policy"]): row for row in rows(name)}
         for task in SETS[:2]:
             ways = [found.get((f"qa/{task.lower()}", policy)) for policy in ("window", "ahn", "full", "rag", "recall")]
             shares = [f"{way['found']['512']:.1f}" for way in ways[3:] if way]
+            counts += [way["behind"]["n"] for way in ways if way]
             body.append([base, task, *(f"{way['behind']['score']:.1f}" if way else "" for way in ways), *shares])
     head = ["base", "", "window", "memory", "full attention", "`rag`", "recall", "found by `rag`, %", "by recall, %"]
     about = (
-        "Texts of 16,384 tokens, 2,048 lossless, 512 tokens of passages; word F1 of 122 to 209 questions whose "
-        "evidence is behind the window, and the share of it that is among the passages. SmolLM2 has 8,192 positions, "
-        "so full attention was not asked."
+        f"Texts of 16,384 tokens, 2,048 lossless, 512 tokens of passages; word F1 of {min(counts)} to {max(counts)} "
+        "questions whose evidence is behind the window, and the share of it that is among the passages. SmolLM2 has "
+        "8,192 positions, so full attention was not asked."
     )
     return block(head, body, about, *bases.values())
 
