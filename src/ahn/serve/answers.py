@@ -71,7 +71,8 @@ class Answer:
     def _refusal(self) -> Iterator[Token | Finish]:
         """The text supports no answer: nothing is generated."""
         ids = not_found(self.state.tokenizer)
-        yield Token(int(ids[0]), NOT_FOUND)
+        for number, id in enumerate(ids.tolist()):
+            yield Token(id, "" if number else NOT_FOUND)
         yield Finish("stop", Usage(self.prompt.ids.shape[1], 0, len(ids)))
 
 
@@ -82,17 +83,24 @@ class Whole:
     finish: Finish | None = None
 
 
+async def gathered(answer: Answer, found: Whole) -> AsyncIterator[Token]:
+    """The tokens of an answer, which are noted in `found` with its finish."""
+    async for event in answer.events():
+        if isinstance(event, Finish):
+            found.finish = event
+        else:
+            found.tokens.append(event)
+            found.text += event.text
+            yield event
+
+
 async def whole(answer: Answer, http: HTTPRequest) -> Whole:
     """Wait for the end of an answer, which is cancelled if the client goes."""
     watching = asyncio.create_task(_watch(http, answer))
     found = Whole()
     try:
-        async for event in answer.events():
-            if isinstance(event, Finish):
-                found.finish = event
-            else:
-                found.tokens.append(event)
-                found.text += event.text
+        async for _ in gathered(answer, found):
+            pass
     finally:
         watching.cancel()
         answer.close()
@@ -122,7 +130,8 @@ class Events(StreamingResponse):
 async def _encoded(events: AsyncIterator[Json]) -> AsyncIterator[str]:
     try:
         async for event in events:
-            yield f"data: {json.dumps(event)}\n\n"
+            named = f"event: {event['type']}\n" if "type" in event else ""
+            yield f"{named}data: {json.dumps(event)}\n\n"
     except ApiError as error:
         yield f"data: {json.dumps(error.body)}\n\n"
         return

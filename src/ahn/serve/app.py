@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ahn.errors import AHNError
-from ahn.serve import chat, completions, memories, models
+from ahn.serve import chat, completions, memories, metrics, models, responses
 from ahn.serve.errors import ApiError, of_ahn, of_validation
 from ahn.serve.gate import Gate
 from ahn.serve.keys import Keys
@@ -36,7 +36,7 @@ def build(state: State, keys: Keys | None = None) -> FastAPI:
 
     app = FastAPI(title="ahn", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.served = state
-    for part in (models, chat, completions, memories):
+    for part in (models, chat, completions, responses, memories, metrics):
         app.include_router(part.router)
 
     @app.exception_handler(ApiError)
@@ -56,4 +56,6 @@ def build(state: State, keys: Keys | None = None) -> FastAPI:
         return ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
 
     app.add_middleware(Gate, keys=keys, limits=state.limits)
+    app.state.registry = metrics.registry_of(state)
+    app.add_middleware(metrics.Measured, registry=app.state.registry)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -44,8 +45,6 @@ async def chat(body: ChatBody, http: Request, state: Served, owner: Owner) -> An
 
 async def prompt_of(state: State, owner: str, body: ChatBody) -> Prompt:
     """The prompt of a conversation; passages are found between two tokens of other answers."""
-    import asyncio
-
     entry = state.named(owner, body.model)
     if entry is None:
         return await asyncio.to_thread(of_base, state.tokenizer, body.messages)

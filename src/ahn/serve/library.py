@@ -174,20 +174,19 @@ class Library:
 
     def put(self, file: Path, into: Entry | None, name: str = "") -> Entry:
         """Acknowledge a memory file that was uploaded, in place of another one or as a new memory."""
-        with self._lock:
+        with nullcontext() if into is None else into.writing, self._lock:
             self._check_kept(into)
             if into is None:
                 self.check_room(new=True)
             elif into.tasks:
                 raise ApiError(409, f"memory {into.id!r}: is being read; expected one at rest", "memory", "busy")
             id = into.id if into is not None else self._new_id()
-            with nullcontext() if into is None else into.writing:
-                try:
-                    sync(file)
-                    file.replace(self.folder / f"{id}{ENDING}")
-                    sync(self.folder)
-                except OSError as error:
-                    raise OutputError(f"{id}: cannot be written: {error}") from error
+            try:
+                sync(file)
+                file.replace(self.folder / f"{id}{ENDING}")
+                sync(self.folder)
+            except OSError as error:
+                raise OutputError(f"{id}: cannot be written: {error}") from error
             self._write({"do": "put", "memory": id} | self._about(id, name))
             return self._entries[id]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from ahn.dialogue import SEPARATOR, Dialogue, plain
 from ahn.engine.slots import eager
 from ahn.memory.cache import AHNCache
 from ahn.memory.handle import handle_of
-from ahn.recall import Found, Recall, Source, alone, as_text, search
+from ahn.recall import Found, Recall, alone, as_text, search
 from ahn.serve.errors import ApiError
 
 if TYPE_CHECKING:
@@ -25,18 +26,25 @@ class Prompt:
     """Ids to read and the memory that they follow.
 
     Attributes:
-        ids: int64 [1, T]. found: passages that are read again, and the support for an answer.
+        ids: int64 [1, T]. plain: the same without passages, as they follow `parent`, to go on from.
+        found: passages that are read again, and the support for an answer.
         answerable: False if the text supports no answer, so that none is generated.
     """
 
     ids: Tensor
-    memory: AHNCache | None = None
+    memory: AHNCache | None
+    plain: Tensor
+    parent: AHNCache | None
     found: Found | None = None
     answerable: bool = True
 
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return self.found.sources if self.found else ()
+
+@dataclass(frozen=True)
+class Before:
+    """A conversation that is gone on with: its memory, and the ids of its last answer."""
+
+    memory: AHNCache
+    answer: list[int]
 
 
 @dataclass(frozen=True)
@@ -70,37 +78,65 @@ def of_base(tokenizer: Any, messages: Sequence[Any]) -> Prompt:
     dialogue = Dialogue.of(tokenizer)
     if not dialogue.has_template:
         turns = Turns.of(messages)
-        return Prompt(_joined(dialogue, turns, opened=False))
+        return _alone(_joined(dialogue, turns, dialogue.start))
     roles = {"developer": "system"}
     plainly = [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]
     pieces = dialogue.render(plainly, ask=True)
     ids = [id for piece in pieces for id in tokenizer(piece, add_special_tokens=False, verbose=False).input_ids]
-    return Prompt(torch.tensor([ids]))
+    return _alone(torch.tensor([ids]))
+
+
+def _alone(ids: Tensor) -> Prompt:
+    return Prompt(ids, None, ids, None)
 
 
 def of_memory(
-    model: PreTrainedModel, tokenizer: Any, memory: AHNCache, messages: Sequence[Any], how: Recall, guess: bool
+    model: PreTrainedModel,
+    tokenizer: Any,
+    memory: AHNCache,
+    messages: Sequence[Any],
+    how: Recall,
+    *,
+    guess: bool,
+    before: Before | None = None,
 ) -> Prompt:
     """A conversation about a memory: a single question as `ahn ask`, a longer one as `ahn chat`. Uses the model.
 
     Args:
         guess: answer even if the text supports no answer.
+        before: the memory is that of a conversation, which goes on.
 
     Raises:
         ConfigError: as of `ahn.recall.search`.
     """
     dialogue, turns = Dialogue.of(tokenizer), Turns.of(messages)
+    first = dialogue.question if before is None else partial(dialogue.turn, answer=before.answer)
     asked = messages[-1].text  # without what stands in front of it
+    is_chat = bool(turns.earlier) or before is not None
 
     def chat(text: str, passages: str = "") -> Tensor:
-        return _joined(dialogue, Turns(turns.earlier, text), opened=True, passages=passages)
+        return _joined(dialogue, Turns(turns.earlier, text), first, passages)
 
     with eager(handle_of(model)):
-        found = search(model, tokenizer, memory, asked, how, prompt=chat if turns.earlier else None)
-    answerable = found.supported or guess
-    if found.sources and not turns.earlier:
-        return Prompt(alone(tokenizer, turns.question, found.sources), None, found, answerable)
-    return Prompt(chat(turns.question, as_text(found.sources)), memory, found, answerable)
+        near = _on_device(memory, model)
+        found = search(model, tokenizer, near, asked, how, chat if is_chat else None)
+    plain, answerable = chat(turns.question), found.supported or guess
+    if found.sources and not is_chat:
+        return Prompt(alone(tokenizer, turns.question, found.sources), None, plain, memory, found, answerable)
+    ids = chat(turns.question, as_text(found.sources)) if found.sources else plain
+    return Prompt(ids, memory, plain, memory, found if near.archive is not None else None, answerable)
+
+
+def _on_device(memory: AHNCache, model: PreTrainedModel) -> AHNCache:
+    """The memory where the model is: what the engine gives back is on the host."""
+    if model.device.type == "cpu":
+        return memory
+    homes = [block.self_attn.o_proj.weight.device for block in model.get_decoder().layers]
+
+    def moved(layers: list[Any]) -> list[Any]:
+        return [layer.map(lambda t, home=home: t.to(home)) for layer, home in zip(layers, homes, strict=True)]
+
+    return memory.twin(moved)
 
 
 def of_text(tokenizer: Any, text: str | list[int], memory: AHNCache | None) -> Prompt:
@@ -108,20 +144,19 @@ def of_text(tokenizer: Any, text: str | list[int], memory: AHNCache | None) -> P
     ids = plain(tokenizer, text, special=memory is None).input_ids if isinstance(text, str) else text
     if not ids:
         raise ApiError(400, "prompt: expected at least one token", "prompt", "invalid_value")
-    return Prompt(torch.tensor([ids]), memory)
+    new = torch.tensor([ids])
+    return Prompt(new, memory, new, memory)
 
 
-def _joined(dialogue: Dialogue, turns: Turns, opened: bool, passages: str = "") -> Tensor:
-    """Ids [1, T] of a conversation. opened: it follows a document. passages: in front of the last question."""
+def _joined(dialogue: Dialogue, turns: Turns, first: Callable[..., Tensor], passages: str = "") -> Tensor:
+    """Ids [1, T] of a conversation. first: makes ids of the first question. passages: in front of the last one."""
     parts: list[Tensor] = []
     space = "" if dialogue.has_template else " "
     for number, (question, answer) in enumerate([*turns.earlier, (turns.question, "")]):
-        before = passages if number == len(turns.earlier) else ""
-        if number:
-            parts.append(dialogue.turn(question, passages=before))
-        else:
-            parts.append(dialogue.question(question, before) if opened else dialogue.start(question))
-        if number < len(turns.earlier):
+        make = dialogue.turn if number else first
+        last = number == len(turns.earlier)
+        parts.append(make(question, passages=passages) if last and passages else make(question))
+        if not last:
             ids = plain(dialogue.tokenizer, space + answer.strip()).input_ids
             parts.append(torch.tensor([ids], dtype=torch.int64))
     return torch.cat(parts, 1)

@@ -131,6 +131,47 @@ class CompletionBody(Sampled):
         return self.logprobs
 
 
+class ResponsePart(Body):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[object] | None = None
+    logprobs: list[object] | None = None
+
+
+class ResponseMessage(Body):
+    """A message; `id` and `status` are those of an answer that is sent back."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ResponsePart]
+    id: str | None = None
+    status: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ResponseBody(Recalling):
+    model: Text | None = None  # type: ignore[assignment]  # that of the response that is gone on from
+    input: Text | Annotated[list[ResponseMessage], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    max_tokens: None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def messages(self) -> list[ResponseMessage]:
+        said = [ResponseMessage(role="user", content=self.input)] if isinstance(self.input, str) else list(self.input)
+        return [ResponseMessage(role="system", content=self.instructions), *said] if self.instructions else said
+
+
 class MemoryBody(Body):
     text: Text
     name: str | None = None

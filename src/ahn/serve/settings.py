@@ -14,7 +14,7 @@ class Limits:
     body: bytes of a request in JSON. upload: bytes of one with documents or a memory file.
     documents: of one upload. memories: of one key. readings: documents and texts of one key that wait to be read.
     tokens: that a memory may have read.
-    loaded: memories that are kept ready to be asked.
+    loaded: memories that are kept ready to be asked. kept: bytes of responses that can be gone on from.
     """
 
     waiting: int = 64
@@ -27,3 +27,4 @@ class Limits:
     readings: int = 100
     tokens: int = 10_000_000
     loaded: int = 16
+    kept: int = 2_000_000_000

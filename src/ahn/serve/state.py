@@ -19,6 +19,7 @@ from ahn.memory.file_format import peek
 from ahn.recall.finders.bm25 import Lexicon
 from ahn.recall.passages import Passages
 from ahn.serve.errors import ApiError
+from ahn.serve.kept import Responses
 from ahn.serve.library import Entry, Library, identity
 from ahn.serve.settings import Limits
 
@@ -43,6 +44,7 @@ class State:
         self.engine, self.name, self.limits, self.recall = engine, name, limits, recall
         self.created = int(time.time())
         self.libraries = {owner: Library(folder / owner, limits) for owner in owners or [""]}
+        self.responses = Responses(limits.kept, engine.bytes_of_slot)
         self.active = 0  # requests that were admitted
         self._loaded: OrderedDict[Path, tuple[Any, AHNCache]] = OrderedDict()
         self._loading = threading.Lock()
