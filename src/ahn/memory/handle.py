@@ -46,7 +46,8 @@ class Handle:
         self.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.hooks: list[Any] = []
         self.no_graph: str | None = None  # the reason why there is no graph; None: not checked yet
-        self.asked = 0  # tokens of questions read by the graph
+        # tokens of questions read by the graph: after `generate.FEW_AT_FIRST` of them fla is worth its import
+        self.asked = 0
         self.switches: list[Any] = []  # a new list once peft switches adapters, which a graph has built in
         self.full: dict[int, Full] = {}  # by thread, within `full_attention`
         self.vocabulary = model.get_input_embeddings().num_embeddings
