@@ -63,7 +63,7 @@ def limit_of_cells() -> str:
         f"goals are 45% and 60%. Of this, {min(fit):.0%} to {max(fit):.0%} is a better fit to books and no memory "
         "(`gap-smollm2-135m.json`). [docs/results.md](docs/results.md#goals) lists all goals, met and missed."
     )
-    return wrapped(item).replace("\n", "\n  ")
+    return wrapped(item, indent="  ")
 
 
 @table

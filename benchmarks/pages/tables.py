@@ -51,8 +51,9 @@ def block(head: Sequence[str], body: Iterable[Sequence[str]], about: str, *names
     return f"{markdown(head, body)}\n\n{wrapped(f'{about} {source(*names)}')}"
 
 
-def wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, indent: str = "") -> str:
+    """The text in lines of at most 120 characters. All but the first begin with `indent`."""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def source(*names: str) -> str:

@@ -175,7 +175,7 @@ def add_recall(parser: argparse.ArgumentParser) -> None:
 
 
 def add_finder(group: Any, how: str) -> None:
-    """Which way passages are found. The names come from the folder of finders, without their imports."""
+    """Add `--finder`, the way to find passages. The names come from the folder of finders, without their imports."""
     names = Registry("finder", "ahn.recall.finders").names()
     group.add_argument(
         "--finder", metavar="F", default="fused", help=f"{how}: {', '.join(names)} (default: %(default)s)"

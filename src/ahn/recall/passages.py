@@ -98,15 +98,15 @@ def cut(ends: np.ndarray, longest: int = LONGEST, shortest: int = SHORTEST) -> n
 
 @lru_cache(maxsize=4)
 def sentence_ends(tokenizer: Any) -> np.ndarray:
-    """Which tokens end a sentence or a line, bool [vocabulary]."""
+    """Mask of the tokens that end a sentence or a line, bool [vocabulary]."""
     texts = decode_each(tokenizer, [[i] for i in range(len(tokenizer))], skip_special_tokens=False)
     return np.array([_END.search(text) is not None for text in texts])
 
 
 @lru_cache(maxsize=4)
 def number_parts(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens end in a full stop, and which begin with a digit, bool [vocabulary] each: one behind the other they
-    are a number. A space in front of a digit is a character of the token."""
+    """Masks of the tokens that end in a full stop and of those that begin with a digit, bool [vocabulary] each. One of
+    the first before one of the second is a number. A space in front of a digit is a character of the token."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     points = np.array([(token or "").endswith(".") for token in tokens])
     return points, np.array([(token or "")[:1].isdigit() for token in tokens])

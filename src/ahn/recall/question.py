@@ -92,7 +92,7 @@ def apart(memory: AHNCache) -> AHNCache:
 
 
 def question_tokens(tokenizer: Any, text: str) -> slice:
-    """Which tokens of `Dialogue.question` are the question itself, counted from the end."""
+    """The tokens of `Dialogue.question` that are the question itself, counted from the end."""
     closing = Dialogue.of(tokenizer).closing
     length = len(tokenizer(f" {text.strip()}", add_special_tokens=False, verbose=False).input_ids)
     return slice(-closing - length, -closing or None)

@@ -1,4 +1,4 @@
-"""Which tokens that leave the window are kept exactly. One file each; `base.py` says what a store is."""
+"""Stores: rules for the tokens that stay exact after the window. One file each; `base.py` has the interface."""
 
 from typing import TYPE_CHECKING
 

@@ -128,7 +128,7 @@ def log_weights(scores: Tensor, least: Tensor, warmth: float) -> Tensor:
 
 
 def _behind(scores: Tensor, window: Window) -> Tensor:
-    """Which tokens are behind the window at the first query of each block, bool [Q, T]. Sinks are not."""
+    """Mask of the tokens that are behind the window at the first query of each block, bool [Q, T]. Sinks are not."""
     tokens = scores.shape[-1]
     first = torch.arange(BLOCKS, device=scores.device)[:, None] * -(-tokens // BLOCKS)
     at = torch.arange(tokens, device=scores.device)

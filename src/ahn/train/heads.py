@@ -189,7 +189,7 @@ def _share(queries: Sequence[dict[int, Tensor]], keys: list[Tensor], passages: A
 
 
 def _evidence(passages: Any, prompt: Prompt) -> Any:
-    """Which passages hold evidence, bool [P]."""
+    """Mask of the passages that hold evidence, bool [P]."""
     gold = np.zeros(max(len(passages) - 1, 0), bool)
     for one in prompt.needs:
         for start, _ in one:
