@@ -392,3 +392,33 @@ def test_a_pipe_is_not_tried_as_it_could_not_be_read_again(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe")
     check(tmp_path / "pipe")  # would wait for ever for somebody to write
     check("-")
+
+
+def test_a_document_that_is_there_already_is_skipped(run: Any, base: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """By name and text, unless it is forced; a changed one is read."""
+    (tmp_path / "notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"a.txt": TEXT, "b.txt": OTHER}.items():
+        (tmp_path / "notes" / name).write_text(text)
+    code, _, err = run("read", "notes/a.txt", "notes", "-o", "m.ahn", "--base", base, *MODEL)
+    assert code == 0 and f"skipped {Path('notes/a.txt')}: named twice; --force reads it again" in err
+    names = ["notes/a.txt", "notes/b.txt"]
+    assert file_format.peek("m.ahn")["archive"]["documents"] == names
+
+    held = (tmp_path / "m.ahn").read_bytes()
+    code, _, err = run("read", "notes", "--memory", "m.ahn")
+    assert code == 0 and err.count("in m.ahn already; --force reads it again") == 2 and "nothing new" in err
+    code, _, err = run("read", "notes", "--memory", "m.ahn", "-o", "n.ahn")
+    assert code == cli.BAD_INPUT and "-o n.ahn: not written, because m.ahn holds all" in err
+    assert (tmp_path / "m.ahn").read_bytes() == held and not (tmp_path / "n.ahn").exists()
+
+    (tmp_path / "notes" / "c.txt").write_text(OTHER)
+    (tmp_path / "notes" / "b.txt").write_text(OTHER + "And more.")
+    code, _, err = run("read", "notes", "--memory", "m.ahn")
+    assert code == 0 and [line for line in err.splitlines() if "skipped" in line] == [
+        "skipped notes/a.txt: in m.ahn already; --force reads it again"
+    ]
+    names += ["notes/b.txt", "notes/c.txt"]
+    assert file_format.peek("m.ahn")["archive"]["documents"] == names
+    assert run("read", "notes/a.txt", "--memory", "m.ahn", "--force")[0] == 0
+    assert file_format.peek("m.ahn")["archive"]["documents"] == [*names, "notes/a.txt"]

@@ -109,3 +109,20 @@ def test_a_chat_goes_on(run: Any, memory: Path, monkeypatch: pytest.MonkeyPatch)
     type_in(monkeypatch, "Who sat on the mat? " * 20 + "\nWho sat?\n")
     code, _, err = run("chat", "--memory", str(memory), "--max-new-tokens", "2")
     assert code == 0 and "expected at most the window of 64" in err and err.count("tokens/s") == 1
+
+
+@pytest.mark.parametrize(("has", "asked"), [("text", "none"), ("text", "keys"), ("none", "text"), ("keys", "text")])
+def test_another_archive_than_the_memory_has(run: Any, refused: Any, tmp_path: Path, has: str, asked: str) -> None:
+    folder, adapter = write_base(tmp_path)
+    model = ahn.from_pretrained(folder, adapter)
+    model.ahn_retrieval = retrieval()
+    ahn.save_adapter(model, tmp_path / "heads")
+    (tmp_path / "book.txt").write_text(TEXT)
+    (tmp_path / "more.txt").write_text("More.")
+    book, more, file = (str(tmp_path / name) for name in ("book.txt", "more.txt", "m.ahn"))
+    own = ["--base", folder, "--adapter", str(tmp_path / "heads")]
+    assert run("read", book, "-o", file, "--archive", has, *own)[0] == 0
+    for words in (["read", book, "-o", file], ["read", more, "--memory", file], ["ask", "--memory", file, "Who?"]):
+        line = refused(Path(file), *words, "--archive", asked, *own)
+        assert f"--archive {asked}: {file} was read with --archive {has}" in line
+    assert run("read", book, "-o", file, "--archive", has, *own)[0] == 0

@@ -463,3 +463,19 @@ def test_jax_is_hidden_only_while_bm25s_is_imported(tmp_path, monkeypatch):
     assert importlib.import_module("jax.lax").top_k
     for name in [name for name in sys.modules if name.partition(".")[0] in ("bm25s", "jax")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_text_that_was_read_twice_is_taken_once(model, tokenizer):
+    secret = "The captain hid the compass in a barrel of apples. "
+    others = "".join(f"The {word} has the old mice and a hat. " * 3 for word in ("cat", "dog", "man", "house"))
+    cache, dialogue = ahn.AHNCache(model, "text"), ahn.Dialogue(tokenizer)
+    for part in range(3):
+        blocks = list((dialogue.stream_more if part else dialogue.stream)([secret * 2 + others]))
+        cache.archive.begin(f"{part}.txt", cache.tokens_seen + sum(int((block.starts < 0).sum()) for block in blocks))
+        ahn.read(model, (torch.from_numpy(block.ids.astype("int64")) for block in blocks), cache)
+    all_texts = [text.strip() for text in Passages.of(cache.archive, tokenizer).texts]
+    assert len(set(all_texts)) < len(all_texts) / 2
+    for rounds in (1, 2):
+        found = find(model, tokenizer, cache, "Where did the captain hide the compass?", 250, rounds=rounds)
+        texts = [source.text.strip() for source in found]
+        assert any("compass" in text for text in texts) and len(set(texts)) == len(texts) >= 2

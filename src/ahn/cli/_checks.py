@@ -92,12 +92,16 @@ def _check_store(args: argparse.Namespace, base: str, own: AHNConfig) -> None:
 
 
 def header_of(memory: str, args: argparse.Namespace) -> dict[str, Any]:
+    from ahn.memory.archive import kind_of
     from ahn.memory.file_format import peek
 
     header = peek(memory)
     config = AHNConfig.from_dict(header["config"])
     if args.exact is not None and args.memory == memory:
         raise ConfigError(f"--exact: {memory} was read with a window of {config.window:,}; leave the option out")
+    archive = kind_of(header.get("archive"))
+    if getattr(args, "archive", None) not in (None, archive):
+        raise ConfigError(f"--archive {args.archive}: {memory} was read with --archive {archive}; leave the option out")
     for name in SEEN_IN_MEMORY:
         given, kept = getattr(args, name), getattr(config, name)
         if given is not None and given != kept:

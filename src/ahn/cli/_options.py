@@ -136,7 +136,9 @@ def check_store(
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace the output, whatever is in it")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the output, whatever is in it; read again what is there already"
+    )
 
 
 def add_archive(parser: argparse.ArgumentParser) -> None:

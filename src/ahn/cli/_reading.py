@@ -26,6 +26,10 @@ TRIED = 32  # documents opened before the model is loaded; covers those that wer
 LARGE = 1_000_000  # from so many bytes on, documents are announced before the model is loaded
 
 
+class NothingNewError(Exception):
+    """The memory to append to holds all documents already."""
+
+
 def read_document_into(
     args: argparse.Namespace, memory: str | None = None, question: str | None = None
 ) -> tuple[Session, str]:
@@ -42,6 +46,7 @@ def read_document_into(
         the session and a summary.
 
     Raises:
+        NothingNewError: see there. Each document was named.
         ConfigError: the output exists and holds something else.
         DocumentError: a document cannot be read. Raised before the model is loaded if the first piece shows it.
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, with a message. The part that was read is saved first, if
@@ -64,6 +69,8 @@ def read_document_into(
         from ahn.interrupts import finish_before_interrupt
 
         earlier = _texts(memory) if memory else []
+        if not args.force:
+            _skip_known(sources, memory, earlier)
         text = _resumed(args, memory, earlier, sources)
         if text is not None:
             session = Session(args, args.output, question)
@@ -97,6 +104,16 @@ def read_document_into(
         if interrupted.is_set():
             raise KeyboardInterrupt(f"interrupted; the memory is kept in {args.output}" if args.output else "")
     return session, summary
+
+
+def _skip_known(sources: Sources, memory: str | None, earlier: list[dict[str, Any]]) -> None:
+    """Leave out documents that are there twice or in the memory already, and say so."""
+    known = [document for text in earlier for document in text.get("documents", [])]
+    for source in sources.drop_known(known):
+        where = "named twice" if source in sources.sources else f"in {memory} already"
+        console.print(f"skipped {source}: {where}; --force reads it again")
+    if not sources.sources:
+        raise NothingNewError
 
 
 def _is_same(source: Path | str, output: str) -> bool:

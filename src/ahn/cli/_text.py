@@ -35,11 +35,13 @@ class Origin:
     Attributes:
         name: of the document. start: its first character in the whole text.
         pages: (first character in the document, page) of each page.
+        digest: of the text of the pieces so far.
     """
 
     name: str
     start: int
     pages: list[tuple[int, int | None]] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)
 
     def texts(self, pieces: Iterable[Piece]) -> Iterator[str]:
         """The texts of `pieces`, one by one. Notes where each page begins."""
@@ -48,7 +50,12 @@ class Origin:
             if not self.pages or self.pages[-1][1] != piece.page:
                 self.pages.append((offset, piece.page))
             offset += len(piece.text)
+            self.digest.update(piece.text.encode("utf-8", "surrogatepass"))
             yield piece.text
+
+    def described(self) -> list[str]:
+        """Name and digest, by which the same document is known again."""
+        return [self.name, self.digest.hexdigest()]
 
 
 class Sources:
@@ -59,6 +66,25 @@ class Sources:
         self.characters = 0  # in the pieces so far
         self.documents: list[Origin] = []  # begun so far
         self.done = 0  # approximate bytes of the documents that the pieces so far came from
+
+    def drop_known(self, known: list[list[str]]) -> list[Path | str]:
+        """Leave out the documents that `known` describes (`Origin.described`), and those that are here already. Returns
+        them. A pipe is never left out, because it can be read once."""
+        from ahn.documents import pieces
+
+        names, kept, dropped = {name for name, _ in known}, dict[str, Path | str](), []
+        for source in self.sources:
+            same = str(source) in kept
+            if not same and str(source) in names and os.path.isfile(source):
+                origin = Origin(str(source), 0)
+                deque(origin.texts(pieces(source)), 0)
+                same = origin.described() in known
+            if same:
+                dropped.append(source)
+            else:
+                kept[str(source)] = source
+        self.sources = list(kept.values())
+        return dropped
 
     def __str__(self) -> str:
         return str(self.sources[0]) if len(self.sources) == 1 else f"{len(self.sources):,} documents"
@@ -233,7 +259,8 @@ class Text(Iterator["Tensor"]):
 
     def described(self, complete: bool) -> dict[str, Any]:
         """A note in the memory file by which the same text is recognised later."""
-        return {"tokens": self.read, "sha256": self._digest.hexdigest(), "complete": complete}
+        known = [origin.described() for origin in self.sources.documents] if complete else []
+        return {"tokens": self.read, "sha256": self._digest.hexdigest(), "complete": complete, "documents": known}
 
 
 def _size(source: Path | str) -> int | None:

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ahn.cli._console import console, counted, size
     from ahn.errors import MemoryFileError
+    from ahn.memory.archive import kind_of
     from ahn.memory.file_contents import archive_bytes, check
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             damaged += 1
             continue
         archive = header.get("archive") or {}
-        kind = "none" if not archive else "text" if archive.get("heads") is None else "keys"
+        kind = kind_of(header.get("archive"))
         table.add_row(
             str(path),
             Path(str(header.get("base"))).name,

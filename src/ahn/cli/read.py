@@ -4,6 +4,7 @@
   ahn read letters/ 'notes/*.md' paper.pdf -o all.ahn
   ahn read more.txt --memory book.ahn        append to it, or write another file with -o
 
+A document of the same name and text that a memory holds already is skipped, unless --force is given.
 Ctrl-C ends the reading and keeps what was read so far; the same command goes on from there.
 """
 
@@ -28,11 +29,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ahn.cli._console import console
-    from ahn.cli._reading import read_document_into
+    from ahn.cli._reading import NothingNewError, read_document_into
 
     args.output = args.output or args.memory
     if not args.output:
         raise ConfigError("-o/--output: required, or --memory FILE to append to")
-    _, summary = read_document_into(args, args.memory)
+    try:
+        _, summary = read_document_into(args, args.memory)
+    except NothingNewError:
+        if args.output != args.memory:
+            raise ConfigError(f"-o {args.output}: not written, because {args.memory} holds all documents") from None
+        summary = "nothing new"
     console.print(f"read    {summary}")
     console.print(f'now     ahn ask --memory {args.output} "..."')

@@ -224,6 +224,11 @@ class Archive:
         return archive
 
 
+def kind_of(described: dict[str, Any] | None) -> str:
+    """The kind of an archive by its description in a memory file; None: it has none."""
+    return "none" if described is None else "text" if described.get("heads") is None else "keys"
+
+
 def new_archive(model: Any, kind: str) -> Archive | None:
     """An empty archive for an augmented model. Raises ConfigError if there is none of this kind for it."""
     if kind not in KINDS:

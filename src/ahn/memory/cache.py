@@ -61,7 +61,7 @@ class AHNCache(Cache):
         last_logits: [B, V] after `ahn.read`, else None.
         config: the AHNConfig it was made for.
         texts: notes of the command line on each text that was read, to know it again: its number of `tokens`, the
-            `sha256` of their ids, and whether it is `complete`.
+            `sha256` of their ids, whether it is `complete`, and name and digest of its `documents` if it is.
         transcript: with a store, the ids of the tokens it keeps (`ahn.memory.transcript`); not counted in `nbytes`.
         archive: everything that was read, on the host, or None (`ahn.memory.archive`); not counted in `nbytes`.
 

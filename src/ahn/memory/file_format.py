@@ -112,7 +112,12 @@ def _bytes(tensor: Tensor) -> Any:
 
 def _is_text(text: Any) -> bool:
     kinds = {"tokens": int, "sha256": str, "complete": bool}
-    return isinstance(text, dict) and all(isinstance(text.get(name), kind) for name, kind in kinds.items())
+    if not isinstance(text, dict) or not all(isinstance(text.get(name), kind) for name, kind in kinds.items()):
+        return False
+    documents = text.get("documents", [])  # names and digests; files of earlier versions have none
+    return isinstance(documents, list) and all(
+        isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in documents
+    )
 
 
 def whose(header: dict[str, Any]) -> str:

@@ -290,11 +290,15 @@ def _fitting(tokenizer: Any, memory: AHNCache, question: str, passages: Passages
 def rank(passages: Passages, question: Question, how: Recall, allowed: np.ndarray | None = None) -> list[int]:
     """Passages for a question by their numbers, of `how.tokens` at most, those of the first round first.
 
+    No text is taken twice, nor one that a passage that is not allowed has too.
+
     `allowed`: bool [P], the passages to choose from; None: all.
     """
     assert how.tokens is not None
     if allowed is None:
         allowed = np.ones(len(passages), bool)
+    originals = passages.originals
+    allowed = allowed & ~np.isin(originals, originals[~allowed])
     taken: list[int] = []
     for part in range(1, how.rounds + 1):
         if not allowed.any():
@@ -303,7 +307,9 @@ def rank(passages: Passages, question: Question, how: Recall, allowed: np.ndarra
             question = question.after(passages.texts[taken[0]].strip())
         scores = finders.get(how.finder)().scores(passages, question)
         scores = np.where(allowed, scores, -np.inf)
-        scores[taken] = -np.inf
+        scores[np.isin(originals, originals[taken])] = -np.inf
+        order = np.argsort(-scores, kind="stable")
+        scores[np.delete(order, np.unique(originals[order], return_index=True)[1])] = -np.inf  # all but the best copy
         taken += best(scores, passages.lengths, how.tokens * part // how.rounds - int(passages.lengths[taken].sum()))
     if not taken and allowed.any():
         logger.warning("nothing is read again: the best passage has more than %s tokens", f"{how.tokens:,}")

@@ -54,6 +54,12 @@ class Passages:
         new = [ids[self.bounds[i] : self.bounds[i + 1]].tolist() for i in range(len(known), len(self))]
         return known + decode_each(self.tokenizer, new, skip_special_tokens=True)
 
+    @cached_property
+    def originals(self) -> np.ndarray:
+        """For each passage the first one with the same text, int64 [P]."""
+        first: dict[str, int] = {}
+        return np.array([first.setdefault(text.strip(), index) for index, text in enumerate(self.texts)], np.int64)
+
     def groups(self, pool: int, count: int) -> Tensor:
         """Where passages begin among `count` groups of `pool` tokens, each of which belongs to the passage of its
         middle, and the end of the last one, int64 [P + 1]."""
