@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from ahn.engine.sequence import Finish, Token
 from ahn.serve.access import Owner, Served
 from ahn.serve.answers import Answer, Events, Json, admitted, evidence, usage, whole
-from ahn.serve.prompts import Prompt, of_base, of_memory
+from ahn.serve.prompts import Before, Prompt, of_base, of_memory
 from ahn.serve.schema import ChatBody
 from ahn.serve.state import State
 
@@ -48,9 +48,9 @@ async def prompt_of(state: State, owner: str, body: ChatBody) -> Prompt:
     entry = state.named(owner, body.model)
     if entry is None:
         return await asyncio.to_thread(of_base, state.tokenizer, body.messages)
-    memory = await state.memory(entry)
+    before = Before(await state.memory(entry))
     make = partial(
-        of_memory, state.model, state.tokenizer, memory, body.messages, body.how(state.recall), guess=body.guess
+        of_memory, state.model, state.tokenizer, before, body.messages, body.how(state.recall), guess=body.guess
     )
     return await asyncio.wrap_future(state.engine.run(make))
 

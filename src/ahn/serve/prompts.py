@@ -41,10 +41,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Before:
-    """A conversation that is gone on with: its memory, and the ids of its last answer."""
+    """The memory that a question follows: one of texts, or that of a conversation and the ids of its last answer."""
 
     memory: AHNCache
-    answer: list[int]
+    answer: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,25 @@ def _alone(ids: Tensor) -> Prompt:
 def of_memory(
     model: PreTrainedModel,
     tokenizer: Any,
-    memory: AHNCache,
+    before: Before,
     messages: Sequence[Any],
     how: Recall,
     *,
     guess: bool,
-    before: Before | None = None,
 ) -> Prompt:
     """A conversation about a memory: a single question as `ahn ask`, a longer one as `ahn chat`. Uses the model.
 
     Args:
         guess: answer even if the text supports no answer.
-        before: the memory is that of a conversation, which goes on.
 
     Raises:
         ConfigError: as of `ahn.recall.search`.
     """
     dialogue, turns = Dialogue.of(tokenizer), Turns.of(messages)
-    first = dialogue.question if before is None else partial(dialogue.turn, answer=before.answer)
+    memory, answer = before.memory, before.answer
+    first = dialogue.question if answer is None else partial(dialogue.turn, answer=answer)
     asked = messages[-1].text  # without what stands in front of it
-    is_chat = bool(turns.earlier) or before is not None
+    is_chat = bool(turns.earlier) or answer is not None
 
     def chat(text: str, passages: str = "") -> Tensor:
         return _joined(dialogue, Turns(turns.earlier, text), first, passages)

@@ -80,11 +80,12 @@ async def _prompt(state: State, owner: str, body: ResponseBody) -> tuple[str, Pr
     entry = state.named(owner, model)
     if before is None and entry is None:
         return model, await asyncio.to_thread(of_base, state.tokenizer, body.messages)
-    memory = before.memory if before is not None else await state.memory(entry)  # type: ignore[arg-type]
+    if before is None:
+        before = Before(await state.memory(entry))  # type: ignore[arg-type]
     how = body.how(state.recall)
-    if memory.archive is None:
+    if before.memory.archive is None:
         how = how._replace(tokens=None)  # a conversation with the base has nothing to find passages in
-    make = partial(of_memory, state.model, state.tokenizer, memory, body.messages, how, guess=body.guess, before=before)
+    make = partial(of_memory, state.model, state.tokenizer, before, body.messages, how, guess=body.guess)
     return model, await asyncio.wrap_future(state.engine.run(make))
 
 
