@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pages.tables import Row, block, numbers, result, rows, source, table, wrapped
+from pages.tables import Row, block, numbers, recalled, result, rows, source, table, wrapped
 
 ASKED = "qa-qwen2.5-coder-1.5b"
 HEADS = "retrieval heads only"
@@ -58,10 +58,12 @@ def picture() -> str:
     sets = question_scores(result(ASKED))
     counts = ", ".join(f"{ways['recall']['n']}" for ways in sets.values())
     facts = "recall-qwen2.5-coder-0.5b-default"
+    needles = [row["n"] for row in recalled(result(facts)).values()]
     return wrapped(
         f"Left: word F1 of Qwen2.5-Coder-1.5B on {', '.join(sets)} ({counts} questions, "
-        f"evidence anywhere in the text; {source(ASKED)[1:]}. Right: Qwen2.5-Coder-0.5B with its default memory, 100 "
-        f"to 200 examples a task ({source(facts)[1:]}. All texts have 16,384 tokens, of which 2,048 are kept exactly; "
+        f"evidence anywhere in the text; {source(ASKED)[1:]}. Right: Qwen2.5-Coder-0.5B with its default memory, "
+        f"{min(needles)} to {max(needles)} examples a task ({source(facts)[1:]}. All texts have 16,384 tokens, of "
+        "which 2,048 are kept exactly; "
         "recall reads 512 again. Lines are 95% intervals, where the file has them."
     )
 
