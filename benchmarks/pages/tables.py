@@ -57,9 +57,14 @@ def wrapped(text: str, indent: str = "") -> str:
 
 
 def source(*names: str) -> str:
-    made = {f"{device_of(name)}, {result(name)['environment']['date'][:10]}" for name in names}
+    made = {f"{device_of(name)}, {days_of(name)}" for name in names}
     files = ", ".join(f"`{name}.json`" for name in names)
     return f"({'; '.join(sorted(made))}; {files})"
+
+
+def days_of(name: str) -> str:
+    """The days of the measurement, without the times of day."""
+    return " and ".join(re.findall(r"\d{4}-\d\d-\d\d", result(name)["environment"]["date"]))
 
 
 def device_of(name: str) -> str:
