@@ -126,3 +126,28 @@ def test_another_archive_than_the_memory_has(run: Any, refused: Any, tmp_path: P
         line = refused(Path(file), *words, "--archive", asked, *own)
         assert f"--archive {asked}: {file} was read with --archive {has}" in line
     assert run("read", book, "-o", file, "--archive", has, *own)[0] == 0
+
+
+@pytest.mark.parametrize(("window", "archive", "recall", "hinted"), [
+    ("64", "text", [], True),
+    ("64", "text", ["--recall", "1"], False),
+    ("32", "text", [], False),
+    ("64", "none", [], False),
+])  # fmt: skip
+def test_the_hint_at_recall_can_be_followed(
+    run: Any,
+    base: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    window: str,
+    archive: str,
+    recall: list[str],
+    hinted: bool,
+) -> None:
+    monkeypatch.setattr("ahn.recall.RECALL", 20)
+    (tmp_path / "book.txt").write_text(TEXT)
+    words = ["ask", "Who sat?", "--document", str(tmp_path / "book.txt"), "--base", base, "--window", window]
+    words += ["--sinks", "8", "--archive", archive, "--max-new-tokens", "1"]
+    code, _, err = run(*words, "--sources", *recall)
+    assert code == 0 and "no passage was read again" in err and ("(--recall 20 finds some)" in err) == hinted
+    assert (run(*words, "--recall", "20")[0] == 0) == (hinted or bool(recall))

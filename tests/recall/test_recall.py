@@ -479,3 +479,46 @@ def test_a_text_that_was_read_twice_is_taken_once(model, tokenizer):
         found = find(model, tokenizer, cache, "Where did the captain hide the compass?", 250, rounds=rounds)
         texts = [source.text.strip() for source in found]
         assert any("compass" in text for text in texts) and len(set(texts)) == len(texts) >= 2
+
+
+def test_a_passage_over_several_pages(model, tokenizer):
+    """It names the pages that its words stand on, not those of the spaces around it, and its first character."""
+    pages = [
+        "The cat sat on the mat",
+        " and the old mice looked at it",
+        " for a day in the house.\n\n",
+        "It was a hat. " * 9,
+    ]
+    text, cache = "".join(pages), ahn.AHNCache(model, "text")
+    ids = ahn.Dialogue(tokenizer).open(text)[0]
+    starts = np.concatenate([b.starts for b in ahn.Dialogue(tokenizer).stream([text])])
+    first = int((starts < 0).sum())
+    cache.archive.begin("one.pdf", first)
+    ends = np.cumsum([len(page) for page in pages])
+    numbers = np.searchsorted(ends, starts, side="right").clip(max=3) + 4
+    for page in range(4, 8):
+        here = np.flatnonzero((numbers == page) & (starts >= 0))
+        cache.archive.locate(int(here[0]), starts[here], page)
+    ahn.read(model, ids, cache)
+    found = {source.offset: source for source in find(model, tokenizer, cache, "Who sat on the mat?", 200)}
+    source = found[0]
+    words = source.text.strip()
+    assert text.startswith(words) and (source.page, source.last_page) == (4, int(np.searchsorted(ends, len(words))) + 4)
+    assert source.last_page > 4 and str(source).startswith(f"one.pdf, pages 4-{source.last_page}, character 0")
+    for offset, other in found.items():
+        assert text[offset:].startswith(other.text.strip())
+    last = found[max(found)]
+    assert last.page == last.last_page == 7 and "page 7, " in str(last)
+
+
+def test_a_memory_file_can_be_asked(model, memory, tokenizer, tmp_path):
+    question, options = "Where is the compass?", {"max_new_tokens": 4, "do_sample": False}
+    memory.save(tmp_path / "m.ahn")
+    expected = ahn.ask(model, tokenizer, memory, question, 100, **options)
+    for path in (tmp_path / "m.ahn", str(tmp_path / "m.ahn")):
+        answer = ahn.ask(model, tokenizer, path, question, 100, **options)
+        assert answer.ids.tolist() == expected.ids.tolist() and answer.sources == expected.sources
+    with pytest.raises(ahn.errors.MemoryFileError, match=r"absent\.ahn"):
+        ahn.ask(model, tokenizer, tmp_path / "absent.ahn", question)
+    with pytest.raises(ConfigError, match=r"of type int: expected an ahn\.AHNCache"):
+        ahn.ask(model, tokenizer, 3, question)

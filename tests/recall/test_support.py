@@ -302,6 +302,7 @@ class TestCommands:
         assert expected == same
         out, err = run("ask", never, question, "--sources")
         assert out == f"{ahn.NOT_FOUND}\n" and "--guess answers anyway" in err and "[1]" in err
+        assert "answer  nothing generated\n" in err
         out, err = run("ask", never, question, "--guess")
         assert out == expected and "this answer is a guess" in err
         assert run("ask", never, question, "--recall", "0").out != f"{ahn.NOT_FOUND}\n"
@@ -313,6 +314,7 @@ class TestCommands:
 
         out, err = talk(folders[3])
         assert out == f"{ahn.NOT_FOUND}\n" * 2 and err.count("--guess answers anyway") == 2
+        assert err.count("nothing generated; cache") == 2 and "tokens/s" not in err.partition("--guess")[2]
         assert talk(folders[3], "--guess").out == talk(folders[1]).out
 
     def test_a_chat_about_nothing_refuses_nothing(self, folders, monkeypatch, capsys):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-
-if TYPE_CHECKING:
-    from ahn.recall import Source
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
@@ -33,15 +29,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def show(sources: tuple[Source, ...]) -> None:
-    """The passages that an answer was given, with their places."""
-    for number, source in enumerate(sources, 1):
-        console.print(f"[{number}]     {source}", style="bold")
-        console.print(" ".join(source.text.split()), style="dim")
-    if not sources:
-        console.print("no passage was read again (--recall 512 finds some)")
 
 
 def show_log() -> None:

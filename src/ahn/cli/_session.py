@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli._checks import check_asked, check_before_loading, header_of
 from ahn.cli._console import console, counted, duration, show_log, size
+from ahn.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,12 +32,14 @@ ASKING = 16  # 1/16 of the tokens that may be kept stays free after a text, for 
 @dataclass
 class Answer:
     ids: Tensor
-    seconds: float
+    seconds: float | None  # None: nothing was generated
     stopped: bool  # by Ctrl-C
     cut: bool  # at the greatest length allowed
 
     @property
     def summary(self) -> str:
+        if self.seconds is None:
+            return "nothing generated"
         count = self.ids.shape[-1]
         speed = f"{counted(count, 'token')} in {self.seconds:.1f} s ({count / self.seconds:,.1f} tokens/s)"
         return f"{speed}, cut at --max-new-tokens" if self.cut else speed
@@ -223,12 +226,30 @@ class Session:
         from ahn.engine.prefill import read
         from ahn.recall import NOT_FOUND, not_found
 
-        began, new = time.monotonic(), not_found(self.tokenizer)[None]
+        new = not_found(self.tokenizer)[None]
         print(NOT_FOUND)
         if ids is not None:
             read(self.model, torch.cat([self._with_unread(ids), new[:, :-1]], 1), self.cache)
             self._unread = new[:, -1:]
-        return Answer(new, max(time.monotonic() - began, 1e-3), stopped=False, cut=False)
+        return Answer(new, None, stopped=False, cut=False)
+
+    def show(self, found: Found, question: str, args: argparse.Namespace) -> None:
+        """Print the passages that the answer was given, with their places; without any, how to get some.
+
+        Args:
+            args: with the options of `add_recall`.
+        """
+        from ahn.recall import RECALL, Recall, check
+
+        for number, source in enumerate(found.sources, 1):
+            console.print(f"[{number}]     {source}", style="bold")
+            console.print(" ".join(source.text.split()), style="dim")
+        if not found.sources:
+            hint = ""
+            with suppress(ConfigError):  # it would be refused
+                check(self.tokenizer, self.cache, question, Recall(RECALL, args.finder, args.rounds))
+                hint = "" if args.recall else f" (--recall {RECALL} finds some)"
+            console.print(f"no passage was read again{hint}")
 
     def _with_unread(self, ids: Tensor) -> Tensor:
         """`ids` [1, T] after the generated tokens that are not in the cache yet."""

@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ahn.cli import INTERRUPTED
     from ahn.cli._checks import check_question
-    from ahn.cli._console import console, counted, show
+    from ahn.cli._console import console, counted
     from ahn.cli._reading import read_document_into
     from ahn.cli._session import Session
     from ahn.recall import finders
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     guess = found.supported or args.guess
     answer = session.answer_from(found, question, args.max_new_tokens) if guess else session.say()
     if args.sources:
-        show(found.sources)
+        session.show(found, question, args)
     console.print(f"read    {summary}")
     console.print(f"answer  {answer.summary}")
     return INTERRUPTED if answer.stopped else 0

@@ -47,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ahn.cli._console import console, counted, show
+    from ahn.cli._console import console, counted
     from ahn.cli._reading import read_document_into
     from ahn.cli._session import Session
     from ahn.recall import Found, as_text, finders
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             answer = session.say(turn(answer, text))
         if args.sources:
-            show(found.sources)
+            session.show(found, text, args)
         console.print(f"{answer.summary}; {session.held}", style="dim")
 
 

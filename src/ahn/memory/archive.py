@@ -132,6 +132,11 @@ class Archive:
             self._marks.pop()
         self._marks.append(mark)
 
+    def page(self, token: int) -> int | None:
+        """The page that a token stands on, as in `Place`."""
+        index = bisect_right(self._marks, token, key=lambda mark: mark.token) - 1
+        return self._marks[index].page or None if index >= 0 else None
+
     def place(self, token: int, decode: Callable[[list[int]], str]) -> Place | None:
         """Where a token stands; None in text that was read without a document. `decode` gives the text of ids."""
         if not self._marks or not self.documents:

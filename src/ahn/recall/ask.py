@@ -7,8 +7,10 @@ passage is read again it comes from a fork of the memory. Either way the memory 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ahn.dialogue import NOT_FOUND, SEPARATOR, Dialogue
 from ahn.engine.generate import generate
-from ahn.engine.prefill import read
+from ahn.engine.prefill import check_cache, read
 from ahn.errors import ConfigError
 from ahn.memory.cache import AHNCache
 from ahn.recall import finders, support
@@ -58,7 +60,8 @@ class Source:
 
     Attributes:
         text: of the passage. start, end: its tokens in all that was read, `start` to `end` - 1.
-        document, page, offset: as in `ahn.memory.archive.Place`; None where they are not known.
+        document, page, offset: where it begins, as in `ahn.memory.archive.Place`; None where they are not known.
+        last_page: on which it ends, `page` if it is on one; None where there are no pages.
     """
 
     text: str
@@ -67,10 +70,13 @@ class Source:
     document: str | None = None
     page: int | None = None
     offset: int | None = None
+    last_page: int | None = None
 
     def __str__(self) -> str:
         where = "" if self.document is None else f"{self.document}, "
-        where += "" if self.page is None else f"page {self.page}, "
+        if self.page is not None:
+            several = self.last_page not in (None, self.page)
+            where += f"pages {self.page}-{self.last_page}, " if several else f"page {self.page}, "
         return where + (f"token {self.start:,}" if self.offset is None else f"character {self.offset:,}")
 
 
@@ -116,7 +122,7 @@ class Found:
 def ask(
     model: PreTrainedModel,
     tokenizer: Any,
-    memory: AHNCache,
+    memory: AHNCache | str | os.PathLike[str],
     question: str,
     recall: int | None = None,
     *,
@@ -135,7 +141,8 @@ def ask(
 
     Args:
         model, tokenizer: of the memory.
-        memory: returned by `ahn.read`, or loaded from a file. It is not changed.
+        memory: returned by `ahn.read`, or loaded from a file. It is not changed. The path of a file is loaded for this
+            one question (`AHNCache.load`).
         question: at least one word.
         recall: tokens to read again at most; 0: none. Default: 512 if the memory has keys of retrieval heads, else 0.
         finder: how passages are found (`ahn.recall.finders.names()`).
@@ -145,12 +152,14 @@ def ask(
         max_new_tokens, options: as `ahn.generate`.
 
     Raises:
-        ConfigError: an empty question or memory, an unknown finder or word for `unsupported`, `recall` for a memory
-            without an archive or of another tokenizer, a question longer than the window, or more tokens to read again
-            than it holds beside it.
+        MemoryFileError: as `AHNCache.load`, of a path.
+        ConfigError: an empty question or memory, no memory, an unknown finder or word for `unsupported`, `recall` for a
+            memory without an archive or of another tokenizer, a question longer than the window, or more tokens to read
+            again than it holds beside it.
     """
     if unsupported not in UNSUPPORTED:
         raise ConfigError(f"unsupported={unsupported!r}: expected one of {', '.join(UNSUPPORTED)}")
+    memory = AHNCache.load(Path(memory), model) if isinstance(memory, str | os.PathLike) else check_cache(memory)
     if not memory.tokens_seen:
         raise ConfigError("the memory is empty: expected one that has read a document")
     found = search(model, tokenizer, memory, question, Recall(recall, finder, rounds))
@@ -349,5 +358,5 @@ def _source(passages: Passages, index: int) -> Source:
     start, end = (int(bound) for bound in passages.bounds[index : index + 2])
     if place is None:
         return Source(text, start, end)
-    space = len(text) - len(text.lstrip())
-    return Source(text, start, end, place.document, place.page, place.offset + space)
+    where, last_page = place
+    return Source(text, start, end, where.document, where.page, where.offset, last_page)

@@ -65,9 +65,17 @@ class Passages:
         middle, and the end of the last one, int64 [P + 1]."""
         return torch.from_numpy(np.minimum(-(-(self.bounds - pool // 2) // pool), count).clip(min=0))
 
-    def place(self, index: int) -> Place | None:
-        """Where a passage stands in its document."""
-        return self.archive.place(int(self.bounds[index]), self.tokenizer.decode)
+    def place(self, index: int) -> tuple[Place, int | None] | None:
+        """Where a passage without the spaces around it begins in its document, and the page on which it ends."""
+        tokens = range(*self.bounds[index : index + 2].tolist())
+        ids = self.archive.ids
+        words = [at for at in tokens if self.tokenizer.decode([int(ids[at])], skip_special_tokens=True).strip()]
+        first, last = (words[0], words[-1]) if words else (tokens[0], tokens[-1])
+        place = self.archive.place(first, self.tokenizer.decode)
+        if place is None:
+            return None
+        text = self.tokenizer.decode(ids[first : last + 1].tolist(), skip_special_tokens=True)
+        return place._replace(offset=place.offset + len(text) - len(text.lstrip())), self.archive.page(last)
 
 
 def cut_text(ids: np.ndarray, tokenizer: Any) -> np.ndarray:

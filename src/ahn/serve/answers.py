@@ -167,6 +167,7 @@ def evidence(found: Found | None) -> Json:
             "text": source.text,
             "document": source.document,
             "page": source.page,
+            "last_page": source.last_page,
             "offset": source.offset,
             "start": source.start,
             "end": source.end,
