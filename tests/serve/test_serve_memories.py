@@ -192,3 +192,58 @@ def test_a_text_is_not_read_twice_after_a_crash_between_file_and_journal(model, 
 
 def test_the_base_is_named(http):
     assert http.get("/v1/models").json()["data"][0]["id"] == NAME
+
+
+def test_a_long_journal_is_shortened_at_the_start(model, tmp_path, monkeypatch):
+    from ahn.serve import library
+    from ahn.serve.library import Document, Library
+    from ahn.serve.settings import Limits
+
+    kept = Library(tmp_path, Limits())
+    entries = []
+    for number in range(3):
+        path = kept.new_file("")
+        path.write_text("A cat sat.")
+        entries.append(kept.read([Document("cats", path.name)], None, f"n{number}", key=f"k{number}"))
+    kept.done(entries[0], entries[0].tasks[0], "damaged")
+    kept.delete(entries[1])
+    monkeypatch.setattr(library, "KEPT_LINES", 0)
+    short, again = Library(tmp_path, Limits()), Library(tmp_path, Limits())
+    assert len(short._journal.lines) == 3
+    for one in (short, again):
+        assert [
+            (entry.id, entry.name, entry.error) for entry in sorted(one.entries(), key=lambda entry: entry.name)
+        ] == [
+            (entries[0].id, "n0", "damaged"),
+            (entries[2].id, "n2", None),
+        ]
+        assert [task.id for entry in one.pending for task in entry.tasks] == [entries[2].tasks[0].id]
+        assert one.read([], None, key="k2").id == entries[2].id
+
+
+def test_a_full_disk_is_told_and_loses_nothing(http, folder, monkeypatch):
+    import errno
+
+    from ahn.serve import journal, uploads
+
+    found = made(http, json={"text": "A cat sat."})
+    before = sorted(folder.rglob("*")), (folder / "journal.jsonl").read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module, name in ((uploads, "_settle"), (journal.os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            for path in ("/v1/memories", f"/v1/memories/{found['id']}/append"):
+                for options in ({"json": {"text": "x"}}, {"files": {"file": ("x", b"y")}}):
+                    assert http.post(path, **options).status_code == 507
+        assert (sorted(folder.rglob("*")), (folder / "journal.jsonl").read_bytes()) == before
+    assert ask(http, found["id"])["choices"]
+
+
+def test_a_memory_that_is_not_read_yet_is_said_to_be(http):
+    id = http.post("/v1/memories", files={"file": ("report.pdf", b"%PDF-1.4 nothing")}).json()["id"]
+    settled(http, id)
+    body = {"model": f"ahn:{id}", "messages": [{"role": "user", "content": "x"}]}
+    assert http.post("/v1/chat/completions", json=body).status_code == 409

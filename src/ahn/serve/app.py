@@ -55,6 +55,10 @@ def build(state: State, keys: Keys | None = None) -> FastAPI:
     async def other(http: Request, error: HTTPException) -> Any:
         return ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
 
+    @app.exception_handler(Exception)  # it is raised again, so that the log has it
+    async def broken(http: Request, error: Exception) -> Any:
+        return ApiError(500, "the server has failed: see its log", code="server").response()
+
     app.add_middleware(Gate, keys=keys, limits=state.limits)
     app.state.registry = metrics.registry_of(state)
     app.add_middleware(metrics.Measured, registry=app.state.registry)

@@ -25,6 +25,7 @@ from ahn.serve.settings import Limits
 
 ENDING = ".ahn"
 UPLOADS = ".uploads"
+KEPT_LINES = 1000  # of the journal; with more it is shortened at the next start
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
 _SUFFIXES = re.compile(r"(?:\.[A-Za-z0-9]{1,8}){0,2}$")
 
@@ -73,11 +74,18 @@ class Entry:
         """Whether it can be asked."""
         return self.path.is_file()
 
+    def check_there(self) -> None:
+        """Raises ApiError 409 if it cannot be asked."""
+        if not self.is_there:
+            raise ApiError(
+                409, f"memory {self.id!r}: is {self.status}; expected one that has read something", code="empty"
+            )
+
     @property
     def status(self) -> str:
         if self.tasks:
             return "queued" if self.tasks[0].total is None else "reading"
-        return "failed" if self.error else "ready"
+        return "ready" if self.is_there and not self.error else "failed"
 
     def header(self) -> dict[str, Any]:
         """Of its file; empty where there is none, or none that can be read."""
@@ -106,11 +114,13 @@ class Library:
             raise OutputError(f"{folder}: cannot be made: {error.strerror}") from error
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
-        self._created: dict[str | None, Entry] = {}  # by the key of the request that made it
+        self._created: dict[str, Entry] = {}  # by the key of the request that made it
         self._journal = Journal(folder / "journal.jsonl")
         for line in self._journal.lines:
             self._apply(line)
         self._tidy()
+        if len(self._journal.lines) > KEPT_LINES + 2 * len(self._entries):
+            self._journal.rewrite(self._summary())
 
     # What it holds.
     def entries(self) -> list[Entry]:
@@ -122,11 +132,20 @@ class Library:
 
     def get(self, id: str) -> Entry:
         """Raises ApiError 404 if there is none."""
-        with self._lock:
-            entry = self._found(id)
+        entry = self.find(id)
         if entry is None:
             raise ApiError(404, f"memory {id[:80]!r}: there is none", "memory", "memory_not_found")
         return entry
+
+    def there(self, id: str) -> Entry:
+        """A memory that can be asked. Raises ApiError 404, 409."""
+        entry = self.get(id)
+        entry.check_there()
+        return entry
+
+    def find(self, id: str) -> Entry | None:
+        with self._lock:
+            return self._found(id)
 
     def _found(self, id: str) -> Entry | None:
         """A memory by name, also one whose file somebody put there."""
@@ -158,15 +177,14 @@ class Library:
             ApiError: too many memories or tasks. OutputError.
         """
         with self._lock:
-            known = self._created.get(key) if into is None else into if key in into.keys else None
-            if known is not None:
+            if (known := self._by_key(key, into)) is not None:
                 self._discard(documents)
                 return known
             self._check_kept(into)
             self.check_room(new=into is None)
             sync(self.uploads)
             task = secrets.token_hex(8)
-            files = [{"name": document.name, "file": document.file} for document in documents]
+            files = _files(documents)
             id = into.id if into is not None else self._new_id()
             line = {"do": "read", "memory": id, "task": task, "documents": files, "key": key, "new": into is None}
             self._write(line | self._about(id, name))
@@ -214,6 +232,14 @@ class Library:
         if waiting >= self.limits.readings:
             raise ApiError(429, f"{waiting:,} texts wait to be read: expected fewer", code="readings", retry=30)
 
+    def _by_key(self, key: str | None, into: Entry | None) -> Entry | None:
+        """The memory that an earlier request with this key made or appended to."""
+        if key is None:
+            return None
+        if into is None:
+            return self._created.get(key)
+        return into if key in into.keys else None
+
     def _check_kept(self, entry: Entry | None) -> None:
         """Raises ApiError 404 if a memory was deleted meanwhile."""
         if entry is not None and entry.deleted:
@@ -235,7 +261,7 @@ class Library:
 
     def _apply(self, line: Line) -> None:
         id = line["memory"]
-        if line["do"] in ("read", "put"):
+        if line["do"] in ("read", "put", "keep"):
             path = self.folder / f"{id}{ENDING}"
             entry = self._entries.setdefault(id, Entry(id, path, line["name"], line["created"]))
             entry.error = None
@@ -246,6 +272,10 @@ class Library:
                     self._created[line["key"]] = entry
                 elif line["key"] is not None:
                     entry.keys.add(line["key"])
+            elif line["do"] == "keep":
+                entry.error, entry.keys = line["error"], set(line["keys"])
+                if line["made"] is not None:
+                    self._created[line["made"]] = entry
         elif line["do"] == "done" and id in self._entries:
             entry = self._entries[id]
             entry.tasks = [task for task in entry.tasks if task.id != line["task"]]
@@ -254,6 +284,21 @@ class Library:
             entry = self._entries.pop(id)
             entry.deleted, entry.tasks = True, []
             self._created = {key: made for key, made in self._created.items() if made is not entry}
+
+    def _summary(self) -> list[Line]:
+        """Lines that say the same as all so far."""
+        lines: list[Line] = []
+        made = {entry.id: key for key, entry in self._created.items()}
+        for entry in self._entries.values():
+            about = {"memory": entry.id, "name": entry.name, "created": entry.created}
+            keys = sorted(entry.keys)
+            lines.append({"do": "keep", "keys": keys, "made": made.get(entry.id), "error": entry.error, **about})
+            for task in entry.tasks:
+                files = [{"name": document.name, "file": document.file} for document in task.documents]
+                lines.append(
+                    {"do": "read", "task": task.id, "documents": files, "key": task.key, "new": False, **about}
+                )
+        return lines
 
     def _tidy(self) -> None:
         """Remove what a crash has left: files of deleted memories, and uploads that were not acknowledged."""
@@ -270,6 +315,10 @@ class Library:
         for document in documents:
             with suppress(OSError):
                 os.unlink(self.uploads / document.file)
+
+
+def _files(documents: Sequence[Document]) -> list[Line]:
+    return [{"name": document.name, "file": document.file} for document in documents]
 
 
 def identity(path: Path) -> list[int] | None:

@@ -14,7 +14,6 @@ from ahn.errors import OutputError
 from ahn.memory.file_contents import check
 from ahn.serve.access import Reader, Served, owner_of, state_of
 from ahn.serve.answers import Json
-from ahn.serve.errors import ApiError
 from ahn.serve.library import Entry, Library
 from ahn.serve.schema import ForkBody
 from ahn.serve.state import State
@@ -89,7 +88,7 @@ async def append(id: str, http: Request, library: Mine, readings: Reader, key: K
 @router.post("/{id}/fork", status_code=201)
 async def fork(id: str, body: ForkBody, state: Served, library: Mine) -> Any:
     """A new memory like this one."""
-    entry = _there(library.get(id))
+    entry = library.there(id)
     path = library.new_file("")
 
     def copied() -> None:
@@ -107,7 +106,7 @@ async def fork(id: str, body: ForkBody, state: Served, library: Mine) -> Any:
 @router.get("/{id}/content")
 async def content(id: str, library: Mine) -> Any:
     """The memory file."""
-    entry = _there(library.get(id))
+    entry = library.there(id)
     return FileResponse(entry.path, media_type="application/octet-stream", filename=f"{entry.id}.ahn")
 
 
@@ -130,12 +129,6 @@ async def _put(state: State, library: Library, path: Path, into: Entry | None, n
             path.unlink(missing_ok=True)
 
     return await asyncio.to_thread(put)
-
-
-def _there(entry: Entry) -> Entry:
-    if not entry.is_there:
-        raise ApiError(409, f"memory {entry.id!r}: {entry.status}; expected one that has read something", code="empty")
-    return entry
 
 
 def shown(entry: Entry) -> Json:

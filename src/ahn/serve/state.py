@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,8 @@ class State:
         self.responses = Responses(limits.kept, engine.bytes_of_slot)
         self.active = 0  # requests that were admitted
         self._loaded: OrderedDict[Path, tuple[Any, AHNCache]] = OrderedDict()
-        self._loading = threading.Lock()
+        self._lock = threading.Lock()
+        self._loading: dict[Path, threading.Lock] = {}  # so that nobody waits for another memory, or loads one twice
 
     @property
     def model(self) -> PreTrainedModel:
@@ -72,14 +72,14 @@ class State:
 
     # Memories.
     def named(self, owner: str, model: str) -> Entry | None:
-        """The memory that a request calls a model; None: the base. Raises ApiError 404."""
+        """The memory that a request calls a model; None: the base. Raises ApiError: none, or nothing was read yet."""
         if model == self.name:
             return None
         if model.startswith(PREFIX):
-            with suppress(ApiError):
-                entry = self.libraries[owner].get(model.removeprefix(PREFIX))
-                if entry.is_there:
-                    return entry
+            entry = self.libraries[owner].find(model.removeprefix(PREFIX))
+            if entry is not None:
+                entry.check_there()
+                return entry
         raise ApiError(404, f"model {model[:80]!r}: expected one of /v1/models", "model", "model_not_found")
 
     async def memory(self, entry: Entry) -> AHNCache:
@@ -87,13 +87,17 @@ class State:
         return await asyncio.to_thread(self.load, entry)
 
     def load(self, entry: Entry) -> AHNCache:
-        with self._loading:
+        with self._lock:
+            loading = self._loading.setdefault(entry.path, threading.Lock())
+        with loading:
             version = identity(entry.path)
-            known = self._loaded.pop(entry.path, None)
+            with self._lock:
+                known = self._loaded.pop(entry.path, None)
             memory = known[1] if known is not None and known[0] == version else self._from_file(entry)
-            self._loaded[entry.path] = version, memory
-            while len(self._loaded) > self.limits.loaded:
-                self._loaded.popitem(last=False)
+            with self._lock:
+                self._loaded[entry.path] = version, memory
+                while len(self._loaded) > self.limits.loaded:
+                    self._loaded.popitem(last=False)
         return memory
 
     def _from_file(self, entry: Entry) -> AHNCache:
@@ -119,5 +123,6 @@ class State:
 
     def forget(self, entry: Entry) -> None:
         """Do not keep a memory that was deleted."""
-        with self._loading:
+        with self._lock:
             self._loaded.pop(entry.path, None)
+            self._loading.pop(entry.path, None)

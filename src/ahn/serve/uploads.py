@@ -19,6 +19,7 @@ from starlette.datastructures import UploadFile
 from ahn.dialogue import readable
 from ahn.errors import OutputError
 from ahn.serve.errors import ApiError, of_validation
+from ahn.serve.gate import FORM
 from ahn.serve.library import Document, Library
 from ahn.serve.schema import MemoryBody
 from ahn.serve.texts import PLAIN
@@ -54,7 +55,7 @@ async def received(http: Request, library: Library, content: bool) -> Upload:
     """
     upload = Upload()
     try:
-        if http.headers.get("content-type", "").startswith("multipart/form-data"):
+        if http.headers.get("content-type", "").lower().startswith(FORM):
             await _of_form(http, library, upload, content)
         else:
             body = await _of_json(http)
