@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -90,3 +91,25 @@ def test_a_question_that_the_text_does_not_answer(tmp_path, monkeypatch):
         assert NOT_FOUND in http.post("/v1/chat/completions", json=body | {"stream": True}).text
         guess = http.post("/v1/chat/completions", json=body | {"guess": True}).json()
         assert guess["choices"][0]["message"]["content"] != NOT_FOUND
+
+
+def test_answers_at_once_are_those_of_each_alone(tmp_path):
+    marks = "cat", "mice"
+    with server(tmp_path, slots=3) as (address, _), httpx.Client(base_url=address, timeout=60) as http:
+        ids = [http.post("/v1/memories", json={"text": f"12 {mark}. " * 40}).json()["id"] for mark in marks]
+        for id in ids:
+            wait(lambda id=id: not http.get(f"/v1/memories/{id}").json()["waiting"])
+
+        def ask(number):
+            body = BODY | {"model": f"ahn:{ids[number % 2]}", "max_tokens": 12, "temperature": 1, "seed": number}
+            answer = http.post("/v1/chat/completions", json=body | {"recall": 120 * (number % 3 > 0)}).json()
+            return answer["choices"], [source["text"] for source in answer["sources"]]
+
+        alone = [ask(number) for number in range(12)]
+        with ThreadPoolExecutor(12) as pool:
+            at_once = [*pool.map(ask, range(12))]
+    assert at_once == alone
+    assert len({json.dumps(choices) for choices, _ in alone}) > 6, "they are all alike"
+    for number, (_, sources) in enumerate(at_once):
+        assert bool(sources) == (number % 3 > 0)
+        assert not any(marks[1 - number % 2] in text for text in sources)

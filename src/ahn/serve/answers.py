@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import Request as HTTPRequest
@@ -162,16 +162,4 @@ def evidence(found: Found | None) -> Json:
     """The passages that an answer was given, and the support for it; nothing of an answer without a memory."""
     if found is None:
         return {}
-    sources = [
-        {
-            "text": source.text,
-            "document": source.document,
-            "page": source.page,
-            "last_page": source.last_page,
-            "offset": source.offset,
-            "start": source.start,
-            "end": source.end,
-        }
-        for source in found.sources
-    ]
-    return {"sources": sources, "support": found.support}
+    return {"sources": [asdict(source) for source in found.sources], "support": found.support}
