@@ -33,6 +33,7 @@ _PUBLIC = {
     "load_adapter": "adapter",
     "load_tokenizer": "bases",
     "read": "engine.prefill",
+    "read_documents": "recall.reading",
     "save_adapter": "adapter",
 }
 _MODULES = ("cells", "errors", "stores", "zoo")
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from ahn.memory.cache import AHNCache as AHNCache
     from ahn.recall.ask import Answer as Answer
     from ahn.recall.ask import ask as ask
+    from ahn.recall.reading import read_documents as read_documents
 
 
 def __getattr__(name: str) -> Any:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import ahn
-from ahn import cli
-from ahn.cli import _options, _text
+from ahn import cli, texts
+from ahn.cli import _options
 from ahn.errors import DocumentError
 from ahn.memory import file_format
 from ahn.tokens import Encoded
@@ -139,7 +139,7 @@ class Blocks:
 )
 def test_how_far_is_looked_ahead(count: int, size: int | None, most: int, total: int | None, given: int) -> None:
     blocks: Any = Blocks(count, size)
-    text = _text.Text(iter(blocks), blocks)
+    text = texts.Text(iter(blocks), blocks)
     assert text.within(most) == total and blocks.given == given
     if count == 5:  # what stands before the damage is read first: it is looked two blocks ahead
         assert [len(next(text)) for _ in range(3)] == [1000] * 3

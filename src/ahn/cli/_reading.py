@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ahn.cli._console import console, size
-from ahn.cli._session import Session
-from ahn.cli._text import Sources, Text
+from ahn.cli._session import Session, how_far
 from ahn.errors import AHNError, ConfigError, MemoryFileError, OutputError
+from ahn.texts import Sources, Text
 
 if TYPE_CHECKING:
     from ahn.dialogue import Dialogue
@@ -89,7 +89,7 @@ def read_document_into(
                 summary = session.read(text, args.chunk)
             except (KeyboardInterrupt, AHNError) as error:
                 stopped = isinstance(error, KeyboardInterrupt)
-                done = text.progress(session.cache.tokens_seen - text.read, "of")
+                done = how_far(text, session.cache.tokens_seen - text.read, " of ")
                 reason = error.told(args.named) if isinstance(error, AHNError) else f"interrupted after {done}"
                 if session.cache.tokens_seen == before:
                     raise KeyboardInterrupt(reason) if stopped else error from None

@@ -19,14 +19,22 @@ from ahn.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ahn.cli._text import Text
     from ahn.memory.cache import AHNCache
     from ahn.recall import Found
+    from ahn.texts import Text
 
 QUIET_S = 10  # seconds between two progress lines, if there is no terminal for a bar
 SIZES = "window", "lossless", "sinks", "store", "store_size"  # with any of these the window is not widened
 EXACT = 512_000_000  # bytes: a text whose cache fits into them is kept whole
 ASKING = 16  # 1/16 of the tokens that may be kept stays free after a text, for questions and answers
+
+
+def how_far(text: Text, before: int = 0, between: str = "/") -> str:
+    """How many tokens of a text are read, and of how many where that is known. `before`: tokens of earlier texts."""
+    if text.total is not None:
+        return f"{before + text.read:,}{between}{counted(before + text.total, 'token')}"
+    share = "" if text.fraction is None else f" ({text.fraction:.1%} of {size(text.sources.bytes or 0)})"
+    return f"{counted(before + text.read, 'token')}{share}"
 
 
 @dataclass
@@ -242,7 +250,7 @@ class Session:
         from ahn.recall import RECALL, Recall, check
 
         for number, source in enumerate(found.sources, 1):
-            console.print(f"[{number}]     {source}", style="bold")
+            console.print(f"[{number}]     {source.place}", style="bold")
             console.print(" ".join(source.text.split()), style="dim")
         if not found.sources:
             hint = ""
@@ -352,7 +360,7 @@ class Session:
             speed = f"{done / max(seconds, 1e-9):,.0f}/s"
             if fraction and text.total is None:
                 speed += f", {duration(seconds * (1 - fraction) / fraction)} left"
-            return f"{text.progress(0)}, {speed}, cache {size(self.cache.nbytes)} (full attention {full})"
+            return f"{how_far(text)}, {speed}, cache {size(self.cache.nbytes)} (full attention {full})"
 
         if not console.is_terminal:
             told = began

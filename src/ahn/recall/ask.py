@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,11 @@ class Source:
     last_page: int | None = None
 
     def __str__(self) -> str:
+        return f"{self.place}: {shorten(self.text, 72, placeholder=' ...')}"
+
+    @property
+    def place(self) -> str:
+        """Document, page and character as words."""
         where = "" if self.document is None else f"{self.document}, "
         if self.page is not None:
             several = self.last_page not in (None, self.page)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ahn.cli._console import counted, size
 from ahn.errors import AHNError
 
 if TYPE_CHECKING:
@@ -70,14 +69,12 @@ class Sources:
     def drop_known(self, known: list[list[str]]) -> list[Path | str]:
         """Leave out the documents that `known` describes (`Origin.described`), and those that are here already. Returns
         them. A pipe is never left out, because it can be read once."""
-        from ahn.documents import pieces
-
         names, kept, dropped = {name for name, _ in known}, dict[str, Path | str](), []
         for source in self.sources:
             same = str(source) in kept
             if not same and str(source) in names and os.path.isfile(source):
                 origin = Origin(str(source), 0)
-                deque(origin.texts(pieces(source)), 0)
+                deque(origin.texts(self._pieces(source)), 0)
                 same = origin.described() in known
             if same:
                 dropped.append(source)
@@ -95,9 +92,13 @@ class Sources:
         sizes = [_size(source) for source in self.sources]
         return None if None in sizes else sum(filter(None, sizes))
 
+    def _pieces(self, source: Path | str) -> Iterable[Piece]:
+        from ahn.documents import pieces
+
+        return pieces(source)
+
     def __iter__(self) -> Iterator[str]:
         from ahn.dialogue import Stripped
-        from ahn.documents import pieces
 
         self.characters, self.documents = 0, []
         before = 0
@@ -105,7 +106,7 @@ class Sources:
         for number, source in enumerate(self.sources):
             length, read = _size(source) or 0, 0
             origin = Origin(str(source), self.characters)
-            texts: Iterable[str] = origin.texts(pieces(source))
+            texts: Iterable[str] = origin.texts(self._pieces(source))
             if several:
                 heading = f"# {source}\n\n"
                 heading = f"\n\n{heading}" if number else heading
@@ -121,6 +122,23 @@ class Sources:
                 self.done = before + min(read, length)
                 yield text
             before += length
+
+
+class Given(Sources):
+    """Texts by the names of their documents, each whole or by its pages."""
+
+    def __init__(self, texts: Mapping[str, str | Sequence[str]]) -> None:
+        super().__init__(list(texts))
+        self._texts = texts
+
+    def _pieces(self, source: Path | str) -> Iterable[Piece]:
+        from ahn.documents import Piece
+
+        text = self._texts[str(source)]
+        if isinstance(text, str):
+            yield Piece(text)
+        else:
+            yield from (Piece(page, number) for number, page in enumerate(text, 1))
 
 
 class Text(Iterator["Tensor"]):
@@ -222,14 +240,6 @@ class Text(Iterator["Tensor"]):
             return None
         share = min(1.0, self._character / max(self.sources.characters, 1))
         return min(1.0, share * self.sources.done / self.sources.bytes)
-
-    def progress(self, before: int, of: str = "/") -> str:
-        """The number of tokens read, and the total where it is known. `before`: tokens of earlier texts."""
-        between = of if of == "/" else f" {of} "
-        if self.total is not None:
-            return f"{before + self.read:,}{between}{counted(before + self.total, 'token')}"
-        share = "" if self.fraction is None else f" ({self.fraction:.1%} of {size(self.sources.bytes or 0)})"
-        return f"{counted(before + self.read, 'token')}{share}"
 
     def note(self, tokens: int) -> None:
         """Record that the model has read so many tokens of this text, including those skipped."""
