@@ -37,6 +37,15 @@ def test_bad_options_are_told_in_one_line(run, tmp_path, words, message):
     assert code == 2 and not out and message in err and len(err.splitlines()) == 1
 
 
+def test_a_folder_has_one_server(run, tmp_path):
+    from ahn.files import claimed
+
+    with claimed(tmp_path / "journal.jsonl"):
+        code, _, err = run("serve", "--folder", str(tmp_path), "--port", "0")
+    assert code == 2 and "another process is writing to it" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_extra_is_named_where_it_is_missing(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, _, err = run("serve", "--folder", str(tmp_path))

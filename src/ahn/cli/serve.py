@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     show_log()
     base = args.base or "smollm2-135m"
     adapter = check_before_loading(args, {}, base, args.adapter)
-    with listening, console.status(f"loading {base}"):
+    journal = Path(args.folder) / "journal.jsonl"
+    with listening, claimed(journal, "--folder"), console.status(f"loading {base}"):
         model = from_pretrained(
             base,
             adapter,
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
             recall=args.recall,
         )
         config = uvicorn.Config(build(state, keys), log_level="warning", timeout_graceful_shutdown=5)
-        with engine, claimed(Path(args.folder) / "journal.jsonl", "--folder"):
+        with engine:
             held = size(engine.bytes_needed(args.slots))
             console.print(f"model   {name}; {args.slots} answers at once; weights, slots and a chunk {held}")
             console.print(f"serving http://{args.host}:{listening.getsockname()[1]}/v1 (Ctrl-C ends it)")

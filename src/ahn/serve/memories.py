@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, Header, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from ahn.errors import OutputError
 from ahn.memory.file_contents import check
@@ -17,7 +19,7 @@ from ahn.serve.answers import Json
 from ahn.serve.library import Entry, Library
 from ahn.serve.schema import ForkBody
 from ahn.serve.state import State
-from ahn.serve.uploads import named, received, stored
+from ahn.serve.uploads import BLOCK, named, received, stored
 
 router = APIRouter(prefix="/v1/memories")
 
@@ -107,7 +109,9 @@ async def fork(id: str, body: ForkBody, state: Served, library: Mine) -> Any:
 async def content(id: str, library: Mine) -> Any:
     """The memory file."""
     entry = library.there(id)
-    return FileResponse(entry.path, media_type="application/octet-stream", filename=f"{entry.id}.ahn")
+    file, size = await asyncio.to_thread(_opened, entry)
+    headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{entry.id}.ahn"'}
+    return StreamingResponse(_blocks(file, size), media_type="application/octet-stream", headers=headers)
 
 
 @router.put("/{id}/content")
@@ -129,6 +133,21 @@ async def _put(state: State, library: Library, path: Path, into: Entry | None, n
             path.unlink(missing_ok=True)
 
     return await asyncio.to_thread(put)
+
+
+def _opened(entry: Entry) -> tuple[BinaryIO, int]:
+    """The file of a memory, and its size while nothing is being appended to it."""
+    with entry.writing:
+        file = entry.path.open("rb")
+        return file, os.fstat(file.fileno()).st_size
+
+
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The first `size` bytes: more may be appended meanwhile."""
+    with file:
+        while size and (block := file.read(min(size, BLOCK))):
+            size -= len(block)
+            yield block
 
 
 def shown(entry: Entry) -> Json:

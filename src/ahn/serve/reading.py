@@ -46,10 +46,14 @@ class Readings:
 
     def begin(self, library: Library, entry: Entry) -> None:
         """Read what waits for a memory, unless that is being done."""
-        if entry.id not in self._running:
-            work = asyncio.create_task(self._work(library, entry))
-            self._running[entry.id] = work
-            work.add_done_callback(lambda done: self._running.pop(entry.id, None))
+        running = self._running.get(entry.id)
+        if running is None or running.done():
+            self._running[entry.id] = work = asyncio.create_task(self._work(library, entry))
+            work.add_done_callback(lambda done: self._ended(entry.id, done))
+
+    def _ended(self, id: str, work: asyncio.Task[None]) -> None:
+        if self._running.get(id) is work:  # not one that has begun since
+            del self._running[id]
 
     def cancel(self, entry: Entry) -> None:
         """End the reading into a memory that was deleted."""
