@@ -46,7 +46,7 @@ tasks: [qa/squad]
 data: {folder / "squad.jsonl"}
 length: [1100]
 sinks: {SINKS}
-recall: 64
+recall: 16
 device: cpu
 limit: 3
 batch: 2
@@ -181,6 +181,22 @@ def test_options_that_a_suite_does_not_take(folder, tmp_path, capsys, argv, said
     path = suite_of(folder, tmp_path / "s.yaml")
     assert cli.main(["eval", *(str(path) if word == "SUITE" else word for word in argv)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--policies", "recall", "--recall", str(WINDOW)], f"--recall {WINDOW}: the window of {WINDOW} tokens holds"),
+        (["--policies", "window", "rag", "--recall", "8", "--finder", "heads"], "--finder heads: no policy of window,"),
+        (["--policies", "rag", "--recall", "8", "--rounds", "2"], "--rounds 2: no policy of rag has it"),
+    ],
+)
+def test_options_of_recall_that_cannot_be_met(folder, tmp_path, capsys, argv, said):
+    run = ["--base", str(folder / "tiny-base"), "--adapter", "none", "--tasks", "qa/squad", "--sinks", str(SINKS)]
+    where = ["--lossless", str(WINDOW + SINKS), "--data", str(folder / "squad.jsonl"), "--output", str(tmp_path / "o")]
+    assert cli.main(["eval", *run, *where, *argv]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow

@@ -183,6 +183,7 @@ def _planned(args: argparse.Namespace, prompts: dict[tuple[Any, ...], list[Work]
         batch=args.batch,
         share=getattr(args, "share", None),
     )
+    _check_finding(args, names, window)
     runner.check(names, options)
     lengths = args.length or [None]
     key = args.base, args.data, args.seed, args.limit, *args.tasks, *lengths
@@ -255,6 +256,23 @@ def _stored(args: argparse.Namespace, names: list[str], adapter: str | None, win
     if args.store and not any(policies.get(policy).uses_store for policy in names):
         raise ConfigError(f"--store {name}: no policy of {', '.join(names)} has one; expected ahn or store among them")
     return Stored(name, size, span)
+
+
+def _check_finding(args: argparse.Namespace, names: list[str], window: int) -> None:
+    """Raises ConfigError for a `--recall` beyond the window, and for an option of finding that no policy takes."""
+    from ahn.eval import policies
+
+    if args.recall >= window and any(policies.get(name).recalls for name in names):  # a question has tokens too
+        raise ConfigError(
+            f"--recall {args.recall}: the window of {window:,} tokens holds the question too: "
+            f"expected less than {window:,}"
+        )
+    if any(policies.get(name).finds for name in names):
+        return
+    defaults = _known().parse_args([])
+    for key in ("finder", "rounds"):
+        if (value := getattr(args, key)) != getattr(defaults, key):
+            raise ConfigError(f"--{key} {value}: no policy of {', '.join(names)} has it; expected recall among them")
 
 
 def _listing() -> Iterator[str]:

@@ -59,6 +59,7 @@ class Policy:
     uses_window: ClassVar[bool] = True
     uses_store: ClassVar[bool] = False
     recalls: ClassVar[bool] = False  # reads the text before the question, wherever the two are known
+    finds: ClassVar[bool] = False  # finds passages as `kept.recall` says
     keeps_padding: ClassVar[bool] = False  # padding stays in the cache and must be masked in every call
 
     def __init__(

@@ -14,6 +14,7 @@ class Rag(Recall):
     """The base alone with as many tokens of passages as `recall`: retrieval-augmented generation with BM25."""
 
     name = "rag"
+    finds = False
     finder = "bm25"
 
     @classmethod

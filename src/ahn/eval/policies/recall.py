@@ -37,6 +37,7 @@ class Recall(Policy):
     name = "recall"
     uses_store = True
     recalls = True
+    finds = True
 
     @classmethod
     def check(cls, base: Any, longest: int, kept: Kept) -> None:
