@@ -96,14 +96,17 @@ def test_messages_can_be_printed(tmp_path: Path) -> None:
 
 
 def test_a_new_format_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shout.py").write_text(
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "shout.py").write_text(
         "from ahn.documents.base import Format, Piece\n"
         "class Shout(Format):\n"
         "    name, title, suffixes, max_bytes, isolated = 'shout', 'SHOUT', ('.shout',), 9, False\n"
         "    def marks(self, head): return head.startswith(b'SHOUT')\n"
         "    def read(self, file, name): yield Piece(file.read(9).decode().upper(), 1)\n"
     )
-    monkeypatch.setattr(ahn.documents, "__path__", [*ahn.documents.__path__, str(tmp_path)])
+    monkeypatch.setattr(ahn, "__path__", [*ahn.__path__, str(tmp_path)])  # where formats are looked for
+    monkeypatch.setattr(ahn.documents, "__path__", [*ahn.documents.__path__, str(folder)])  # where they are imported
     for name in ("a.shout", "b"):
         (tmp_path / name).write_text("SHOUT it")
         assert read_document(tmp_path / name) == "SHOUT IT"
