@@ -107,3 +107,18 @@ def test_what_was_acknowledged_outlives_a_killed_server(base, tmp_path):
     assert {one["id"]: len(one["documents"]) for one in listed} == expected
     tokens = {len(one["documents"]): one["tokens"] for one in listed}
     assert all(one["tokens"] == tokens[len(one["documents"])] for one in listed), "a text was read twice or in part"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_without_a_traceback(base, tmp_path, number):
+    server = Process(base, tmp_path)
+    try:
+        answer = httpx.post(f"{server.address}/v1/memories", json={"text": TEXT})
+        assert answer.status_code == 202
+        server.child.send_signal(number)
+        _, rest = server.child.communicate(timeout=60)
+        assert "Traceback" not in rest
+        assert server.child.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM)
+    finally:
+        server.kill()
