@@ -1,5 +1,7 @@
 """/v1/responses: conversations that the server keeps; and the metrics."""
 
+import json
+
 import pytest
 import torch
 
@@ -118,6 +120,16 @@ def test_bad_fields_are_refused_by_name(served, change, message):
         f"{served[0]}/v1/responses", json={key: value for key, value in body.items() if value is not None}
     )
     assert answer.status_code in (400, 404) and message in answer.json()["error"]["message"]
+
+
+def test_lone_surrogates_are_read_as_others_are(served):
+    lone = "\ud800"
+    body = {"model": NAME, "input": [{"role": "user", "content": [{"type": "input_text", "text": f"x{lone}"}]}]}
+    body |= {"instructions": lone, "metadata": {lone: lone}, "stop": [lone], "max_output_tokens": 1}
+    answer = httpx.post(
+        f"{served[0]}/v1/responses", content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 200 and answer.json()["instructions"] == "\ufffd"
 
 
 def test_only_so_many_bytes_are_kept(model, tmp_path):

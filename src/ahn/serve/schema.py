@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ahn.dialogue import readable
 from ahn.engine.sequence import MOST_ALTERNATIVES, MOST_SEED, Request
 from ahn.recall import Recall
 from ahn.recall.ask import FINDER
@@ -17,7 +18,25 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Body(BaseModel):
+    """Its strings are without lone surrogates, which no answer could repeat."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        return {_clean(name): _clean(found) for name, found in value.items()} if isinstance(value, dict) else value
+
+
+def _clean(value: Any) -> Any:
+    """A field; bodies in it see to themselves."""
+    if isinstance(value, str):
+        return readable(value)
+    if isinstance(value, list):
+        return [readable(one) if isinstance(one, str) else one for one in value]
+    if isinstance(value, dict):
+        return {readable(name): readable(one) if isinstance(one, str) else one for name, one in value.items()}
+    return value
 
 
 class StreamOptions(Body):
