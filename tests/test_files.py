@@ -129,3 +129,12 @@ def test_two_writers_in_one_process_do_not_meet(tmp_path: Path) -> None:
         first.write_text("first")
         second.write_text("second")
     assert (tmp_path / "a").read_text() == "first"
+
+
+def test_a_new_file_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
+    path, plain = tmp_path / "new", tmp_path / "plain"
+    plain.touch()
+    with files.atomic(path) as temporary:
+        temporary.unlink()
+        temporary.touch(0o600)  # as safetensors does
+    assert path.stat().st_mode == plain.stat().st_mode

@@ -86,9 +86,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         _sweep(file.parent)
         temporary = _new(file.parent)
+        mode = temporary.stat().st_mode
         yield temporary
-        if file.exists():
-            temporary.chmod(stat.S_IMODE(file.stat().st_mode))
+        # a writer may have put another file there, for its owner alone
+        temporary.chmod(stat.S_IMODE(file.stat().st_mode if file.exists() else mode))
         _to_disk(temporary)
         temporary.replace(file)
         with suppress(OSError):  # not on every system

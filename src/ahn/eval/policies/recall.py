@@ -28,9 +28,9 @@ BUDGETS = (256, 512, 1024)  # tokens of passages; the share of evidence among th
 
 
 class Recall(Policy):
-    """Sinks, window, and any memory of an adapter; questions are answered from passages that are read again (--recall,
-    --finder), as `ahn.ask` does.
+    """Sinks, window and any memory of an adapter; questions are answered from passages, as `ahn.ask` does.
 
+    `--recall`, `--finder` and `--rounds` say how passages are found and how many tokens of them are read again.
     Prompts that ask nothing about a text are answered from the memory.
     """
 
