@@ -119,6 +119,11 @@ class Dialogue:
         """The dialogue of a tokenizer with its present template, kept because making one copies the tokenizer."""
         return _dialogue_of(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
+    @property
+    def opening(self) -> int:
+        """Tokens of the template in front of a document."""
+        return len(self.tokenizer(self._prefix, add_special_tokens=False, verbose=False).input_ids)
+
     def render(self, messages: Sequence[dict[str, str]], ask: bool = False) -> list[str]:
         """A whole conversation as text by the chat template, in pieces to be tokenised one by one.
 

@@ -1,5 +1,6 @@
 """Passages, ways to find them, and reading them again."""
 
+import copy
 import importlib
 import sys
 from itertools import pairwise
@@ -522,3 +523,21 @@ def test_a_memory_file_can_be_asked(model, memory, tokenizer, tmp_path):
         ahn.ask(model, tokenizer, tmp_path / "absent.ahn", question)
     with pytest.raises(ConfigError, match=r"of type int: expected an ahn\.AHNCache"):
         ahn.ask(model, tokenizer, 3, question)
+
+
+def test_the_chat_template_is_no_passage(model, tokenizer):
+    """In front of a document whose first token is noted it would be a passage of its own."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}the old mice are here.\n{{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}in the house:\n{% endif %}"
+    )
+    dialogue = ahn.Dialogue(tokenizer)
+    first, cache = dialogue.opening, ahn.AHNCache(model, "text")
+    assert dialogue.has_template
+    cache.archive.begin("one.txt", first)
+    ahn.read(model, dialogue.open("The cat sat on the mat. " * 8), cache)
+    front = tokenizer.decode(cache.archive.ids[:first].tolist(), skip_special_tokens=True).strip()
+    assert front
+    found = find(model, tokenizer, cache, front, 200)
+    assert found and all(front not in source.text for source in found)

@@ -307,11 +307,10 @@ def rank(passages: Passages, question: Question, how: Recall, allowed: np.ndarra
 
     No text is taken twice, nor one that a passage that is not allowed has too.
 
-    `allowed`: bool [P], the passages to choose from; None: all.
+    `allowed`: bool [P], the passages to choose from; None: all. The chat template is never among them.
     """
     assert how.tokens is not None
-    if allowed is None:
-        allowed = np.ones(len(passages), bool)
+    allowed = passages.read_as_text if allowed is None else allowed & passages.read_as_text
     originals = passages.originals
     allowed = allowed & ~np.isin(originals, originals[~allowed])
     taken: list[int] = []

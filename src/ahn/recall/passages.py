@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ahn.dialogue import Dialogue
 from ahn.memory.archive import Archive, Place
 
 LONGEST, SHORTEST = 96, 32  # tokens of a passage
@@ -53,6 +54,11 @@ class Passages:
         ids, known = self.archive.ids, self._known
         new = [ids[self.bounds[i] : self.bounds[i + 1]].tolist() for i in range(len(known), len(self))]
         return known + decode_each(self.tokenizer, new, skip_special_tokens=True)
+
+    @cached_property
+    def read_as_text(self) -> np.ndarray:
+        """Which passages are more than the chat template in front of the first document, bool [P]."""
+        return np.asarray(self.bounds[1:] > Dialogue.of(self.tokenizer).opening)
 
     @cached_property
     def originals(self) -> np.ndarray:
