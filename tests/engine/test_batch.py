@@ -168,11 +168,13 @@ def test_a_random_schedule(cell, seed):
     check_schedule(small(cell=cell), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_random_schedule_of_other_forms(form):
     check_schedule(small(**form), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("span", [1, 3])
 def test_a_random_schedule_with_a_store(store, span, small_grids):
     check_schedule(storing(store, base=tiny(vocab_size=SIZE), store_span=span), 7)
@@ -204,6 +206,7 @@ def test_a_random_schedule_with_graphs(replays, rows_made):
     check_schedule(model, 11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("span", [1, 3])
 def test_a_random_schedule_with_graphs_and_a_store(replays, rows_made, store, span, small_grids, monkeypatch):
     """Also where rows whose store is not full are among others."""
