@@ -122,7 +122,7 @@ class Dialogue:
     @property
     def opening(self) -> int:
         """Tokens of the template in front of a document."""
-        return len(self.tokenizer(self._prefix, add_special_tokens=False, verbose=False).input_ids)
+        return len(self._template(self._prefix).ids)
 
     def render(self, messages: Sequence[dict[str, str]], ask: bool = False) -> list[str]:
         """A whole conversation as text by the chat template, in pieces to be tokenised one by one.

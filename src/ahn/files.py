@@ -90,10 +90,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         # a writer may have put another file there, for its owner alone
         temporary.chmod(stat.S_IMODE(file.stat().st_mode if file.exists() else mode))
-        _to_disk(temporary)
+        to_disk(temporary)
         temporary.replace(file)
         with suppress(OSError):  # not on every system
-            _to_disk(file.parent)
+            to_disk(file.parent)
     except BaseException as error:
         if temporary is not None:
             with suppress(OSError):
@@ -191,7 +191,8 @@ def _new(folder: Path) -> Path:
     return path
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Put the bytes of a file on disk, or the names in a folder. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -51,7 +51,7 @@ class Journal:
                     file.truncate(end)
                     raise
             if is_new:
-                sync(self.path.parent)
+                files.to_disk(self.path.parent)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error}") from error
         self.lines.append(line)
@@ -61,12 +61,3 @@ class Journal:
         with files.atomic(self.path) as temporary:
             temporary.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         self.lines = list(lines)
-
-
-def sync(path: Path) -> None:
-    """Put the bytes of a file on disk, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

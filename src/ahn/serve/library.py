@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ahn.errors import MemoryFileError, OutputError
+from ahn.files import to_disk
 from ahn.memory.file_format import peek
 from ahn.serve.errors import ApiError
-from ahn.serve.journal import Journal, Line, sync
+from ahn.serve.journal import Journal, Line
 from ahn.serve.settings import Limits
 
 ENDING = ".ahn"
@@ -182,7 +183,7 @@ class Library:
                 return known
             self._check_kept(into)
             self.check_room(new=into is None)
-            sync(self.uploads)
+            to_disk(self.uploads)
             task = secrets.token_hex(8)
             files = _files(documents)
             id = into.id if into is not None else self._new_id()
@@ -200,9 +201,9 @@ class Library:
                 raise ApiError(409, f"memory {into.id!r}: is being read; expected one at rest", "memory", "busy")
             id = into.id if into is not None else self._new_id()
             try:
-                sync(file)
+                to_disk(file)
                 file.replace(self.folder / f"{id}{ENDING}")
-                sync(self.folder)
+                to_disk(self.folder)
             except OSError as error:
                 raise OutputError(f"{id}: cannot be written: {error}") from error
             self._write({"do": "put", "memory": id} | self._about(id, name))
